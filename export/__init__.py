@@ -1,3 +1,3 @@
-"""From a checkpoint to ONNX, and from ONNX to an engine."""
+"""Export checkpoints to ONNX, and build and check engines."""
 
 import runtime as runtime  # first: it answers Ctrl-C while the rest is imported

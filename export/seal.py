@@ -1,4 +1,4 @@
-"""`python -m export.seal`: record the digest of an ONNX file that another tool changed on purpose."""
+"""Record a new digest in an ONNX file that another tool changed: `python -m export.seal`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from runtime.artifacts.onnx_metadata import MANIFEST_KEYS, read_metadata, write_
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import ModelFileError
 from runtime.core.io.atomic_files import atomic_write, write_json
+from runtime.core.io.input_files import check_file
 from runtime.media.extractors import description_path, description_with_digest
 
 
@@ -30,8 +31,11 @@ def seal_model(model: tyro.conf.Positional[Path], /) -> Path:
     Raises:
         ModelFileError: the file does not exist, or has no manifest.
     """
-    if model.suffix != ".onnx" or not model.is_file():
-        raise ModelFileError(f"{model} is not an .onnx file; name the model that was changed.")
+    if model.suffix != ".onnx":
+        raise ModelFileError(
+            f"Expected a model with the suffix .onnx, got {model}. Give the file that was changed.", code="wrong_suffix"
+        )
+    check_file(model, "The model file", ModelFileError)
     written = model
     if not MANIFEST_KEYS & read_metadata(model).keys() and description_path(model).is_file():
         written = description_path(model)

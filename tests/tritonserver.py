@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from export.triton_repository.writer import read_config
+from export.triton.writer import read_config
 
 KINDS = {
     "TYPE_INT32": np.int32,

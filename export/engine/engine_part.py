@@ -1,4 +1,4 @@
-"""Describe one part of a model that becomes one engine: its graph, profiles and paths."""
+"""Describe the source of one engine: graph, profiles and paths."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class EnginePart:
     """The source of one engine: the full model, or one of the two parts of a split model.
 
     Attributes:
-        graph: in the precision requested.
-        manifest: what the file says of itself: of an extractor its own kind.
-        graph_path: the ONNX file.
-        graph_sha256: its SHA-256.
-        engine: where the plan goes.
-        profiles: what it is built for.
-        precision_stats: of `graph`.
-        fp32_weight_bytes: what its weights would be in FP32.
-        unrolled: further engines of the same graph for short queries, with an unrolled LSTM.
-        optional: whether the engine that this belongs to may be built without it.
+        graph: graph in the requested precision.
+        manifest: of the model.
+        graph_path: ONNX file of the graph.
+        graph_sha256: SHA-256 of that file.
+        engine: path of the plan.
+        profiles: optimization profiles.
+        precision_stats: data types of the graph.
+        fp32_weight_bytes: size of the weights in FP32.
+        unrolled: parts for short queries, with an unrolled LSTM.
+        optional: whether a build continues if this part cannot be built.
     """
 
     graph: onnx.ModelProto
@@ -57,11 +57,11 @@ class EnginePart:
         return max(profile.query_length.max for profile in self.profiles)
 
     def with_unrolled(self, steps: Sequence[int], optional: bool = False) -> EnginePart:
-        """Return this part with one more for each number of tokens; itself where it reads no tokens.
+        """Return this part with a part for short queries for each number of tokens; unchanged if it reads no tokens.
 
         Args:
-            steps: numbers of tokens.
-            optional: of the parts that are added.
+            steps: maximum numbers of tokens.
+            optional: whether a build continues without the new parts.
         """
         if not steps or self.manifest.part not in ("whole", "query"):
             return self
@@ -78,5 +78,5 @@ class EnginePart:
 
 
 def short_query_engine_path(engine: Path, steps: int) -> Path:
-    """Return where the engine for queries of at most so many tokens stands: drn.fp16.8.engine for drn.fp16.engine."""
+    """Return the path of the engine for queries of at most `steps` tokens, as drn.fp16.8.engine for drn.fp16.engine."""
     return engine.with_name(f"{engine.stem}.{steps}{engine.suffix}")

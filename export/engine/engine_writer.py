@@ -1,4 +1,4 @@
-"""Build a plan from a converted graph, check its precision, and write it with its metadata and layers."""
+"""Build the plans of an engine part, check their precision, and write them with metadata and layers."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ log = logging.getLogger("drn")
 
 @dataclasses.dataclass
 class BuildState:
-    """The state that the engines of one build share, so that kernels are timed once.
+    """State that the plans of one build share.
 
     Attributes:
-        timing_cache: measured kernel times, in TensorRT's own format; None before the first plan.
+        timing_cache: serialized timing cache; None before the first plan.
         one_profile: whether a plan with two optimization profiles could not be loaded.
         fp32_scales: whether a plan with FP16 scales could not be built.
     """
@@ -51,35 +51,36 @@ class BuildState:
 def build_part(
     part: EnginePart, precision: str, options: BuildOptions, cache: Path | None, state: BuildState | None = None
 ) -> EnginePart:
-    """Build the engine, and those for short queries, judge their precision, and write plans, sidecars and layers.
+    """Build an engine and those for short queries, check their precision, and write plans, metadata and layers.
 
-    An optional plan for short queries that does not build is left out, with a warning.
+    An optional engine for short queries that cannot be built is left out with a warning.
 
     Args:
-        part: what to build, and where to write it.
-        precision: that the engine must have.
+        part: graph, profiles and paths.
+        precision: required precision.
         options: of the build.
-        cache: file of kernel times, read if there and written back.
+        cache: timing cache file, read if it exists, and updated.
         state: shared with other parts of the same build.
 
     Returns:
         The part as it was built, with the parts for short queries that were built.
 
     Raises:
-        ModelFileError, DeviceError: the engine, or a plan that is not optional, does not build.
-        CheckFailed: the layers contradict the precision; the engine is then saved as rejected.
+        ModelFileError, DeviceError: the engine, or one for short queries that is not optional, cannot be built.
+        CheckFailed: the layers contradict the precision; the engine is saved as NAME.rejected.engine.
     """
     from calib.graph.half_precision import fp32_nodes
-    from export.engine.precision_verdict import Promise, engine_verdict, layer_stats_content, require
+    from export.engine.precision_verdict import ExpectedPrecision, engine_verdict, layer_stats_content, require
 
     state = state or BuildState()
     shorter = _build_unrolled(part, precision, options, cache, state)
-    left_out = [other for other in part.unrolled if other.engine not in [plan.engine for plan in shorter]]
+    built_engines = [other.engine for other in shorter]
+    left_out = [other for other in part.unrolled if other.engine not in built_engines]
     built, part, changes = _build(part, options, cache, state)
     for change in changes:
-        log.warning("%s was built in another form: %s.", part.engine.name, change)
+        log.warning("%s differs from the request: %s.", part.engine.name, change)
     changes += [f"it has no plan for queries of at most {other.max_query_length} tokens" for other in left_out]
-    promise = Promise(
+    expected = ExpectedPrecision(
         precision,
         part.precision_stats,
         part.fp32_weight_bytes,
@@ -88,25 +89,25 @@ def build_part(
         version_compatible=options.version_compatible,
         fp32_nodes=fp32_nodes(part.graph),
     )
-    counted, verdict = engine_verdict(built.inspection, promise, len(built.plan), built.why_not_inspected)
-    content = _sidecar_content(
-        part, built, options, layer_stats_content(part.precision_stats, counted, verdict), cache, changes
+    layers, verdict = engine_verdict(built.inspection, expected, len(built.plan), built.not_inspected_reason)
+    content = _metadata(
+        part, built, options, layer_stats_content(part.precision_stats, layers, verdict), cache, changes
     )
-    if shorter:
-        content["unrolled"] = {plan.engine.name: sha256(plan.engine) for plan in shorter}
     try:
         require(verdict, precision)
     except CheckFailed as error:
-        rejected = _rejected(part.engine)
-        # Of what is rejected, it alone is kept.
-        content.pop("unrolled", None)
+        rejected = _rejected_path(part.engine)
         _write_engine(rejected, built.plan, content)
         _write_layers(rejected, built)
-        raise CheckFailed(f"{error} The engine is kept as {rejected.name}.", code=error.code) from error
+        raise CheckFailed(f"{error} The engine was saved as {rejected.name}.", code=error.code) from error
+    if shorter:
+        content["unrolled"] = {other.engine.name: sha256(other.engine) for other in shorter}
     _write_engine(part.engine, built.plan, content)
     _write_layers(part.engine, built)
-    message = "".join(f"; {change}" for change in changes)
-    print(f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {precision} is {verdict}{message}.")
+    differences = "".join(f"; {change}" for change in changes)
+    print(
+        f"{part.engine.name}: {len(built.plan) / 1e6:.1f} MB, {built.library}; {precision} is {verdict}{differences}."
+    )
     if verdict.name != PROVEN:
         log.warning("%s: %s is %s: %s.", part.engine.name, precision, verdict.name, verdict.reason)
     return dataclasses.replace(part, unrolled=tuple(shorter))
@@ -115,7 +116,7 @@ def build_part(
 def _build_unrolled(
     part: EnginePart, precision: str, options: BuildOptions, cache: Path | None, state: BuildState
 ) -> list[EnginePart]:
-    """Build the plans for short queries that belong to a part; see `build_part`."""
+    """Build the engines for short queries of a part; see `build_part`."""
     built = []
     for other in part.unrolled:
         try:
@@ -123,29 +124,28 @@ def _build_unrolled(
         except (ModelFileError, DeviceError) as error:
             if not other.optional:
                 raise type(error)(
-                    f"{error} --unroll 0 builds the engine without others for short queries.", code=error.code
+                    f"{error} --unroll 0 builds no engines for short queries.", code=error.code
                 ) from error
             log.warning(
-                "%s is not built, and queries of at most %d tokens are answered by a plan for longer ones, which takes "
-                "more time: %s --unroll 0 builds no such plans.",
+                "%s was not built, so queries of at most %d tokens use the slower engine for all queries: %s",
                 *(other.engine.name, other.max_query_length, error),
             )
     return built
 
 
-def _rejected(engine: Path) -> Path:
+def _rejected_path(engine: Path) -> Path:
     return engine.with_name(f"{engine.stem}.rejected.engine")
 
 
 def mark_rejected(engine: Path) -> Path:
-    """Take an engine's name from it, and return its new one."""
+    """Rename an engine, its metadata and its layers to NAME.rejected.engine, and return the new path."""
     content = dict(engine_metadata.read_verified(engine))
     content["sha256"] = {name: digest for name, digest in content["sha256"].items() if name != engine.name}
     if "unrolled" in content:
         content["unrolled"] = {
-            _rejected(engine.with_name(name)).name: digest for name, digest in content["unrolled"].items()
+            _rejected_path(engine.with_name(name)).name: digest for name, digest in content["unrolled"].items()
         }
-    rejected = _rejected(engine)
+    rejected = _rejected_path(engine)
     _write_engine(rejected, engine.read_bytes(), content)
     if layers_path(engine).is_file():
         layers_path(engine).replace(layers_path(rejected))
@@ -161,16 +161,16 @@ FP32_SCALES = "its scales are FP32, because the build with FP16 scales failed"
 def _build(
     part: EnginePart, options: BuildOptions, cache: Path | None, state: BuildState
 ) -> tuple[BuiltEngine, EnginePart, list[str]]:
-    """Build a plan; if the library refuses, again in a form that avoids a known failure of it.
+    """Build a plan, and after a known failure of the library build it again with a workaround.
 
-    A form that an earlier plan of the same build needed is taken at once.
+    Workarounds that an earlier plan of the same build needed are applied at once.
 
     Returns:
-        The plan, what it was built of, and what is different from the request, a sentence each.
+        The plan, the part it was built from, and each difference from the request as a clause.
 
     Raises:
         PlanNotLoaded: a plan with one profile cannot be loaded either.
-        BuildFailed: the graph does not build; the error of the first form, where there were two.
+        BuildFailed: the graph cannot be built; the error is that of the first attempt.
     """
     from export.engine.builder import load_library
 
@@ -189,7 +189,7 @@ def _build(
             first = first or error
             if not has_half_scales(part.graph):
                 raise first from None
-            log.warning("%s Building again with FP32 scales around INT8 ...", error)
+            log.warning("%s Building again with FP32 scales ...", error)
             part = _with_fp32_scales(part, changes)
         except PlanNotLoaded as error:
             if len(part.profiles) == 1:
@@ -203,13 +203,13 @@ def _build(
 
 
 def _with_one_profile(part: EnginePart, changes: list[str]) -> EnginePart:
-    """Return a part with one profile: a plan of TensorRT 8.6 with two may not load (NVIDIA/TensorRT#2977)."""
+    """Return the part with one profile: a TensorRT 8.6 plan with two may not load (NVIDIA/TensorRT#2977)."""
     changes.append(ONE_PROFILE)
     return dataclasses.replace(part, profiles=one_profile(part.profiles))
 
 
 def _with_fp32_scales(part: EnginePart, changes: list[str]) -> EnginePart:
-    """Return a part with FP32 scales: Q/DQ with FP16 scales may not build (NVIDIA/TensorRT#4832)."""
+    """Return the part with FP32 scales: Q/DQ with FP16 scales may not build (NVIDIA/TensorRT#4832)."""
     changes.append(FP32_SCALES)
     return dataclasses.replace(part, graph=with_wide_scales(part.graph))
 
@@ -226,11 +226,11 @@ def _build_once(part: EnginePart, options: BuildOptions, cache: Path | None, sta
     return built
 
 
-def _sidecar_content(
+def _metadata(
     part: EnginePart,
     built: BuiltEngine,
     options: BuildOptions,
-    census: dict[str, Any],
+    layer_stats: dict[str, Any],
     cache: Path | None,
     changes: Sequence[str],
 ) -> dict[str, Any]:
@@ -255,22 +255,21 @@ def _sidecar_content(
             "changes": list(changes),
         },
         "timing_cache": sha256(cache) if cache and cache.is_file() else None,
-        "census": census,
+        "census": layer_stats,
         "sha256": {part.graph_path.name: part.graph_sha256},
     }
 
 
 def _write_engine(path: Path, plan: bytes, content: dict[str, Any]) -> None:
-    """Write plan and sidecar: both are whole before either takes its place, so that no old pair is lost to half a new
-    one."""
+    """Write a plan and its metadata to temporary files, and rename both after they are complete."""
     hashes = {path.name: hashlib.sha256(plan).hexdigest(), **content["sha256"]}
-    with atomic_write(engine_metadata.metadata_path(path)) as siblings, atomic_write(path) as temporary:
+    with atomic_write(engine_metadata.metadata_path(path)) as metadata, atomic_write(path) as temporary:
         temporary.write_bytes(plan)
-        write_json(siblings, engine_metadata.with_digest({**content, "sha256": hashes}))
+        write_json(metadata, engine_metadata.with_digest({**content, "sha256": hashes}))
 
 
 def _write_layers(engine: Path, built: BuiltEngine) -> None:
-    """Write everything that the inspector wrote about a plan beside it; nothing where it was not inspected."""
+    """Write the output of the inspector next to an engine, if there is one."""
     if built.inspection is None:
         return
     digest = hashlib.sha256(built.plan).hexdigest()
@@ -279,9 +278,9 @@ def _write_layers(engine: Path, built: BuiltEngine) -> None:
 
 
 def _gpu() -> str | None:
-    """Return name, CUDA version, memory and compute capability of the GPU that is built for, as the driver tells them.
+    """Return name, CUDA version, memory and compute capability of the GPU; None without one.
 
-    Not as nvidia-smi does: the runtime compares the name with the driver's.
+    The name is that of the driver, not of nvidia-smi, because the runtime compares it with the driver's.
     """
     if not cuda_devices():
         return None

@@ -1,4 +1,4 @@
-"""Ask TensorRT's engine inspector about a plan that was just built, unbound and bound to each optimization profile."""
+"""Read the engine inspector of TensorRT for a new plan, without a context and with each optimization profile."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def inspect_plan(
     host_code: bool = False,
     cuda: Cuda | None = None,
 ) -> Inspection:
-    """Return everything that the inspector writes about a plan.
+    """Return the output of the inspector for a plan.
 
     Args:
-        trt: the library that built it.
-        logger: of `logger_for`.
-        plan: the serialized engine. It is loaded, so it must be one that this process built.
-        profiles: its optimization profiles, in the order of the build.
-        host_code: whether it is version-compatible. Such a plan contains the lean runtime, which is code, and is
-            refused unless `IRuntime::setEngineHostCodeAllowed` permits it (NvInferRuntime.h; Polygraphy's loader.py).
-        cuda: the GPU; opened when not given.
+        trt: the library that built the plan.
+        logger: from `logger_for`.
+        plan: serialized engine. It is deserialized, so it must come from this process.
+        profiles: optimization profiles, in the order of the build.
+        host_code: whether the plan is version-compatible. Such a plan contains the lean runtime, which is code, and
+            loads only if `IRuntime::setEngineHostCodeAllowed` permits it (NvInferRuntime.h; Polygraphy's loader.py).
+        cuda: the GPU; None opens the first one.
 
     Raises:
-        PlanNotLoaded: the library refuses the plan.
+        PlanNotLoaded: the library cannot deserialize the plan.
     """
     runtime = trt.Runtime(logger)
     if host_code:
@@ -47,8 +47,8 @@ def inspect_plan(
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise PlanNotLoaded(
-            f"{trt.__name__} {trt.__version__} cannot load the plan that it built: "
-            f"{'; '.join(logger.lines)[:500] or 'it gave no reason'}."
+            f"{trt.__name__} {trt.__version__} cannot load the plan that it built "
+            f"({'; '.join(logger.lines)[:500] or 'no reason given'}). Try --profiles 1 or another precision."
         )
     inspector = engine.create_engine_inspector()
     unbound = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
@@ -61,8 +61,8 @@ def inspect_plan(
     for index, profile in enumerate(profiles):
         shapes = {name: opt for name, (_, opt, _) in profile.shapes.items()}
         try:
-            text = _bound(trt, logger, engine, inspector, cuda, index, shapes)
-        # Whatever fails here says nothing about the plan's precision.
+            text = _inspect_profile(trt, logger, engine, inspector, cuda, index, shapes)
+        # A failure here is no evidence about the precision of the plan.
         except (GroundingError, RuntimeError, TypeError, ValueError) as error:
             views.append(ProfileView(profile.name, shapes, None, one_line(error)))
         else:
@@ -70,21 +70,21 @@ def inspect_plan(
     return Inspection(unbound, tuple(views))
 
 
-def _bound(
+def _inspect_profile(
     trt: Any, logger: Any, engine: Any, inspector: Any, cuda: Cuda, index: int, shapes: Mapping[str, Sequence[int]]
 ) -> str:
-    """Return the inspector's JSON with a context set to a profile and to the shapes of all inputs.
+    """Return the inspector's JSON for an execution context with a profile and the shapes of all inputs.
 
-    Only then does it show concrete sizes and formats (`IEngineInspector::setExecutionContext` in NvInferRuntime.h).
+    Without one it shows no concrete sizes and formats (`IEngineInspector::setExecutionContext` in NvInferRuntime.h).
     """
     with cuda.current():
         stream = cuda.stream()
         try:
             context = engine.create_execution_context()
             _expect(context is not None, logger, "an execution context could not be created")
-            chosen = context.set_optimization_profile_async(index, stream)
-            _expect(chosen, logger, f"profile {index} could not be selected")
-            # The profile is switched on the stream, and shapes must not be set before it has been.
+            selected = context.set_optimization_profile_async(index, stream)
+            _expect(selected, logger, f"profile {index} could not be selected")
+            # Shapes may only be set after the stream has switched the profile.
             cuda.synchronize(stream)
             for name, shape in shapes.items():
                 fits = context.set_input_shape(name, tuple(shape))

@@ -1,12 +1,11 @@
-"""Decide from an engine's layers whether it has the precision that its name says: proven, not proven or contradicted.
+"""Check the precision of an engine by its layers: proven, not proven or contradicted.
 
-Only evidence contradicts: layers that multiply, whose data type is known, and is wider than the graph's. What the
-inspector does not show is a reason for "not proven", never for a rejection.
+Only layers that multiply in a known data type wider than that of the graph contradict a precision. If the inspector
+does not show the types, the precision is "not proven", which never rejects an engine.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -26,15 +25,15 @@ from runtime.artifacts.engine_layers import (
 )
 from runtime.core.errors import CheckFailed, ModelFileError
 
-# Share of the layers that multiply whose type must be known, and as in the graph, to prove a precision. Small matrix
-# products may be compiled into kernels without a telling name.
+# Minimum share of the layers that multiply whose type is known and not wider than in the graph. The names of kernels
+# for small matrix products may not show their type.
 MIN_KNOWN_SHARE = 0.9
-# Kernels come on top of the weights: TensorRT-RTX brings 21 MB of them even to a network of a few kilobytes.
+# A plan also contains kernels: 21 MB of them in TensorRT-RTX even for a network of a few kilobytes.
 KERNEL_BYTES = 24_000_000
-# A version-compatible plan brings the lean runtime along: 105 MB in TensorRT 11.4 (libnvinfer_lean.so), less in older.
+# A version-compatible plan contains the lean runtime: 105 MB in TensorRT 11.4 (libnvinfer_lean.so), less in older ones.
 LEAN_RUNTIME_BYTES = 120_000_000
-# Largest share of the FP32 weights that a plan should hold, by precision.
-_LARGEST_PLAN = {"fp32": 1.6, "fp16": 0.8, "bf16": 0.8, "int8": 0.6, "fp8": 0.6}
+# Maximum size of the weights in a plan, relative to FP32 weights.
+_MAX_WEIGHTS = {"fp32": 1.6, "fp16": 0.8, "bf16": 0.8, "int8": 0.6, "fp8": 0.6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Verdict:
     """The verdict on the precision of an engine.
 
     Attributes:
-        name: of `runtime.artifacts.engine_layers.VERDICTS`.
-        reason: what was counted, or what could not be, as a clause.
+        name: one of `runtime.artifacts.engine_layers.VERDICTS`.
+        reason: the evidence, or what could not be measured, as a clause.
     """
 
     name: str
@@ -54,17 +53,17 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Promise:
+class ExpectedPrecision:
     """The precision that an engine must have.
 
     Attributes:
-        precision: in its name.
-        graph: what was counted in the graph that it is built of; None where that is not known.
-        fp32_weight_bytes: size of the graph's weights in FP32.
-        tf32: whether FP32 may be computed in TF32.
-        strongly_typed: whether the library takes each layer's type from the graph.
+        precision: fp32, fp16, bf16, int8 or fp8.
+        graph: data types of the graph that the engine was built from; None if they are not known.
+        fp32_weight_bytes: size of the weights of the graph in FP32.
+        tf32: whether TF32 is allowed for FP32.
+        strongly_typed: whether the library takes the type of each layer from the graph.
         version_compatible: whether the plan contains the lean runtime.
-        fp32_nodes: of the graph those that stay in FP32; see `calib.graph.half_precision.fp32_nodes`.
+        fp32_nodes: nodes that stay in FP32; see `calib.graph.half_precision.fp32_nodes`.
     """
 
     precision: str
@@ -77,19 +76,19 @@ class Promise:
 
 
 def engine_verdict(
-    inspection: Inspection | None, promise: Promise, plan_bytes: int, why_not_inspected: str = ""
+    inspection: Inspection | None, expected: ExpectedPrecision, plan_bytes: int, not_inspected_reason: str = ""
 ) -> tuple[EngineLayerStats | None, Verdict]:
-    """Return what was counted in an engine (its first profile), and the verdict over all its profiles.
+    """Return the layer statistics of the first profile of an engine, and the verdict over all profiles.
 
     Args:
-        inspection: what the inspector wrote; None where the plan was not opened.
-        promise: what it is held to.
+        inspection: output of the inspector; None if the plan was not opened.
+        expected: required precision.
         plan_bytes: size of the plan.
-        why_not_inspected: the reason where there is no inspection, as a clause.
+        not_inspected_reason: reason for a missing inspection, as a clause.
     """
     if inspection is None:
-        reason = why_not_inspected or "the plan was not opened"
-        return None, Verdict(NOT_PROVEN, _joined(f"no layer could be counted: {reason}", promise, plan_bytes, 1))
+        reason = f"the layers could not be read: {not_inspected_reason or 'the plan was not opened'}"
+        return None, Verdict(NOT_PROVEN, _with_other_evidence(reason, expected, plan_bytes, 1))
     counted: list[EngineLayerStats] = []
     verdicts: list[Verdict] = []
     for index, text in enumerate(inspection.views()):
@@ -100,16 +99,16 @@ def engine_verdict(
             continue
         stats = count_layers(layers, plan_bytes)
         counted.append(stats)
-        verdicts.append(_verdict(layers, stats, promise))
-    # The worst profile decides.
+        verdicts.append(_verdict(layers, stats, expected))
+    # The profile with the worst verdict decides.
     order = (CONTRADICTED, NOT_PROVEN, PROVEN)
     verdict = min(verdicts, key=lambda verdict: order.index(verdict.name))
     if verdict.name == NOT_PROVEN:
         unbound = inspection.reason()
         reason = f"{verdict.reason}; {unbound}" if unbound else verdict.reason
-        verdict = Verdict(NOT_PROVEN, _joined(reason, promise, plan_bytes, len(verdicts)))
+        verdict = Verdict(NOT_PROVEN, _with_other_evidence(reason, expected, plan_bytes, len(verdicts)))
     elif verdict.name == PROVEN:
-        size_warning = check_size(plan_bytes, promise, len(verdicts))
+        size_warning = check_size(plan_bytes, expected, len(verdicts))
         verdict = Verdict(NOT_PROVEN, f"{verdict.reason}, but {size_warning}") if size_warning else verdict
     return (counted[0] if counted else None), verdict
 
@@ -118,49 +117,49 @@ def require(verdict: Verdict, precision: str) -> None:
     """Raise CheckFailed if the evidence contradicts the precision."""
     if verdict.name == CONTRADICTED:
         raise CheckFailed(
-            f"{precision} was requested, but the engine computes otherwise: {verdict.reason}.",
+            f"The layers of the engine contradict {precision}: {verdict.reason}.",
             code="precision_contradicted",
         )
 
 
-def check_size(plan_bytes: int, promise: Promise, num_profiles: int) -> str:
-    """Return what the size of a plan says against its precision, as a clause; empty if nothing.
+def check_size(plan_bytes: int, expected: ExpectedPrecision, num_profiles: int) -> str:
+    """Return a clause if a plan is larger than its precision allows; else an empty string.
 
-    Weights may be stored once for each profile, so that size alone contradicts nothing.
+    A plan may store the weights once for each profile, so the size alone never contradicts a precision.
     """
-    weights = _LARGEST_PLAN[promise.precision] * promise.fp32_weight_bytes
-    fixed = KERNEL_BYTES + (LEAN_RUNTIME_BYTES if promise.version_compatible else 0)
-    expected = weights + fixed
-    if not promise.fp32_weight_bytes or plan_bytes <= expected:
+    weights = _MAX_WEIGHTS[expected.precision] * expected.fp32_weight_bytes
+    fixed = KERNEL_BYTES + (LEAN_RUNTIME_BYTES if expected.version_compatible else 0)
+    limit = weights + fixed
+    if not expected.fp32_weight_bytes or plan_bytes <= limit:
         return ""
-    message = f"the plan has {plan_bytes / 1e6:.0f} MB where {expected / 1e6:.0f} MB are expected"
+    sizes = f"the plan has {plan_bytes / 1e6:.0f} MB instead of at most {limit / 1e6:.0f} MB"
     if plan_bytes <= num_profiles * weights + fixed:
-        return f"{message} (the weights may be stored once for each of {num_profiles} profiles)"
-    return f"{message}, so that weights are stored in a wider type or more than once"
+        return f"{sizes} (the weights may be stored once for each of {num_profiles} profiles)"
+    return f"{sizes}, so weights are stored in a wider type or more than once"
 
 
-def _joined(reason: str, promise: Promise, plan_bytes: int, num_profiles: int) -> str:
-    """Return a reason together with what the size says, and with what the graph still proves."""
-    parts = [reason, check_size(plan_bytes, promise, num_profiles)]
-    if promise.strongly_typed:
+def _with_other_evidence(reason: str, expected: ExpectedPrecision, plan_bytes: int, num_profiles: int) -> str:
+    """Return a reason with the evidence of the plan's size and of strong typing."""
+    parts = [reason, check_size(plan_bytes, expected, num_profiles)]
+    if expected.strongly_typed:
         parts.append("the library is strongly typed and takes each type from the graph")
     return "; ".join(filter(None, parts))
 
 
-def _verdict(layers: Sequence[Layer], stats: EngineLayerStats, promise: Promise) -> Verdict:
+def _verdict(layers: Sequence[Layer], stats: EngineLayerStats, expected: ExpectedPrecision) -> Verdict:
     """Return the verdict over the layers of one profile."""
-    precision, types = promise.precision, _types_by_module(promise)
+    precision, types = expected.precision, _types_by_module(expected)
     in_precision = wider = narrower = others = 0
-    examples: collections.Counter[str] = collections.Counter()
+    wider_types: dict[str, None] = {}
     for layer in layers:
         if layer.computes is None:
             continue
-        computes = "fp32" if layer.computes == "tf32" and promise.tf32 else layer.computes
-        expected = _expected_widths(layer, types)
-        if WIDTHS[computes] > max(expected):
+        computes = "fp32" if layer.computes == "tf32" and expected.tf32 else layer.computes
+        widths = _expected_widths(layer, types)
+        if WIDTHS[computes] > max(widths):
             wider += 1
-            examples[computes] += 1
-        elif WIDTHS[computes] < min(expected):
+            wider_types[computes] = None
+        elif WIDTHS[computes] < min(widths):
             narrower += 1
         elif computes == precision:
             in_precision += 1
@@ -169,49 +168,49 @@ def _verdict(layers: Sequence[Layer], stats: EngineLayerStats, promise: Promise)
     hidden = stats.unknown + stats.foreign
     known = in_precision + wider + narrower + others
     if wider > in_precision:
-        kinds = " and ".join(examples)
+        kinds = " and ".join(wider_types)
         return Verdict(CONTRADICTED, f"{wider} layers compute in {kinds}, wider than in the graph ({stats})")
-    in_graph = promise.graph is None or precision in promise.graph.total()
+    in_graph = expected.graph is None or precision in expected.graph.total()
     if known and not hidden and not in_precision and in_graph:
         return Verdict(CONTRADICTED, f"no layer computes in {precision} ({stats})")
     if not layers:
-        return Verdict(NOT_PROVEN, "the engine lists the names of its layers only")
+        return Verdict(NOT_PROVEN, "the inspector shows only the names of the layers")
     if not known and not hidden:
-        return Verdict(NOT_PROVEN, "no layer that multiplies is shown")
-    narrowed = _narrowed(layers, promise)
+        return Verdict(NOT_PROVEN, "the inspector shows no layer that multiplies")
+    narrowed = _narrowed_nodes(layers, expected)
     if narrowed:
-        return Verdict(NOT_PROVEN, f"{', '.join(narrowed)} in a narrower type than FP32, which the graph has ({stats})")
+        return Verdict(NOT_PROVEN, f"{', '.join(narrowed)} in a narrower type than FP32 of the graph ({stats})")
     enough = known - wider >= MIN_KNOWN_SHARE * (known + stats.unknown)
     if stats.foreign or narrower or not enough or (in_graph and not in_precision):
         return Verdict(NOT_PROVEN, f"layers that multiply: {stats}")
     return Verdict(PROVEN, f"layers that multiply: {stats}")
 
 
-def _narrowed(layers: Sequence[Layer], promise: Promise) -> list[str]:
-    """Return nodes that stay in FP32 in the graph, and whose layer writes something narrower.
+def _narrowed_nodes(layers: Sequence[Layer], expected: ExpectedPrecision) -> list[str]:
+    """Return the nodes that are FP32 in the graph and whose layer writes a narrower type.
 
-    A layer may also compute nodes that are not FP32 in the graph; of its types nothing follows.
+    The types of a layer that also computes other nodes are no evidence.
     """
     return [
         node
         for layer in layers
-        if layer.nodes and promise.fp32_nodes.issuperset(layer.nodes) and layer.writes and "fp32" not in layer.writes
+        if layer.nodes and expected.fp32_nodes.issuperset(layer.nodes) and layer.writes and "fp32" not in layer.writes
         for node in layer.nodes
     ]
 
 
-def _types_by_module(promise: Promise) -> Mapping[str, Iterable[str]]:
-    """Return the data types that each DRN module has in the graph; under "" all of them."""
-    if promise.graph is None:
-        return {"": (promise.precision,)}
-    every = tuple(kind for kind in promise.graph.total() if kind in WIDTHS)
-    return {**{module: tuple(kinds) for module, kinds in promise.graph.macs.items()}, "": every or (promise.precision,)}
+def _types_by_module(expected: ExpectedPrecision) -> Mapping[str, Iterable[str]]:
+    """Return the data types of each DRN module in the graph, and under "" those of all modules."""
+    if expected.graph is None:
+        return {"": (expected.precision,)}
+    every = tuple(kind for kind in expected.graph.total() if kind in WIDTHS) or (expected.precision,)
+    return {**{module: tuple(kinds) for module, kinds in expected.graph.macs.items()}, "": every}
 
 
 def _expected_widths(layer: Layer, types: Mapping[str, Iterable[str]]) -> list[int]:
-    """Return the widths of the types that the graph has in the modules that a layer computes.
+    """Return the widths of the data types in the graph of the modules that a layer computes.
 
-    A layer whose name shows no module may be of any type that the graph has.
+    A layer whose name shows no module may have any type of the graph.
     """
     modules = {module for node in layer.nodes for module in drn_modules(node)} & types.keys()
     results = [WIDTHS[kind] for module in modules or ("",) for kind in types[module] if kind in WIDTHS]

@@ -1,4 +1,4 @@
-"""The shapes that an engine is built for, as values that tests read without a GPU."""
+"""Choose the optimization profiles of an engine, and the query lengths of further engines with an unrolled LSTM."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from runtime.datasets.dataset import DataSet
 from runtime.datasets.presets import length_quantiles, length_quantiles_of, query_length_of
 
 Shape = tuple[int, ...]
-# As commands take MIN OPT MAX.
+# MIN OPT MAX of an option; a plain tuple, because the help of a command shows its default.
 SizeRange = tuple[int, int, int]
 
-# A plain tuple, as the help of the commands shows it.
 DEFAULT_BATCH = (1, 8, 32)
 DEFAULT_CACHED_VIDEOS = 64
-"""Encoded videos that an engine keeps on the GPU: 16 MB in FP16 at full size."""
-MOST_ENCODED = 8
-"""Videos that are encoded together."""
+"""Number of encoded videos that an engine keeps in GPU memory: 16 MB in FP16 at full size."""
+MAX_ENCODE_BATCH = 8
+"""Maximum number of videos per batch of the video part."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """One optimization profile: the shapes between which an engine works, and those it is tuned for.
+    """One optimization profile.
 
     Attributes:
-        name: how reports call it.
-        batch: queries that go through together.
-        query_length: tokens of a query.
-        shapes: for each input the smallest, best and largest shape.
+        name: for reports.
+        batch: min, opt and max number of queries.
+        query_length: min, opt and max number of tokens.
+        shapes: min, opt and max shape of each input.
     """
 
     name: str
@@ -43,24 +42,29 @@ class Profile:
 
 
 def default_query_lengths(manifest: Manifest) -> MinOptMax:
-    """Return the query lengths an engine is made for where none are asked for: its data set's, as far as they go."""
+    """Return the query lengths of the training data set, limited to those that the model accepts."""
     return MinOptMax(*(min(length, manifest.max_query_length) for length in query_length_of(manifest.training)))
 
 
 def profiles(batch: SizeRange, query_length: SizeRange | None, manifest: Manifest) -> list[Profile]:
-    """Return the optimization profiles of a domain: one for a single query, one for 2 to the largest batch.
+    """Return the optimization profiles: one for a single query, and one for 2 to the maximum batch size.
 
-    A kernel chosen for 32 queries is seldom the best for one, so a domain that holds both gets a profile for each.
+    The fastest kernel for 32 queries is seldom the fastest for one, so the two have separate profiles.
+
+    Args:
+        batch: min, opt and max number of queries.
+        query_length: min, opt and max number of tokens; None for `default_query_lengths`.
+        manifest: of the model.
 
     Raises:
-        ShapeError: a range does not rise, starts below 1, or asks for longer queries than the model takes.
+        ShapeError: a range is not 1 <= min <= opt <= max, or exceeds the query length of the model.
     """
     query_length = MinOptMax(*(query_length or default_query_lengths(manifest)))
     check_ranges(batch, query_length)
     if query_length.max > manifest.max_query_length:
         raise ShapeError(
-            f"--query-length asks for up to {query_length.max} tokens and this model was exported for at most "
-            f"{manifest.max_query_length}; lower it, or export again with --max-query-length {query_length.max}.",
+            f"Expected --query-length of at most {manifest.max_query_length} tokens, for which the model was exported, "
+            f"got {query_length.max}. Lower it, or export again with --max-query-length {query_length.max}.",
             code="query_length_out_of_range",
         )
     smallest, best, largest = batch
@@ -74,26 +78,26 @@ def profiles(batch: SizeRange, query_length: SizeRange | None, manifest: Manifes
 
 
 def part_profiles(
-    part: str, whole: Sequence[Profile], manifest: Manifest, videos: int, encoded_dim: int
+    part: str, full: Sequence[Profile], manifest: Manifest, videos: int, encoded_dim: int
 ) -> list[Profile]:
-    """Return the optimization profiles of one part of a split model, from those of the whole.
+    """Return the optimization profiles of one part of a split model.
 
     Args:
         part: video or query.
-        whole: of `profiles`.
+        full: profiles of the full model, from `profiles`.
         manifest: of the part.
-        videos: encodings that the query part keeps at hand; it always sees so many.
-        encoded_dim: channels of an encoding.
+        videos: number of encoded videos that the query part keeps in GPU memory.
+        encoded_dim: number of channels of an encoded video.
     """
     segments, width = manifest.decoding.num_segments, manifest.features.dim
     if part == "video":
-        most = min(videos, MOST_ENCODED)
-        features = tuple((size, segments, width) for size in (1, min(2, most), most))
-        batch = MinOptMax(1, min(2, most), most)
-        return [Profile("videos", batch, MinOptMax(1, 1, 1), {"segment_features": _trio(features)})]
-    retained = {
-        "encoded_features": _trio([(size, encoded_dim, segments) for size in (1, videos, videos)]),
-        "segment_spans": _trio([(size, segments, 2) for size in (1, videos, videos)]),
+        largest = min(videos, MAX_ENCODE_BATCH)
+        batch = MinOptMax(1, min(2, largest), largest)
+        features = _min_opt_max([(size, segments, width) for size in batch])
+        return [Profile("videos", batch, MinOptMax(1, 1, 1), {"segment_features": features})]
+    video_shapes = {
+        "encoded_features": _min_opt_max([(size, encoded_dim, segments) for size in (1, videos, videos)]),
+        "segment_spans": _min_opt_max([(size, segments, 2) for size in (1, videos, videos)]),
     }
     return [
         dataclasses.replace(
@@ -102,15 +106,15 @@ def part_profiles(
                 "query_tokens": profile.shapes["query_tokens"],
                 "query_length": profile.shapes["query_length"],
                 "video_index": profile.shapes["query_length"],
-                **retained,
+                **video_shapes,
             },
         )
-        for profile in whole
+        for profile in full
     ]
 
 
 def with_fixed_query_length(profile: Profile, tokens: int) -> Profile:
-    """Return a profile of a whole model or a query part for queries that are all padded to so many tokens."""
+    """Return a profile for queries that are all padded to `tokens` tokens."""
     smallest, best, largest = profile.batch
     return dataclasses.replace(
         profile,
@@ -120,7 +124,7 @@ def with_fixed_query_length(profile: Profile, tokens: int) -> Profile:
 
 
 def one_profile(several: Sequence[Profile]) -> list[Profile]:
-    """Return one profile in place of several: as wide as all of them, tuned for the last."""
+    """Return one profile with the range of several and the optimum of the last."""
     if len(several) == 1:
         return list(several)
     first, last = several[0], several[-1]
@@ -132,12 +136,12 @@ def one_profile(several: Sequence[Profile]) -> list[Profile]:
 
 @dataclasses.dataclass(frozen=True)
 class Unrolling:
-    """The query lengths for which engines with a written-out LSTM are built.
+    """The query lengths for which engines with an unrolled LSTM are built.
 
     Attributes:
-        steps: longest queries of these engines, in tokens, ascending; empty if none is built.
-        reason: why these, as a clause.
-        automatic: whether the data set determines them, and not `--unroll`.
+        steps: maximum number of tokens of each engine, ascending; empty for none.
+        reason: source of the lengths, as a clause.
+        automatic: whether the lengths are a default and not from `--unroll`.
     """
 
     steps: tuple[int, ...]
@@ -146,12 +150,12 @@ class Unrolling:
 
 
 def check_unroll(requested: Sequence[int]) -> tuple[int, ...]:
-    """Return the lengths that `--unroll` names, ascending and each once; ShapeError if 0 and lengths are combined."""
+    """Return the distinct lengths of `--unroll`, ascending; raise ShapeError if 0 is combined with lengths."""
     lengths = tuple(sorted(set(requested)))
     if 0 in lengths and len(lengths) > 1:
         raise ShapeError(
-            f"--unroll 0 builds no engine with a written-out LSTM, but {' '.join(map(str, lengths))} was given. Give 0 "
-            "alone, or lengths alone.",
+            f"Expected --unroll 0 alone or lengths of at least 1, got {' '.join(map(str, lengths))}. Remove 0, which "
+            "builds no engine with an unrolled LSTM, or the lengths.",
             code="invalid_option",
         )
     return lengths
@@ -160,18 +164,18 @@ def check_unroll(requested: Sequence[int]) -> tuple[int, ...]:
 def unrolling(
     requested: Sequence[int], target: str, longest: int, manifest: Manifest | None, data: DataSet | None, split: str
 ) -> Unrolling:
-    """Return the query lengths for which plans with a written-out LSTM are built besides the engine.
+    """Return the query lengths for which further engines with an unrolled LSTM are built.
 
-    Without `--unroll`, engines of TensorRT get the 90 % and 99 % quantiles of the query lengths: of the data set that
-    is given, else of the one that the model was trained on. TensorRT-RTX captures CUDA graphs by itself and gets none.
+    The default for TensorRT is the 90 % and 99 % quantiles of the query lengths in `data`, or else in the data set that
+    the model was trained on. TensorRT-RTX captures CUDA graphs itself, so its default is none.
 
     Args:
-        requested: of `check_unroll`; (0,) for none, empty for the default.
+        requested: from `check_unroll`; (0,) for none, empty for the default.
         target: tensorrt, tensorrt-rtx or onnxruntime.
-        longest: tokens of the longest query of the engine.
-        manifest: of the model; None of a published checkpoint that is not converted yet, which names no data set.
-        data: the data set of `--data`.
-        split: whose queries count if the data set has no training split.
+        longest: maximum number of tokens of the engine.
+        manifest: of the model; None for a published checkpoint that is not converted yet.
+        data: data set of `--data`.
+        split: split to count if the data set has no training split.
 
     Raises:
         ShapeError: a requested length is below 1 or above `longest`.
@@ -182,8 +186,8 @@ def unrolling(
         wrong = [count for count in requested if not 1 <= count <= longest]
         if wrong:
             raise ShapeError(
-                f"--unroll takes numbers of tokens from 1 to {longest}, the longest query of this engine, and "
-                f"{', '.join(map(str, wrong))} was given. Correct --unroll, or give 0 for none.",
+                f"Expected --unroll lengths of 1 to {longest} tokens, the maximum of this engine, got "
+                f"{', '.join(map(str, wrong))}. Correct --unroll, or give 0 for none.",
                 code="invalid_option",
             )
         return Unrolling(tuple(requested), "--unroll")
@@ -197,47 +201,42 @@ def unrolling(
     quantiles = (data and manifest and _data_quantiles(data, split, manifest)) or length_quantiles_of(training)
     if quantiles is None:
         title = training.get("data_set")
-        reason = f"the query lengths of {title} are unknown; give --data, or lengths with --unroll"
+        reason = f"the query lengths of {title} are unknown; add --data, or lengths with --unroll"
         return Unrolling((), reason, automatic=True)
     lengths, source = quantiles
     steps = tuple(sorted({length for length in lengths if 1 <= length < longest}))
-    # "90 % and 99 % quantiles" names both, also where they are equal or the engine is too short for one.
     reason = f"90 % ({lengths[0]}) and 99 % ({lengths[1]}) quantiles of {source}"
     others = sorted(set(lengths) - set(steps))
     if others:
-        reason += f"; no plan for {' and '.join(map(str, others))}, as the longest query of the engine has {longest}"
+        reason += f"; no engine for {' and '.join(map(str, others))}, because the maximum of the engine is {longest}"
     return Unrolling(steps, reason, automatic=True)
 
 
 def _data_quantiles(data: DataSet, split: str, manifest: Manifest) -> tuple[tuple[int, int], str] | None:
-    """Return the quantiles of the lengths of a data set's queries as the model reads them; None without a known word.
-
-    Of the training split, or of `split` where there is none.
-    """
+    """Return the 90 % and 99 % quantiles of the query lengths in tokens, and their source; None without known words."""
     split = _counted_split(data, split)
-    unheard: Counter[str] = Counter()
     lengths = []
     for annotation in data.annotations(split, invalid="keep", quiet=True):
-        # A query that the model cannot read is reported where it is asked.
+        # A query that the model cannot encode is reported when it is answered.
         with contextlib.suppress(QueryError):
-            lengths.append(len(manifest.vocabulary.encode(annotation.sentence, unheard)))
+            lengths.append(len(manifest.vocabulary.encode(annotation.sentence, Counter())))
     if not lengths:
         return None
     return length_quantiles(lengths), f"{len(lengths)} queries of {data.annotations_path(split)}"
 
 
 def _counted_split(data: DataSet, split: str) -> str:
-    """Return the split whose queries are counted: the training split, or `split` where there is none."""
+    """Return the split whose queries are counted: the training split, or `split` if there is none."""
     return "train" if "train" in data.splits else split
 
 
-def _trio(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:
+def _min_opt_max(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:
     smallest, best, largest = shapes
     return smallest, best, largest
 
 
 def check_ranges(batch: SizeRange, query_length: SizeRange | None) -> None:
-    """Raise ShapeError for a range that does not rise or starts below 1."""
+    """Raise ShapeError for a range that is not 1 <= min <= opt <= max."""
     _check("--batch", batch)
     if query_length is not None:
         _check("--query-length", query_length)
@@ -247,7 +246,8 @@ def _check(flag: str, sizes: SizeRange) -> None:
     smallest, best, largest = sizes
     if not 1 <= smallest <= best <= largest:
         raise ShapeError(
-            f"{flag} takes MIN OPT MAX with 1 <= MIN <= OPT <= MAX, and {smallest} {best} {largest} was given.",
+            f"Expected {flag} MIN OPT MAX with 1 <= MIN <= OPT <= MAX, got {smallest} {best} {largest}. "
+            "Correct the option.",
             code="invalid_option",
         )
 
@@ -255,20 +255,10 @@ def _check(flag: str, sizes: SizeRange) -> None:
 def _profile(name: str, batch: MinOptMax, query_length: MinOptMax, manifest: Manifest) -> Profile:
     segments, width = manifest.decoding.num_segments, manifest.features.dim
 
-    def shapes(tail: Shape, words: bool = False) -> tuple[Shape, Shape, Shape]:
-        smallest, best, largest = (
-            (size, length, *tail) if words else (size, *tail) for size, length in zip(batch, query_length)
-        )
-        return smallest, best, largest
-
-    return Profile(
-        name,
-        batch,
-        query_length,
-        {
-            "query_tokens": shapes((), words=True),
-            "query_length": shapes(()),
-            "segment_features": shapes((segments, width)),
-            "segment_spans": shapes((segments, 2)),
-        },
-    )
+    shapes = {
+        "query_tokens": _min_opt_max(list(zip(batch, query_length))),
+        "query_length": _min_opt_max([(size,) for size in batch]),
+        "segment_features": _min_opt_max([(size, segments, width) for size in batch]),
+        "segment_spans": _min_opt_max([(size, segments, 2) for size in batch]),
+    }
+    return Profile(name, batch, query_length, shapes)

@@ -1,9 +1,8 @@
-"""TensorRT 8.6, which is weakly typed: the graph it takes, its precision flags, and the layers it must keep in FP32.
+"""Prepare graphs for TensorRT 8.6, which is weakly typed: FP32 graphs, precision flags and layers that stay in FP32.
 
-From TensorRT 10 on a graph's own types decide what is computed in what. 8.6 chooses by flags and by speed, so it gets
-the same graph in FP32 with the Q/DQ pairs around what multiplies, the flags of the precision, and FP32 for the nodes
-that the graph computes in FP32: `exp`, the scale before it, and the modules of `--keep`, those that would overflow, and
-those restored for accuracy.
+TensorRT 10 and later take the data types from the graph. TensorRT 8.6 chooses them by flags and speed. It gets the same
+graph in FP32 with the Q/DQ pairs around INT8 operators, the flags of the precision, and FP32 as the precision of all
+layers that are FP32 in the graph (`exp`, the scale before it, and the modules kept in FP32).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ log = logging.getLogger("drn")
 
 # "TensorRT 8.6 supports operators up to Opset 17" (onnx-tensorrt, release/8.6-GA, docs/operators.md).
 OPSET = 17
-# INT8 kernels are among FP16 ones, as in the strongly typed graph.
+# The layers around INT8 are FP16, as in the strongly typed graph.
 _FLAGS: dict[str, tuple[str, ...]] = {
     "fp32": (),
     "fp16": ("FP16",),
@@ -36,13 +35,13 @@ _FLAGS: dict[str, tuple[str, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A graph as 8.6 takes it.
+class Fp32Graph:
+    """A graph for TensorRT 8.6.
 
     Attributes:
-        graph: serialized, in FP32.
-        nodes: names of all its nodes.
-        fp32_nodes: those that must stay in FP32; see `calib.graph.half_precision.fp32_nodes`.
+        graph: serialized FP32 graph.
+        nodes: names of all nodes.
+        fp32_nodes: names of the nodes that must stay in FP32; see `calib.graph.half_precision.fp32_nodes`.
     """
 
     graph: bytes
@@ -56,18 +55,19 @@ def precision_flags(precision: str) -> tuple[str, ...]:
 
 
 def check_precision(trt: Any, precision: str) -> None:
-    """Raise DeviceError for a precision that this version cannot build."""
-    # 8.6 has the flag of FP8, but not the Q/DQ nodes that carry it.
+    """Raise DeviceError for a precision that this version does not support."""
+    # 8.6 has the FP8 flag, but no FP8 Q/DQ.
     missing = [name for name in precision_flags(precision) if not hasattr(trt.BuilderFlag, name)]
     if missing or precision == "fp8":
         raise DeviceError(
-            f"TensorRT {trt.__version__} cannot build {precision}; use fp16 or int8, or TensorRT 10 or later.",
+            f"TensorRT {trt.__version__} does not support {precision}. Choose --precision fp16 or int8, or install "
+            "TensorRT 10 or later.",
             code="precision_unsupported",
         )
 
 
-def configure(trt: Any, network: Any, config: Any, precision: str, prepared: Prepared) -> None:
-    """Set the flags of a precision, and FP32 for the layers of the nodes that must stay in it."""
+def configure(trt: Any, network: Any, config: Any, precision: str, prepared: Fp32Graph) -> None:
+    """Set the flags of a precision, and FP32 for the layers of the nodes that must stay in FP32."""
     for name in precision_flags(precision):
         config.set_flag(getattr(trt.BuilderFlag, name))
     if hasattr(trt, "PreviewFeature"):
@@ -78,31 +78,30 @@ def configure(trt: Any, network: Any, config: Any, precision: str, prepared: Pre
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     nodes = [node_of(str(layer.name), prepared.nodes) for layer in layers]
-    named = {index for index, node in enumerate(nodes) if node in prepared.fp32_nodes}
+    fp32 = {index for index, node in enumerate(nodes) if node in prepared.fp32_nodes}
     unnamed = {index for index, node in enumerate(nodes) if node is None}
-    for index in sorted(named | _helpers(layers, named, unnamed)):
+    for index in sorted(fp32 | _fp32_helpers(layers, fp32, unnamed)):
         if _takes_precision(trt, layers[index]):
             layers[index].precision = trt.float32
     missing = prepared.fp32_nodes - set(nodes)
     if missing:
         log.warning(
-            "TensorRT %s may compute %s in a narrower type than FP32: no layer has the name. Check the accuracy with "
-            "--data.",
+            "TensorRT %s may compute %s in a narrower type than FP32, because no layer has that name. Check the "
+            "accuracy with --data.",
             *(trt.__version__, ", ".join(sorted(missing)[:8])),
         )
 
 
-def _helpers(layers: Sequence[Any], fp32: set[int], unnamed: set[int]) -> set[int]:
-    """Return the positions of layers without the name of a node whose outputs only layers in FP32 read.
+def _fp32_helpers(layers: Sequence[Any], fp32: set[int], unnamed: set[int]) -> set[int]:
+    """Return the indices of layers without a node whose outputs are read by FP32 layers only.
 
-    The parser adds such a layer before an elementwise operator to give both operands one rank (`broadcastTensor` in
-    importerUtils.cpp of onnx-tensorrt). Layers that the builder
-    adds later, such as reformats, are not in the network, and the API gives no access to them.
+    The parser adds such layers before an elementwise operator to give both operands the same rank (`broadcastTensor` in
+    importerUtils.cpp of onnx-tensorrt). The API gives no access to layers that the builder adds later.
 
     Args:
-        layers: of the network, in the order in which the parser added them.
-        fp32: positions of those that must stay in FP32.
-        unnamed: positions of those whose name shows no node.
+        layers: layers of the network, in the order of the parser.
+        fp32: indices of the layers that must stay in FP32.
+        unnamed: indices of the layers whose name contains no node.
     """
     readers: dict[str, set[int]] = {}
     for index, layer in enumerate(layers):
@@ -111,50 +110,50 @@ def _helpers(layers: Sequence[Any], fp32: set[int], unnamed: set[int]) -> set[in
             if tensor is not None:
                 readers.setdefault(str(tensor.name), set()).add(index)
     helpers: set[int] = set()
-    # A layer is added after those that it reads from.
+    # Readers come after the layers they read, so they are decided first.
     for index in sorted(unnamed, reverse=True):
         outputs = [layers[index].get_output(number) for number in range(layers[index].num_outputs)]
-        reading = {reader for tensor in outputs if tensor is not None for reader in readers.get(str(tensor.name), ())}
-        if reading and reading <= fp32 | helpers:
+        consumers = {reader for tensor in outputs if tensor is not None for reader in readers.get(str(tensor.name), ())}
+        if consumers and consumers <= fp32 | helpers:
             helpers.add(index)
     return helpers
 
 
 def node_of(layer: str, nodes: Collection[str]) -> str | None:
-    """Return the node of a graph that a layer of TensorRT's network is from; None where the name shows none.
+    """Return the node that a layer of a TensorRT network comes from; None if its name contains none.
 
-    The parser names a layer after its node. Further layers of that node get a number, as `fcos.head/Mul_17`
-    (`generateUniqueName` in onnx-tensorrt), which may look like another node's name, but the numbers are free ones.
+    The parser names a layer after its node. Further layers of the node get an unused number, as `fcos.head/Mul_17`
+    (`generateUniqueName` in onnx-tensorrt).
     """
     ends = [len(layer), *(result.start() for result in re.finditer(r"[^A-Za-z0-9]", layer))]
     return next((layer[:end] for end in sorted(ends, reverse=True) if layer[:end] in nodes), None)
 
 
 def _share_profiles(trt: Any, config: Any) -> None:
-    """Let several contexts use one profile, as from TensorRT 10 on: the runtime keeps one for each shape."""
+    """Let several execution contexts use one profile, as in TensorRT 10: the runtime has a context for each shape."""
     # 8.5 has the class without this member.
     if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
 
 
 def _use_own_tactics(trt: Any, config: Any) -> None:
-    """Leave out the tactics of cuBLAS and cuDNN, which 8.6 has on by default (`TacticSource` in its documentation).
+    """Disable the tactics of cuBLAS and cuDNN, so that an engine does not need these libraries.
 
-    They are off by default from TensorRT 10 on. An engine that uses them needs their libraries wherever it runs.
+    They are enabled by default in 8.6 (`TacticSource` in its documentation), but not in TensorRT 10 and later.
     """
     own = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
     config.set_tactic_sources(sum(1 << int(source) for source in own))
 
 
 def _takes_precision(trt: Any, layer: Any) -> bool:
-    """Return whether a layer may be given a precision. Under OBEY_PRECISION_CONSTRAINTS others fail to build, or crash.
+    """Return whether the precision of a layer may be set: other layers fail or crash with OBEY_PRECISION_CONSTRAINTS.
 
     trtexec skips integer and boolean layers, integer constants, layers of shape tensors, and layers from INT32 to INT32
-    (`setLayerPrecisions` in samples/common/sampleEngines.cpp, release/8.6). Constants take their precision from what
-    reads them. Q/DQ layers are defined by their own types.
+    (`setLayerPrecisions` in samples/common/sampleEngines.cpp, release/8.6). Constants get the precision of their
+    readers, and Q/DQ layers have fixed types.
     """
     integers = (trt.int32, trt.bool)
-    # By name, which is the same in all versions.
+    # Names of layer types are the same in all versions.
     if str(layer.type).rpartition(".")[2] in ("CONSTANT", "SHAPE", "QUANTIZE", "DEQUANTIZE"):
         return False
     if layer.precision in integers:
@@ -164,31 +163,37 @@ def _takes_precision(trt: Any, layer: Any) -> bool:
         return True
     if first.is_shape_tensor:
         return False
-    written = layer.get_output(0) if layer.num_outputs else None
-    return not (first.dtype in integers and written is not None and written.dtype in integers)
+    output = layer.get_output(0) if layer.num_outputs else None
+    return not (first.dtype in integers and output is not None and output.dtype in integers)
 
 
-def prepare(graph: bytes) -> Prepared:
-    """Return a serialized graph as 8.6 takes it, with the nodes that must stay in FP32; see `without_types`."""
+def prepare(graph: bytes) -> Fp32Graph:
+    """Convert a serialized graph for TensorRT 8.6; see `without_types`.
+
+    Raises:
+        ModelFileError: `graph` is not an ONNX model.
+    """
     import onnx
 
     from calib.graph.half_precision import fp32_nodes
 
     try:
         model = onnx.load_from_string(graph)
-    # protobuf's own class, which differs between its versions.
+    # The exception class of protobuf differs between its versions.
     except Exception as error:
-        raise ModelFileError(f"The graph is not an ONNX model ({one_line(error)}).", code="not_onnx") from error
-    plain = without_types(model)
-    names = frozenset(node.name for node in plain.graph.node)
-    return Prepared(plain.SerializeToString(), names, fp32_nodes(model) & names)
+        raise ModelFileError(
+            f"The graph is not an ONNX model ({one_line(error)}). Export it again.", code="not_onnx"
+        ) from error
+    converted = without_types(model)
+    names = frozenset(node.name for node in converted.graph.node)
+    return Fp32Graph(converted.SerializeToString(), names, fp32_nodes(model) & names)
 
 
 def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph of any precision in FP32, for flags to decide: no casts, no half-precision weights, opset 17.
+    """Return a graph of any precision in FP32 with opset 17, without casts and half-precision weights.
 
-    Q/DQ stays around what multiplies in INT8. Weights that are only stored in INT8 become FP32, since 8.6 has no use
-    for them. All numbers are those of the graph that was held against FP32.
+    Q/DQ pairs around INT8 operators stay. Weights that are only stored in INT8 become FP32. The values of the weights
+    are those of the graph whose accuracy was checked.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -228,25 +233,25 @@ def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
         elif node.input[0] in fixed:
             nodes.append(helper.make_node("Identity", node.input, node.output, node.name))
         else:
-            # The output keeps its name, and what wrote the input of the cast writes the output.
+            # The output of the graph keeps its name: the producer of the input of the cast writes it.
             names[node.input[0]] = node.output[0]
     for node in nodes:
-        node.input[:] = [_renamed(name, names) for name in node.input]
-        node.output[:] = [_renamed(name, names) for name in node.output]
+        node.input[:] = [_resolve(name, names) for name in node.input]
+        node.output[:] = [_resolve(name, names) for name in node.output]
     replace_nodes(graph, list(_without_stored_weights(graph, nodes)))
     lowered = with_opset(result, min(OPSET, opset_of(result)))
     _slice_shapes(lowered.graph)
     return lowered
 
 
-def _renamed(name: str, names: dict[str, str]) -> str:
+def _resolve(name: str, names: dict[str, str]) -> str:
     while name in names:
         name = names[name]
     return name
 
 
 def _without_stored_weights(graph: onnx.GraphProto, nodes: Collection[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Yield nodes without the DequantizeLinear of weights whose readers do not multiply in INT8; those become FP32."""
+    """Yield all nodes but the DequantizeLinear of weights whose readers are not INT8; such weights become FP32."""
     from onnx import numpy_helper
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -271,9 +276,9 @@ def _without_stored_weights(graph: onnx.GraphProto, nodes: Collection[onnx.NodeP
 
 
 def _slice_shapes(graph: onnx.GraphProto) -> None:
-    """Replace the attributes `start` and `end` of `Shape` by `Slice`: TensorRT 8.6's parser ignores them.
+    """Replace the attributes `start` and `end` of `Shape` by a `Slice`: the parser of TensorRT 8.6 ignores them.
 
-    It returns all sizes instead, and a `Range` of these ends the process (8.6.0 on an H200).
+    The output would be all sizes, and a `Range` of these ends the process (8.6.0 on an H200).
     """
     from onnx import helper, numpy_helper
 
@@ -283,11 +288,11 @@ def _slice_shapes(graph: onnx.GraphProto) -> None:
         if node.op_type != "Shape" or not bounds:
             nodes.append(node)
             continue
-        whole, first, last = (f"{node.output[0]}/{name}" for name in ("sizes", "start", "end"))
-        limits = {first: bounds.get("start", 0), last: bounds.get("end", np.iinfo(np.int32).max)}
+        sizes, start, end = (f"{node.output[0]}/{name}" for name in ("sizes", "start", "end"))
+        limits = {start: bounds.get("start", 0), end: bounds.get("end", np.iinfo(np.int32).max)}
         for name, value in limits.items():
             graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
-        nodes.append(helper.make_node("Shape", node.input, [whole], f"{node.name}/sizes"))
-        nodes.append(helper.make_node("Slice", [whole, first, last], node.output, node.name))
+        nodes.append(helper.make_node("Shape", node.input, [sizes], f"{node.name}/sizes"))
+        nodes.append(helper.make_node("Slice", [sizes, start, end], node.output, node.name))
     del graph.node[:]
     graph.node.extend(nodes)

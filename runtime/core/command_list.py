@@ -113,14 +113,15 @@ def overview(package: str = "") -> str:
 def _first_line(module: str) -> str:
     """Return the first sentence of the docstring of a command's function, without importing its module."""
     spec = importlib.util.find_spec(module)
-    origin = None if spec is None else spec.origin
-    if spec is not None and spec.submodule_search_locations:
-        origin = str(Path(next(iter(spec.submodule_search_locations)), "__main__.py"))
-    if origin is None:
+    if spec is None or spec.origin is None:
         return ""
-    tree = ast.parse(Path(origin).read_text(encoding="utf-8"))
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for node in ast.walk(tree):
+    paths = [Path(spec.origin)]
+    if spec.submodule_search_locations:
+        # The function of a package is in either file, the call that starts it in the second.
+        paths.append(Path(next(iter(spec.submodule_search_locations)), "__main__.py"))
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    functions = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(trees[-1]):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "command" and node.args:
             function = functions.get(getattr(node.args[0], "id", ""))
             text = "" if function is None else ast.get_docstring(function) or ""

@@ -1,16 +1,16 @@
-"""What TensorRT's Python bindings really offer, read on a machine without TensorRT or a GPU.
+"""Read the API of TensorRT's Python bindings on a machine without TensorRT or a GPU.
 
-The bindings' wheels are 6 MB and hold the whole Python API; only the libraries behind it are missing. They ask nine
-functions of those libraries, so three libraries made here of a few lines of C are enough to import them, and to see
-whether they take what we give. Nothing is ever built or run with these.
+The wheels of the bindings (6 MB) contain the full Python API, but not the libraries. They import nine functions of
+these libraries, so three stub libraries of a few lines of C are enough to import the bindings and to check calls. The
+stubs build and run nothing.
 
-TensorRT 8.6 has wheels for Python 3.8 to 3.10 only, so its surface was recorded once: the classes of `WATCHED`, and
-what is no class.
+TensorRT 8.6 has wheels for Python 3.8 to 3.10 only, so its API was recorded once: the classes of `WATCHED`, and
+all names that are not classes.
 
     python3.9 -m pip install --no-deps --target FOLDER tensorrt-bindings==8.6.1
     python3.9 tests/export/bindings.py FOLDER > tests/export/recorded/tensorrt-8.6.json
 
-Hence only the standard library here, and no syntax newer than Python 3.10.
+Therefore this module uses only the standard library, and no syntax newer than Python 3.10.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Nothing is behind TensorRT's methods but one object, which answers every call with itself. Taken as a pointer, it is
-# an object of every class; as a truth, it is true, since its address ends in 01; as a size, it is 65,537, since it lies
-# low in memory, and so many bytes can be read from there; as text, it is empty. So the bindings go through whole
-# programs: each name is looked up and each argument is converted, as with the libraries themselves.
+# One object stands behind all methods and returns itself from every call. As a pointer it is an object of any class, as
+# a boolean true (its address ends in 01), as a size 65,537 (its address is low and readable), and as text empty. So the
+# bindings run complete programs and convert every argument.
 _STUBS = """
 #define _GNU_SOURCE
 #include <sys/mman.h>
@@ -63,7 +62,7 @@ void *getPluginRegistry(void) { return anything(); }
 int getNvOnnxParserVersion(void) { return 0; }
 int initLibNvInferPlugins(void) { return 1; }
 """
-# 8.6 still had the Caffe and UFF parsers, which are C++.
+# 8.6 also has the Caffe and UFF parsers, which are C++.
 _STUBS_86 = """
 void *_ZN11nvuffparser15createUffParserEv(void) { return 0; }
 void _ZN11nvuffparser8FieldMapC1EPKcPKvNS_9FieldTypeEi(void) {}
@@ -71,7 +70,7 @@ void *_ZN14nvcaffeparser117createCaffeParserEv(void) { return 0; }
 void _ZN14nvcaffeparser123shutdownProtobufLibraryEv(void) {}
 """
 
-# The classes that our source meets, or could.
+# The classes that the source uses or could use.
 WATCHED = (
     "Builder", "BuilderFlag", "DataType", "Dims", "EngineInspector", "ExecutionContextAllocationStrategy",
     "HardwareCompatibilityLevel", "IBuilderConfig", "ICudaEngine", "IExecutionContext", "IHostMemory", "ILayer",
@@ -84,16 +83,16 @@ Surface = dict[str, Any]
 
 
 class ProcessFailed(Exception):
-    """The process did not end well; its last line is in the message."""
+    """A process failed; the message contains its last line."""
 
 
 def compiler() -> str | None:
-    """Return the C compiler, None where there is none."""
+    """Return the path of the C compiler; None without one."""
     return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
 
 
 def build_stubs(bindings: Path, folder: Path) -> None:
-    """Make the libraries that the extension module in `bindings` asks for, by the names it asks for."""
+    """Compile stubs of the libraries that the extension module in `bindings` needs, with the names it needs."""
     extension = (bindings / "tensorrt_bindings" / "tensorrt.so").read_bytes()
     names = {
         name.decode()
@@ -107,11 +106,11 @@ def build_stubs(bindings: Path, folder: Path) -> None:
 
 
 def run_with(bindings: Path | None, code: str) -> str:
-    """Return what `code` prints in a process of its own: two versions of one module never meet in one.
+    """Run code in a new process, because a process can import only one version of a module, and return its output.
 
     Args:
-        bindings: the folder with the bindings, which get stubs for libraries; None for a library that is installed.
-        code: Python.
+        bindings: folder of the bindings, to which stubs are added; None for an installed library.
+        code: Python code.
 
     Raises:
         ProcessFailed: the process failed.
@@ -130,7 +129,7 @@ def run_with(bindings: Path | None, code: str) -> str:
 
 @functools.cache
 def read_surface(bindings: Path | None, module: str) -> Surface:
-    """Return the surface of a module as `surface_of` describes it, read in a process of its own."""
+    """Return the API of a module, see `surface_of`, read in a new process."""
     place = json.dumps(str(Path(__file__).parent))
     code = f"import sys; sys.path.append({place}); import bindings, json, {module} as library"
     return dict(json.loads(run_with(bindings, code + "; print(json.dumps(bindings.surface_of(library)))")))
@@ -174,7 +173,7 @@ def _member(owner: Any, name: str) -> dict[str, Any]:
 
 
 def _signatures(doc: str | None) -> list[tuple[list[list[Any]], str | None]]:
-    """Return every overload that pybind11 wrote into a docstring: `([[parameter, type, required], ...], returned)`."""
+    """Return the overloads in a docstring of pybind11, as `([[parameter, type, required], ...], returned)`."""
     found = []
     for line in (doc or "").splitlines():
         told = re.match(r"^(?:\d+\. )?\w*\((.*)\) -> (.+)$", line)
@@ -202,7 +201,7 @@ def _parameter(text: str) -> list[Any]:
 
 
 def _short(kind: str) -> str:
-    """A class by its own name; the module in front differs from version to version."""
+    """Return the name of a class without its module, which differs between versions."""
     return re.sub(r"\b\w+(?:\.\w+)*\.(\w+)", r"\1", kind)
 
 

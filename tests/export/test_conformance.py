@@ -1,7 +1,7 @@
-"""Every name of TensorRT's that our source uses exists in 8.6, 10.16, 11.4 and TensorRT-RTX, and takes what it gets.
+"""Check that all TensorRT names in the source exist in 8.6, 10.16, 11.4 and TensorRT-RTX, with matching signatures.
 
-10.16 and 11.4 are the real Python bindings, of which only the libraries are stood in for; `make bindings` brings them.
-8.6 has no bindings for this Python: its names are those recorded by `tests/export/bindings.py`.
+10.16 and 11.4 are the real Python bindings with stub libraries; `make bindings` installs them. 8.6 has no bindings for
+this version of Python, so `tests/export/bindings.py` recorded its names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BINDINGS = os.environ.get("DRN_TENSORRT_BINDINGS")
 RECORDED = Path(__file__).parent / "recorded" / "tensorrt-8.6.json"
 LIBRARIES = ("8.6", "10.16", "11.4", "rtx")
 STAND_INS = {"8.6": "8.6.1", "10.16": "10.16.1", "11.4": "11.4.0", "rtx": "1.7.1"}
-# Names that are chosen as the program runs: precision flags of a weakly typed build, and RTX's GPUs.
+# Classes whose names are only known at run time: precision flags of a weakly typed build, and GPUs of TensorRT-RTX.
 CHOSEN = {"8.6": {"BuilderFlag"}, "10.16": set(), "11.4": set(), "rtx": {"ComputeCapability"}}
 
 
@@ -44,14 +44,14 @@ MIN_USES = {
 
 
 def sources() -> list[Path]:
-    """Return the files of ours that touch TensorRT."""
+    """Return the source files that use TensorRT."""
     rooms = [path for room in ("runtime", "export", "calib", "benchmarks") for path in (ROOT / room).rglob("*.py")]
     pattern = re.compile(r"(\b|_)trt\.(?!py)|import tensorrt")
     return sorted(path for path in rooms if pattern.search(path.read_text(encoding="utf-8")))
 
 
 def folder_of(version: str) -> Path:
-    """Return where the bindings of a version lie; skips, saying why, where there are none and none were promised."""
+    """Return the folder of the bindings of a version; skip the test if there are none and none were requested."""
     folder = Path(BINDINGS or ROOT / ".venv" / "bindings") / version
     lacking = None
     if not (folder / "tensorrt_bindings").is_dir():
@@ -79,7 +79,7 @@ def reading(path: Path, library: str) -> Reading:
     return Reading(path, surface_of(library), "tensorrt-rtx" if library == "rtx" else "tensorrt")
 
 
-# For TensorRT 8.6 alone.
+# For TensorRT 8.6 only.
 WEAKLY_TYPED = ROOT / "export" / "engine" / "weakly_typed.py"
 
 
@@ -90,7 +90,7 @@ def test_used_api_names_exist_in_each_version(path: Path, library: str) -> None:
 
 
 def test_weakly_typed_build_uses_existing_names() -> None:
-    # It also changes graphs, and ONNX's names are among TensorRT's.
+    # It also changes graphs, and ONNX has some of TensorRT's names.
     read = reading(WEAKLY_TYPED, "8.6")
     assert not read.problems(), lines_of(read.problems())
     assert {("ILayer", "precision"), ("INetworkDefinition", "get_layer")} <= {
@@ -136,7 +136,7 @@ def test_renamed_variable_is_followed_or_reported(path: str, old: str, tmp_path:
     renamed = tmp_path / "renamed.py"
     renamed.write_text(re.sub(rf"\b{old}\b", "renamed", text), encoding="utf-8")
     read = reading(renamed, "8.6")
-    # Where the object comes from a call that `uses.py` follows, its name does not matter.
+    # If the object comes from a call that `uses.py` follows, its name does not matter.
     followed = len(read.uses) == len(reading(ROOT / path, "8.6").uses)
     assert followed or len(read.uses) < MIN_USES[path] or read.untracked
 
@@ -199,7 +199,7 @@ def test_runtime_data_types_exist_in_each_version(library: str) -> None:
         ("config.profiling_verbosity =", "config.verbosity =", "IBuilderConfig.verbosity: does not exist"),
         ("HardwareCompatibilityLevel.AMPERE_PLUS", "HardwareCompatibilityLevel.AMPERE", "AMPERE: does not exist"),
         (".desc()", ".description()", "ParserError.description: does not exist"),
-        ("retained.serialize()", "retained.serialise()", "ITimingCache.serialise: does not exist"),
+        ("updated_cache.serialize()", "updated_cache.serialise()", "ITimingCache.serialise: does not exist"),
         ('"EXPLICIT_BATCH"', '"EXPLICIT"', "NetworkDefinitionCreationFlag.EXPLICIT: does not exist"),
         ("trt.OnnxParser(network, logger)", "trt.OnnxParser(network)", "OnnxParser.__init__: needs logger"),
         ("trt.OnnxParser(network, logger)", "trt.OnnxParser(builder, logger)", "network is a INetworkDefinition, and"),
@@ -270,7 +270,7 @@ print(
 
 
 def low_memory() -> None:
-    """Skip where the system keeps low addresses back, which the stand-ins for TensorRT's libraries need."""
+    """Skip if the system reserves low addresses, which the stub libraries need."""
     least = Path("/proc/sys/vm/mmap_min_addr")
     if least.exists() and int(least.read_text()) > 65536:
         pytest.skip(f"vm.mmap_min_addr is {least.read_text().strip()}, and 65536 or less is needed")
@@ -331,7 +331,7 @@ def test_tensorrt_86_is_weakly_typed() -> None:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_fake_library_offers_only_existing_names(library: str) -> None:
-    """What `test_builder.py` proves calls on is like the real thing, also in what it lacks."""
+    """The test double of `test_builder.py` has no names that the real library lacks."""
     names = surface_of(library)["names"]
     version = STAND_INS[library]
     module, calls = stand_in(version)

@@ -1,4 +1,4 @@
-"""Model files of every kind: one flipped bit is refused, or changes no answer."""
+"""Flip one bit of model files of every kind: the file is rejected, or its answers do not change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from calib.graph.split_model import pair_paths, split_graph, write_split_model
 from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
 from export.seal import seal_model
 from export.to_onnx import to_onnx
-from export.triton_repository.model_config import ServingOptions, read_model
+from export.triton.model_config import ServingOptions, read_model
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.onnx_metadata import check, external_data, read_metadata, with_digest
 from runtime.backends import open_backend
@@ -62,7 +62,7 @@ def test_damaged_unsplit_graph_is_rejected(graph: Path) -> None:
 
 
 def test_damaged_manifest_is_rejected_or_harmless(graph: Path) -> None:
-    """Vocabulary, thresholds and the digest itself: whatever is not refused answers the same."""
+    """Vocabulary, thresholds and digest: a file that is not rejected has the same answers."""
     whole, answer = graph.read_bytes(), heads(graph)
     wanted, refused = answer(), 0
     begin = 8 * (whole.index(b"drn.manifest") - 8)
@@ -100,7 +100,7 @@ def test_damaged_external_data_is_rejected(graph: Path, tmp_path: Path, name: st
     path.parent.mkdir()
     onnx.save(model, path, save_as_external_data=True, location="weights.data", size_threshold=200)
     assert external_data(path) == [path.parent / "weights.data"]
-    # Another tool wrote it: it is refused until the change is confirmed.
+    # Another tool changed the file: it is rejected until `seal` records the change.
     with raises(ModelFileError, "digest_mismatch", path):
         open_backend(path, "cpu")
     seal_model(path)
@@ -162,7 +162,7 @@ def test_damaged_image_encoder_or_metadata_is_rejected(tmp_path: Path, name: str
     path = write_images(tmp_path / "encoder.onnx")
     assert seal_model(path) == tmp_path / "encoder.onnx.json"
     clips = np.random.default_rng(0).integers(0, 256, (2, 1, 24, 24, 3), np.uint8)
-    # A space more or less between the words of JSON changes nothing.
+    # Whitespace in JSON has no effect.
     assert count_refused(tmp_path / name, features(path, clips), ModelFileError) >= 36
 
 
@@ -186,7 +186,7 @@ def test_exported_files_contain_exactly_one_digest(checkpoint: Path, tmp_path: P
         content = check(path)
         assert content.recorded == content.digest is not None
         assert read_metadata(path)["drn.manifest"].count('"digest"') == 1
-        # Sealing again changes nothing, and any ONNX reader reads the file.
+        # A second call changes nothing, and other ONNX readers can read the file.
         assert with_digest(path.read_bytes()) == path.read_bytes()
         onnx.checker.check_model(onnx.load(path))
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

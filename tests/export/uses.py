@@ -1,10 +1,9 @@
-"""What our source asks of TensorRT: every name, enum member, method and property, read from the source itself.
+"""Find all names, enum members, methods and properties of TensorRT that the source uses.
 
-A small abstract interpreter follows the TensorRT module and what comes of it through a file of ours: through
-assignments, calls of our own functions, attributes of our own objects, and what TensorRT's methods return by their
-own signatures. Branches that a version never takes (`if not typed`, `options.target == "tensorrt-rtx"`,
-`hasattr(...)`) are left out for that version. So a new use is held against the real bindings without anybody listing
-it.
+A small abstract interpreter follows the TensorRT module and its objects through a source file: through assignments,
+calls of functions in the file, attributes of its objects, and the return types in TensorRT's signatures. Branches that
+a version never takes (`if not typed`, `options.target == "tensorrt-rtx"`, `hasattr(...)`) are skipped for that version.
+So a new use is checked against the real bindings without a list.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 from tests.export.bindings import WATCHED
 
-# Parameters and fields that hold TensorRT's objects, by the names that our source gives them; "" is the module.
+# Parameters and fields with TensorRT objects, by their name in the source; "" is the module.
 ROOTS = {
     "trt": "",
     "library": "",
@@ -29,7 +28,7 @@ ROOTS = {
     "context": "IExecutionContext",
     "inspector": "EngineInspector",
 }
-# Names that our own objects and Python's share with TensorRT's classes.
+# Names of the source and of Python that TensorRT's classes also have.
 OURS_TOO = {"__init__", "name", "shape", "dtype", "itemsize", "nbytes", "log", "type", "value", "precision"}.union(
     *map(dir, (str, bytes, list, dict, set))
 )
@@ -41,13 +40,13 @@ Scope = dict[str, "Kind | None"]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What an expression is known to be.
+    """The inferred kind of an expression.
 
     Attributes:
-        what: module, class, object or call of TensorRT; function, type or instance of ours; truth; text; list.
+        what: module, class, object or call of TensorRT; function, type or instance of the source; truth; text; list.
         name: of the class, function or type.
-        owner: of a call, the class that has it; of a function of ours, the class it is a method of.
-        value: of a truth, a text.
+        owner: class of a call, or of a method of the source.
+        value: of a boolean or a text.
     """
 
     what: str
@@ -58,7 +57,7 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One use of TensorRT in our source; `owner` is the class, "" for the module; `problem` is what is wrong."""
+    """One use of TensorRT in the source: `owner` is the class or "", `problem` the reason if it is invalid."""
 
     line: int
     owner: str
@@ -70,16 +69,16 @@ class Use:
 
 
 class Reading:
-    """All uses in one file of ours, held against one version's surface.
+    """All uses of TensorRT in one source file, checked against the API of one version.
 
     Attributes:
-        uses: every use of a name; `problem` says what the version lacks.
-        chosen: `(owner, line)` where the name is chosen as the program runs, and cannot be read from the source.
-        untracked: `(line, name)` of attributes that TensorRT's classes have too, on something not followed.
+        uses: every use of a name.
+        chosen: `(owner, line)` of names that are only known at run time.
+        untracked: `(line, name)` of attributes that TensorRT's classes also have, on an unknown object.
     """
 
     def __init__(self, path: Path, surface: Mapping[str, Any], target: str) -> None:
-        """Read `path` as for a `target`, tensorrt or tensorrt-rtx, of the version with `surface`."""
+        """Analyze `path` for a target (tensorrt or tensorrt-rtx) and the API of a version."""
         self.names: Mapping[str, Any] = surface["names"]
         self.target = target
         self.uses: dict[tuple[int, str, str], Use] = {}
@@ -99,7 +98,7 @@ class Reading:
             if isinstance(node, ast.Call)
             for part in [node.func]
         }
-        for _ in range(2):  # the second time every attribute of our own objects is known
+        for _ in range(2):  # In the second pass all attributes of the source's objects are known.
             self._entered.clear()
             self.untracked.clear()
             scope: Scope = {}
@@ -113,7 +112,7 @@ class Reading:
                         self._enter(owner, name, function, closure, [], {})
 
     def problems(self) -> list[Use]:
-        """Return the uses that the version has no answer to, by line."""
+        """Return the invalid uses, by line."""
         return sorted((use for use in self.uses.values() if use.problem), key=lambda use: use.line)
 
     def _use(self, node: ast.AST, owner: str, name: str, problem: str | None = None) -> None:
@@ -122,7 +121,7 @@ class Reading:
             self.uses[key] = Use(*key, problem)
 
     def _run(self, body: Sequence[ast.stmt], scope: Scope, owner: str = "") -> bool:
-        """Follow statements; return whether the end is never reached."""
+        """Follow statements, and return whether their end is unreachable."""
         return any(self._step(statement, scope, owner) for statement in body)
 
     def _step(self, node: ast.stmt, scope: Scope, owner: str) -> bool:
@@ -202,7 +201,7 @@ class Reading:
 
     def _bind(self, target: ast.expr, made: Kind | None, scope: Scope) -> None:
         if isinstance(target, ast.Name):
-            # A variable that is narrowed to something unknown (`plan = bytes(plan)`) is no longer TensorRT's.
+            # A variable that is converted (`plan = bytes(plan)`) is no TensorRT object any more.
             scope[target.id] = made
         elif isinstance(target, ast.Attribute):
             holder = self.kind(target.value, scope)
@@ -227,7 +226,7 @@ class Reading:
             self._use(target, holder.name, target.attr, "cannot be written to")
 
     def kind(self, node: ast.expr, scope: Scope) -> Kind | None:
-        """Follow an expression and return what it is; None for anything that is not TensorRT's."""
+        """Follow an expression, and return its kind; None if it has no TensorRT object."""
         if isinstance(node, ast.Name):
             return scope.get(node.id)
         if isinstance(node, ast.Constant):
@@ -288,7 +287,7 @@ class Reading:
         return held.value if held and held.what == "list" else None
 
     def _truth(self, node: ast.expr, scope: Scope) -> bool | None:
-        """Return what a test is for this version, None where it cannot be known."""
+        """Return the value of a condition for this version; None if it is unknown."""
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             truth = self._truth(node.operand, scope)
             return None if truth is None else not truth
@@ -355,7 +354,7 @@ class Reading:
         return self.names.get(owner, {}).get("members", {}).get(name)
 
     def _named(self, told: str | None) -> Kind | None:
-        """Return the class that a signature names: C++'s own names stand in some, with an I in front."""
+        """Return the class in a signature, which may have its C++ name with a leading I."""
         plain = (told or "").split("::")[-1].replace(" | None", "")
         for name in (plain, plain[1:]):
             if "members" in self.names.get(name, {}):
@@ -393,7 +392,7 @@ class Reading:
         return None
 
     def _by_name(self, node: ast.Call, function: str, given: Sequence[Kind | None]) -> Kind | None:
-        """`getattr` and `hasattr`: a name as text."""
+        """Follow `getattr` or `hasattr` with a name as text."""
         holder, name = given[0], given[1]
         if holder is None or holder.what not in ("module", "class", "object"):
             return None
@@ -407,7 +406,7 @@ class Reading:
         return self._theirs(node, holder, name.value) if exists or len(node.args) == 2 else None
 
     def _made(self, called: Kind, given: Sequence[Kind | None], keywords: Mapping[str, Kind | None]) -> Kind:
-        """An object of our own: its fields or its `__init__` take what is known of the arguments."""
+        """Follow the construction of an object of the source with the kinds of its arguments."""
         declared, _ = self._types[called.name]
         if (called.name, "__init__") in self._functions:
             function, closure = self._functions[called.name, "__init__"]
@@ -431,7 +430,7 @@ class Reading:
         given: Sequence[Kind | None],
         keywords: Mapping[str, Kind | None],
     ) -> Kind | None:
-        """Follow a function of ours with what is known of its arguments; return what it returns."""
+        """Follow a function of the source with the kinds of its arguments, and return the kind of its result."""
         parameters = [*function.args.posonlyargs, *function.args.args]
         scope: Scope = dict(closure)
         static = any(getattr(mark, "id", "") in ("staticmethod", "classmethod") for mark in function.decorator_list)
@@ -470,7 +469,7 @@ class Reading:
         return Kind("object", ROOTS[name]) if ROOTS[name] else Kind("module")
 
     def _signature(self, node: ast.Call, owner: str, name: str, given: Sequence[Kind | None]) -> Kind | None:
-        """Hold a call against the overloads in TensorRT's own docstrings; return what it gives back."""
+        """Check a call against the overloads in TensorRT's docstrings, and return the kind of its result."""
         member = self._member(owner, name) if owner else self.names[name]
         overloads = (member or {}).get("signatures") or []
         complaints = []
@@ -517,5 +516,5 @@ def _is_property(function: Function) -> bool:
 
 
 def lines_of(uses: Sequence[Use]) -> str:
-    """Return uses as lines to read."""
+    """Return uses as text, one per line."""
     return "\n".join(map(str, uses))

@@ -1,4 +1,4 @@
-"""What the engine inspectors of TensorRT 8.6, 10, 11 and TensorRT-RTX write about an engine, without a GPU.
+"""Imitate the output of the engine inspectors of TensorRT 8.6, 10, 11 and TensorRT-RTX, without a GPU.
 
 Rules and their sources:
 
@@ -37,22 +37,22 @@ _WORDS = {"fp32": "Float", "fp16": "Half", "int8": "Int8", "int32": "Int32"}
 _KERNELS = {
     "fp32": "sm80_xmma_fprop_implicit_gemm_f32f32_f32f32_f32_nhwckrsc_nhwc_tilesize128x64x16_stage4",
     "fp16": "sm80_xmma_fprop_implicit_gemm_indexed_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x64x32_stage4",
-    # It multiplies INT8 and writes FP16's accumulator as FP32: its name holds both.
+    # It multiplies INT8 and accumulates in FP32: its name contains both.
     "int8": "sm80_xmma_fprop_implicit_gemm_interleaved_i8f32_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32_tilesize128x32x64",
 }
-# The nodes are those of our graphs.
+# The nodes are those of DRN graphs.
 CONVOLUTIONS = ("prop_fc.conv/Conv", "backbone_net.layers.0/Conv", "fpn.layer_blocks.0/Conv", "fcos.head.towers.0/Conv")
 PRODUCTS = ("query_encoder.W1/MatMul", "query_encoder.attention/MatMul")
 
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """How one version writes layers.
+    """Writes layers in the form of one version.
 
     Attributes:
         version: of TensorRT: 8.6, 10.16, 11.4, or 1.7 for TensorRT-RTX.
         bound: whether a context is bound and all input shapes are set.
-        hides: whether types stay hidden even so, as 8.6's always do.
+        hides: whether types are hidden in any case, as in 8.6.
     """
 
     version: str
@@ -65,11 +65,11 @@ class Writer:
 
     @property
     def apart(self) -> bool:
-        """Whether type and format are separate."""
+        """Return whether type and format are separate fields."""
         return self.version.startswith(("11.", "1."))
 
     def tensor(self, name: str, kind: str) -> dict[str, Any]:
-        """Return a tensor: its sizes and format only where they are known."""
+        """Return a tensor, with its sizes and format only if they are known."""
         shown = self.bound and not (self.hides or self.old)
         about = {"Name": name, "Location": "Device", "Dimensions": [8 if shown else -1, 4096, 1, 32]}
         word = _WORDS[kind]
@@ -104,7 +104,7 @@ class Writer:
         return self.layer(name, "Reformat", reads, writes, ParameterType="Reformat", Origin="REFORMAT")
 
     def around(self) -> list[dict[str, Any]]:
-        """Return layers that every engine has and that multiply nothing."""
+        """Return layers of every engine that do not multiply."""
         return [
             self.copy(CONVOLUTIONS[0], "fp32", "fp16"),
             self.layer("query_encoder/Range", "Shuffle", "int32", "int32"),
@@ -141,14 +141,14 @@ def layers(writer: Writer, scenario: str) -> list[Any]:
 
 
 def document(version: str, scenario: str, *, bound: bool, profiles: int = 2, hides: bool = False) -> str:
-    """Return what `get_engine_information` returns as JSON.
+    """Return the JSON text of `get_engine_information`.
 
     Args:
         version: of TensorRT.
-        scenario: of `SCENARIOS`.
+        scenario: key of `SCENARIOS`.
         bound: whether a context is bound and all input shapes are set.
         profiles: of the engine.
-        hides: whether types stay hidden even so.
+        hides: whether types are hidden in any case.
     """
     writer = Writer(version, bound, hides)
     found = layers(writer, scenario)
@@ -167,5 +167,5 @@ def _of_profile(layer: Any, index: int) -> Any:
 
 
 def names(text: str) -> Sequence[str]:
-    """Return the names of the layers in such JSON."""
+    """Return the names of the layers in the JSON text."""
     return [layer if isinstance(layer, str) else layer["Name"] for layer in json.loads(text, strict=False)["Layers"]]

@@ -1,4 +1,4 @@
-"""`export.engine.builder`: the right calls for TensorRT 8.6, 10, 11 and RTX, seen on a recording stand-in."""
+"""Test the calls of `export.engine.builder` to TensorRT 8.6, 10, 11 and TensorRT-RTX, on a recording test double."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ SHAPES = profiles((1, 4, 8), (1, 8, 12), manifest(TINY))
 
 
 class Calls(list[tuple[str, tuple[Any, ...]]]):
-    """Calls with their arguments, in order; `asked` holds every name asked for, with TensorRT's class that has it.
+    """Calls with their arguments, in order; `asked` has every name that was used, with its TensorRT class.
 
-    `tests/export/test_conformance.py` holds `asked` against the real bindings.
+    `tests/export/test_conformance.py` checks `asked` against the real bindings.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Calls(list[tuple[str, tuple[Any, ...]]]):
 
 
 class Recorder:
-    """Stands in for an object of TensorRT's class `of`: answers every call, and remembers name and arguments."""
+    """A test double of the TensorRT class `of`, which accepts every call and records name and arguments."""
 
     def __init__(self, calls: Calls, of: str, **answers: Any) -> None:
         object.__setattr__(self, "_calls", calls)
@@ -74,7 +74,7 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """What one TensorRT has: its network flags with the integers behind them, and its builder flags."""
+    """The network flags of one version of TensorRT with their numbers, and its builder flags."""
 
     network_flags: Mapping[str, int]
     builder_flags: tuple[str, ...]
@@ -100,9 +100,9 @@ VERSIONS = {
 
 
 def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tuple[Any, Calls]:
-    """Return a module like TensorRT's of that version, and the list in which its calls are recorded.
+    """Return a test double of a version of TensorRT, and the list of its recorded calls.
 
-    Its plans obey these rules:
+    Its plans follow these rules:
 
     - A version-compatible plan is refused unless host code is allowed (`IRuntime::setEngineHostCodeAllowed` in
       NvInferRuntime.h; the sentence is in libtensorrt_rtx.so of 1.7.1).
@@ -158,7 +158,7 @@ def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tu
         return text
 
     def is_bound() -> bool:
-        """Whether the inspector's context has a profile and, after that, shapes for every input."""
+        """Return whether the context of the inspector has a profile and shapes of all inputs."""
         last = max((place for place, (name, _) in enumerate(calls) if name == "execution_context"), default=-1)
         if last < 0 or calls[last][1] == (None,):
             return False
@@ -189,7 +189,7 @@ def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tu
 
 
 def cuts_shapes(graph: bytes) -> bool:
-    """Return whether a serialized graph has a Shape that asks for some sizes only."""
+    """Return whether a serialized graph has a Shape with `start` or `end`."""
     nodes = onnx.load_from_string(graph).graph.node
     return any(node.op_type == "Shape" and node.attribute for node in nodes)
 
@@ -198,7 +198,7 @@ HOST_CODE = "Cannot deserialize engine with lean runtime since IRuntime::getEngi
 
 
 def gpu() -> Cuda:
-    """Return a GPU, that is its driver's stand-in."""
+    """Return a GPU with a test double of the driver."""
     return Cuda(Driver())
 
 
@@ -317,7 +317,7 @@ def test_engine_is_inspected_with_a_context_per_profile(version: str) -> None:
     assert [index for index, _ in named(calls, "set_optimization_profile_async")] == [0, 1]
     for view in inspection.profiles:
         assert view.text is not None
-        # 8.6 shows no types of tensors at all.
+        # 8.6 shows no types of tensors.
         assert engine_layer_stats(view.text).arithmetic == ({} if version == "8.6.1" else {"fp16": 6})
     # 11 shows types, but not formats, without a context.
     assert bool(engine_layer_stats(inspection.unbound).arithmetic) == (version == "11.4.0")
@@ -341,7 +341,7 @@ def test_version_compatible_engine_is_inspected(version: str) -> None:
     plan = build(EMPTY, options(version_compatible=True), library=library, cuda=gpu())
     assert plan.inspection is not None
     assert plan.inspection.reason() == ""
-    # Of other plans nothing is allowed.
+    # Other plans must not allow host code.
     library, calls = stand_in(version)
     build(EMPTY, options(), library=library, cuda=gpu())
     assert named(calls, "engine_host_code_allowed") == []
@@ -370,7 +370,7 @@ def test_rtx_engine_is_inspected_only_on_matching_gpu(
     plan = build(b"graph", given, library=library, cuda=gpu())
     assert plan.plan == b"plan"
     assert (plan.inspection is not None) == inspected
-    assert bool(plan.why_not_inspected) != inspected
+    assert bool(plan.not_inspected_reason) != inspected
     assert bool(named(calls, "deserialize_cuda_engine")) == inspected
     assert runs_here(given) == inspected
 

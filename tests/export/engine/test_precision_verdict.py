@@ -1,4 +1,4 @@
-"""`export.engine.precision_verdict`: only evidence contradicts, and what is hidden is not proven."""
+"""Test `export.engine.precision_verdict`: contradicted by evidence only, and not proven if types are hidden."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calib.graph.precision_audit import PrecisionStats
-from export.engine.precision_verdict import Promise, Verdict, check_size, engine_verdict, require
+from export.engine.precision_verdict import ExpectedPrecision, Verdict, check_size, engine_verdict, require
 from runtime.artifacts.engine_layers import (
     CONTRADICTED,
     NOT_PROVEN,
@@ -24,11 +24,11 @@ from tests.export.engine.inspector_doubles import Writer, document, layers
 from tests.raising import quotes, raises
 
 VERSIONS = ("8.6", "10.16", "11.4", "1.7")
-FP16 = Promise("fp16", PrecisionStats({"prop_fc": {"fp16": 9}, "backbone_net.layers.0": {"fp16": 5}}, {}))
-INT8 = Promise("int8", PrecisionStats({"prop_fc": {"int8": 9}, "query_encoder.W1": {"fp16": 1}}, {}))
-# Scenario, its promise, and whether a context can be created; then for each version what is counted and the verdict.
+FP16 = ExpectedPrecision("fp16", PrecisionStats({"prop_fc": {"fp16": 9}, "backbone_net.layers.0": {"fp16": 5}}, {}))
+INT8 = ExpectedPrecision("int8", PrecisionStats({"prop_fc": {"int8": 9}, "query_encoder.W1": {"fp16": 1}}, {}))
+# Scenario, expected precision, and whether a context can be created; then counts and verdict for each version.
 # docs/engines.md shows this table.
-TABLE: dict[str, tuple[str, Promise, bool, tuple[tuple[str, str], ...]]] = {
+TABLE: dict[str, tuple[str, ExpectedPrecision, bool, tuple[tuple[str, str], ...]]] = {
     "dynamic shapes": ("convolutions", FP16, True, (("4 in fp16", PROVEN),) * 4),
     "generated kernels": (
         "generated", FP16, True, (("6 of unknown type", NOT_PROVEN), *((("6 in fp16", PROVEN),) * 3)),
@@ -56,8 +56,8 @@ def inspection(version: str, scenario: str, context: bool = True, hides: bool = 
 @pytest.mark.parametrize("row", TABLE)
 @pytest.mark.parametrize("column", range(len(VERSIONS)), ids=VERSIONS)
 def test_layer_stats_and_verdict_match_table_per_version(row: str, column: int) -> None:
-    scenario, promise, context, cells = TABLE[row]
-    counted, verdict = engine_verdict(inspection(VERSIONS[column], scenario, context), promise, 0)
+    scenario, expected_precision, context, cells = TABLE[row]
+    counted, verdict = engine_verdict(inspection(VERSIONS[column], scenario, context), expected_precision, 0)
     assert (str(counted), verdict.name) == cells[column]
 
 
@@ -89,12 +89,12 @@ RECORDED = Path(__file__).parents[1] / "recorded"
     ],
 )
 def test_recorded_tensorrt_86_layers_give_expected_verdict(part: str, expected: str, verdict: str) -> None:
-    """Engines of the full-size network, built on 2026-11-29 (benchmarks/results/gpu-2026-11-29-nvidia-h200.md)."""
+    """The engines are of the full-size network (benchmarks/results/gpu-2026-11-29-nvidia-h200.md)."""
     content = read_layers_file(RECORDED / f"inspector-8.6.0-fp16-{part}.layers.json.gz")
     views = [ProfileView(view["name"], view["shapes"], json.dumps(view["bound"])) for view in content["profiles"]]
     counted, reached = engine_verdict(Inspection(json.dumps(content["unbound"]), tuple(views)), FP16, 0)
     assert (str(counted), reached.name) == (expected, verdict)
-    # The rules that the double of 8.6 follows: hidden types in spite of a context, and 0x1E between nodes.
+    # The rules of the test double for 8.6: hidden types despite a context, and 0x1E between nodes.
     tensors = [tensor for layer in content["profiles"][0]["bound"]["Layers"] for tensor in layer["Inputs"]]
     assert {tensor["Format/Datatype"] for tensor in tensors} == {"N/A due to dynamic shapes"}
     assert part == "video" or any("]\x1e[" in layer["Metadata"] for layer in content["profiles"][0]["bound"]["Layers"])
@@ -112,10 +112,10 @@ def test_control_characters_in_inspector_json_are_read() -> None:
 
 def test_types_without_evidence_are_not_proven_not_rejected() -> None:
     for precision in ("fp32", "fp16", "bf16", "int8", "fp8"):
-        _, verdict = engine_verdict(inspection("10.16", "generated", hides=True), Promise(precision), 0)
+        _, verdict = engine_verdict(inspection("10.16", "generated", hides=True), ExpectedPrecision(precision), 0)
         assert verdict.name == NOT_PROVEN
         require(verdict, precision)
-        _, verdict = engine_verdict(None, Promise(precision), 0, "no GPU")
+        _, verdict = engine_verdict(None, ExpectedPrecision(precision), 0, "no GPU")
         assert verdict.name == NOT_PROVEN
         assert quotes(verdict.reason, "no GPU")  # the reason given above
 
@@ -164,27 +164,29 @@ def test_fp32_modules_of_the_graph_do_not_contradict() -> None:
     ]
 
     def verdict(layers: list[object]) -> str:
-        return engine_verdict(Inspection(json.dumps({"Layers": layers})), Promise("fp16", kept), 0)[1].name
+        return engine_verdict(Inspection(json.dumps({"Layers": layers})), ExpectedPrecision("fp16", kept), 0)[1].name
 
-    # Every third of `wide` is layers.0, which the graph keeps in FP32.
+    # Every third layer is layers.0, which is FP32 in the graph.
     assert verdict([*narrow, *wide[0:30:3]]) == PROVEN
     assert verdict([*narrow, *wide[1:30:3]]) == CONTRADICTED
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("fp32", PROVEN), ("fp16", NOT_PROVEN)])
 def test_nodes_in_fp32_must_not_be_narrower(kind: str, expected: str) -> None:
-    promise = Promise("fp16", FP16.graph, fp32_nodes=frozenset({"fcos.head/Mul_4", "fcos.head/Exp"}))
+    expected_precision = ExpectedPrecision(
+        "fp16", FP16.graph, fp32_nodes=frozenset({"fcos.head/Mul_4", "fcos.head/Exp"})
+    )
     found = [*layers(Writer("11.4", bound=True), "convolutions")]
     found.append(Writer("11.4", bound=True).layer("PWN(fcos.head/Mul_4, fcos.head/Exp)", "PointWise", "fp16", kind))
-    _, verdict = engine_verdict(Inspection(json.dumps({"Layers": found})), promise, 0)
+    _, verdict = engine_verdict(Inspection(json.dumps({"Layers": found})), expected_precision, 0)
     assert verdict.name == expected
     assert ("fcos.head/Exp" in verdict.reason) == (expected == NOT_PROVEN)
-    # 8.6 hides the types of such layers, and what is fused with others is none of them.
+    # 8.6 hides the types of such layers, and fused layers do not count.
     for hidden in (
         Writer("8.6", bound=True).layer("PWN(fcos.head/Exp)", "PointWise", "fp16", kind),
         Writer("11.4", bound=True).layer("PWN(fcos.head/Exp, fcos.head/Add)", "PointWise", "fp16", kind),
     ):
-        _, verdict = engine_verdict(Inspection(json.dumps({"Layers": [*found[:-1], hidden]})), promise, 0)
+        _, verdict = engine_verdict(Inspection(json.dumps({"Layers": [*found[:-1], hidden]})), expected_precision, 0)
         assert verdict.name == PROVEN
 
 
@@ -196,26 +198,28 @@ def test_int8_that_runs_in_fp16_throughout_is_contradicted() -> None:
 @pytest.mark.parametrize(("allowed", "expected"), [(True, PROVEN), (False, CONTRADICTED)])
 def test_tf32_kernels_are_fp32_only_if_allowed(allowed: bool, expected: str) -> None:
     text = document("10.16", "wide", bound=True).replace("f32f32_f32f32_f32", "f32f32_tf32f32_f32")
-    assert engine_verdict(Inspection(text), Promise("fp32", tf32=allowed), 0)[1].name == expected
-    # To FP16 it is wider all the same.
-    assert engine_verdict(Inspection(text), Promise("fp16", tf32=allowed), 0)[1].name == CONTRADICTED
+    assert engine_verdict(Inspection(text), ExpectedPrecision("fp32", tf32=allowed), 0)[1].name == expected
+    # It is wider than FP16 in any case.
+    assert engine_verdict(Inspection(text), ExpectedPrecision("fp16", tf32=allowed), 0)[1].name == CONTRADICTED
 
 
 def test_engine_size_over_expectation_is_only_a_warning() -> None:
     weights = 200_000_000
-    promise = Promise("fp16", FP16.graph, weights)
+    expected_precision = ExpectedPrecision("fp16", FP16.graph, weights)
     found = inspection("11.4", "convolutions")
-    assert engine_verdict(found, promise, 105_000_000)[1].name == PROVEN
-    # Kernels weigh something too, and more than a small network.
-    assert not check_size(21_500_000, Promise("fp16", None, 10_000), 1)
+    assert engine_verdict(found, expected_precision, 105_000_000)[1].name == PROVEN
+    # Kernels are larger than a small network.
+    assert not check_size(21_500_000, ExpectedPrecision("fp16", None, 10_000), 1)
     # One copy of the weights for each profile.
-    assert quotes(check_size(208_000_000, promise, 2), 2)
-    _, verdict = engine_verdict(found, promise, 208_000_000)
+    assert quotes(check_size(208_000_000, expected_precision, 2), 2)
+    _, verdict = engine_verdict(found, expected_precision, 208_000_000)
     assert verdict.name == NOT_PROVEN
-    assert not quotes(check_size(208_000_000, promise, 1), 2)
+    assert not quotes(check_size(208_000_000, expected_precision, 1), 2)
     # 11.4's lean runtime has 105 MB.
-    assert check_size(105_000_000 + 105_000_000, promise, 1)
-    assert not check_size(105_000_000 + 105_000_000, Promise("fp16", None, weights, version_compatible=True), 1)
+    assert check_size(105_000_000 + 105_000_000, expected_precision, 1)
+    assert not check_size(
+        105_000_000 + 105_000_000, ExpectedPrecision("fp16", None, weights, version_compatible=True), 1
+    )
 
 
 def test_both_inspector_formats_are_read() -> None:
@@ -238,7 +242,7 @@ def test_both_inspector_formats_are_read() -> None:
     ],
 )  # fmt: skip
 def test_cutlass_kernel_names_reveal_input_types(kernel: str, kind: str) -> None:
-    """The first two begin as names in libtensorrt_rtx.so of 1.7.1: INT8 products, written as FP16 and BF16."""
+    """The first two names start like names in libtensorrt_rtx.so of 1.7.1: INT8 products with FP16 and BF16 output."""
     layer = {
         "Name": "prop_fc.conv/Conv", "LayerType": "CaskConvolution", "TacticName": kernel, "Weights": {"Type": "Int8"},
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`export.engine.profiles`: the shapes an engine is built for."""
+"""Test `export.engine.profiles`."""
 
 from __future__ import annotations
 

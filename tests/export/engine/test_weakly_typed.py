@@ -1,4 +1,4 @@
-"""`export.engine.weakly_typed`: what TensorRT 8.6 is given in place of a strongly typed graph."""
+"""Test `export.engine.weakly_typed`: graphs and precisions for TensorRT 8.6."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_without_types_removes_fp16_and_keeps_outputs(exported: dict[str, onnx.M
     assert opset_of(plain) == 17
     casts = [node for node in plain.graph.node if node.op_type == "Cast"]
     assert not FLOATS & {onnx.helper.get_node_attr_value(node, "to") for node in casts}
-    # Weights are those of FP16, and what was computed in FP16 on a CPU is computed in FP32.
+    # The weights are rounded to FP16, and a CPU computes FP16 layers in FP32.
     for wanted, found in zip(answers(half, [5, 3]), answers(plain, [5, 3]), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.02)
 
@@ -72,7 +72,7 @@ def test_int8_graph_keeps_qdq_without_quantized_weights(int8: onnx.ModelProto) -
                 assert reader.op_type in ("Conv", "MatMul", "Gemm")
                 assert {*reader.input[:2]} <= written
     assert written
-    # FP16 rounds some numbers to another step of INT8, which this small network makes larger.
+    # FP16 rounds some values to another INT8 step, which has a larger effect in this small network.
     for wanted, found in zip(answers(int8, [5, 3]), answers(plain, [5, 3]), strict=True):
         assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.95
 
@@ -82,7 +82,7 @@ def test_without_types_handles_parts_and_unrolled_graphs(int8: onnx.ModelProto) 
     for part in (video, query, unroll_lstm(query, 6)):
         plain = without_types(part)
         onnx.checker.check_model(plain, full_check=True)
-        # Encodings that pass from part to part are FP32 as well.
+        # Encoded videos between the parts are FP32 too.
         for value in (*plain.graph.input, *plain.graph.output):
             assert value.type.tensor_type.elem_type not in FLOATS
 
@@ -118,13 +118,13 @@ def test_fp32_modules_are_read_from_the_graph(kept: tuple[str, ...], exported: d
     named = {node.name: node for node in half.graph.node}
     held = {named[name].op_type: named[name] for name in fp32_nodes(half)}
     assert {module for name in fp32_nodes(half) for module in drn_modules(name)} == {*kept, "fcos.head"}
-    # exp and the scale before it, and of modules that are not kept nothing else.
+    # exp and the scale before it, but no other node of modules that are not kept.
     (exp,) = (node for node in half.graph.node if node.op_type in FP32_OPERATORS)
     assert held["Exp"] == exp
     assert exp.input[0] in {name for node in held.values() for name in node.output}
     assert len([name for name in fp32_nodes(half) if "fcos.head" in drn_modules(name)]) == 2
     assert fp32_nodes(exported["tiny"]) == frozenset()
-    # All of them are in the graph that 8.6 gets.
+    # All of them are in the graph for 8.6.
     prepared = prepare(half.SerializeToString())
     assert prepared.fp32_nodes == fp32_nodes(half) <= prepared.nodes
 
@@ -146,11 +146,11 @@ def test_fp32_nodes_stay_fp32_and_untyped_layers_are_skipped(
     half = convert_to_half(exported["tiny"], keep=("prop_fc",))
     fp32 = sorted(fp32_nodes(half))
     kept = next(name for name in fp32 if name.startswith("prop_fc"))
-    # The second has a further layer, as a convolution that is padded.
+    # The second has a further layer, like a padded convolution.
     held = [*(layer(calls, name) for name in fp32), layer(calls, f"{kept}_1234", "SHUFFLE")]
     others = [
         *(layer(calls, node.name) for node in without_types(half).graph.node if node.name not in fp32),
-        # trtexec's skips (setLayerPrecisions in sampleEngines.cpp), and Q/DQ.
+        # The layers that trtexec skips (setLayerPrecisions in sampleEngines.cpp), and Q/DQ.
         layer(calls, f"{kept}_1", "FILL", precision="int32"),
         layer(calls, f"{kept}_2", "ELEMENTWISE", precision="bool"),
         layer(calls, f"{kept}_3", "CONSTANT"),
@@ -172,7 +172,7 @@ def test_fp32_nodes_stay_fp32_and_untyped_layers_are_skipped(
 
 
 def precisions_of(layers: list[Recorder]) -> dict[str, str]:
-    """Return a dictionary that receives the precision of each layer by its name, once it is set."""
+    """Return a dictionary that records the precision of each layer by name."""
     written: dict[str, str] = {}
 
     def record(entry: tuple[str, tuple[str, ...]], name: str) -> None:
@@ -296,7 +296,7 @@ def test_bfloat16_weights_keep_their_values(exported: dict[str, onnx.ModelProto]
 def test_fp16_modules_of_int8_graph_are_not_constrained(
     exported: dict[str, onnx.ModelProto], table: CalibrationTable
 ) -> None:
-    # Kept out of 8 bits they are FP16, which is the type around them.
+    # Modules kept out of 8 bits are FP16, like the layers around INT8.
     kept = convert_to_half(insert_qdq(exported["tiny"], table, QuantizationPolicy(keep=("fpn",)), opset=19))
     modules = {module for name in fp32_nodes(kept) for module in drn_modules(name)}
     assert not modules & {"fpn.layer_blocks.0", "fpn.inner_blocks.0"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.triton_repository.writer import read_config
+from export.triton.writer import read_config
 from runtime import Grounder
 from runtime.datasets.dataset import DataSet
 from tests.documented import arguments

@@ -1,4 +1,4 @@
-"""`export.triton_repository.model_config`: what Triton is told of a model, and which models it is told of at all."""
+"""Test `export.triton.model_config`: configurations, and models that Triton cannot run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's defin
 
 from calib.graph.split_model import split_graph, write_split_model
 from export.engine.profiles import Profile, part_profiles, profiles
-from export.triton_repository.model_config import ServingOptions, TritonModel, build_models, padded_lengths, read_model
-from export.triton_repository.writer import message
+from export.triton.model_config import ServingOptions, TritonModel, build_models, padded_lengths, read_model
+from export.triton.writer import message
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import read_metadata, with_digest
@@ -28,14 +28,14 @@ from tests.raising import raises
 
 @pytest.fixture
 def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
-    """The tiny network, its parts beside it."""
+    """The tiny network, with its two parts in the same directory."""
     onnx.save(exported["tiny"], tmp_path / "drn.onnx")
     write_split_model(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
     return tmp_path / "drn.onnx"
 
 
 def engine(path: Path, about: Manifest, built_for: list[Profile], twin: Path | None = None, **content: Any) -> Path:
-    """Write a plan, which is none, and a sidecar that vouches for it."""
+    """Write a placeholder for a plan, with metadata that contain its hash."""
     path.write_bytes(b"a plan")
     hashes = {path.name: hashlib.sha256(b"a plan").hexdigest()}
     told = {
@@ -58,7 +58,7 @@ def whole_engine(directory: Path, **content: Any) -> Path:
 
 
 def pair_engine(graph: Path, **content: Any) -> Path:
-    """Write the engines of the parts beside `graph`."""
+    """Write the engines of the two parts next to `graph`."""
     whole = profiles((1, 4, 16), (1, 5, 10), manifest(TINY))
     for part in ("video", "query"):
         twin = graph.with_name(f"drn.{part}.onnx")
@@ -69,7 +69,7 @@ def pair_engine(graph: Path, **content: Any) -> Path:
 
 
 def told(path: Path, serving: ServingOptions | None = None) -> dict[str, Any]:
-    """Return Triton's own messages by the names of the models, the front last."""
+    """Return the configurations as Triton messages by model name, the front last."""
     serving = serving or ServingOptions()
     parts = build_models(read_model(path, serving), serving)
     assert [part.name for part in parts][-1] == serving.name
@@ -129,7 +129,7 @@ def test_engine_config_lists_profiles_and_cuda_graphs(tmp_path: Path) -> None:
     }
     for spec in specs:
         assert set(spec.input) == {value.name for value in network.input}
-        # What lies beyond a smaller request would be looked up as words.
+        # Triton would read memory after a smaller request as tokens.
         assert not spec.HasField("graph_lower_bound")
     about = json.loads(told(whole_engine(tmp_path))["drn"].parameters["drn.front"].string_value)
     assert about["manifest"]["max_query_length"] == 10
@@ -140,7 +140,7 @@ def test_split_pair_gets_one_config_per_part(graph: Path) -> None:
     assert list(parts) == ["drn_video", "drn_query", "drn"]
     assert shapes(parts["drn_video"].output) == {"encoded_features": [16, 16]}
     assert parts["drn_video"].max_batch_size == 8
-    # Rows are queries in some inputs and videos in others.
+    # Rows are queries in some inputs, and videos in others.
     assert parts["drn_query"].max_batch_size == 0
     assert not parts["drn_query"].HasField("dynamic_batching")
     assert shapes(parts["drn_query"].input) == {

@@ -1,6 +1,6 @@
-"""Build the Triton configuration of each model, as values that tests read without Triton.
+"""Build the Triton configuration of each model.
 
-Fields are those of `ModelConfig` in model_config.proto of triton-inference-server/common.
+The fields are those of `ModelConfig` in model_config.proto of triton-inference-server/common.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 import runtime.triton
 from calib.graph.onnx_graph import manifest_in
-from export.engine.profiles import DEFAULT_BATCH, DEFAULT_CACHED_VIDEOS, MOST_ENCODED
-from runtime.artifacts.engine_metadata import Sidecar, read_sidecar
+from export.engine.profiles import DEFAULT_BATCH, DEFAULT_CACHED_VIDEOS, MAX_ENCODE_BATCH
+from runtime.artifacts.engine_metadata import read_sidecar
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import check
 from runtime.backends import engine_compatibility, triton_protocol
@@ -32,6 +32,7 @@ from runtime.core.io.input_files import check_file
 Kind = Literal["auto", "cpu", "cuda"]
 KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "cuda": "KIND_GPU"}
 FORMAT_PARAMETER = "drn.format"
+# File suffix -> platform, backend, file name in a version directory.
 PLATFORMS = {
     ".onnx": ("onnxruntime_onnx", "onnxruntime", "model.onnx"),
     ".engine": ("tensorrt_plan", "tensorrt", "model.plan"),
@@ -44,12 +45,12 @@ class ServingOptions:
     """The options of serving a model.
 
     Attributes:
-        name: of the front; networks are called after it.
-        device: where an ONNX network runs; `auto` is a GPU if Triton sees one. Engines run on GPUs.
-        batch: most queries of an ONNX network that go through together; an engine has its own.
-        instances: processes of the front.
-        wait_ms: how long the first of a batch of requests waits for others.
-        threads: CPU threads of an ONNX network; ONNX Runtime's choice when None.
+        name: name of the front model, and prefix of the names of the networks.
+        device: device of an ONNX network; auto is a GPU if Triton has one. Engines run on GPUs.
+        batch: maximum batch size of an ONNX network; that of an engine is fixed.
+        instances: number of processes of the front model.
+        wait_ms: maximum time that the first request of a batch waits for others, in ms.
+        threads: number of CPU threads of an ONNX network; None for the default of ONNX Runtime.
     """
 
     name: str = "drn"
@@ -62,8 +63,8 @@ class ServingOptions:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", self.name):
             raise GroundingError(
-                f"--name {excerpt(self.name)} becomes part of addresses; it holds letters, digits, - and _, a "
-                "letter first.",
+                f"Expected --name of letters, digits, - and _ with a letter first, got {excerpt(self.name)}. "
+                "Correct the option.",
                 code="invalid_option",
             )
         if (
@@ -71,8 +72,8 @@ class ServingOptions:
             or not 0 <= self.wait_ms <= 1000
         ):
             raise GroundingError(
-                f"--batch, --instances and --threads are at least 1 and --wait-ms is 0 to 1000; {self.batch}, "
-                f"{self.instances}, {self.threads} and {self.wait_ms:g} were given.",
+                "Expected --batch, --instances and --threads of at least 1 and --wait-ms of 0 to 1000, got "
+                f"{self.batch}, {self.instances}, {self.threads} and {self.wait_ms:g}. Correct the option.",
                 code="invalid_option",
             )
 
@@ -82,9 +83,9 @@ class TritonModel:
     """One model of the repository.
 
     Attributes:
-        config: of `ModelConfig`, as its JSON form has it.
-        files: of a version, by name: a file to be copied, or text.
-        warmup: the inputs that Triton runs once before a version answers, (size,) raw values by file name.
+        config: `ModelConfig` in its JSON form.
+        files: files of a version by name: the path of a file to copy, or text.
+        warmup: inputs of the warm-up request that Triton runs before a version is ready, by file name.
     """
 
     config: Mapping[str, Any]
@@ -93,23 +94,24 @@ class TritonModel:
 
     @property
     def name(self) -> str:
+        """Return the name of the model in the repository."""
         return str(self.config["name"])
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceModel:
-    """A model file and what limits how it is asked.
+    """A model file and its limits.
 
     Attributes:
-        manifest: its longest query is the longest that the file takes.
-        batch: smallest, best and largest.
-        query_length: smallest, best and largest.
-        path: of the whole network, or of the query part.
-        video: of the video part.
-        encoded: shape (D, T) and Triton's type of what stands between the parts.
-        videos: most encodings that the query part takes.
-        encoded_together: most videos that the video part takes.
-        profiles: how many an engine has, whole or query part, and video part.
+        manifest: of the model, with the maximum query length of the file.
+        batch: min, opt and max number of queries.
+        query_length: min, opt and max number of tokens.
+        path: file of the full network or the query part.
+        video: file of the video part; None for a full network.
+        encoded: shape (D, T) and Triton data type of an encoded video.
+        videos: maximum number of encoded videos per request of the query part.
+        max_encode_batch: maximum batch size of the video part.
+        profiles: number of optimization profiles of the engine (full or query part) and of that of the video part.
     """
 
     manifest: Manifest
@@ -119,38 +121,43 @@ class SourceModel:
     video: Path | None = None
     encoded: tuple[tuple[int, int], str] = ((0, 0), "TYPE_FP32")
     videos: int = DEFAULT_CACHED_VIDEOS
-    encoded_together: int = MOST_ENCODED
+    max_encode_batch: int = MAX_ENCODE_BATCH
     profiles: tuple[int, int] = (1, 1)
 
     @property
     def is_engine(self) -> bool:
+        """Return whether the file is a TensorRT engine."""
         return self.path.suffix == ".engine"
 
 
 def read_model(path: Path, serving: ServingOptions) -> SourceModel:
-    """Return what is to be served from a model file; of a split model the query part is named.
+    """Read a model file and its limits.
+
+    Args:
+        path: .onnx or .engine file; for a split model the query part.
+        serving: options.
 
     Raises:
-        ModelFileError: it is not a model of ours, or none that Triton runs.
-        DeviceError: it does not run on the device that was asked for.
+        ModelFileError: the file is not a DRN model, or Triton cannot run it.
+        DeviceError: the model does not run on the requested device.
     """
     if path.suffix not in PLATFORMS:
         raise ModelFileError(
-            f"Triton serves .onnx and .engine files, and {excerpt(path.name)} is neither; export a checkpoint with "
-            "`python -m export.to_onnx`.",
+            f"Expected a model with the suffix .onnx or .engine, got {excerpt(path.name)}. "
+            "Export a checkpoint with `python -m export.to_onnx`.",
             code="wrong_suffix",
         )
     check_file(path, "The model file", ModelFileError)
     if path.suffix == ".engine" and serving.device == "cpu":
         raise DeviceError(
-            f"{path.name} is an engine, which runs on a GPU only; leave --device out, or serve its graph.",
+            f"{path.name} is an engine and needs a GPU. Remove --device, or give the .onnx file.",
             code="gpu_required",
         )
     source = _read_engine(path) if path.suffix == ".engine" else _read_graph(path, serving)
     if source.encoded[1] == "TYPE_BF16":
         raise ModelFileError(
-            f"{path.name} passes bfloat16 between its two parts, which Triton's Python backend cannot take as an "
-            "array; give the whole .engine, or build the pair in fp16.",
+            f"The parts of {path.name} exchange bfloat16, which Triton's Python backend does not support. "
+            "Give the engine of the full model, or build the parts in fp16.",
             code="precision_unsupported",
         )
     return source
@@ -161,11 +168,11 @@ def _read_graph(path: Path, serving: ServingOptions) -> SourceModel:
     _check_part(path, manifest)
     if manifest.precision == "bf16":
         raise ModelFileError(
-            f"ONNX Runtime has no bf16 kernels to run {path.name}; give its .engine, or fp16.",
+            f"ONNX Runtime has no bf16 kernels to run {path.name}. Give its .engine, or a model in fp16.",
             code="precision_unsupported",
         )
     longest = manifest.max_query_length
-    # Eight words are usual in every data set that DRN is trained on.
+    # The typical query of the supported data sets has eight tokens.
     source = SourceModel(
         manifest, MinOptMax(1, min(8, serving.batch), serving.batch), MinOptMax(1, min(8, longest), longest), path
     )
@@ -182,8 +189,8 @@ def _read_engine(path: Path) -> SourceModel:
     _check_part(path, manifest)
     if content.get("target", "tensorrt") != "tensorrt":
         raise ModelFileError(
-            f"{path.name} was built for {content['target']}, whose plans Triton does not run; build it with "
-            "`python -m export.build_engine --target tensorrt`, or serve its graph.",
+            f"{path.name} was built for {content['target']}, which Triton does not support. Build it with "
+            "`python -m export.build_engine --target tensorrt`, or give the .onnx file.",
             code="target_unsupported",
         )
     batch, query_length = (
@@ -194,39 +201,36 @@ def _read_engine(path: Path) -> SourceModel:
     source = SourceModel(manifest, batch, query_length, path, profiles=(len(content["profiles"]), 1))
     if manifest.part == "whole":
         return source
-    plan, siblings = locate_video_part(path, sidecar)
+    video, video_sidecar = locate_video_part(path, sidecar)
     shapes = content["profiles"][-1]["shapes"][ENCODED_FEATURES]
     channels, segments = shapes[2][1:]
+    video_profiles = video_sidecar.content["profiles"]
     return dataclasses.replace(
         source,
-        video=plan,
-        # TensorRT 8.6 is given a graph whose inputs and outputs are all float32.
-        encoded=_encoded(engine_compatibility.source_onnx(plan, siblings.content))
+        video=video,
+        # All inputs and outputs of a weakly typed engine (TensorRT 8.6) are float32.
+        encoded=_encoded(engine_compatibility.source_onnx(video, video_sidecar.content))
         if content.get("strongly_typed", True)
         else ((channels, segments), "TYPE_FP32"),
         videos=shapes[2][0],
-        encoded_together=_most_together(siblings),
-        profiles=(len(content["profiles"]), len(siblings.content["profiles"])),
+        max_encode_batch=max(int(each["shapes"]["segment_features"][2][0]) for each in video_profiles),
+        profiles=(len(content["profiles"]), len(video_profiles)),
     )
 
 
 def _check_part(path: Path, manifest: Manifest) -> None:
     if manifest.part not in ("whole", "query"):
         raise ModelFileError(
-            f"{path} is one part of a model ({manifest.part}); give the query part (its name holds .query.).",
+            f"{path} is the {manifest.part} part of a model. Give the query part, whose name contains .query.",
             code="model_part",
         )
 
 
-def _most_together(video: Sidecar) -> int:
-    return max(int(profile["shapes"]["segment_features"][2][0]) for profile in video.content["profiles"])
-
-
 def _encoded(video: Path) -> tuple[tuple[int, int], str]:
-    """Return shape and type of what a video part's graph puts out."""
+    """Return shape (D, T) and Triton data type of the output of a video part."""
     import onnx
 
-    check_file(video, "The graph of the video part, which has the data type of the encodings,", ModelFileError)
+    check_file(video, "The graph of the video part", ModelFileError)
     check(video)
     (output,) = onnx.load(video, load_external_data=False).graph.output
     kinds = onnx.TensorProto
@@ -236,45 +240,45 @@ def _encoded(video: Path) -> tuple[tuple[int, int], str]:
 
 
 def build_models(source: SourceModel, serving: ServingOptions) -> list[TritonModel]:
-    """Return the models of a repository, the front last, since it calls the others."""
-    whole = source.video is None
-    network = f"{serving.name}_network" if whole else f"{serving.name}_query"
-    video = "" if whole else f"{serving.name}_video"
-    networks = [_single_model(source, serving, network)] if whole else _pair(source, serving, video, network)
+    """Return the models of a repository: the networks, then the front model that calls them."""
+    if source.video is None:
+        network, video = f"{serving.name}_network", ""
+        networks = [_single_model(source, serving, network)]
+    else:
+        network, video = f"{serving.name}_query", f"{serving.name}_video"
+        networks = _split_models(source, serving, video, network)
     files = {
         f"{part.name}/{name}": sha256(path)
         for part in networks
         for name, path in part.files.items()
         if isinstance(path, Path)
     }
-    about = FrontConfig(
-        source.manifest, network, video, source.batch.max, source.videos, source.encoded_together, files
-    )  # fmt: skip
-    return [*networks, _front(about, serving)]
+    front = FrontConfig(
+        source.manifest, network, video, source.batch.max, source.videos, source.max_encode_batch, files
+    )
+    return [*networks, _front_model(front, serving)]
 
 
-def _front(about: FrontConfig, serving: ServingOptions) -> TritonModel:
-    manifest = about.manifest
-
-    def given(name: str, kind: str, *dims: int, optional: bool = False) -> dict[str, Any]:
-        # Requests of other shapes are answered together all the same: the front pads what the network gets.
-        tensor: dict[str, Any] = {"name": name, "data_type": kind, "dims": list(dims), "allow_ragged_batch": True}
-        return {**tensor, "optional": True} if optional else tensor
+def _front_model(front: FrontConfig, serving: ServingOptions) -> TritonModel:
+    def tensor(name: str, kind: str, *dims: int, optional: bool = False) -> dict[str, Any]:
+        # Requests of different shapes share a batch: the front pads the inputs of the network.
+        entry: dict[str, Any] = {"name": name, "data_type": kind, "dims": list(dims), "allow_ragged_batch": True}
+        return {**entry, "optional": True} if optional else entry
 
     config = {
         "name": serving.name,
         "backend": "python",
         "default_model_filename": "model.py",
-        "max_batch_size": about.batch,
+        "max_batch_size": front.batch,
         "version_policy": TWO_VERSIONS,
         "input": [
-            given(triton_protocol.QUERY, "TYPE_STRING", -1),
-            given(triton_protocol.FEATURES, "TYPE_FP32", -1, manifest.features.dim),
-            given(triton_protocol.DURATION, "TYPE_FP64", 1),
-            given(triton_protocol.NUM_FRAMES, "TYPE_INT32", 1, optional=True),
-            given(triton_protocol.TOP_K, "TYPE_INT32", 1, optional=True),
-            given(triton_protocol.WINDOWS, "TYPE_FP64", 3, optional=True),
-            given(triton_protocol.ALWAYS_ANSWER, "TYPE_BOOL", 1, optional=True),
+            tensor(triton_protocol.QUERY, "TYPE_STRING", -1),
+            tensor(triton_protocol.FEATURES, "TYPE_FP32", -1, front.manifest.features.dim),
+            tensor(triton_protocol.DURATION, "TYPE_FP64", 1),
+            tensor(triton_protocol.NUM_FRAMES, "TYPE_INT32", 1, optional=True),
+            tensor(triton_protocol.TOP_K, "TYPE_INT32", 1, optional=True),
+            tensor(triton_protocol.WINDOWS, "TYPE_FP64", 3, optional=True),
+            tensor(triton_protocol.ALWAYS_ANSWER, "TYPE_BOOL", 1, optional=True),
         ],
         "output": [
             {"name": triton_protocol.MOMENTS, "data_type": "TYPE_FP64", "dims": [-1, -1, 3]},
@@ -284,20 +288,20 @@ def _front(about: FrontConfig, serving: ServingOptions) -> TritonModel:
         "instance_group": [{"kind": "KIND_CPU", "count": serving.instances}],
         "parameters": {
             FORMAT_PARAMETER: {"string_value": FORMAT},
-            PARAMETER: {"string_value": about.to_json()},
+            PARAMETER: {"string_value": front.to_json()},
         },
     }
-    shell = Path(runtime.triton.__file__).with_name("model.py")
-    return TritonModel(config, {"model.py": shell, triton_protocol.ABOUT_FILE: about.to_json() + "\n"})
+    program = Path(runtime.triton.__file__).with_name("model.py")
+    return TritonModel(config, {"model.py": program, triton_protocol.ABOUT_FILE: front.to_json() + "\n"})
 
 
-# The front of a new version calls networks of that version; the old ones stay until it answers.
+# A front calls the networks of its own version, so the previous networks stay until the new front is ready.
 TWO_VERSIONS = {"latest": {"num_versions": 2}}
 
 
 def _single_model(source: SourceModel, serving: ServingOptions, name: str) -> TritonModel:
     segments, width = source.manifest.decoding.num_segments, source.manifest.features.dim
-    _, best, most = source.batch
+    _, best, largest = source.batch
 
     def shapes(length: int) -> Shapes:
         return {
@@ -308,35 +312,38 @@ def _single_model(source: SourceModel, serving: ServingOptions, name: str) -> Tr
         }
 
     graphs = [
-        # The network itself sees lengths of shape (B,).
+        # Triton reshapes `query_length` to (B,) for the network.
         {"batch_size": batch, "input": _dims({**shapes(length), "query_length": ()})}
-        for batch in sorted({1, best, most})
+        for batch in sorted({1, best, largest})
         for length in padded_lengths(source.query_length.max)
     ]
     warmup = _warmup_values(source, shapes(padded_length(source.query_length.opt, source.query_length.max)))
     config = {
         **_network(source, serving, name, source.path, source.profiles[0]),
-        "max_batch_size": most,
+        "max_batch_size": largest,
         "input": [
             {"name": "query_tokens", "data_type": "TYPE_INT32", "dims": [-1]},
-            # Dimensions may not be empty here, so that lengths are (B, 1) for callers.
+            # Triton requires at least one dimension, so requests have lengths of (B, 1).
             {"name": "query_length", "data_type": "TYPE_INT32", "dims": [1], "reshape": {"shape": []}},
             {"name": "segment_features", "data_type": "TYPE_FP32", "dims": [segments, width]},
             {"name": "segment_spans", "data_type": "TYPE_FP32", "dims": [segments, 2]},
         ],
         "output": _heads(source),
-        "dynamic_batching": {"preferred_batch_size": sorted({best, most})},
+        "dynamic_batching": {"preferred_batch_size": sorted({best, largest})},
         "model_warmup": [_warmup(warmup, batch) for batch in sorted({1, best})],
     }
-    return TritonModel(_with_graphs(config, source, graphs), _plan(source.path), warmup)
+    return TritonModel(_with_cuda_graphs(config, source, graphs), _model_file(source.path), warmup)
 
 
-def _pair(source: SourceModel, serving: ServingOptions, video: str, query: str) -> list[TritonModel]:
-    """Return the two parts. Queries and videos differ in number, so Triton cannot batch the second: the front does."""
+def _split_models(source: SourceModel, serving: ServingOptions, video: str, query: str) -> list[TritonModel]:
+    """Return the video part and the query part.
+
+    The front batches requests of the query part: Triton cannot, because a request has several queries per video.
+    """
     assert source.video is not None
     segments, width = source.manifest.decoding.num_segments, source.manifest.features.dim
     encoded, kind = source.encoded
-    _, best, most = source.batch
+    _, best, largest = source.batch
 
     def shapes(batch: int, length: int) -> Shapes:
         return {
@@ -347,19 +354,17 @@ def _pair(source: SourceModel, serving: ServingOptions, video: str, query: str) 
             "segment_spans": (1, segments, 2),
         }
 
-    together = source.encoded_together
-    requested = {"segment_features": (segments, width)}
     video_config = {
         **_network(source, serving, video, source.video, source.profiles[1]),
-        "max_batch_size": together,
+        "max_batch_size": source.max_encode_batch,
         "input": [{"name": "segment_features", "data_type": "TYPE_FP32", "dims": [segments, width]}],
         "output": [{"name": ENCODED_FEATURES, "data_type": kind, "dims": list(encoded)}],
-        "dynamic_batching": {"preferred_batch_size": [together]},
-        "model_warmup": [_warmup(_warmup_values(source, requested), 1)],
+        "dynamic_batching": {"preferred_batch_size": [source.max_encode_batch]},
+        "model_warmup": [_warmup(_warmup_values(source, {"segment_features": (segments, width)}), 1)],
     }
     graphs = [
         {"batch_size": 0, "input": _dims(shapes(batch, length))}
-        for batch in sorted({1, best, most})
+        for batch in sorted({1, best, largest})
         for length in padded_lengths(source.query_length.max)
     ]
     warmup = _warmup_values(source, shapes(1, padded_length(source.query_length.opt, source.query_length.max)))
@@ -377,13 +382,13 @@ def _pair(source: SourceModel, serving: ServingOptions, video: str, query: str) 
         "model_warmup": [_warmup(warmup, 1, {ENCODED_FEATURES: kind})],
     }
     return [
-        TritonModel(_with_graphs(video_config, source, []), _plan(source.video)),
-        TritonModel(_with_graphs(query_config, source, graphs), _plan(source.path), warmup),
+        TritonModel(_with_cuda_graphs(video_config, source, []), _model_file(source.video)),
+        TritonModel(_with_cuda_graphs(query_config, source, graphs), _model_file(source.path), warmup),
     ]
 
 
 def padded_lengths(longest: int) -> list[int]:
-    """Return the lengths in tokens at which queries reach a network that takes so many at most."""
+    """Return the padded query lengths, in tokens, of a network for at most `longest` tokens."""
     return sorted({padded_length(length, longest) for length in range(1, longest + 1)})
 
 
@@ -393,7 +398,7 @@ def _network(source: SourceModel, serving: ServingOptions, name: str, path: Path
     parameters = {FORMAT_PARAMETER: FORMAT}
     if source.is_engine:
         group["kind"] = "KIND_GPU"
-        # Unless told otherwise Triton takes the first alone, which is for a single query.
+        # By default Triton uses only the first profile, which is for a single query.
         group["profile"] = [str(index) for index in range(profiles)]
     elif serving.threads is not None:
         parameters["intra_op_thread_count"] = str(serving.threads)
@@ -408,17 +413,15 @@ def _network(source: SourceModel, serving: ServingOptions, name: str, path: Path
     }
 
 
-def _with_graphs(config: dict[str, Any], source: SourceModel, specs: Sequence[Any]) -> dict[str, Any]:
-    """Return a configuration with CUDA graphs, where they are for engines; of these shapes alone.
+def _with_cuda_graphs(config: dict[str, Any], source: SourceModel, specs: Sequence[Any]) -> dict[str, Any]:
+    """Return the configuration of an engine with CUDA graphs for the given shapes; that of a graph unchanged.
 
-    None has a `graph_lower_bound`: it would be run on smaller requests with whatever lies behind them in memory, and
-    what is no word would be looked up.
+    The shapes have no `graph_lower_bound`, because Triton would run smaller requests with uninitialized memory after
+    their end, which the network would read as tokens.
     """
-    return (
-        {**config, "optimization": {"cuda": {"graphs": True, "graph_spec": list(specs)}}}
-        if source.is_engine
-        else config
-    )
+    if not source.is_engine:
+        return config
+    return {**config, "optimization": {"cuda": {"graphs": True, "graph_spec": list(specs)}}}
 
 
 def _heads(source: SourceModel) -> list[dict[str, Any]]:
@@ -431,13 +434,12 @@ def _dims(shapes: Shapes) -> dict[str, Any]:
     return {name: {"dim": list(shape)} for name, shape in shapes.items()}
 
 
-def _plan(path: Path) -> dict[str, Path | str]:
+def _model_file(path: Path) -> dict[str, Path | str]:
     return {PLATFORMS[path.suffix][2]: path}
 
 
 def _warmup_values(source: SourceModel, shapes: Shapes) -> dict[str, np.ndarray]:
-    """Return inputs of these shapes that mean something: zeros would be a query of no words, and random integers words
-    that there are not. Features are left out; they may be zeros."""
+    """Return valid inputs of the given shapes: one known word per token, and equal segments; features are zeros."""
     segments = source.manifest.decoding.num_segments
     borders = np.arange(segments + 1, dtype=np.float32) / segments
     values: dict[str, Any] = {
@@ -453,7 +455,7 @@ def _warmup_values(source: SourceModel, shapes: Shapes) -> dict[str, np.ndarray]
 
 
 def _warmup(values: Mapping[str, np.ndarray], batch: int, kinds: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return one warm-up request of so many rows."""
+    """Return a warm-up request of `batch` rows; `kinds` has the data types that are not int32 or FP32."""
     kinds = kinds or {}
     inputs = {}
     for name, value in values.items():
@@ -464,4 +466,5 @@ def _warmup(values: Mapping[str, np.ndarray], batch: int, kinds: Mapping[str, st
 
 
 def is_features(name: str) -> bool:
+    """Return whether a tensor has features, which are zeros in warm-up requests."""
     return name.endswith("_features")

@@ -1,4 +1,4 @@
-"""`python -m export.triton`: a model repository that Triton Inference Server loads."""
+"""Write a model repository for Triton Inference Server: `python -m export.triton`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from export.engine.profiles import DEFAULT_BATCH
-from export.triton_repository.model_config import Kind, ServingOptions, build_models, read_model
-from export.triton_repository.writer import write
-from runtime.core.cli import command, suggest_next_command
+from export.triton.model_config import Kind, ServingOptions, build_models, read_model
+from export.triton.writer import write
+from runtime.core.cli import suggest_next_command
 
 log = logging.getLogger("drn")
 
@@ -38,6 +38,13 @@ def triton(
         instances: number of processes of the front model.
         wait_ms: maximum time that the first request of a batch waits for further requests, in ms.
         threads: number of CPU threads of an .onnx network.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ModelFileError: Triton cannot run the model.
+        OutputError: the repository cannot be written, or has another model with the same name.
     """
     serving = ServingOptions(name, device, batch, instances, wait_ms, threads)
     parts = build_models(read_model(model, serving), serving)
@@ -45,13 +52,9 @@ def triton(
     for part in parts:
         files = ", ".join(f"{version}/{file}" for file in part.files)
         print(f"{output / part.name}: config.pbtxt, {files}")
-    log.info("Serve it:  tritonserver --model-repository %s  (in a container with drn-deploy: docs/triton.md)", output)
+    log.info("Start the server with:  tritonserver --model-repository %s  (container: docs/triton.md)", output)
     address = f"triton://localhost:8001/{name}"
     suggest_next_command(
         "runtime.infer", "--model", address, "--data", "DIR", "--video", "NAME", "--query", "a sentence"
     )
     return output
-
-
-if __name__ == "__main__":
-    command(triton)

@@ -1,11 +1,10 @@
-"""A model repository for Triton, written whole or not at all.
+"""Write a model repository for Triton, completely or not at all.
 
-    drn/           the front: Python, calls the networks     config.pbtxt  1/model.py  1/about.json
-    drn_network/   the network                               config.pbtxt  1/model.onnx or model.plan  warmup/
-    drn_video/, drn_query/   in its place, of a model that was split
+    drn/           the front model, which calls the networks   config.pbtxt  1/model.py  1/about.json
+    drn_network/   the network                                 config.pbtxt  1/model.onnx or model.plan  warmup/
+    drn_video/, drn_query/   the two parts of a split model, instead of drn_network/
 
-Every configuration is made into Triton's own `ModelConfig` message before it is written, so that a field that Triton
-does not know cannot get in.
+Each configuration is converted to Triton's `ModelConfig` message first, which rejects unknown fields.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.triton_repository.model_config import FORMAT_PARAMETER, TritonModel, is_features
+from export.triton.model_config import FORMAT_PARAMETER, TritonModel, is_features
 from runtime.backends.exact_int8 import for_any_cpu
 from runtime.backends.triton_backend import FORMAT, PARAMETER, FrontConfig
 from runtime.core.errors import DeviceError, ModelFileError, OutputError, one_line
@@ -28,15 +27,15 @@ from runtime.core.io.digests import sha256
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-# What must not differ between versions of one model: the configuration is of them all.
-SHARED = ("platform", "backend", "max_batch_size", "input", "output")
+# Fields of the configuration that all versions of a model share.
+SHARED_FIELDS = ("platform", "backend", "max_batch_size", "input", "output")
 
 
 def message(config: Mapping[str, Any]) -> ModelConfig:
-    """Return a configuration as Triton's own message.
+    """Convert a configuration to Triton's message.
 
     Raises:
-        DeviceError: `tritonclient`, which has that message, is not installed.
+        DeviceError: `tritonclient`, which defines the message, is not installed.
     """
     definitions = _definitions()
     from google.protobuf import json_format
@@ -49,15 +48,15 @@ def _definitions() -> Any:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
         raise DeviceError(
-            f"Triton's definitions cannot be imported ({error}); "
-            "run `pip install '.[triton]'` in the drn-deploy directory.",
+            f"export.triton needs tritonclient, which cannot be imported ({error}). "
+            "Run `pip install '.[triton]'` in the drn-deploy directory.",
             code="missing_library",
         ) from error
     return model_config_pb2
 
 
 def config_text(config: ModelConfig, header: str) -> str:
-    """Return the text of a config.pbtxt; what is long, and for programs, comes last."""
+    """Return the text of a config.pbtxt, with the long parameters at the end."""
     from google.protobuf import text_format
 
     parts = [type(config)(), type(config)()]
@@ -71,58 +70,64 @@ def config_text(config: ModelConfig, header: str) -> str:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Return the configuration in a config.pbtxt; ModelFileError if Triton could not read it."""
+    """Read a config.pbtxt; raise ModelFileError if Triton could not read it."""
     definitions = _definitions()
     from google.protobuf import text_format
 
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), definitions.ModelConfig())
     except FileNotFoundError:
-        raise ModelFileError(f"{path} does not exist, so {path.parent} is no model of Triton's; remove it.") from None
+        raise ModelFileError(
+            f"{path} does not exist, so {path.parent} is not a Triton model. Remove that directory.",
+            code="missing_file",
+        ) from None
     except (text_format.ParseError, OSError, UnicodeDecodeError) as error:
         raise ModelFileError(
-            f"{path} is no configuration that Triton reads: {one_line(error)}.", code="invalid_model_config"
+            f"{path} is not a Triton configuration ({one_line(error)}). Correct it, or remove {path.parent}.",
+            code="invalid_model_config",
         ) from error
 
 
 def next_version(repository: Path, parts: Sequence[TritonModel]) -> int:
-    """Return the version that models are to be written as: 1, or the next of a model that is there.
+    """Return the version number of new models: 1, or the next one of models that exist.
 
     Raises:
-        OutputError: a model of such a name is there that is not ours, or takes and gives something else.
+        OutputError: a model with the same name exists that was not written by this command, or has other inputs or
+            outputs.
     """
-    there = [part for part in parts if (repository / part.name).exists()]
-    if not there:
+    existing = [part for part in parts if (repository / part.name).exists()]
+    if not existing:
         return 1
     for part in parts:
         directory = repository / part.name
-        if part not in there:
+        if part not in existing:
             raise OutputError(
-                f"{repository} holds {', '.join(result.name for result in there)} but no {part.name}, so this would be "
-                "no new version of one model; choose another --name.",
+                f"{repository} has {', '.join(other.name for other in existing)}, but no {part.name}, so the model is "
+                "not a new version. Choose another --name.",
                 code="version_mismatch",
             )
         known, expected = read_config(directory / "config.pbtxt"), message(part.config)
         if known.parameters[FORMAT_PARAMETER].string_value != FORMAT:
             raise OutputError(
-                f"{directory} is there already and is not ours; choose another --name.", code="output_exists"
+                f"{directory} exists and was not written by export.triton. Choose another --name.",
+                code="output_exists",
             )
-        for field in SHARED:
+        for field in SHARED_FIELDS:
             if getattr(known, field) != getattr(expected, field):
                 raise OutputError(
-                    f"{directory} is there with another {field}, and versions of one model share it; choose another "
-                    "--name, or remove the old model.",
+                    f"{directory} has another {field}, which all versions of a model share. "
+                    "Choose another --name, or remove the old model.",
                     code="version_mismatch",
                 )
         if PARAMETER in known.parameters:
-            before, now = (
+            old, new = (
                 FrontConfig.from_json(config.parameters[PARAMETER].string_value, str(directory))
                 for config in (known, expected)
             )
-            if before.manifest.max_query_length != now.manifest.max_query_length:
+            if old.manifest.max_query_length != new.manifest.max_query_length:
                 raise OutputError(
-                    f"{directory} takes queries of up to {before.manifest.max_query_length} tokens, and this model "
-                    f"{now.manifest.max_query_length}; versions of one model share that: choose another --name.",
+                    f"Expected a maximum query length of {old.manifest.max_query_length} tokens as in {directory}, got "
+                    f"{new.manifest.max_query_length}. Choose another --name.",
                     code="version_mismatch",
                 )
     versions = [
@@ -135,24 +140,24 @@ def next_version(repository: Path, parts: Sequence[TritonModel]) -> int:
 
 
 def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
-    """Write models to a repository, whole or not at all, and return their version.
+    """Write models to a repository, completely or not at all, and return their version.
 
-    A model that is there gets a new version, and keeps its configuration but for what the front tells clients.
-    A running server never sees half a model: what is new is written beside the repository and moved into it, networks
-    before the front that calls them.
+    A model that exists gets a new version. Its configuration stays the same, except for the parameters of the front.
+    The files are written next to the repository and moved into it, first the networks and then the front that calls
+    them, so that a running server never reads an incomplete model.
 
     Args:
-        repository: a directory, or where one is to be made.
-        parts: of `build_models`.
-        origin: the file that they serve.
+        repository: directory of the repository; created if it does not exist.
+        parts: from `build_models`.
+        origin: the model file.
 
     Raises:
-        OutputError: see `next_version`; or the place cannot be written.
+        OutputError: see `next_version`; or the directory cannot be written.
     """
     repository = repository.resolve()
     if repository.exists() and not repository.is_dir():
-        raise OutputError(f"{repository} is a file; name a directory for the repository.", code="output_is_file")
-    # Two writers would choose the same version.
+        raise OutputError(f"{repository} is a file. Choose a directory as --output.", code="output_is_file")
+    # Two processes would choose the same version.
     with locked(repository.parent, repository.name):
         version = next_version(repository, parts)
         header = (
@@ -161,28 +166,28 @@ def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
         )
         with _staging_directory(repository) as staged:
             for part in parts:
-                _lay(staged / part.name, part, version, header)
+                _write_model(staged / part.name, part, version, header)
             moves = [(staged / part.name, repository / part.name) for part in parts]
             if version > 1:
-                moves = [(ours / str(version), there / str(version)) for ours, there in moves]
-            # A signal waits for the moves, and undoes all of them.
-            with _undone_on_error() as done, deferred():
-                for ours, there in moves:
-                    there.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(ours, there)
-                    done.append(there)
+                moves = [(source / str(version), target / str(version)) for source, target in moves]
+            # A signal takes effect after the moves, and then undoes them.
+            with _removed_on_error() as moved, deferred():
+                for source, target in moves:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(source, target)
+                    moved.append(target)
                 if version > 1:
                     _update_front_parameters(repository / parts[-1].name / "config.pbtxt", parts[-1], header)
     return version
 
 
-def _lay(directory: Path, part: TritonModel, version: int, header: str) -> None:
+def _write_model(directory: Path, part: TritonModel, version: int, header: str) -> None:
     location = directory / str(version)
     location.mkdir(parents=True)
     (directory / "config.pbtxt").write_text(config_text(message(part.config), header), encoding="utf-8")
     for name, content in part.files.items():
         if isinstance(content, Path):
-            # Triton opens the file itself, on a CPU that is not known here.
+            # The CPU of the server is not known, so the file must be exact on any CPU.
             on_cpu = content.suffix == ".onnx" and part.config["instance_group"][0]["kind"] != "KIND_GPU"
             exact = for_any_cpu(content) if on_cpu else None
             if exact is None:
@@ -191,14 +196,14 @@ def _lay(directory: Path, part: TritonModel, version: int, header: str) -> None:
                 (location / name).write_bytes(exact)
         else:
             (location / name).write_text(content, encoding="utf-8")
-    files = {name: value for name, value in part.warmup.items() if not is_features(name)}
-    for name, value in files.items():
+    stored = {name: value for name, value in part.warmup.items() if not is_features(name)}
+    for name, value in stored.items():
         (directory / "warmup").mkdir(exist_ok=True)
         (directory / "warmup" / name).write_bytes(value.tobytes())
 
 
 def _update_front_parameters(path: Path, part: TritonModel, header: str) -> None:
-    """Change in a front's configuration what it tells clients; all else stays as it is."""
+    """Replace the parameters of the front in its configuration."""
     config = read_config(path)
     config.parameters[PARAMETER].string_value = part.config["parameters"][PARAMETER]["string_value"]
     with atomic_write(path) as temporary:
@@ -207,7 +212,7 @@ def _update_front_parameters(path: Path, part: TritonModel, header: str) -> None
 
 @contextlib.contextmanager
 def _staging_directory(repository: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside the repository, on the same disk unless the repository is a mount."""
+    """Yield a temporary directory next to the repository, or inside it if it is a mount point."""
     parent = repository.parent
     created = [path for path in (repository, *repository.parents) if not path.exists()]
     try:
@@ -216,24 +221,22 @@ def _staging_directory(repository: Path) -> Iterator[Path]:
         with staging_directory(repository if inside else parent) as staged:
             yield staged
     except OSError as error:
-        raise _unwritable(repository, error) from error
+        raise OutputError(
+            f"{repository} cannot be written ({error.strerror or error}). Choose another --output."
+        ) from error
     finally:
         for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
 
-def _unwritable(repository: Path, error: OSError) -> OutputError:
-    return OutputError(f"{repository} cannot be written: {error.strerror or error}. Choose another place.")
-
-
 @contextlib.contextmanager
-def _undone_on_error() -> Iterator[list[Path]]:
-    """Yield a list for directories that were moved into place; after an error they are removed again."""
-    done: list[Path] = []
+def _removed_on_error() -> Iterator[list[Path]]:
+    """Yield a list for directories; after an error they are removed."""
+    directories: list[Path] = []
     try:
-        yield done
+        yield directories
     except BaseException:
-        for path in reversed(done):
+        for path in reversed(directories):
             shutil.rmtree(path, ignore_errors=True)
         raise

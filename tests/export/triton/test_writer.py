@@ -1,4 +1,4 @@
-"""`export.triton_repository.writer` and `export.triton`: a repository is whole or not there, and grows by versions."""
+"""Test `export.triton`: repositories are written completely or not at all, and models get new versions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's defin
 
 from calib.graph.split_model import split_graph, write_split_model
 from export.triton import triton
-from export.triton_repository import writer as module
-from export.triton_repository.writer import read_config
+from export.triton import writer as module
+from export.triton.writer import read_config
 from runtime.artifacts.manifest import METADATA_KEY
 from runtime.artifacts.onnx_metadata import check
 from runtime.core.errors import ModelFileError, OutputError
@@ -30,7 +30,7 @@ from tests.tritonserver import Server
 
 
 def imported(path: Path) -> set[str]:
-    """Return the top-level names that a module imports, anywhere in it."""
+    """Return the top-level names that a module imports, including local imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -57,7 +57,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def changed(graph: Path, **values: Any) -> Path:
-    """Write the graph again with another manifest."""
+    """Write a copy of the graph with another manifest."""
     model, path = onnx.load(graph), graph.with_name("other.onnx")
     onnx.helper.set_model_props(model, {METADATA_KEY: dataclasses.replace(manifest(TINY), **values).to_json()})
     onnx.save(model, path)
@@ -160,7 +160,7 @@ def test_new_version_uses_its_own_network(graph: Path, place: Path) -> None:
         "drn/2/about.json",
         "drn_network/2/model.onnx",
     }
-    # Only what clients are told has changed.
+    # Only the parameters of the front changed.
     assert {name for name in before if after[name] != before[name]} == {"drn/config.pbtxt"}
     server = Server(place)
     assert sorted(server.models["drn"]) == [1, 2]
