@@ -1,4 +1,4 @@
-"""Export a checkpoint to ONNX files, and keep them only if ONNX Runtime gives the outputs of torch."""
+"""Export a checkpoint to ONNX files after ONNX Runtime has reproduced the outputs of torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger("drn")
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """Describe one export.
+    """The options of one export.
 
     Attributes:
         checkpoint: a `drn.pt`.
-        output: the .onnx file to write.
-        split: whether the model is written in two parts too.
-        opset: of the graph.
-        max_query_length: tokens of the longest query; None for 64 or the longest query of the training data.
+        output: .onnx file to write.
+        split: also write the model in two parts.
+        opset: of the graph, 17 to 23.
+        max_query_length: maximum number of tokens of a query; None for 64 or the longest query of the training data.
     """
 
     checkpoint: Path
@@ -38,16 +38,16 @@ class ExportOptions:
 
     @property
     def parts(self) -> tuple[Path, ...]:
-        """Files that are written beside the output."""
+        """Return the files that are written in addition to the output."""
         return pair_paths(self.output) if self.split else ()
 
     def check(self) -> None:
-        """Check what can be known before any file is read.
+        """Check the options before any file is read.
 
         Raises:
-            ShapeError: an option has a value that no graph can have.
-            OutputError: the output cannot be the name of a model, or is the checkpoint.
-            DeviceError: a library is missing.
+            ShapeError: a number is out of range.
+            OutputError: the output has another suffix than .onnx, or is the checkpoint.
+            DeviceError: a library is not installed.
         """
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise ShapeError(
@@ -64,7 +64,7 @@ class ExportOptions:
                 f"Expected --output with the suffix .onnx, got {self.output}. Choose another name.", code="wrong_suffix"
             )
         try:
-            import onnx  # noqa: F401 - needed by what is called below
+            import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
 
             import train.checkpoints  # noqa: F401
@@ -79,14 +79,15 @@ class ExportOptions:
 
 
 def export_checkpoint(options: ExportOptions) -> Path:
-    """Export a DRN checkpoint, and return the file that answers queries: the output, or its query part.
+    """Export a DRN checkpoint with dynamic batch size and query length.
 
-    Batch size and query length are free. Nothing is kept if a graph differs from torch by more than the tolerance.
+    Returns:
+        The file that answers queries: the output, or for `split` the query part.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is not a drn-deploy file.
         ShapeError, OutputError, DeviceError: see `ExportOptions.check`; or a file cannot be written.
-        CheckFailed: a graph and torch differ by more than the tolerance.
+        CheckFailed: a graph and torch differ by more than the tolerance; no file is written.
     """
     options.check()
     import onnxruntime
@@ -101,7 +102,7 @@ def export_checkpoint(options: ExportOptions) -> Path:
     max_query_length = options.max_query_length or loaded.longest_query
     manifest = loaded.manifest(max_query_length, sources=source_hash(options.checkpoint), producer=producer())
     model = loaded.model()
-    # Entered before the work, so that an unwritable output is known at once.
+    # Opened before the export, so that an unwritable output is reported at once.
     with atomic_write(output) as temporary:
         log.info("Tracing the network (10 to 30 s) ...")
         graph = export_model(model, manifest, opset=options.opset)
@@ -111,13 +112,12 @@ def export_checkpoint(options: ExportOptions) -> Path:
         answering = output
         if options.split:
             pair = split_graph(graph)
-            of_pair = check_pair_against_torch(*pair, model, max_query_length)
-            differences = {name: max(value, of_pair.get(name, 0.0)) for name, value in differences.items()}
+            split_differences = check_pair_against_torch(*pair, model, max_query_length)
+            differences = {name: max(value, split_differences[name]) for name, value in differences.items()}
             *_, answering = write_split_model(*pair, output)
     print(format_differences(differences))
     log.info(
-        "%s: %.1f MB, opset %d, checked against torch in ONNX Runtime %s for batches of %s and every query length "
-        "from 1 to %d.",
+        "%s: %.1f MB, opset %d; ONNX Runtime %s matches torch for batch sizes %s and query lengths 1 to %d.",
         output,
         size / 1e6,
         options.opset,
@@ -126,7 +126,7 @@ def export_checkpoint(options: ExportOptions) -> Path:
         max_query_length,
     )
     if options.split:
-        log.info("%s: the same in parts, checked likewise.", ", ".join(path.name for path in options.parts))
+        log.info("%s: the two parts, checked in the same way.", ", ".join(path.name for path in options.parts))
     if not manifest.vocabulary.words:
         log.warning(
             "%s has no vocabulary, so it cannot answer sentences. Convert its checkpoint again with --vocabulary.",

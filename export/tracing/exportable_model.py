@@ -1,20 +1,19 @@
-"""DRN as an inference graph: the same answers as `train.network.model.DRN` in evaluation mode, in fewer and plainer
-steps.
+"""Define DRN as an inference graph, equivalent to `train.network.model.DRN` in evaluation mode, with fewer operators.
 
-What is rewritten, each exactly but for the last bits of float32:
+Rewritten parts, all equal up to float32 rounding:
 
-- Batch norm is folded into the convolution before it, and so is `W1` into `W2`, in float64, rounded once.
-- Convolutions are 2-D, kernels (1, k) over (B, C, 1, T): TensorRT then needs no reshaping around them.
-- The BiLSTM is two forward LSTMs. The backward one reads words reversed within each query's own length, by gather,
-  so that no padding is read and batches may be ragged in any order.
-- Linear on spans, then convolution is one convolution of (start, end), as duration = end - start.
-- Both towers are one convolution whose output is `mix_fc`'s input; the head sees all levels side by side.
+- Batch norm is folded into the convolution before it, and `W1` into `W2`, in float64.
+- Convolutions are 2-D with kernels (1, k) over (B, C, 1, T), so that TensorRT needs no reshapes around them.
+- The BiLSTM is two forward LSTMs. A gather reverses the tokens within each query, so that the backward LSTM reads no
+  padding and queries of a batch may have any lengths in any order.
+- The linear layer on spans and the convolution after it are one convolution of (start, end): duration = end - start.
+- Both towers are one convolution whose output is the input of `mix_fc`. The head processes all levels in one tensor.
 
-`torch.export` has no LSTM of variable length, and torch's gather wants int64. Those operators are written as ONNX
-while exporting and computed with torch otherwise, so that the graph can be tested without exporting it.
+`torch.export` has no LSTM of variable length, and the gather of torch requires int64. Both are ONNX operators during
+export and torch operators otherwise, so that the module can be tested without an export.
 
-Submodules carry the names of the DRN modules that they stand for, and `export.to_onnx` names nodes and initialisers
-after them. Shape letters: B batch, L query length, T segments, C channels, P locations, E embedding, H LSTM width.
+Submodules have the names of the corresponding DRN modules, which `export.tracing.tracer` uses for nodes and weights.
+Shape letters: B batch, L query length, T segments, C channels, P locations, E embedding, H LSTM width.
 """
 
 from __future__ import annotations
@@ -25,15 +24,14 @@ from torch.nn import functional
 
 from train.network.model import DRN, Backbone, FeaturePyramid, Head, NetworkHeads, QueryEncoder
 
-# Below every attention logit that a network gives, far from the end of half precision, and so far down that the softmax
-# of float32 gives exactly 0.
+# Far below all attention logits, within the range of FP16, and low enough that a float32 softmax returns exactly 0.
 MASKED_LOGIT = -1e4
 
 
 class ExportableDRN(nn.Module):
-    """The module to export. It copies what it needs from `model`, which is not changed.
+    """The module to export, with copies of the weights of `model`.
 
-    Integer inputs are int32. T is fixed at `model.config.num_segments`; B and L are free.
+    Integer inputs are int32. T is fixed at `model.config.num_segments`; B and L are dynamic.
     """
 
     def __init__(self, model: DRN) -> None:
@@ -52,10 +50,10 @@ class ExportableDRN(nn.Module):
     def forward(
         self, query_tokens: Tensor, query_length: Tensor, segment_features: Tensor, segment_spans: Tensor
     ) -> NetworkHeads:
-        """Score every location; see `DRN.forward`. What stands past a query's length is never looked at."""
+        """Compute the three heads; see `DRN.forward`. Tokens after the length of a query have no effect."""
         queries = self.query_encoder(query_tokens, query_length)
         gates = [gate(query) for gate, query in zip(self.qInput, queries, strict=True)]
-        # These two depend on the video alone: `calib.graph.split_model` cuts here, to encode it once and ask often.
+        # These two depend on the video only: `calib.graph.split_model` cuts the graph here.
         projected = self.prop_fc(segment_features)
         positions = self.position_transform(segment_spans)
         levels = self.backbone_net(projected, positions, gates)
@@ -63,7 +61,7 @@ class ExportableDRN(nn.Module):
 
 
 class ExportableLinear(nn.Module):
-    """x W + b with W (in, out): the layout of ONNX's MatMul, so that no transpose stands in the graph."""
+    """x W + b with W of shape (in, out), the layout of ONNX MatMul, so that the graph has no transpose."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -75,7 +73,7 @@ class ExportableLinear(nn.Module):
 
 
 class ExportableConv(nn.Module):
-    """A temporal convolution of (B, C, 1, T) by (O, C / groups, k) weights; plus what is added; ReLU if asked for."""
+    """A temporal convolution of (B, C, 1, T) by (O, C / groups, k) weights, an optional addend and an optional ReLU."""
 
     def __init__(
         self,
@@ -83,33 +81,33 @@ class ExportableConv(nn.Module):
         bias: Tensor | None,
         *,
         stride: int = 1,
-        beyond: int = 0,
+        extra: int = 0,
         groups: int = 1,
         relu: bool = False,
     ) -> None:
-        """Pad so that T stays T, and by `beyond` more at the end: the output is then that much longer."""
+        """Pad so that the output has length T, or T + `extra`."""
         super().__init__()
         self.weight = _constant(weight[:, :, None])
         self.bias = None if bias is None else _constant(bias)
         self.stride = (1, stride)
         self.padding = (0, weight.shape[2] // 2)
-        self.beyond = beyond
+        self.extra = extra
         self.groups = groups
         self.relu = relu
 
     def forward(self, inputs: Tensor, added: Tensor | None = None) -> Tensor:
-        outputs = self._longer(inputs) if self.beyond else self._convolved(inputs)
+        outputs = self._convolve_longer(inputs) if self.extra else self._convolve(inputs)
         if added is not None:
             outputs = outputs + added
         return functional.relu(outputs) if self.relu else outputs
 
-    def _convolved(self, inputs: Tensor) -> Tensor:
+    def _convolve(self, inputs: Tensor) -> Tensor:
         return functional.conv2d(inputs, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
 
-    def _longer(self, inputs: Tensor) -> Tensor:
+    def _convolve_longer(self, inputs: Tensor) -> Tensor:
         if not torch.onnx.is_in_onnx_export():
-            return self._convolved(functional.pad(inputs, (0, self.beyond)))
-        # torch's convolution pads both ends alike, and would need a node of its own for this.
+            return self._convolve(functional.pad(inputs, (0, self.extra)))
+        # torch's convolution pads both ends equally, so it would need a separate Pad node.
         batch, _, _, length = inputs.shape
         tensors = (inputs, self.weight) if self.bias is None else (inputs, self.weight, self.bias)
         return torch.onnx.ops.symbolic(
@@ -117,17 +115,17 @@ class ExportableConv(nn.Module):
             tensors,
             {
                 "kernel_shape": list(self.weight.shape[2:]),
-                "pads": [0, self.padding[1], 0, self.padding[1] + self.beyond],
+                "pads": [0, self.padding[1], 0, self.padding[1] + self.extra],
             },
             dtype=inputs.dtype,
-            shape=(batch, len(self.weight), 1, length + self.beyond),
+            shape=(batch, len(self.weight), 1, length + self.extra),
         )
 
 
 class VideoProjection(ExportableConv):
-    """`prop_fc` as a convolution of one column, from (B, T, D) to (B, D, 1, T).
+    """`prop_fc` as a 1 x 1 convolution, from (B, T, D) to (B, D, 1, T).
 
-    The convolutions after it want that layout anyway; on a CPU this is 15 % faster than a matrix product.
+    The convolutions after it need that layout; on a CPU this is 15 % faster than a matrix product.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -138,7 +136,7 @@ class VideoProjection(ExportableConv):
 
 
 class ExportableQueryEncoder(nn.Module):
-    """Tokens and lengths to one (B, 2H) query feature for each level."""
+    """Encode tokens and lengths into one (B, 2H) query feature for each level."""
 
     def __init__(self, encoder: QueryEncoder) -> None:
         super().__init__()
@@ -148,7 +146,7 @@ class ExportableQueryEncoder(nn.Module):
             BidirectionalLayer(encoder.biLSTM, layer) for layer in range(encoder.biLSTM.num_layers)
         )
         self.W3 = ExportableLinear(encoder.W3.weight, encoder.W3.bias)
-        # W1 (W2 s * y) = (W1 * W2 s) y. W1's own bias moves all words alike, which softmax does not see.
+        # W1 (W2 s * y) = (W1 * W2 s) y. The bias of W1 is the same for all tokens, so softmax removes it.
         score = encoder.W1.weight.double()[0]
         self.levels = len(encoder.W2)
         self.W2 = ExportableLinear(
@@ -158,7 +156,7 @@ class ExportableQueryEncoder(nn.Module):
 
     def forward(self, query_tokens: Tensor, query_length: Tensor) -> list[Tensor]:
         steps = torch.arange(query_tokens.shape[1], dtype=torch.int32, device=query_tokens.device)
-        # (L, B): words still to come after each; negative past the end. Also where its mirror image stands.
+        # (L, B): number of tokens after each one, negative for padding. It is also the index of the mirrored token.
         remaining = (query_length - 1) - steps[:, None]
         mirror = remaining.clamp(min=0)
         tokens = query_tokens.T
@@ -167,7 +165,7 @@ class ExportableQueryEncoder(nn.Module):
         words = self.biLSTM[0](forward, backward, mirror)
         for layer in self.biLSTM[1:]:
             words = layer(words, _gather(words, mirror), mirror)
-        # The words at both ends, (1, B, 2H) each.
+        # The first and the last token of each query, (1, B, 2H) each.
         ends = torch.cat((words[:1], _gather(words, mirror[:1])), dim=2)
         shared = functional.relu(self.W3(ends.squeeze(0)))
         directions = self.W2(shared).unflatten(1, (self.levels, -1))
@@ -178,7 +176,7 @@ class ExportableQueryEncoder(nn.Module):
 
 
 class BidirectionalLayer(nn.Module):
-    """One layer of a BiLSTM over (L, B, ·), as two LSTMs that both run forward."""
+    """One layer of a BiLSTM over (L, B, C), as two forward LSTMs."""
 
     def __init__(self, lstm: nn.LSTM, layer: int) -> None:
         super().__init__()
@@ -186,27 +184,27 @@ class BidirectionalLayer(nn.Module):
         self.backwards = ExportableLSTM(lstm, f"l{layer}_reverse")
 
     def forward(self, inputs: Tensor, mirrored: Tensor, mirror: Tensor) -> Tensor:
-        """Return (L, B, 2H) from the words and the same words reversed; garbage, but finite, past each length."""
+        """Return (L, B, 2H) from the tokens and the reversed tokens; values at padding are finite but meaningless."""
         return torch.cat((self.forwards(inputs), _gather(self.backwards(mirrored), mirror)), dim=2)
 
 
 class ExportableLSTM(nn.Module):
-    """One direction of one layer from zero state, weights as ONNX has them: gates in the order i, o, f, c."""
+    """One direction of one LSTM layer with zero initial state, and weights in the gate order i, o, f, c of ONNX."""
 
     def __init__(self, lstm: nn.LSTM, suffix: str) -> None:
         super().__init__()
         self.hidden = lstm.hidden_size
 
-        def reordered(name: str) -> Tensor:
-            entry, forget, cell, output = getattr(lstm, f"{name}_{suffix}").detach().chunk(4)
-            return torch.cat((entry, output, forget, cell))[None]
+        def onnx_order(name: str) -> Tensor:
+            input_gate, forget, cell, output = getattr(lstm, f"{name}_{suffix}").detach().chunk(4)
+            return torch.cat((input_gate, output, forget, cell))[None]
 
-        self.W = _constant(reordered("weight_ih"))
-        self.R = _constant(reordered("weight_hh"))
-        self.B = _constant(torch.cat((reordered("bias_ih"), reordered("bias_hh")), dim=1))
+        self.W = _constant(onnx_order("weight_ih"))
+        self.R = _constant(onnx_order("weight_hh"))
+        self.B = _constant(torch.cat((onnx_order("bias_ih"), onnx_order("bias_hh")), dim=1))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return (L, B, H) from (L, B, ·)."""
+        """Return (L, B, H) from (L, B, C)."""
         length, batch, _ = inputs.shape
         if torch.onnx.is_in_onnx_export():
             return torch.onnx.ops.symbolic(
@@ -220,8 +218,8 @@ class ExportableLSTM(nn.Module):
         outputs: list[Tensor] = []
         bias = self.B[0].view(2, -1).sum(0)
         for step in inputs @ self.W[0].T:
-            entry, output, forget, candidate = (step + state @ self.R[0].T + bias).chunk(4, dim=1)
-            cell = forget.sigmoid() * cell + entry.sigmoid() * candidate.tanh()
+            input_gate, output, forget, candidate = (step + state @ self.R[0].T + bias).chunk(4, dim=1)
+            cell = forget.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
             state = output.sigmoid() * cell.tanh()
             outputs.append(state)
         return torch.stack(outputs)
@@ -238,9 +236,9 @@ class SpanProjection(ExportableConv):
         start, end, duration = transform.weight.double().T
         by_span = torch.stack((start - duration, end + duration), dim=1)
         super().__init__(scale[:, None, None] * torch.einsum("opk,ps->osk", kernel, by_span), None)
-        # The convolution pads positions with zeros, so a bias before it tells less at the borders.
-        everywhere = transform.bias.double()[None, :, None].expand(1, -1, model.config.num_segments)
-        offset = functional.conv1d(everywhere, kernel, padding=1) * scale[:, None] + shift[:, None]
+        # The convolution pads with zeros after the bias, so the contribution of the bias differs at both ends.
+        bias = transform.bias.double()[None, :, None].expand(1, -1, model.config.num_segments)
+        offset = functional.conv1d(bias, kernel, padding=1) * scale[:, None] + shift[:, None]
         self.offset = _constant(offset[:, :, None])
 
     def forward(self, segment_spans: Tensor) -> Tensor:  # type: ignore[override]
@@ -248,7 +246,7 @@ class SpanProjection(ExportableConv):
 
 
 class ExportableBackbone(nn.Module):
-    """Three gated convolutions, as `network.model.Backbone`; the positions come in as their share of the first."""
+    """Three gated convolutions, as `train.network.model.Backbone`; `SpanProjection` is added to the first."""
 
     def __init__(self, backbone: Backbone, feature_dim: int) -> None:
         super().__init__()
@@ -256,7 +254,7 @@ class ExportableBackbone(nn.Module):
         for level, (conv, norm, _) in enumerate(backbone.layers):
             weight, bias = _fold(conv, norm)
             if level == 0:
-                # Its bias is in what the positions add.
+                # `SpanProjection` contains the bias.
                 layers.append(ExportableConv(weight[:, :feature_dim], None, relu=True))
             else:
                 layers.append(ExportableConv(weight, bias, stride=2, relu=True))
@@ -273,8 +271,10 @@ class ExportableBackbone(nn.Module):
 
 
 class ExportablePyramid(nn.Module):
-    """As `train.network.model.FeaturePyramid`, except that each output but the last is one position longer: what stands
-    there belongs to no location and is the head's gap between levels."""
+    """The pyramid of `train.network.model.FeaturePyramid`, with one more position after all levels but the last.
+
+    That position belongs to no location: it is the gap between levels in the head.
+    """
 
     def __init__(self, pyramid: FeaturePyramid) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class ExportablePyramid(nn.Module):
             ExportableConv(*_fold(*block[:2]), relu=True) for block in pyramid.inner_blocks
         )
         self.layer_blocks = nn.ModuleList(
-            ExportableConv(*_fold(*block[:2]), beyond=int(block is not pyramid.layer_blocks[-1]), relu=True)
+            ExportableConv(*_fold(*block[:2]), extra=int(block is not pyramid.layer_blocks[-1]), relu=True)
             for block in pyramid.layer_blocks
         )
 
@@ -295,10 +295,10 @@ class ExportablePyramid(nn.Module):
 
 
 class ExportableHead(nn.Module):
-    """As `train.network.model.Head`, with the levels side by side in one tensor, one position between neighbours.
+    """The head of `train.network.model.Head`, with all levels in one tensor and one position between adjacent levels.
 
-    That position is set to zero before every convolution that would see it, so each level is padded with zeros as if it
-    stood alone: no convolution here reaches further than one position.
+    That position is zero before every convolution, so each level is padded with zeros as if it were alone: the kernels
+    reach one position to each side.
     """
 
     def __init__(self, head: Head, lengths: list[int]) -> None:
@@ -308,15 +308,15 @@ class ExportableHead(nn.Module):
         for index in range(0, len(head.cls_tower), 3):
             matching, boundary = _fold(*head.cls_tower[index : index + 2]), _fold(*head.bbox_tower[index : index + 2])
             weight, bias = (torch.cat(pair) for pair in zip(matching, boundary, strict=True))
-            # The first reads the same input twice; later ones read one half each.
+            # Both towers read the same input in the first layer, and their own half in later layers.
             towers.append(ExportableConv(weight, bias, groups=2 if index else 1, relu=True))
         self.towers = nn.ModuleList(towers)
-        apart = head.cls_logits.weight.new_zeros
+        zeros = head.cls_logits.weight.new_zeros
         self.predictions = ExportableConv(
             torch.cat(
                 (
-                    torch.cat((head.cls_logits.weight, apart(1, width, 3)), dim=1),
-                    torch.cat((apart(2, width, 3), head.bbox_pred.weight), dim=1),
+                    torch.cat((head.cls_logits.weight, zeros(1, width, 3)), dim=1),
+                    torch.cat((zeros(2, width, 3), head.bbox_pred.weight), dim=1),
                 )
             ),
             torch.cat((head.cls_logits.bias, head.bbox_pred.bias)),
@@ -350,7 +350,7 @@ def _constant(values: Tensor) -> nn.Parameter:
 
 
 def _normalisation(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """Return the float64 scale and shift, (C,) each, that batch norm amounts to in evaluation."""
+    """Return the float64 scale and shift, (C,) each, of a batch norm in evaluation mode."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
@@ -358,7 +358,7 @@ def _normalisation(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
 
 
 def _fold(conv: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """Return float64 weight and bias of one convolution that equals `conv` followed by `norm` in evaluation."""
+    """Return float64 weight and bias of the convolution that equals `conv` followed by `norm` in evaluation mode."""
     scale, shift = _normalisation(norm)
     bias = shift if conv.bias is None else shift + scale * conv.bias.double()
     return scale[:, None, None] * conv.weight.double(), bias
@@ -366,18 +366,15 @@ def _fold(conv: nn.Conv1d, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:
     """Return values[index[l, b], b] at [l, b], for (L, B) or (L, B, C) values and an (L', B) int32 index."""
+    if values.dim() == 3:
+        index = index.unsqueeze(2).expand(-1, -1, values.shape[2])
     if torch.onnx.is_in_onnx_export():
-        if values.dim() == 3:
-            index = index.unsqueeze(2).expand(-1, -1, values.shape[2])
         return torch.onnx.ops.symbolic(
             "GatherElements", (values, index), {"axis": 0}, dtype=values.dtype, shape=index.shape
         )
-    index = index.long()
-    if values.dim() == 3:
-        index = index.unsqueeze(2).expand(-1, -1, values.shape[2])
-    return values.gather(0, index)
+    return values.gather(0, index.long())
 
 
 def _upsample(values: Tensor) -> Tensor:
-    """Return (B, C, 1, 2T): every column of (B, C, 1, T) twice."""
+    """Repeat every column of (B, C, 1, T) values: (B, C, 1, 2T)."""
     return functional.interpolate(values, scale_factor=(1.0, 2.0), mode="nearest")

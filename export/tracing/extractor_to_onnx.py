@@ -1,4 +1,4 @@
-"""A C3D checkpoint becomes an ONNX extractor, proven equal to torch."""
+"""Export a C3D checkpoint to an ONNX feature extractor, checked against torch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,17 @@ log = logging.getLogger("drn")
 
 INPUT, OUTPUT = "clips", "features"
 BATCH_SIZES = (1, 3)
-"""Clips in the batches that are checked; a full-size C3D takes a second or two for each on a CPU."""
+"""Batch sizes that are checked; a full-size C3D takes one to two seconds per clip on a CPU."""
 
 
 def export_extractor(checkpoint: Path, output: Path, *, opset: int = MIN_OPSET) -> Path:
-    """Export a `c3d.pt` to ONNX, once ONNX Runtime is seen to answer as torch does; see `export.to_onnx.to_onnx`."""
+    """Export a `c3d.pt` to ONNX; see `export.to_onnx.to_onnx`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        OutputError: the output cannot be written.
+        CheckFailed: the graph and torch differ by more than the tolerance; no file is written.
+    """
     log.info("Reading %s ...", checkpoint)
     loaded = load_c3d(checkpoint)
     model, manifest = loaded.model(), loaded.manifest(source_hash(checkpoint))
@@ -39,16 +45,17 @@ def export_extractor(checkpoint: Path, output: Path, *, opset: int = MIN_OPSET) 
         temporary.write_bytes(with_digest(export_c3d(model, manifest, opset=opset).SerializeToString()))
         difference = check_c3d(temporary, model)
         size = temporary.stat().st_size
-    print(f"{OUTPUT}: largest difference {difference:.1e}, {TOLERANCE:.0e} is allowed")
-    log.info("%s: %.1f MB, opset %d, checked against torch for %s clips.", output, size / 1e6, opset, BATCH_SIZES)
+    print(f"{OUTPUT}: max difference {difference:.1e}, tolerance {TOLERANCE:.0e}")
+    sizes = " and ".join(map(str, BATCH_SIZES))
+    log.info("%s: %.1f MB, opset %d; ONNX Runtime matches torch for batch sizes %s.", output, size / 1e6, opset, sizes)
     suggest_next_command("runtime.extract", "VIDEO", "--extractor", output, "--output", "DIR")
     return output
 
 
 def export_c3d(model: C3D, manifest: ExtractorManifest, *, opset: int = MIN_OPSET) -> onnx.ModelProto:
-    """Return the graph of a C3D: `clips` (N, 16, 112, 112, 3) uint8 in RGB to `features` (N, D), any N.
+    """Return the graph of a C3D: `clips` (N, 16, 112, 112, 3) uint8 in RGB to `features` (N, D) float32, any N.
 
-    Frames go in as they are decoded, a quarter of the bytes of float32, and the mean is taken off inside.
+    The graph subtracts the mean itself, so that the input is decoded frames: a quarter of the bytes of float32.
     """
     batch = torch.export.Dim("batch", min=1)
     with silence_exporter(), torch.no_grad():
@@ -67,32 +74,32 @@ def export_c3d(model: C3D, manifest: ExtractorManifest, *, opset: int = MIN_OPSE
         program.model_proto,
         opset,
         {METADATA_KEY: manifest.to_json()},
-        f"C3D: features of clips of {WINDOW} frames. What it takes stands under the metadata key {METADATA_KEY!r}.",
+        f"C3D: features of clips of {WINDOW} frames. The manifest is under the metadata key {METADATA_KEY!r}.",
     )
 
 
 def check_c3d(path: Path, model: C3D) -> float:
-    """Return the largest difference between an ONNX file and torch, as a share of the largest feature.
+    """Return the largest difference between an ONNX file and torch, relative to the largest feature.
 
     Raises:
-        CheckFailed: it is beyond the tolerance.
+        CheckFailed: the difference exceeds the tolerance.
     """
     session = open_session(path, optimized=True)
     rng = np.random.default_rng(0)
-    largest = 0.0
+    max_difference = 0.0
     for size in BATCH_SIZES:
         clips = smooth_clips(rng, (size, WINDOW, *CROP, 3))
         with torch.inference_mode():
             expected = model(torch.from_numpy(clips)).numpy()
-        (result,) = session.run([OUTPUT], {INPUT: clips})
-        # Of the largest feature, however small that is: made-up weights give small ones.
-        difference = float(np.abs(result - expected).max() / max(expected.max(), np.finfo(np.float32).tiny))
-        # `not <=` also refuses NaN.
+        (actual,) = session.run([OUTPUT], {INPUT: clips})
+        # Relative to the largest feature even if that is below 1: random weights give small features.
+        difference = float(np.abs(actual - expected).max() / max(expected.max(), np.finfo(np.float32).tiny))
+        # `not <=` also rejects NaN.
         if not difference <= TOLERANCE:
             raise CheckFailed(
-                f"The features of the graph differ from torch by {difference:.1e} of their largest for {size} clips, "
-                f"and {TOLERANCE:.0e} is allowed; nothing was kept.",
+                f"Expected features of the graph within {TOLERANCE:.0e} of torch, got a relative difference of "
+                f"{difference:.1e} for {size} clips. No file was written.",
                 code="parity_failed",
             )
-        largest = max(largest, difference)
-    return largest
+        max_difference = max(max_difference, difference)
+    return max_difference

@@ -1,20 +1,19 @@
-"""Make clips of a shape from a seed, on which two extractors are compared."""
+"""Generate clips on which two feature extractors are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 
-if TYPE_CHECKING:
-    pass
-
 
 def synthetic_clips(manifest: ExtractorManifest) -> Iterator[np.ndarray]:
-    """Yield clips one by one, (1, window, height, width, 3) uint8: three as smooth as pictures, noise, white, black."""
+    """Yield single clips, (1, window, height, width, 3) uint8: three smooth ones, noise, white, black.
+
+    The clips are the same in every call.
+    """
     shape = 1, manifest.window, *manifest.crop, 3
     rng = np.random.default_rng(0)
     for _ in range(3):
@@ -25,7 +24,15 @@ def synthetic_clips(manifest: ExtractorManifest) -> Iterator[np.ndarray]:
 
 
 def smooth_clips(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Return clips of a shape, smooth in space and time as pictures are, and of full contrast."""
-    size, window, height, width, colours = shape
-    coarse = rng.integers(0, 256, (size, -(-window // 4), -(-height // 8), -(-width // 8), colours), dtype=np.uint8)
+    """Return random clips of full contrast, constant in blocks of 4 frames and 8 x 8 pixels.
+
+    Args:
+        rng: source of random numbers.
+        shape: (N, window, height, width, 3).
+
+    Returns:
+        A contiguous uint8 array of that shape.
+    """
+    size, window, height, width, colors = shape
+    coarse = rng.integers(0, 256, (size, -(-window // 4), -(-height // 8), -(-width // 8), colors), dtype=np.uint8)
     return np.ascontiguousarray(coarse.repeat(4, 1).repeat(8, 2).repeat(8, 3)[:, :window, :height, :width])

@@ -1,4 +1,4 @@
-"""Check an exported graph against torch on batches of every size and length."""
+"""Compare an exported graph with torch on batches of several sizes and every query length."""
 
 from __future__ import annotations
 
@@ -19,35 +19,41 @@ if TYPE_CHECKING:
 
 
 TOLERANCE = 1e-4
-"""Largest difference between ONNX Runtime and torch, as a share of the output's largest value (or of 1 where that is
-smaller). Folded and merged layers round once more, over sums of up to 12,288 products; ten times less is usual."""
+"""Maximum difference between ONNX Runtime and torch, relative to the largest value of an output, or to 1 if that is
+smaller. Folded layers round once more, over sums of up to 12,288 products; a tenth of the tolerance is typical."""
 
 BATCH_SIZES = (1, 2, 3, 8, 17)
+"""Batch sizes that are checked."""
 
 
 def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[str, float]:
-    """Return, for each output, the largest difference between an ONNX file and torch, relative as in `TOLERANCE`.
+    """Return the largest difference between an ONNX file and torch for each output, relative as in `TOLERANCE`.
+
+    Args:
+        path: .onnx file.
+        model: the network it was exported from.
+        max_query_length: maximum number of tokens of a query.
 
     Raises:
-        CheckFailed: one is beyond `TOLERANCE`, or the graph does not run.
+        CheckFailed: a difference exceeds `TOLERANCE`, torch computes non-finite values, or the graph does not run.
     """
     session = open_session(path, optimized=True)
-    questions = ((batch, list(range(len(batch)))) for batch in validation_batches(model.config, max_query_length))
-    return _differences(model, questions, lambda batch, _: session.run(list(HEAD_NAMES), vars(batch)))
+    cases = ((batch, list(range(len(batch)))) for batch in validation_batches(model.config, max_query_length))
+    return _differences(model, cases, lambda batch, _: session.run(list(HEAD_NAMES), vars(batch)))
 
 
 def check_pair_against_torch(
     video: onnx.ModelProto, query: onnx.ModelProto, model: DRN, max_query_length: int
 ) -> dict[str, float]:
-    """Return the largest differences between a split graph and torch, as `check_against_torch`.
+    """Return the largest differences between a split graph and torch; see `check_against_torch`.
 
-    The queries of a batch ask fewer videos than there are queries, some several times, in any order.
+    A batch has fewer videos than queries, in any order.
     """
-    encoder, asker = (open_session(part, optimized=True) for part in (video, query))
+    video_session, query_session = (open_session(part, optimized=True) for part in (video, query))
 
-    def ask(batch: Batch, videos: list[int]) -> list[np.ndarray]:
+    def run(batch: Batch, videos: list[int]) -> list[np.ndarray]:
         distinct, index = np.unique(videos, return_inverse=True)
-        (encoded,) = encoder.run([ENCODED_FEATURES], {"segment_features": batch.segment_features[distinct]})
+        (encoded,) = video_session.run([ENCODED_FEATURES], {"segment_features": batch.segment_features[distinct]})
         feed = {
             "query_tokens": batch.query_tokens,
             "query_length": batch.query_length,
@@ -55,26 +61,29 @@ def check_pair_against_torch(
             ENCODED_FEATURES: encoded,
             "segment_spans": batch.segment_spans[distinct],
         }
-        return asker.run(list(HEAD_NAMES), feed)
+        return query_session.run(list(HEAD_NAMES), feed)
 
-    def questions() -> Iterator[tuple[Batch, list[int]]]:
+    def cases() -> Iterator[tuple[Batch, list[int]]]:
         rng = np.random.default_rng(1)
         for batch in validation_batches(model.config, max_query_length):
-            # Every second batch asks one video alone.
-            kinds = rng.integers(1, len(batch) + 1) if batch.query_tokens.shape[1] % 2 else 1
-            yield batch, rng.integers(0, kinds, len(batch)).tolist()
+            # Batches of an even query length have a single video.
+            num_videos = rng.integers(1, len(batch) + 1) if batch.query_tokens.shape[1] % 2 else 1
+            yield batch, rng.integers(0, num_videos, len(batch)).tolist()
 
-    return _differences(model, questions(), ask)
+    return _differences(model, cases(), run)
 
 
 def _differences(
     model: DRN,
-    questions: Iterator[tuple[Batch, list[int]]],
-    answer: Callable[[Batch, list[int]], Sequence[np.ndarray]],
+    cases: Iterator[tuple[Batch, list[int]]],
+    run: Callable[[Batch, list[int]], Sequence[np.ndarray]],
 ) -> dict[str, float]:
-    """Return the largest difference of each output between `answer` and torch; see `check_against_torch`.
+    """Return the largest difference of each output between `run` and torch; see `check_against_torch`.
 
-    A question is a batch, and for each of its queries the row of the batch whose video it is about.
+    Args:
+        model: the network in torch.
+        cases: batches, each with the row of the video of each query.
+        run: computes the outputs of a case with the graph.
     """
     import torch
     from tqdm import tqdm
@@ -83,9 +92,7 @@ def _differences(
     training = model.training
     model.eval()
     try:
-        for batch, videos in tqdm(
-            list(questions), desc="Checking against torch", unit="batch", leave=False, disable=None
-        ):
+        for batch, videos in tqdm(list(cases), desc="Checking against torch", unit="batch", leave=False, disable=None):
             requested = Batch(
                 batch.query_tokens, batch.query_length, batch.segment_features[videos], batch.segment_spans[videos]
             )
@@ -94,22 +101,22 @@ def _differences(
                 expected = model(*inputs)
                 _check_finite(model, inputs, expected)
             try:
-                result = answer(batch, videos)
+                actual = run(batch, videos)
             # ONNX Runtime's exceptions share no base class below Exception.
             except Exception as error:
                 raise CheckFailed(
-                    f"The graph does not run for {len(batch)} queries of up to {batch.query_tokens.shape[1]} words "
-                    f"({str(error).splitlines()[0]}); nothing was kept.",
+                    f"ONNX Runtime cannot run the graph for {len(batch)} queries of up to "
+                    f"{batch.query_tokens.shape[1]} tokens ({str(error).splitlines()[0]}). No file was written.",
                     code="graph_does_not_run",
                 ) from error
-            for name, ours, theirs in zip(HEAD_NAMES, result, expected):
-                difference = relative_difference(ours, theirs.numpy())
-                # `not <=` also refuses NaN.
+            for name, output, reference in zip(HEAD_NAMES, actual, expected):
+                difference = relative_difference(output, reference.numpy())
+                # `not <=` also rejects NaN.
                 if not difference <= TOLERANCE:
                     raise CheckFailed(
-                        f"{name} of the graph differs from torch by {difference:.1e} of its largest value for "
-                        f"{len(batch)} queries of {batch.query_length.tolist()} words, and {TOLERANCE:.0e} is allowed; "
-                        "nothing was kept.",
+                        f"Expected {name} of the graph within {TOLERANCE:.0e} of torch, got a relative difference of "
+                        f"{difference:.1e} for {len(batch)} queries of {batch.query_length.tolist()} tokens. "
+                        "No file was written.",
                         code="parity_failed",
                     )
                 differences[name] = max(differences[name], difference)
@@ -119,65 +126,68 @@ def _differences(
 
 
 def _check_finite(model: DRN, inputs: Sequence[Any], heads: Sequence[Any]) -> None:
-    """Raise CheckFailed, naming the first module that gives it, if torch computes a number that is not finite."""
+    """Raise CheckFailed with the name of the first module whose output in torch has non-finite values, if any."""
     if all(bool(head.isfinite().all()) for head in heads):
         return
     import torch
 
-    culprits: list[str] = []
+    non_finite: list[str] = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def look(module: Any, given: Any, output: Any) -> None:
+    def hook(name: str) -> Callable[..., None]:
+        def check(module: Any, inputs: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             if any(isinstance(entry, torch.Tensor) and not entry.isfinite().all() for entry in tensors):
-                culprits.append(name)
+                non_finite.append(name)
 
-        return look
+        return check
 
-    # Modules with modules inside end after these: the first that is heard of is the innermost.
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    # A module ends after its submodules, so the first entry is the innermost module.
+    hooks = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
     try:
         model(*inputs)
     finally:
-        for hook in hooks:
-            hook.remove()
-    first = f"first in {culprits[0]}" if culprits else "after its last module"
+        for handle in hooks:
+            handle.remove()
+    first = f"first in {non_finite[0]}" if non_finite else "after its last module"
     raise CheckFailed(
-        f"The network computes numbers that are not finite in torch, {first}, for made-up queries; nothing was kept. "
+        f"The network computes non-finite values in torch for random inputs, {first}. "
         "Train or convert the checkpoint again.",
         code="non_finite_output",
     )
 
 
 def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference of two arrays of one shape over the largest of `wanted`, or over 1 if larger."""
+    """Return the largest absolute difference, relative to the largest absolute value of `expected` or to 1.
+
+    Infinite for arrays of different shapes.
+    """
     if actual.shape != expected.shape:
         return float("inf")
     return float(np.abs(actual - expected).max() / max(1.0, np.abs(expected).max()))
 
 
 def format_differences(differences: dict[str, float]) -> str:
-    """Return the table of largest differences per output."""
-    lines = [f"{'output':<20} {'largest difference':>18} {'allowed':>8}"]
-    lines += [f"{name:<20} {difference:>18.1e} {TOLERANCE:>8.0e}" for name, difference in differences.items()]
+    """Return a table of the largest difference of each output."""
+    lines = [f"{'output':<20} {'max difference':>14} {'tolerance':>10}"]
+    lines += [f"{name:<20} {difference:>14.1e} {TOLERANCE:>10.0e}" for name, difference in differences.items()]
     return "\n".join(lines)
 
 
 def validation_batches(config: DRNConfig, max_query_length: int) -> Iterator[Batch]:
-    """Yield batches of random queries and videos: every query length, and the batch sizes of `BATCH_SIZES`."""
+    """Yield batches of random queries and videos: every query length, and the sizes of `BATCH_SIZES`."""
     rng = np.random.default_rng(0)
-    for longest in range(1, max_query_length + 1):
-        # Alone and beside a shorter or equal one, which comes first half of the time.
-        others = rng.integers(1, longest + 1, longest % 2)
-        yield _check_batch(config, rng.permutation([longest, *others]), rng)
+    for length in range(1, max_query_length + 1):
+        # Odd lengths get a second query of at most the same length, first or last.
+        others = rng.integers(1, length + 1, length % 2)
+        yield _random_batch(config, rng.permutation([length, *others]), rng)
     for size in BATCH_SIZES:
         lengths = rng.integers(1, max_query_length + 1, size)
         lengths[rng.integers(size)] = max_query_length
-        yield _check_batch(config, lengths, rng)
+        yield _random_batch(config, lengths, rng)
 
 
-def _check_batch(config: DRNConfig, lengths: np.ndarray, rng: np.random.Generator) -> Batch:
-    """Return random words, and features as C3D gives them: about 80 % zeros, the others positive, some large."""
+def _random_batch(config: DRNConfig, lengths: np.ndarray, rng: np.random.Generator) -> Batch:
+    """Return random tokens, and features distributed like those of C3D: about 80 % zeros, the others positive."""
     count, segments, channels = len(lengths), config.num_segments, config.feature_dim
     tokens = rng.integers(1, config.vocab_size + 1, (count, lengths.max()), dtype=np.int32)
     tokens[np.arange(lengths.max()) >= lengths[:, None]] = 0

@@ -1,4 +1,4 @@
-"""Trace a torch network to an ONNX graph and simplify it."""
+"""Trace a torch network to an ONNX graph, and name its nodes and tensors after modules."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ if TYPE_CHECKING:
     from train.network.model import DRN, DRNConfig
 
 
+# The lowest opset that torch's exporter supports.
 TRACED_OPSET = 18
 
 
 def export_model(
     model: DRN, manifest: Manifest, *, opset: int = MIN_OPSET, graph: nn.Module | None = None
 ) -> onnx.ModelProto:
-    """Return the inference graph of `model` with `manifest` inside.
+    """Return the inference graph of a network, with its manifest in the metadata.
 
-    A node is called `<module>/<operator>`, as `fcos.head.mix_fc/Conv`, where the module is the one of
-    `export.tracing.exportable_model.ExportableDRN`; a tensor is called after the node it comes from, and a weight after
-    its module, as `fcos.head.mix_fc.weight`. `drn_modules` turns a node's name into the names of DRN's own modules.
+    A node is named MODULE/OPERATOR, such as `fcos.head.mix_fc/Conv`, with the modules of
+    `export.tracing.exportable_model.ExportableDRN`. A tensor has the name of the node that computes it, a weight that
+    of its module, such as `fcos.head.mix_fc.weight`. `calib.graph.naming.drn_modules` maps nodes to DRN modules.
 
     Args:
-        model: the network, in any mode, on the CPU; it stays as it is.
-        manifest: what the file says of itself.
-        opset: of the graph, 17 to 23.
-        graph: what is traced; `export.tracing.exportable_model.ExportableDRN` of the model when None.
+        model: the network, in any mode, on the CPU; it is not changed.
+        manifest: stored in the metadata.
+        opset: 17 to 23.
+        graph: module to trace; None for `ExportableDRN(model)`.
     """
     from export.tracing.exportable_model import ExportableDRN
 
-    traced = _traced(graph or ExportableDRN(model), model.config, max(opset, TRACED_OPSET))
+    traced = _trace(graph or ExportableDRN(model), model.config, max(opset, TRACED_OPSET))
     return finalize_model(
         traced,
         opset,
         {METADATA_KEY: manifest.to_json()},
-        "Dense Regression Network: where in a video a sentence happens. All that is needed to use it "
-        f"stands under the metadata key {METADATA_KEY!r}.",
+        f"Dense Regression Network for video grounding. The manifest is under the metadata key {METADATA_KEY!r}.",
     )
 
 
 def finalize_model(traced: onnx.ModelProto, opset: int, metadata: dict[str, str], doc_string: str) -> onnx.ModelProto:
-    """Return what the exporter traced, tidied, in the opset asked for, with its metadata, and checked."""
+    """Name the nodes of a traced graph, convert it to `opset`, add metadata, and check it with the ONNX checker."""
     import onnx
 
     _tidy(traced.graph)
@@ -73,7 +73,7 @@ def finalize_model(traced: onnx.ModelProto, opset: int, metadata: dict[str, str]
 
 
 def producer() -> dict[str, str]:
-    """Return the versions of what makes a file, for its manifest."""
+    """Return the versions of Python and the libraries that write a file, for its manifest."""
     return {"python": platform.python_version()} | {
         name: _version(name) for name in ("drn-deploy", "torch", "onnx", "onnxscript")
     }
@@ -88,7 +88,7 @@ def _version(distribution: str) -> str:
 
 @contextlib.contextmanager
 def silence_exporter() -> Iterator[None]:
-    """Keep torch's exporter quiet: it warns of packages that we do not use."""
+    """Suppress the log and warnings of torch's exporter, which are about packages that are not used here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -99,11 +99,11 @@ def silence_exporter() -> Iterator[None]:
         logging.disable(before)
 
 
-def _traced(graph: nn.Module, config: DRNConfig, opset: int) -> onnx.ModelProto:
+def _trace(graph: nn.Module, config: DRNConfig, opset: int) -> onnx.ModelProto:
     import torch
 
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("query_length", min=1)
-    # Any sizes but 0 and 1, which torch would take for special.
+    # torch specializes the graph for sizes 0 and 1.
     example = (
         torch.ones(3, 5, dtype=torch.int32),
         torch.tensor([5, 2, 4], dtype=torch.int32),
@@ -126,23 +126,23 @@ def _traced(graph: nn.Module, config: DRNConfig, opset: int) -> onnx.ModelProto:
 
 
 def _tidy(graph: onnx.GraphProto) -> None:
-    """Drop what the exporter noted (stack traces, with paths of this machine), and name everything after its module."""
+    """Name nodes and tensors after modules, and remove the metadata of the exporter, which contains local paths."""
     graph.name = "drn"
     scopes = _scopes(list(graph.node))
 
     names: dict[str, str] = {value.name: value.name for value in (*graph.input, *graph.output)}
-    taken: dict[str, int] = {}
+    uses: dict[str, int] = {}
     produced: set[str] = set()
     for node, scope in zip(graph.node, scopes):
         name = f"{scope}/{node.op_type}"
-        taken[name] = taken.get(name, 0) + 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        uses[name] = uses.get(name, 0) + 1
+        node.name = name if uses[name] == 1 else f"{name}_{uses[name]}"
         for index, output in enumerate(node.output):
             produced.add(output)
             names.setdefault(output, node.name if len(node.output) == 1 else f"{node.name}:{index}")
 
     for tensor in graph.initializer:
-        # Weights have their module's name; the exporter's own constants are numbered.
+        # Weights have names with dots; the constants of the exporter do not.
         if re.fullmatch(r"\w+", tensor.name):
             names[tensor.name] = f"constant_{sum(name.startswith('constant_') for name in names.values())}"
         names.setdefault(tensor.name, tensor.name)
@@ -169,13 +169,13 @@ def _tidy(graph: onnx.GraphProto) -> None:
 
 
 def _scopes(nodes: list[onnx.NodeProto]) -> list[str]:
-    """Return the module of each node; one whose module the exporter lost belongs where its result is used."""
+    """Return the module of each node; a node without one gets the module of the node that reads its output."""
     scopes: list[str] = []
     used_in: dict[str, str] = {}
     for node in reversed(nodes):
-        noted = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")
-        # The list of enclosing modules, outermost first, then the operation: "['', 'fpn', 'relu_3']".
-        enclosing = [name for name in re.findall(r"'([^']*)'", noted)[:-1] if name and not name.startswith("_")]
+        recorded = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")
+        # Enclosing modules, outermost first, then the operation: "['', 'fpn', 'relu_3']".
+        enclosing = [name for name in re.findall(r"'([^']*)'", recorded)[:-1] if name and not name.startswith("_")]
         scope = enclosing[-1] if enclosing else next((used_in[name] for name in node.output if name in used_in), "drn")
         scopes.insert(0, scope)
         used_in.update(dict.fromkeys(node.input, scope))

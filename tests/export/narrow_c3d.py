@@ -1,4 +1,4 @@
-"""A C3D that is computed in no time. Apart from the tests of extractors, which want PyAV: those of engines do not."""
+"""Define a narrow C3D that runs fast, in a module that does not need PyAV."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TINY = C3DConfig((4, 4, 8, 8, 8, 8, 8, 8), 32)
 
 
 def lively() -> C3D:
-    """Return a network whose features are of order 1 to 100, as those of trained weights."""
+    """Return a network with features of 1 to 100, like those of trained weights."""
     torch.manual_seed(0)
     model = C3D(TINY, MEANS["plain"]).eval()
     for name, values in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The ONNX file: the same answers, free sizes, and nothing in it that should not be."""
+"""Test `export.to_onnx`: outputs, dynamic sizes and the content of the file."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_rtx_build_fails_for_unknown_operator(exported: dict[str, onnx.ModelProt
 def drn_onnx(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """What the command writes, and how it went."""
+    """The output of the command, and its process."""
     path = tmp_path_factory.mktemp("exported") / "drn.onnx"
     return path, command("--checkpoint", checkpoint, "--output", path, "--max-query-length", MAX_QUERY_LENGTH)
 
@@ -208,7 +208,7 @@ def test_command_writes_one_graph_that_the_runtime_runs(
     assert backend.manifest.stage == 2
     assert backend.manifest.max_query_length == MAX_QUERY_LENGTH
     assert backend.manifest.sources == {"drn.pt": sha256(checkpoint)}
-    # What is installed does not always say which CUDA it was built for, as torch itself does.
+    # Unlike torch, a distribution does not always name the CUDA version it was built for.
     assert torch.__version__.startswith(backend.manifest.producer["torch"])
     onnx.checker.check_model(path, full_check=True)
 

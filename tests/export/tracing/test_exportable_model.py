@@ -1,4 +1,4 @@
-"""The graph that is exported, run in torch as it stands."""
+"""Test `export.tracing.exportable_model` in torch, without an export."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_padding_tokens_do_not_change_outputs(graphs: dict[str, ExportableDRN], 
 
 
 def test_padding_tokens_get_no_attention_weight() -> None:
-    """A one-word query whose word scores far below zero is still that word alone."""
+    """The query has one word with a strongly negative score."""
     model = lively(CONFIGS["tiny"])
     with torch.no_grad():
         model.query_encoder.W1.weight.mul_(400)

@@ -1,4 +1,4 @@
-"""The ONNX C3D answers as torch does, for any number of clips, and is an extractor that the runtime opens."""
+"""Test `export.tracing.extractor_to_onnx`: features equal torch for any batch size, and the runtime opens the file."""
 
 from __future__ import annotations
 
