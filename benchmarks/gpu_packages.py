@@ -31,7 +31,7 @@ PRESENT = (
 # What our code needs beside it; onnxscript is brought too, since torch's exporter needs it.
 ROOTS = ("nltk", "tyro", "onnxscript")
 # A Python that comes with TensorRT's chunks has NumPy alone, and there is no torch for it.
-ROOTS_BESIDE_TENSORRT = ("nltk", "tyro", "tqdm", "onnx", "onnxruntime")
+ROOTS_BESIDE_TENSORRT = ("nltk", "tyro", "tqdm", "onnx", "onnxruntime", "jinja2")
 PRESENT_BESIDE_TENSORRT = ("numpy",)
 # Newest first; pip matches each tag exactly.
 TAGS = ("2_39", "2_35", "2_34", "2_31", "2_28", "2_27", "2_24", "2_17", "2014", "2010", "1")

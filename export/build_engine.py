@@ -78,8 +78,8 @@ def build_engine(
         calib_samples: number of training queries to calibrate on.
         calib_method: how to choose activation ranges; auto takes the method whose answers agree best with FP32
             on held-out training videos.
-        max_drop: maximum loss of R@1 IoU=0.7 and of mIoU compared with FP32, in points. For int8 and fp8 the
-            smallest set of modules is restored to FP16 until the loss on held-out training videos is within it; the
+        max_drop: maximum drop of R@1 IoU=0.7 and of mIoU compared with FP32, in points. For int8 and fp8 the
+            smallest set of modules is restored to FP16 until the drop on held-out training videos is within it; the
             final check uses the parity split.
         split: also split the model for videos with several queries: MODEL.PRECISION.video encodes a video, and
             MODEL.PRECISION.query answers queries and is the file to run.

@@ -1,4 +1,4 @@
-"""`python -m export.verify`: does one model answer as another, in seconds and in recall?"""
+"""Compare two models on a data set: `python -m export.verify`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from export.parity.compare import check_comparable
 from export.parity.compare_layers import LayerComparison, compare_layers, require_polygraphy
+from export.parity.html_report import require_jinja
 from export.parity.model_file import ModelFile
 from export.parity.parity_result import AccuracyBudget, ParityResult
 from export.parity.parity_tables import Table
@@ -37,7 +38,7 @@ from runtime.grounding.grounder import BATCH_SIZE, Grounder
 log = logging.getLogger("drn")
 
 LAYER_QUERIES, LAYER_BATCH = 8, 4
-"""Queries whose every tensor is compared by --layers, and how many at a time: a query has some 10 MB of tensors."""
+"""Number of queries that --layers compares, and its batch size: the tensors of a query take about 10 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,43 +63,49 @@ class VerifyOptions:
     exact: bool = False
 
     def check(self) -> None:
-        """Raise what can be known to be wrong before anything is opened."""
+        """Check the options before any file is opened.
+
+        Raises:
+            GroundingError: an option has an invalid value, or a library that it needs is not installed.
+        """
         if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
             raise GroundingError(
-                f"--limit and --batch-size must be at least 1, and {self.limit} and {self.batch_size} were given.",
+                f"Expected --limit and --batch-size of at least 1, got {self.limit} and {self.batch_size}. "
+                "Correct the option.",
                 code="invalid_option",
             )
-        # `not >=` also refuses NaN.
+        # `not >=` also rejects NaN.
         if not self.max_drop >= 0 or not (self.boundary_p99 is None or self.boundary_p99 >= 0):
             raise GroundingError(
-                f"--max-drop and --boundary-p99 cannot be negative; {self.max_drop} and {self.boundary_p99} were "
-                "given.",
+                f"Expected --max-drop and --boundary-p99 of at least 0, got {self.max_drop} and {self.boundary_p99}. "
+                "Correct the option.",
                 code="invalid_option",
             )
-        taken = {path.resolve() for path in (self.reference, self.model)}
+        used = {path.resolve() for path in (self.reference, self.model)}
         for path in (self.output, self.html):
             if path is None:
                 continue
-            if Path(path).resolve() in taken:
+            if path.resolve() in used:
                 raise OutputError(
-                    f"{path} is named twice, and would be written over; choose another --output or --html.",
+                    f"{path} is also another file of the command. Choose another --output or --html.",
                     code="output_is_input",
                 )
-            taken.add(Path(path).resolve())
-            if Path(path).is_dir():
-                raise OutputError(f"{path} is a directory; name the file to write instead.", code="output_is_directory")
+            used.add(path.resolve())
+            if path.is_dir():
+                raise OutputError(f"{path} is a directory. Choose the name of a file.", code="output_is_directory")
+        if self.html:
+            require_jinja()
         if self.layers:
             for path in (self.reference, self.model):
                 if path.suffix != ".onnx":
                     raise ModelFileError(
-                        f"--layers compares .onnx files, and {path.name} is none; give the .onnx file it was made from "
-                        "or into.",
+                        f"--layers compares .onnx files only, got {path.name}. Give the .onnx file of that model.",
                         code="wrong_suffix",
                     )
             require_polygraphy()
 
     def command(self) -> str:
-        """Return the command that repeats the check."""
+        """Return the command line that repeats the check."""
         names = ("reference", "model", "data", "split", "max_drop", "limit", "boundary_p99", "protocol", "layers")
         return command_line("export.verify", {name: getattr(self, name) for name in (*names, "exact")})
 
@@ -124,7 +131,7 @@ def verify(
 ) -> ParityResult:
     """Compare two models on every query of a split: heads, boundaries, ranking and recall.
 
-    Exits with 0 if the loss is within the budget, else with 1. The reports are written in both cases.
+    Exits with 0 if the accuracy drop is within the budget, else with 1. The reports are written in both cases.
 
     Example:
         python -m export.verify --reference drn.onnx --model drn.int8.onnx --data charades
@@ -135,7 +142,7 @@ def verify(
         data: directory of a data set (docs/formats.md).
         split: train, val or test.
         limit: use only the first N queries.
-        max_drop: maximum loss of R@1 IoU=0.7 and of mIoU, in points.
+        max_drop: maximum drop of R@1 IoU=0.7 and of mIoU, in points.
         boundary_p99: maximum shift of the boundaries of the best moments, in seconds, for 99 % of the queries.
             Default: 0.1 for FP32 and FP16 models; no limit for lower precisions.
         protocol: mmaction2 or drn, for both models. Default: set by the reference.
@@ -154,26 +161,27 @@ def verify(
 
     Raises:
         GroundingError: a file cannot be read, or the models do not accept the same inputs.
-        CheckFailed: the loss exceeds the budget.
+        CheckFailed: the accuracy drop exceeds the budget.
     """
     return run(VerifyOptions(**locals()))
 
 
 def run(options: VerifyOptions) -> ParityResult:
     """Compare two models, print and write the reports; see `verify`."""
-    options = dataclasses.replace(
-        options, reference=Path(options.reference), model=Path(options.model), data=Path(options.data)
-    )
+    names = ("reference", "model", "data", "output", "html", "latency")
+    given: dict[str, Any] = {name: Path(getattr(options, name)) for name in names if getattr(options, name) is not None}
+    # Calls from Python may give paths as strings.
+    options = dataclasses.replace(options, **given)
     options.check()
     reference, model = options.reference, options.model
-    latency = _latency(options)
+    latency = _latency_table(options)
     data_set = DataSet(options.data)
     annotations = data_set.annotations(options.split)[: options.limit]
     sides = (
         load_for_comparison(reference, options.device, options.threads, options.exact),
         load_for_comparison(model, options.device, options.threads, options.exact),
     )
-    # Before gigabytes are hashed, and again where it counts.
+    # `compare` checks this too, but only after both files have been hashed.
     check_comparable(sides[0].manifest, sides[1].manifest)
     annotations = [annotations[row] for row in askable_rows(sides[0].manifest.vocabulary, annotations)]
     files = [ModelFile.of(path, side.manifest) for path, side in zip((reference, model), sides)]
@@ -196,26 +204,28 @@ def run(options: VerifyOptions) -> ParityResult:
     precision = read_precision_stats(model) if options.html else None
     write_reports(report, options.output, options.html, precision, commands=_commands(options), latency=latency)
     if options.html:
-        log.info("The HTML report is in %s.", options.html)
-    if report.broken:
+        log.info("HTML report: %s", options.html)
+    if report.violations:
         both_onnx = {reference.suffix, model.suffix} == {".onnx"}
-        hint = " Add --layers to see where." if both_onnx and not options.layers else ""
+        hint = " Add --layers to find the first module that differs." if both_onnx and not options.layers else ""
         raise CheckFailed(f"{report.sentence()}{hint}", code="parity_failed")
     print(report.sentence())
-    suggest_next_command(*_next(model, files[1], options.data, annotations[0]))
+    suggest_next_command(*_next_command(model, files[1].manifest.precision, options.data, annotations[0]))
     return report.parity
 
 
-def _latency(options: VerifyOptions) -> Table | None:
-    """Return what was measured of the model, for its HTML report; refuse what was measured of another."""
+def _latency_table(options: VerifyOptions) -> Table | None:
+    """Return the measured latency of the model; raise ModelFileError for a report of another model."""
     report = options.latency
     if report is None:
         return None
     if options.html is None:
-        raise GroundingError("--latency goes into the HTML report; pass --html FILE too.", code="missing_option")
-    if Path(report).resolve() in {Path(path).resolve() for path in (options.html, options.output) if path is not None}:
+        raise GroundingError(
+            "--latency needs --html, the report that shows it. Add --html FILE.", code="missing_option"
+        )
+    if report.resolve() in {path.resolve() for path in (options.html, options.output) if path is not None}:
         raise OutputError(
-            f"{report} is read, and would be written over; choose another --output or --html.", code="output_is_input"
+            f"{report} is the input of --latency. Choose another --output or --html.", code="output_is_input"
         )
     check_file(options.model, "The model file", ModelFileError)
     return Table("Latency", *latency_table(read_report(report), sha256(options.model)))
@@ -224,15 +234,15 @@ def _latency(options: VerifyOptions) -> Table | None:
 def _compare_layers(
     reference: Path, model: Path, grounder: Grounder, data_set: DataSet, annotations: Sequence[Annotation]
 ) -> LayerComparison:
-    # Spread over the split, whose neighbours ask about one video.
-    chosen = annotations[:: max(1, len(annotations) // LAYER_QUERIES)][:LAYER_QUERIES]
-    batches = [batch for _, batch in batches_of(grounder, data_set, chosen, LAYER_BATCH)]
+    """Compare all tensors on some queries, spread over the split: adjacent queries are about the same video."""
+    selected = annotations[:: max(1, len(annotations) // LAYER_QUERIES)][:LAYER_QUERIES]
+    batches = [batch for _, batch in batches_of(grounder, data_set, selected, LAYER_BATCH)]
     with tqdm(total=len(batches), desc="comparing layers", unit="batch", leave=False, disable=None) as bar:
         return compare_layers(reference, model, batches, on_progress=bar.update)
 
 
 def _commands(options: VerifyOptions) -> tuple[str, ...]:
-    """Return the commands that reproduce a report and show more of its model."""
+    """Return the commands that reproduce the report, evaluate the model and describe it."""
     evaluate = {name: getattr(options, name) for name in ("model", "data", "split")}
     return (
         options.command(),
@@ -241,11 +251,11 @@ def _commands(options: VerifyOptions) -> tuple[str, ...]:
     )
 
 
-def _next(model: Path, file: ModelFile, data: Path, first: Annotation) -> tuple[Any, ...]:
-    if model.suffix == ".onnx" and file.manifest.precision == "fp32":
+def _next_command(model: Path, precision: str, data: Path, first: Annotation) -> tuple[Any, ...]:
+    if model.suffix == ".onnx" and precision == "fp32":
         return "export.build_engine", "--model", model, "--precision", "fp16", "--data", data
-    if model.suffix == ".onnx" and file.manifest.precision == "bf16":
-        # ONNX Runtime cannot open it: what runs it is an engine.
+    if model.suffix == ".onnx" and precision == "bf16":
+        # ONNX Runtime cannot run BF16; `doctor` lists what can.
         return ("runtime.doctor",)
     return "runtime.infer", "--model", model, "--data", data, "--video", first.video, "--query", first.sentence
 

@@ -71,11 +71,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_wheel_contains_the_packages_and_the_web_page(installed: Path) -> None:
+def test_wheel_contains_packages_and_package_data(installed: Path) -> None:
     packages = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert packages == {"runtime", "train", "export", "calib"}
-    page = Path("runtime", "service", "page")
-    assert {path.name for path in (installed / page).iterdir()} == {path.name for path in (ROOT / page).iterdir()}
+    for folder in (Path("runtime", "service", "page"), Path("export", "parity")):
+        data = {path.name for path in (ROOT / folder).iterdir() if path.suffix not in (".py", "")}
+        assert data
+        assert data == {path.name for path in (installed / folder).iterdir() if path.suffix not in (".py", "")}
     sources = {path.relative_to(ROOT) for name in packages for path in (ROOT / name).rglob("*.py")}
     assert sources == {path.relative_to(installed) for path in installed.rglob("*.py")}
 

@@ -1,4 +1,4 @@
-"""Twins that have the precision they are called by, whole and in parts: what is written to disk, and built of."""
+"""Serialize a converted graph with its manifest, and split it into the parts that engines are built from."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from export.parity.model_file import ModelFile
 
 
-def format_shares(counted: PrecisionStats) -> str:
-    """Return what most is computed in, for a terminal."""
-    shares = sorted(counted.total(), key=lambda kind: -counted.share(kind))
-    return ", ".join(f"{100 * counted.share(kind):.1f} % {kind}" for kind in shares) + " of the multiply-adds"
+def format_shares(stats: PrecisionStats) -> str:
+    """Return the share of the multiply-adds in each data type, largest first."""
+    kinds = sorted(stats.total(), key=stats.share, reverse=True)
+    return ", ".join(f"{100 * stats.share(kind):.1f} % {kind}" for kind in kinds) + " of the multiply-adds"
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedModel:
-    """A converted graph whose precision was counted, not yet on disk.
+    """A converted graph in memory.
 
     Attributes:
-        content: the file's bytes.
-        manifest: what it says of itself.
-        precision_stats: what was counted in it.
-        fp32_weight_bytes: size of the source's weights.
+        content: content of the ONNX file.
+        manifest: of the converted model.
+        precision_stats: data types of the graph.
+        fp32_weight_bytes: size of the weights of the FP32 graph.
     """
 
     content: bytes
@@ -52,81 +52,93 @@ class ConvertedModel:
 
     @classmethod
     def of(cls, job: BuildConfig, source: Path, graph: onnx.ModelProto, converted: ConvertedGraph) -> ConvertedModel:
-        """Count the precision of a converted graph, and serialize it with its manifest and digest."""
+        """Measure the data types of a converted graph, and serialize it with manifest and digest.
+
+        Args:
+            job: files and precision of the build.
+            source: file of the FP32 graph.
+            graph: the FP32 graph.
+            converted: the converted graph; its metadata is replaced.
+        """
         from onnx.helper import set_model_props
 
         from calib.graph.onnx_graph import read_manifest
         from calib.graph.precision_audit import audit_graph
 
-        counted = audit_graph(converted.graph)
+        stats = audit_graph(converted.graph)
         manifest = read_manifest(graph, str(source))
-        shares = {kind: round(counted.share(kind), 6) for kind in counted.total()}
-        about = dataclasses.replace(
+        shares = {kind: round(stats.share(kind), 6) for kind in stats.total()}
+        manifest = dataclasses.replace(
             manifest,
             precision=job.precision,
             sources={**manifest.sources, source.name: sha256(source)},
             training={**manifest.training, "precision": {**converted.facts, "multiply-adds": shares, "cpu": cpu()}},
         )
         del converted.graph.metadata_props[:]
-        set_model_props(converted.graph, {METADATA_KEY: about.to_json()})
+        set_model_props(converted.graph, {METADATA_KEY: manifest.to_json()})
         weights = sum(audit_graph(graph).weight_bytes.values())
-        written = extract_padding(converted.graph) if job.precision == "fp32" else converted.graph
-        return cls(with_digest(written.SerializeToString()), about, counted, weights)
+        stored = extract_padding(converted.graph) if job.precision == "fp32" else converted.graph
+        return cls(with_digest(stored.SerializeToString()), manifest, stats, weights)
 
     def file(self, path: Path) -> ModelFile:
-        """Return the file that these bytes are, or will be."""
+        """Describe the file with this content at `path`, which need not exist yet."""
         from export.parity.model_file import ModelFile
 
         return ModelFile(path, hashlib.sha256(self.content).hexdigest(), len(self.content), self.manifest)
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: Path) -> None:
+        """Write the file."""
         with atomic_write(path) as temporary:
             temporary.write_bytes(self.content)
-        return path
 
 
 def single_engine_part(
-    job: BuildConfig, created: ConvertedModel, converted: ConvertedGraph, shapes: Sequence[Profile]
+    job: BuildConfig, model: ConvertedModel, converted: ConvertedGraph, profiles: Sequence[Profile]
 ) -> EnginePart:
-    """Return what the engine of a whole model is built of."""
-    digest = created.file(job.graph_path).sha256
+    """Return the source of the engine of a full model."""
+    digest = model.file(job.graph_path).sha256
     return EnginePart(
         converted.graph,
-        created.manifest,
+        model.manifest,
         job.graph_path,
         digest,
         job.output,
-        shapes,
-        created.precision_stats,
-        created.fp32_weight_bytes,
+        profiles,
+        model.precision_stats,
+        model.fp32_weight_bytes,
     )
 
 
-def cut_parts(
-    job: BuildConfig, created: ConvertedModel, source: onnx.ModelProto, shapes: Sequence[Profile], videos: int
+def split_engine_parts(
+    job: BuildConfig, model: ConvertedModel, source: onnx.ModelProto, profiles: Sequence[Profile], videos: int
 ) -> list[EnginePart]:
-    """Split a checked graph, write both parts, and return them, the query part last."""
+    """Split a converted model, write both graphs, and return the sources of the two engines, the query part last.
+
+    Args:
+        job: files of the build.
+        model: the converted model, which was written to `job.graph_path`.
+        source: the FP32 graph.
+        profiles: of the full model.
+        videos: number of encoded videos that the query engine keeps in GPU memory.
+    """
     import onnx
 
     from calib.graph.precision_audit import audit_graph
 
-    proven = inline_padding(onnx.load_from_string(created.content))
-    whole = dataclasses.replace(
-        created.manifest, sources={**created.manifest.sources, job.graph_path.name: sha256(job.graph_path)}
-    )
-    onnx.helper.set_model_props(proven, {METADATA_KEY: whole.to_json()})
-    pair = split_graph(proven)
+    graph = inline_padding(onnx.load_from_string(model.content))
+    sources = {**model.manifest.sources, job.graph_path.name: sha256(job.graph_path)}
+    onnx.helper.set_model_props(graph, {METADATA_KEY: dataclasses.replace(model.manifest, sources=sources).to_json()})
+    pair = split_graph(graph)
     written = write_split_model(*pair, job.graph_path)
-    wide = split_graph(source)
+    fp32_pair = split_graph(source)
     encoded = pair[0].graph.output[0].type.tensor_type.shape.dim[1].dim_value
     parts = []
     for index, path in enumerate((written[0], written[-1])):
         manifest = manifest_in(path)
-        weights = sum(audit_graph(wide[index]).weight_bytes.values())
+        weights = sum(audit_graph(fp32_pair[index]).weight_bytes.values())
         engine = job.output if index else path.with_suffix(".engine")
-        built_for = part_profiles(manifest.part, shapes, manifest, videos, encoded)
-        counted, digest = audit_graph(pair[index]), sha256(path)
-        part = EnginePart(pair[index], manifest, path, digest, engine, built_for, counted, weights)
-        print(f"{path.name}: {format_shares(part.precision_stats)}.")
-        parts.append(part)
+        shapes = part_profiles(manifest.part, profiles, manifest, videos, encoded)
+        stats = audit_graph(pair[index])
+        print(f"{path.name}: {format_shares(stats)}.")
+        parts.append(EnginePart(pair[index], manifest, path, sha256(path), engine, shapes, stats, weights))
     return parts

@@ -1,4 +1,4 @@
-"""Define the configuration of one build: its files and target, and the errors that are known before any work."""
+"""Define the options and files of one build, and check them before any work."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ SUFFIXES = (".pth", ".pt", ".onnx", ".tar", ".pickle")
 
 
 Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
-# Named in the command that reproduces a build even if they are the defaults, which may change.
-ALWAYS_NAMED = ("precision", "target", "max_drop")
+# Options that a recorded command contains even if they have their default, which may change.
+ALWAYS_RECORDED = ("precision", "target", "max_drop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,28 +84,32 @@ class BuildRequest:
     dry_run: bool = False
 
     def given(self) -> dict[str, Any]:
-        """Return the options that are not the default, by name."""
+        """Return the options that differ from their default, by name."""
         values = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {field.name: value for field, value in values if value != field.default}
 
     def command(self) -> str:
-        """Return the command that builds the same again."""
+        """Return the command line that reproduces the build."""
         given = self.given()
         names = [field.name for field in dataclasses.fields(self) if field.name != "dry_run"]
-        named = {name: getattr(self, name) for name in names if name in given or name in ALWAYS_NAMED}
+        named = {name: getattr(self, name) for name in names if name in given or name in ALWAYS_RECORDED}
         return command_line("export.build_engine", named)
 
     def check(self) -> None:
-        """Raise what can be known to be wrong with the options alone, before any work is done."""
+        """Check the options, without the files of the model.
+
+        Raises:
+            GroundingError: an option is invalid, missing or inapplicable, or a library that it needs is not installed.
+        """
         quantizes = self.precision in ("int8", "fp8")
         if quantizes and self.data is None and self.table is None:
             raise GroundingError(
-                f"{self.precision} needs ranges: pass --data DIR to calibrate on, or --table FILE.",
+                f"--precision {self.precision} needs calibration data. Add --data DIR, or --table FILE.",
                 code="missing_option",
             )
         if (self.table or self.plan) and not quantizes:
             raise GroundingError(
-                f"--table and --plan are for int8 and fp8, and {self.precision} was asked for.",
+                f"--table and --plan apply to int8 and fp8 only, got --precision {self.precision}. Remove the option.",
                 code="inapplicable_option",
             )
         for flag, path in (("--table", self.table), ("--plan", self.plan)):
@@ -113,29 +117,37 @@ class BuildRequest:
                 check_file(path, f"The file of {flag},", GroundingError)
         if self.plan and not self.table:
             raise GroundingError(
-                "--plan is valid for one calibration table only. Give that with --table.", code="missing_option"
+                "--plan needs the calibration table it was made with. Add --table FILE.", code="missing_option"
             )
         if self.precision == "fp32" and self.keep:
             raise GroundingError(
-                "--keep names modules for a higher precision than fp32, and there is none.", code="inapplicable_option"
+                "--keep does not apply to --precision fp32, the highest precision. Remove the option.",
+                code="inapplicable_option",
             )
+        if self.data:
+            from export.parity.html_report import require_jinja
+
+            require_jinja()
         self._check_numbers()
 
     def _check_numbers(self) -> None:
         for flag, number in (("--limit", self.limit), ("--videos", self.videos)):
             if number is not None and number < 1:
-                raise GroundingError(f"{flag} must be at least 1, and {number} was given.", code="invalid_option")
+                raise GroundingError(
+                    f"Expected {flag} of at least 1, got {number}. Correct the option.", code="invalid_option"
+                )
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise DeviceError(
-                f"--threads must be 1 to {MAX_THREADS}, and {self.threads} was given.", code="invalid_option"
+                f"Expected --threads of 1 to {MAX_THREADS}, got {self.threads}. Correct the option.",
+                code="invalid_option",
             )
         if self.precision in ("int8", "fp8") and self.table is None and self.calib_samples < MIN_SAMPLES:
             raise GroundingError(
-                f"--calib-samples {self.calib_samples} was given and at least {MIN_SAMPLES} are needed: single "
-                "videos would set the ranges; 512 is a good number.",
+                f"Expected --calib-samples of at least {MIN_SAMPLES}, got {self.calib_samples}. "
+                "Choose more; the default is 512.",
                 code="too_few_samples",
             )
-        # `not >=` also refuses NaN.
+        # `not >=` also rejects NaN.
         if not self.max_drop >= 0:
             raise GroundingError(
                 f"Expected --max-drop of at least 0 points, got {self.max_drop}. Correct the option.",
@@ -145,7 +157,17 @@ class BuildRequest:
 
 @dataclasses.dataclass(frozen=True)
 class BuildConfig:
-    """The files of one build."""
+    """The model, precision and target of one build, and the files that follow from them.
+
+    Attributes:
+        model: checkpoint or FP32 graph.
+        precision: of the converted graph.
+        target: runtime of the engine.
+        data: directory of the data set.
+        requested_output: `--output`.
+        split: also split the model.
+        unroll: query lengths of the engines for short queries.
+    """
 
     model: Path
     precision: Precision
@@ -157,7 +179,7 @@ class BuildConfig:
 
     @property
     def stem(self) -> Path:
-        """MODEL without what says its format, as runs/drn for runs/drn.pt and published.pth.tar."""
+        """Return the path of the model without its suffixes, as runs/drn for runs/drn.pt."""
         name = self.model.name
         for suffix in (".pth.tar", *SUFFIXES):
             name = name.removesuffix(suffix)
@@ -165,7 +187,7 @@ class BuildConfig:
 
     @property
     def output(self) -> Path:
-        """Return the file to run: for a split model the query part."""
+        """Return the file to run; for a split model this is the query part."""
         if self.requested_output:
             return self.requested_output
         suffix = "onnx" if self.target == "onnxruntime" else "engine"
@@ -174,50 +196,50 @@ class BuildConfig:
 
     @property
     def graph_path(self) -> Path:
-        """The whole graph in the precision asked for."""
+        """Return the path of the full graph in the requested precision."""
         if self.target == "onnxruntime" and not self.split:
             return self.output
         stem = self.output.with_suffix("")
         if self.split:
-            # The pair takes its names from the whole.
+            # The names of the parts derive from that of the full graph.
             return stem.with_name(f"{stem.name.removesuffix('.query')}.onnx")
         if not stem.name.endswith(f".{self.precision}"):
             stem = stem.with_name(f"{stem.name}.{self.precision}")
         return stem.with_name(f"{stem.name}.onnx")
 
     @property
-    def sidecar(self) -> Path:
-        return engine_metadata.metadata_path(self.output)
-
-    @property
     def unrolled(self) -> list[Path]:
-        """Engines for short queries."""
+        """Return the paths of the engines for short queries."""
         return [short_query_engine_path(self.output, steps) for steps in self.unroll]
 
     @property
     def kind(self) -> Literal["onnx", "checkpoint", "published"]:
+        """Return the kind of the model file."""
         name = self.model.name
         if name.endswith(".onnx"):
             return "onnx"
         return "checkpoint" if name.endswith(".pt") else "published"
 
     def sibling_path(self, ending: str) -> Path:
-        """Return the path of a file that goes with the output, as drn.int8.plan.json."""
+        """Return the path of another file of the build, as drn.int8.plan.json."""
         stem = self.graph_path.with_suffix("")
         return stem.with_name(f"{stem.name}.{ending}")
 
-    def rejected(self, suffix: str) -> Path:
-        """Return where what breaks its promise is kept."""
+    def rejected_path(self, suffix: str) -> Path:
+        """Return the path of a model that failed its check."""
         return self.sibling_path(f"rejected.{suffix}")
 
     def check(self, request: BuildRequest) -> None:
-        """Raise what can be known to be wrong before any work is done."""
+        """Check files and options before any work.
+
+        Raises:
+            GroundingError: the model cannot be built with these options, or a file cannot be written.
+        """
         check_file(self.model, "The model file", ModelFileError)
         self._check_names()
         if self.target == "onnxruntime" and self.precision == "bf16":
             raise DeviceError(
-                "ONNX Runtime has no bf16 kernels, so it could not open what was built; take --precision fp16, or "
-                "build an engine with --target tensorrt or tensorrt-rtx.",
+                "ONNX Runtime has no bf16 kernels. Choose --precision fp16, or --target tensorrt or tensorrt-rtx.",
                 code="precision_unsupported",
             )
         request.check()
@@ -225,31 +247,39 @@ class BuildConfig:
         self._check_sources()
 
     def _check_names(self) -> None:
-        """Raise ModelFileError or OutputError if the model or the output has a name that a build cannot use."""
+        """Raise ModelFileError or OutputError for a wrong suffix, or if the output would replace the model."""
         if not self.model.name.endswith(SUFFIXES):
             raise ModelFileError(
-                f"{self.model.name} should end in .onnx, .pt, .pth, .pth.tar or .pickle.", code="wrong_suffix"
+                f"Expected a model with the suffix .onnx, .pt, .pth, .pth.tar or .pickle, got {self.model.name}. "
+                "Choose another --model.",
+                code="wrong_suffix",
             )
         suffix = ".onnx" if self.target == "onnxruntime" else ".engine"
         if self.output.suffix != suffix:
             raise OutputError(
-                f"--output {self.output} should end in {suffix} for the target {self.target}.", code="wrong_suffix"
+                f"Expected --output with the suffix {suffix} for --target {self.target}, got {self.output}. "
+                "Choose another name.",
+                code="wrong_suffix",
             )
         if self.split and not self.output.name.endswith(f".query{suffix}"):
             raise OutputError(
-                f"--output {self.output} names the query part of the pair that --split makes, and should end in "
-                f".query{suffix}.",
+                f"Expected --output with the suffix .query{suffix} for --split, got {self.output}. "
+                "Choose another name.",
                 code="wrong_suffix",
             )
         if self.model.resolve() in (self.output.resolve(), self.graph_path.resolve()):
             raise OutputError(
-                f"{self.model} would be overwritten by its own {self.precision} form; choose another --output.",
+                f"The output in {self.precision} would replace {self.model}. Choose another --output.",
                 code="output_is_input",
             )
 
     def check_outputs(self, table: Path | None, plan: Path | None, timing_cache: Path | None = None) -> None:
-        """Raise OutputError where a file of the build cannot be written, or would replace one that it reads."""
-        # Ranges and a plan that are given are not written again; they may be an earlier build's of the same name.
+        """Raise OutputError if a file of the build cannot be written, or would replace one that it reads.
+
+        Args:
+            table, plan, timing_cache: files that the build reads.
+        """
+        # A given table or plan is not written again, so it may have the name of an output.
         endings = ["parity.json", "passport.html"]
         endings += [] if table else ["calibration.json"]
         endings += [] if plan else ["plan.json"]
@@ -258,47 +288,51 @@ class BuildConfig:
         shorter = [path for plan in self.unrolled for path in (plan, engine_metadata.metadata_path(plan))]
         engines = (self.output, *self.unrolled) if self.target != "onnxruntime" else ()
         layers = [layers_path(engine) for engine in engines]
-        written = list(dict.fromkeys((self.output, self.graph_path, self.sidecar, *pair, *shorter, *layers, *reports)))
+        sidecar = engine_metadata.metadata_path(self.output)
+        written = list(dict.fromkeys((self.output, self.graph_path, sidecar, *pair, *shorter, *layers, *reports)))
         for path in written:
-            check_writable(path, self.model, table, plan, timing_cache, *(other for other in {*written} - {path}))
+            check_writable(path, self.model, table, plan, timing_cache, *({*written} - {path}))
 
     def _check_sources(self) -> None:
-        """Raise OutputError where exporting MODEL would write over a file that is not known to come from it."""
+        """Raise OutputError if exporting the model would replace a file that does not come from it."""
+        replaced: list[Path] = []
         if self.kind == "published":
-            for created in (self.checkpoint, self.source):
-                if created.exists():
-                    raise OutputError(
-                        f"{created} is there already, and {self.model.name} would be converted to it; give it as "
-                        "--model, or move it away.",
-                        code="output_exists",
-                    )
-        if self.kind == "checkpoint" and self.source.exists() and not self.is_exported:
+            replaced = [path for path in (self.checkpoint, self.source) if path.exists()]
+        elif self.kind == "checkpoint" and self.source.exists() and not self.is_exported:
+            replaced = [self.source]
+        if replaced:
             raise OutputError(
-                f"{self.source} is there already and was not exported from this {self.model.name}; give it as --model, "
-                "or move it away.",
+                f"The export of {self.model.name} would replace {replaced[0]}. Give that file as --model, or move it.",
                 code="output_exists",
             )
 
     @property
     def checkpoint(self) -> Path:
-        """The drn.pt that MODEL is, or is converted to."""
+        """Return the path of the checkpoint: the model, or the file that a published model is converted to."""
         return self.model if self.kind == "checkpoint" else self.stem.with_name(f"{self.stem.name}.pt")
 
     @property
     def source(self) -> Path:
-        """The FP32 graph that MODEL is, or is exported to."""
+        """Return the path of the FP32 graph: the model, or the file that a checkpoint is exported to."""
         return self.model if self.kind == "onnx" else self.stem.with_name(f"{self.stem.name}.onnx")
 
     @property
     def is_exported(self) -> bool:
-        """Return whether the FP32 graph next to a checkpoint was exported from that file."""
+        """Return whether the FP32 graph was exported from the checkpoint."""
         for read in (read_source, read_extractor):
             with contextlib.suppress(GroundingError):
                 return sha256(self.checkpoint) in read(self.source)[1].sources.values()
         return False
 
-    def check_options(self, options: BuildOptions, timing_cache: Path | None, why: str, profiles: int = 2) -> None:
-        """Raise what the library of the target, or the GPU, cannot do; also before any work."""
+    def check_options(self, options: BuildOptions, timing_cache: Path | None, reason: str, profiles: int = 2) -> None:
+        """Raise GroundingError for options that the target, its library or the GPU does not support.
+
+        Args:
+            options: of the engine.
+            timing_cache: `--timing-cache`.
+            reason: why the target was chosen, as a sentence.
+            profiles: `--profiles`.
+        """
         if self.target == "onnxruntime":
             flags = {
                 "--optimization-level": options.optimization_level,
@@ -313,14 +347,14 @@ class BuildConfig:
             given = [flag for flag, value in flags.items() if value not in (None, False, ())]
             if given:
                 raise GroundingError(
-                    f"{', '.join(given)}: of engines, and the target is onnxruntime ({why.rstrip('.')}); leave it out, "
-                    "or name a --target that builds one.",
+                    f"{', '.join(given)} applies to engines only, but the target is onnxruntime "
+                    f"({reason.rstrip('.')}). Remove the option, or choose another --target.",
                     code="inapplicable_option",
                 )
             return
         if timing_cache and self.target == "tensorrt-rtx":
             raise GroundingError(
-                "--timing-cache is TensorRT's; TensorRT-RTX chooses kernels where it runs. Leave it out.",
+                "TensorRT-RTX has no timing cache, because it chooses kernels at run time. Remove --timing-cache.",
                 code="inapplicable_option",
             )
         check_writable(timing_cache, self.model, self.output, self.graph_path, *self.unrolled)
@@ -329,11 +363,16 @@ class BuildConfig:
     def early_profiles(
         self, batch: SizeRange, query_length: SizeRange | None, keep: Sequence[str] = ()
     ) -> tuple[list[Profile], Manifest] | None:
-        """Return the optimization profiles, and the manifest that they follow from; None where both are known only
-        after a published file is converted.
+        """Return the optimization profiles and the manifest of the model; None for a published model.
+
+        A published model has a manifest only after its conversion.
+
+        Args:
+            batch, query_length: `--batch` and `--query-length`.
+            keep: `--keep`.
 
         Raises:
-            ShapeError: a range does not rise, or there is no module of a name to keep.
+            ShapeError: a range is invalid, or a module of `keep` does not exist.
         """
         check_ranges(batch, query_length)
         if self.kind == "published":
@@ -351,52 +390,66 @@ class BuildConfig:
 
     def describe(
         self,
-        why: str,
+        reason: str,
         shapes: Sequence[Profile] | None,
         options: BuildOptions,
         samples: int | None,
-        proof: str = "the precision alone (no --data for parity)",
+        check: str = "precision only (no --data)",
         unrolling: Unrolling | None = None,
     ) -> str:
-        """Return what a build would do, for --dry-run; `proof` is what it comes to without --data."""
+        """Return the plan of a build, for --dry-run.
+
+        Args:
+            reason: why the target was chosen.
+            shapes: optimization profiles; None if they are not known yet.
+            options: of the engine.
+            samples: number of calibration queries; None with --table.
+            check: checks without --data.
+            unrolling: engines for short queries.
+        """
         lines = [
             f"model      {self.model} ({self.kind})",
             f"precision  {self.precision}",
-            f"target     {self.target}: {why}",
+            f"target     {self.target}: {reason}",
         ]
         if self.precision in ("int8", "fp8"):
-            message = f"{samples} training queries of {self.data}" if samples else "by the table given"
-            lines.append(f"ranges     {message}")
-        lines.append(f"twin       {self.graph_path}")
+            lines.append(f"ranges     {f'{samples} training queries of {self.data}' if samples else '--table'}")
+        lines.append(f"graph      {self.graph_path}")
         if self.split:
-            lines.append(f"pair       {', '.join(map(str, pair_paths(self.graph_path)))}")
+            lines.append(f"parts      {', '.join(map(str, pair_paths(self.graph_path)))}")
         if self.target != "onnxruntime":
-            lines += [f"engine     {self.output}", f"sidecar    {self.sidecar}"]
+            lines += [f"engine     {self.output}", f"metadata   {engine_metadata.metadata_path(self.output)}"]
             lines += [f"unrolled   {plan}" for plan in self.unrolled]
             lines += [f"lengths    {unrolling.reason}"] if unrolling else []
         if options.compute_capabilities:
-            lines.append(f"for        compute capability {', '.join(options.compute_capabilities)}")
+            lines.append(f"GPUs       compute capability {', '.join(options.compute_capabilities)}")
         if shapes is None:
-            lines.append("profiles   known once the checkpoint is converted")
+            lines.append("profiles   known after the conversion of the checkpoint")
         for profile in shapes or ():
-            lines.append(f"profile    {profile.name}: smallest, best, largest")
-            lines += [f"  {name:<17}{' '.join(map(str, trio))}" for name, trio in profile.shapes.items()]
+            lines.append(f"profile    {profile.name}: min, opt, max")
+            lines += [f"  {name:<17}{' '.join(map(str, sizes))}" for name, sizes in profile.shapes.items()]
         if self.target == "onnxruntime" and shapes:
-            lines.append("           (of an engine; ONNX Runtime takes any batch)")
+            lines.append("           (for engines; ONNX Runtime accepts any batch size)")
         if self.data:
             lines += [
-                f"proof      parity with FP32 on {self.data}",
+                f"check      parity with FP32 on {self.data}",
                 f"reports    {self.sibling_path('parity.json')}, {self.sibling_path('passport.html')}",
             ]
         else:
-            lines.append(f"proof      {proof}")
+            lines.append(f"check      {check}")
         return "\n".join(lines)
 
 
 def ensure_source_graph(job: BuildConfig, vocabulary: Path | None, longest: int) -> Path:
-    """Return the FP32 graph, exporting and converting first where MODEL is a checkpoint.
+    """Return the path of the FP32 graph, after exporting the model if it is a checkpoint.
 
-    It takes queries of `longest` tokens, and of those that its data set has.
+    Args:
+        job: files of the build.
+        vocabulary: word table of a published checkpoint.
+        longest: minimum for the maximum query length of the graph, in tokens.
+
+    Raises:
+        GroundingError: the model cannot be read, converted or exported.
     """
     if job.kind == "onnx":
         return job.model
@@ -407,33 +460,33 @@ def ensure_source_graph(job: BuildConfig, vocabulary: Path | None, longest: int)
     from train.checkpoints import load_checkpoint
 
     longest = max(longest, load_checkpoint(job.checkpoint).longest_query)
-    if fits(job.source, longest):
-        log.info("%s was exported from this %s already.", job.source, job.checkpoint.name)
+    if accepts_queries(job.source, longest):
+        log.info("Using %s, which was exported from %s.", job.source, job.checkpoint.name)
         return job.source
     from export.tracing.checkpoint_to_onnx import ExportOptions, export_checkpoint
 
     return export_checkpoint(ExportOptions(job.checkpoint, job.source, max_query_length=longest))
 
 
-def fits(source: Path, longest: int) -> bool:
-    """Return whether an exported graph is there that takes queries of `longest` tokens."""
+def accepts_queries(source: Path, longest: int) -> bool:
+    """Return whether an exported graph exists and accepts queries of `longest` tokens."""
     return source.exists() and read_source(source)[1].max_query_length >= longest
 
 
 def known_graph(job: BuildConfig, longest: int) -> onnx.ModelProto | None:
-    """Return the FP32 graph of `ensure_source_graph` if it exists before any work; else None."""
+    """Return the FP32 graph of `ensure_source_graph` if it exists without an export; else None."""
     if job.kind == "published":
         return None
     if job.kind == "checkpoint":
         from train.checkpoints import load_checkpoint
 
-        if not fits(job.source, max(longest, load_checkpoint(job.checkpoint).longest_query)):
+        if not accepts_queries(job.source, max(longest, load_checkpoint(job.checkpoint).longest_query)):
             return None
     return read_source(job.source)[0]
 
 
 def validate_keep_modules(graph: onnx.ModelProto, precision: str, keep: Sequence[str]) -> None:
-    """Raise what a build would raise for modules to keep that a graph has not."""
+    """Raise ShapeError if a module of `keep` does not exist in the graph or cannot be kept in the precision."""
     if not keep:
         return
     if precision in ("int8", "fp8"):
@@ -446,6 +499,7 @@ def validate_keep_modules(graph: onnx.ModelProto, precision: str, keep: Sequence
     unknown = set(keep) - modules(graph)
     if unknown:
         raise ShapeError(
-            f"There is no module {', '.join(sorted(unknown))}; this graph has {', '.join(sorted(modules(graph)))}.",
+            f"The graph has no module {', '.join(sorted(unknown))}. "
+            f"Choose --keep from {', '.join(sorted(modules(graph)))}.",
             code="unknown_module",
         )

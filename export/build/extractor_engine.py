@@ -1,7 +1,4 @@
-"""Build the engine of a clip feature extractor: convert its graph, compare its features with FP32, build a plan.
-
-The converted graph runs in ONNX Runtime on any machine. No torch is needed where a graph is given.
-"""
+"""Build the engine of a clip feature extractor: convert its graph, compare its features with FP32, build a plan."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import numpy as np
 from calib.graph.half_precision import emulate_bf16, measure_magnitudes
 from calib.graph.onnx_graph import read_extractor
 from calib.graph.onnx_session import open_session
-from calib.graph.precision_audit import PrecisionStats, audit_graph, require_precision
+from calib.graph.precision_audit import audit_graph, require_precision
 from export.build.artifacts import format_shares
 from export.build.build_config import BuildConfig, validate_keep_modules
 from export.build.reduced_precision import ConversionOptions, convert_precision, held_in_fp32
@@ -45,25 +42,26 @@ FEATURES = "features"
 
 @dataclasses.dataclass(frozen=True)
 class FeatureTolerance:
-    """The tolerance of features compared with FP32, over every clip of `synthetic_clips`.
+    """The deviation of features from FP32 over all clips of `synthetic_clips`, measured or tolerated.
 
     Attributes:
-        cosine: least, of the two vectors of a clip.
-        difference: most, as a share of the largest feature of the clip.
+        cosine: minimum cosine similarity of the two features of a clip.
+        difference: maximum absolute difference, relative to the largest feature of the clip.
     """
 
     cosine: float
     difference: float
 
-    def broken_by(self, measured: FeatureTolerance) -> bool:
-        # `not` also refuses NaN.
+    def is_exceeded_by(self, measured: FeatureTolerance) -> bool:
+        """Return whether measured deviations exceed this tolerance."""
+        # `not` also rejects NaN.
         return not (measured.cosine >= self.cosine and measured.difference <= self.difference)
 
     def __str__(self) -> str:
-        return f"cosine {self.cosine:.6f}, difference {self.difference:.1e} of the largest"
+        return f"cosine similarity {self.cosine:.6f}, relative difference {self.difference:.1e}"
 
 
-# Half precision rounds each tensor by 5e-4 (BF16 by 4e-3), and eleven layers stand one after another.
+# FP16 rounds each tensor by 5e-4, BF16 by 4e-3, over eleven consecutive layers.
 FEATURE_TOLERANCES = {
     "fp32": FeatureTolerance(0.99999, 1e-4),
     "fp16": FeatureTolerance(0.9999, 1e-2),
@@ -72,7 +70,7 @@ FEATURE_TOLERANCES = {
 
 
 def extractor_file_kind(model: Path) -> str | None:
-    """Return of which kind a file is, `checkpoint`, `onnx` or `published`, if it is an extractor; else None."""
+    """Return the kind of an extractor file: checkpoint, onnx or published. None for other files."""
     if not model.is_file():
         return None
     if model.suffix == ".onnx":
@@ -104,11 +102,22 @@ def build_extractor(
     cache: Path | None,
     threads: int | None,
 ) -> Path:
-    """Build the engine of an extractor, or its converted graph alone; see `export.build_engine.build_engine`.
+    """Build the engine of an extractor, or for ONNX Runtime its converted graph.
+
+    Args:
+        job: files of the build.
+        options: of the engine.
+        batch: min, opt and max number of clips.
+        keep: layers that stay in FP32.
+        cache: timing cache file.
+        threads: number of CPU threads.
+
+    Returns:
+        The path of the engine or the graph.
 
     Raises:
-        GroundingError: the precision, or the graph, is none that can be built.
-        CheckFailed: the precision is not in the graph, or the features are too far from those of FP32.
+        GroundingError: the graph cannot be read or built.
+        CheckFailed: the graph or the engine does not have the precision, or its features exceed the tolerance.
     """
     source = _source_graph(job)
     graph, manifest = read_extractor(source)
@@ -119,14 +128,14 @@ def build_extractor(
     with locked(job.output.parent, job.output.name), Staging() as staging:
         staged = dataclasses.replace(job, requested_output=staging.path(job.output))
         try:
-            part, result = _checked_graph(staged, source, graph, manifest, profile, keep, threads)
-            report = _report(job, source, part, result)
+            part, deviation = _convert_and_check(staged, source, graph, manifest, profile, keep, threads)
+            report = _report(job, source, part, deviation)
             if job.target != "onnxruntime":
                 build_part(part, staged.precision, options, cache)
-                compared = read_verified(part.engine)["census"]
-                report["engine_precision"] = {key: compared[key] for key in ("verdict", "reason")}
+                layer_stats = read_verified(part.engine)["census"]
+                report["engine_precision"] = {key: layer_stats[key] for key in ("verdict", "reason")}
                 if runs_here(options):
-                    report["engine"] = dataclasses.asdict(_checked_engine(staged, part, source, threads))
+                    report["engine"] = dataclasses.asdict(_check_engine(staged, part, source, threads))
             write_json(staged.sibling_path("parity.json"), report)
         except CheckFailed:
             staging.settle(lambda name: ".rejected." in name)
@@ -140,7 +149,7 @@ def build_extractor(
 
 
 def _source_graph(job: BuildConfig) -> Path:
-    """Return the FP32 graph, converting and exporting first where MODEL is a checkpoint."""
+    """Return the path of the FP32 graph, after exporting the model if it is a checkpoint."""
     if job.kind == "onnx" or job.source.exists():
         return job.source
     from export.tracing.extractor_to_onnx import export_extractor
@@ -149,11 +158,10 @@ def _source_graph(job: BuildConfig) -> Path:
         from train.convert import convert
 
         convert(job.model, job.checkpoint)
-
     return export_extractor(job.checkpoint, job.source)
 
 
-def _checked_graph(
+def _convert_and_check(
     job: BuildConfig,
     source: Path,
     graph: onnx.ModelProto,
@@ -162,86 +170,88 @@ def _checked_graph(
     keep: tuple[str, ...],
     threads: int | None,
 ) -> tuple[EnginePart, FeatureTolerance]:
-    """Write the graph in the precision asked for, and return what an engine is built of and how near its features are.
+    """Write the graph in the requested precision, and compare its features with FP32.
+
+    Returns:
+        The source of the engine, and the deviation of the features.
 
     Raises:
-        CheckFailed: it has not that precision, or other features; it is then kept as rejected.
+        CheckFailed: a check failed; the graph is saved as MODEL.PRECISION.rejected.onnx.
     """
     import onnx
 
     if job.precision == "fp16":
-        keep = (*keep, *_overflowing(graph, manifest))
-    graph_path = convert_precision(graph, job.precision, ConversionOptions(keep), None, str(source))
-    counted, weights = audit_graph(graph_path.graph), sum(audit_graph(graph).weight_bytes.values())
-    about = dataclasses.replace(
-        manifest, precision=job.precision, sources={**manifest.sources, source.name: sha256(source)}
-    )
-    del graph_path.graph.metadata_props[:]
-    onnx.helper.set_model_props(graph_path.graph, {METADATA_KEY: about.to_json()})
-    print(f"{job.graph_path.name}: {format_shares(counted)}.")
-    job.graph_path.write_bytes(with_digest(graph_path.graph.SerializeToString()))
+        keep = (*keep, *_scan_for_overflow(graph, manifest))
+    converted = convert_precision(graph, job.precision, ConversionOptions(keep), None, str(source)).graph
+    stats, weights = audit_graph(converted), sum(audit_graph(graph).weight_bytes.values())
+    sources = {**manifest.sources, source.name: sha256(source)}
+    manifest = dataclasses.replace(manifest, precision=job.precision, sources=sources)
+    del converted.metadata_props[:]
+    onnx.helper.set_model_props(converted, {METADATA_KEY: manifest.to_json()})
+    print(f"{job.graph_path.name}: {format_shares(stats)}.")
+    job.graph_path.write_bytes(with_digest(converted.SerializeToString()))
     try:
-        require_precision(counted, job.precision)
-        runs = job.graph_path if job.precision != "bf16" else emulate_bf16(graph_path.graph)
-        result = compare(_Graph(source, threads), _Graph(runs, threads), manifest)
-        _check_features(job, result, "the graph")
+        require_precision(stats, job.precision)
+        runnable = job.graph_path if job.precision != "bf16" else emulate_bf16(converted)
+        deviation = compare(_Graph(source, threads), _Graph(runnable, threads), manifest)
+        _check_features(job, deviation, "graph")
     except CheckFailed as error:
-        rejected = job.rejected("onnx")
+        rejected = job.rejected_path("onnx")
         job.graph_path.rename(rejected)
         raise CheckFailed(
-            f"{error} It is kept as {rejected.name}; keep layers in FP32 with --keep.", code=error.code
+            f"{error} The graph was saved as {rejected.name}. Keep layers in FP32 with --keep.", code=error.code
         ) from error
-    part = EnginePart(
-        graph_path.graph, about, job.graph_path, sha256(job.graph_path), job.output, [profile], counted, weights
-    )
-    return part, result
+    digest = sha256(job.graph_path)
+    part = EnginePart(converted, manifest, job.graph_path, digest, job.output, [profile], stats, weights)
+    return part, deviation
 
 
-def _overflowing(graph: onnx.ModelProto, manifest: ExtractorManifest) -> tuple[str, ...]:
-    """Return the layers that come too near the largest FP16 number on made-up clips, and say so.
+def _scan_for_overflow(graph: onnx.ModelProto, manifest: ExtractorManifest) -> tuple[str, ...]:
+    """Return the layers that could overflow in FP16 on synthetic clips.
 
-    Features alone would not tell on a CPU, where ONNX Runtime computes FP16 layers in FP32.
+    The comparison of features cannot show this on a CPU, where ONNX Runtime computes FP16 layers in FP32.
     """
     batches = (SimpleNamespace(clips=clip) for clip in synthetic_clips(manifest))
     return held_in_fp32(measure_magnitudes(graph, batches))
 
 
-def _checked_engine(job: BuildConfig, part: EnginePart, source: Path, threads: int | None) -> FeatureTolerance:
-    """Return how near the features of an engine are to FP32's, on this machine's GPU; what is too far is rejected."""
+def _check_engine(job: BuildConfig, part: EnginePart, source: Path, threads: int | None) -> FeatureTolerance:
+    """Compare the features of an engine on the GPU with FP32; rename the engine if they exceed the tolerance."""
     extractor = open_extractor(part.engine)
     try:
-        result = compare(_Graph(source, threads), extractor, extractor.manifest)
+        deviation = compare(_Graph(source, threads), extractor, extractor.manifest)
     finally:
         extractor.close()  # type: ignore[attr-defined]
     try:
-        _check_features(job, result, "the engine")
+        _check_features(job, deviation, "engine")
     except CheckFailed as error:
-        raise CheckFailed(f"{error} It is kept as {mark_rejected(part.engine).name}.", code=error.code) from error
-    return result
+        rejected = mark_rejected(part.engine)
+        raise CheckFailed(f"{error} The engine was saved as {rejected.name}.", code=error.code) from error
+    return deviation
 
 
-def _check_features(job: BuildConfig, measured: FeatureTolerance, what: str) -> None:
-    promise = FEATURE_TOLERANCES[job.precision]
-    print(f"features of {what} against FP32: {measured}; promised: {promise}.")
-    if promise.broken_by(measured):
+def _check_features(job: BuildConfig, measured: FeatureTolerance, subject: str) -> None:
+    tolerance = FEATURE_TOLERANCES[job.precision]
+    print(f"Features of the {subject} compared with FP32: {measured}; tolerance: {tolerance}.")
+    if tolerance.is_exceeded_by(measured):
         raise CheckFailed(
-            f"The features of {what} are too far from FP32's ({measured}; promised: {promise}).", code="parity_failed"
+            f"The features of the {subject} exceed the tolerance ({measured}; tolerance: {tolerance}).",
+            code="parity_failed",
         )
 
 
 def _report(job: BuildConfig, source: Path, part: EnginePart, measured: FeatureTolerance) -> dict[str, Any]:
-    counted: PrecisionStats = part.precision_stats
     return {
         "reference": {"name": source.name, "sha256": sha256(source)},
         "model": {"name": part.graph_path.name, "sha256": part.graph_sha256, "precision": job.precision},
         "promised": dataclasses.asdict(FEATURE_TOLERANCES[job.precision]),
         "twin": dataclasses.asdict(measured),
-        "census": counted.to_dict(),
+        "census": part.precision_stats.to_dict(),
     }
 
 
 class _Graph:
-    """A graph in ONNX Runtime, on the CPU: what is compared must not depend on where it is compared."""
+    """An extractor graph in ONNX Runtime on the CPU, so that results do not depend on the machine's GPU."""
 
     def __init__(self, source: onnx.ModelProto | Path, threads: int | None) -> None:
         self._session = open_session(source, threads, optimized=True)
@@ -252,15 +262,15 @@ class _Graph:
 
 
 def compare(reference: _Graph, other: _Graph | Extractor, manifest: ExtractorManifest) -> FeatureTolerance:
-    """Return how near the features of made-up clips are."""
+    """Return the deviation of the features of `other` on synthetic clips."""
     cosine, difference = 1.0, 0.0
     for clip in synthetic_clips(manifest):
-        expected, result = (graph.extract(clip)[0].astype(np.float64) for graph in (reference, other))
+        expected, actual = (graph.extract(clip)[0].astype(np.float64) for graph in (reference, other))
         largest = np.abs(expected).max()
-        if largest == 0 and not result.any():
+        if largest == 0 and not actual.any():
             continue
-        norms = np.linalg.norm(expected) * np.linalg.norm(result)
-        # np.minimum and np.maximum let NaN through; the built-in ones do not always.
-        cosine = float(np.minimum(cosine, expected @ result / norms if norms else 0.0))
-        difference = float(np.maximum(difference, np.abs(result - expected).max() / max(largest, 1e-30)))
+        norms = np.linalg.norm(expected) * np.linalg.norm(actual)
+        # Unlike `min` and `max`, np.minimum and np.maximum always return NaN for NaN.
+        cosine = float(np.minimum(cosine, expected @ actual / norms if norms else 0.0))
+        difference = float(np.maximum(difference, np.abs(actual - expected).max() / max(largest, 1e-30)))
     return FeatureTolerance(cosine, difference)

@@ -1,4 +1,4 @@
-"""Check the accuracy of built models against the FP32 graph: converted graphs on the CPU, engines on a GPU."""
+"""Check the accuracy of converted graphs (on the CPU) and engines (on a GPU) against the FP32 graph."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ParityChecker:
     """Compares converted graphs and engines with the FP32 graph on the queries of a split.
 
     Attributes:
-        request: the options of the build.
-        job: its files, in the staging directory.
-        output_path: final path of what is built.
-        command: that builds the same again.
-        source, graph: the FP32 graph and its file.
+        request: options of the build.
+        job: files of the build, in the staging directory.
+        output_path: final path of the output.
+        command: command that reproduces the build.
+        source, graph: file of the FP32 graph, and the graph.
         data_set, annotations: the queries; None and empty without --data.
     """
 
@@ -48,37 +48,34 @@ class ParityChecker:
     data_set: DataSet | None
     annotations: Sequence[Annotation]
 
-    def check_graph(self, created: ConvertedModel) -> ParityReport:
-        """Compare the converted graph, as it will be on disk, with the FP32 graph, on the CPU."""
+    def check_graph(self, model: ConvertedModel) -> ParityReport:
+        """Compare a converted model with the FP32 graph, on the CPU."""
         import onnx
 
         from calib.graph.half_precision import emulate_bf16
 
-        # ONNX Runtime has no BF16 kernels on a CPU. Its own fusions of Q/DQ compute something else than engines do, so
-        # they are in only where ONNX Runtime is what will answer.
-        graph = emulate_bf16(onnx.load_from_string(created.content))
+        # ONNX Runtime has no BF16 kernels on a CPU. Its fusions of Q/DQ differ from engines, so they are only enabled
+        # if ONNX Runtime is the target.
+        graph = emulate_bf16(onnx.load_from_string(model.content))
         optimized = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
-        # One core for each of the two serves better than all cores for one after the other.
+        # Two models at the same time, with half of the cores each, are faster than one after the other.
         threads = max((self.request.threads or os.cpu_count() or 2) // 2, 1)
         concurrent = self.request.threads != 1
-        compared, reference = (
-            self._split_in_memory(graph, optimized, threads),
-            self._split_in_memory(self.graph, True, threads),
-        )
-        return self._compare(compared, created.file(self.job.graph_path), reference, concurrent)
+        compared = self._open_split(graph, optimized, threads)
+        reference = self._open_split(self.graph, True, threads)
+        return self._compare(compared, model.file(self.job.graph_path), reference, concurrent)
 
-    def check_engine(self, created: ConvertedModel) -> ParityReport:
-        """Compare the engine with the FP32 graph, on the GPU."""
+    def check_engine(self, model: ConvertedModel) -> ParityReport:
+        """Compare the engine of a converted model with the FP32 graph, on the GPU."""
         from export.parity.model_file import ModelFile
         from runtime.grounding.grounder import Grounder
 
         compared = Grounder.load(self.job.output, "cuda")
-        reference = self._split_in_memory(self.graph, True, self.request.threads)
-        return self._compare(compared, ModelFile.of(self.job.output, created.manifest), reference, False)
+        reference = self._open_split(self.graph, True, self.request.threads)
+        return self._compare(compared, ModelFile.of(self.job.output, model.manifest), reference, False)
 
-    def _split_in_memory(self, graph: onnx.ModelProto, optimized: bool, threads: int | None) -> Grounder:
-        """Return a graph in memory, split so that each video is encoded once: the same numbers in two thirds of the
-        time."""
+    def _open_split(self, graph: onnx.ModelProto, optimized: bool, threads: int | None) -> Grounder:
+        """Open a graph in two parts, so that each video is encoded once: equal results in two thirds of the time."""
         from calib.graph.onnx_session import InMemorySplitBackend
         from calib.graph.split_model import split_graph
         from runtime.grounding.grounder import Grounder
@@ -91,7 +88,7 @@ class ParityChecker:
         from export.parity.run_parity import run_parity_check
 
         assert self.data_set is not None
-        log.info("Asking %s and %s %d queries ...", self.source.name, file.path.name, len(self.annotations))
+        log.info("Comparing %s with %s on %d queries ...", file.path.name, self.source.name, len(self.annotations))
         manifest = read_manifest(self.graph, str(self.source))
         return run_parity_check(
             (reference, compared),
@@ -105,29 +102,29 @@ class ParityChecker:
         )
 
     def write_reports(
-        self, proof: ParityReport, created: ConvertedModel, engine: ModelFile | None, engines: Sequence[Path] = ()
+        self, report: ParityReport, model: ConvertedModel, engine: ModelFile | None, engines: Sequence[Path] = ()
     ) -> None:
-        """Write the JSON and the HTML report; of a rejected model, under the name of rejected files.
+        """Write the JSON and the HTML report, for a rejected model with `rejected` in their names.
 
         Args:
-            proof: the report.
-            created: the converted graph.
-            engine: that was built; None for the graph alone.
-            engines: every engine that was built with it.
+            report: result of the last check.
+            model: the converted model.
+            engine: engine of the model; None for the graph only.
+            engines: all engines of the build.
         """
         from export.parity.parity_tables import engine_precision_table, precision_table
         from export.parity.run_parity import engine_precision, write_reports
 
-        stats = precision_table(created.precision_stats)
+        stats = precision_table(model.precision_stats)
         if engine:
-            proof = dataclasses.replace(proof, engine_precision=engine_precision(*(engines or (engine.path,))))
+            report = dataclasses.replace(report, engine_precision=engine_precision(*(engines or (engine.path,))))
             engine_table = engine_precision_table(engine_metadata.read_sidecar(engine.path).content["census"])
             if engine_table:
                 stats = dataclasses.replace(stats, notes=(*stats.notes, *engine_table.notes))
-            if proof.model.path == engine.path:
+            if report.model.path == engine.path:
                 engine = None
-        rejected = "rejected." if proof.broken else ""
-        subject = self.output_path.with_name(proof.model.path.name if proof.broken else self.output_path.name)
+        rejected = "rejected." if report.violations else ""
+        subject = self.output_path.with_name(report.model.path.name if report.violations else self.output_path.name)
         commands = (self.command, command_line("runtime.describe", {}, subject))
         output, html = (self.job.sibling_path(f"{rejected}{ending}") for ending in ("parity.json", "passport.html"))
-        write_reports(proof, output, html, stats, engine, commands)
+        write_reports(report, output, html, stats, engine, commands)

@@ -1,7 +1,4 @@
-"""The graph in the precision asked for: what ranges, a scan and held-out queries decide, in one place.
-
-Every engine has such a graph, which ONNX Runtime runs on a CPU.
-"""
+"""Convert an FP32 graph to another precision, with calibration, a scan for overflow, and an accuracy budget."""
 
 from __future__ import annotations
 
@@ -40,15 +37,14 @@ log = logging.getLogger("drn")
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
-# FP16 around Q/DQ needs opset 19, BF16 convolutions 22; older TensorRTs read less, so no more than is needed.
+# FP16 around Q/DQ needs opset 19, BF16 convolutions opset 22. Older versions of TensorRT need the lowest one possible.
 OPSETS = {"fp32": 17, "fp16": 17, "bf16": 22, "int8": 19, "fp8": 19}
 SCAN_QUERIES = 128
-MOST_HELD_OUT = 4096
-"""Queries that decide on restoring modules, where the first look says that some must be: one flip of 512 is as much as
-the whole default budget."""
+MAX_HELD_OUT = 4096
+"""Number of held-out queries that decide which modules to restore: one flip of 512 equals the default budget."""
 
 BOUNDARY_P99 = 0.1
-"""Seconds that 99 % of FP16's boundaries stay within on the scanned queries; else modules are held back."""
+"""Maximum of the 99th percentile of the boundary shift in FP16, in seconds, on the scanned queries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +53,14 @@ class ConversionOptions:
 
     Attributes:
         keep: DRN modules that stay in higher precision.
-        table: calibration table measured on this graph, in place of calibrating.
-        plan: of `calib.restore`: more modules to keep.
+        table: calibration table of this graph; None calibrates.
+        plan: quantization plan from `calib.restore`, with more modules to keep.
         samples, method: of the calibration.
-        max_drop: accepted loss of R@1 IoU=0.7 and of mIoU, in points.
-        threads: CPU threads.
-        table_output, plan_output: where a new table, and a new plan that keeps something, are written.
-        for_cpu: INT8 is for ONNX Runtime on a CPU, with FP32 around it, and not to build an engine of.
+        max_drop: maximum drop of R@1 IoU=0.7 and of mIoU, in points.
+        threads: number of CPU threads.
+        table_output: file for a new calibration table.
+        plan_output: file for a new quantization plan, written if modules were restored.
+        for_cpu: INT8 for ONNX Runtime on a CPU, with FP32 instead of FP16 around it.
     """
 
     keep: tuple[str, ...] = ()
@@ -80,11 +77,11 @@ class ConversionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedGraph:
-    """A graph in some precision.
+    """A graph in another precision.
 
     Attributes:
-        graph: strongly typed: its own types say what is computed in what.
-        facts: what was decided on the way, for the manifest.
+        graph: strongly typed graph.
+        facts: calibration and modules in higher precision, for the manifest.
     """
 
     graph: onnx.ModelProto
@@ -98,45 +95,45 @@ def convert_precision(
     data_set: DataSet | None,
     name: str = "the graph",
 ) -> ConvertedGraph:
-    """Return an FP32 graph of ours in the precision asked for.
+    """Convert an FP32 graph to another precision.
 
-    With a data set, a scan of training queries finds what would overflow in FP16, and held-out training queries find
-    what loses more than the budget; both stay in higher precision, and are named.
+    With a data set, modules that would overflow in FP16 on training queries, and the smallest set of modules that meets
+    the accuracy budget on held-out training queries, stay in higher precision.
 
     Args:
         source: the FP32 graph.
-        precision: asked for.
-        options: how.
-        data_set: its training split is looked at, never test.
-        name: of the graph, for messages.
+        precision: requested precision.
+        options: of the conversion.
+        data_set: only its training split is used.
+        name: name of the graph in messages.
 
     Raises:
-        CalibrationError: table or plan are of another graph, or there are too few samples.
-        CheckFailed: the budget holds in no way.
+        CalibrationError: the table or the plan is of another graph, or there are too few samples.
+        CheckFailed: no set of modules meets the accuracy budget.
     """
     raised = raise_opset(source, OPSETS[precision])
     if precision == "fp32":
         return ConvertedGraph(raised, {})
     held: tuple[str, ...] = ()
     if data_set and precision in ("fp16", "bf16") and not data_set.annotations_path("train").is_file():
-        log.warning("%s has no training split, so nothing is scanned: only parity says what is lost.", data_set.root)
+        log.warning("%s has no training split, so ranges are not scanned. Check the parity report.", data_set.root)
         data_set = None
-    # Around INT8 for a CPU there is FP32.
+    # INT8 for a CPU has no FP16 layers.
     if data_set and not (precision == "int8" and options.for_cpu):
-        held = _overflowing(raised, data_set, "bf16" if precision == "bf16" else "fp16")
+        held = _scan_for_overflow(raised, data_set, "bf16" if precision == "bf16" else "fp16")
     if precision == "fp16" or precision == "bf16":
-        retained = (*options.keep, *held)
-        graph = convert_to_half(raised, precision, retained)
+        keep = (*options.keep, *held)
+        graph = convert_to_half(raised, precision, keep)
         facts = {"held back in FP32": list(held), "kept by request": list(options.keep)}
         if data_set:
-            graph, restored = _accurate(raised, graph, precision, retained, data_set, options)
+            graph, restored = _restore_half(raised, graph, precision, keep, data_set, options)
             facts["restored to FP32"] = restored
         return ConvertedGraph(graph, facts)
-    return _quantised(source, precision, options, held, data_set, name)
+    return _quantize(source, precision, options, held, data_set, name)
 
 
-def _overflowing(graph: onnx.ModelProto, data_set: DataSet, kind: Half) -> tuple[str, ...]:
-    """Return the modules that come too near the largest FP16 number on training queries, and say so."""
+def _scan_for_overflow(graph: onnx.ModelProto, data_set: DataSet, kind: Half) -> tuple[str, ...]:
+    """Return the modules that could overflow in FP16 on training queries; see `held_in_fp32`."""
     if kind == "bf16":
         return ()
     manifest = read_manifest(graph)
@@ -146,18 +143,23 @@ def _overflowing(graph: onnx.ModelProto, data_set: DataSet, kind: Half) -> tuple
 
 
 def held_in_fp32(scanned: Mapping[str, float], kind: Half = "fp16") -> tuple[str, ...]:
-    """Return the modules whose magnitudes come too near the largest number of the type, and report them."""
+    """Return the modules whose magnitudes are too close to the maximum of the data type, and log them.
+
+    Args:
+        scanned: largest magnitude of each module, from `calib.graph.half_precision.measure_magnitudes`.
+        kind: fp16 or bf16.
+    """
     held = overflow_prone_modules(scanned, kind)
     for module in held:
         log.warning(
-            "%s reaches %.3g, too near the largest FP16 number (65504), and stays in FP32.", module, scanned[module]
+            "%s reaches %.3g, too close to the FP16 maximum of 65504. It stays in FP32.", module, scanned[module]
         )
     largest = max(scanned, key=lambda module: scanned[module])
-    log.info("Largest magnitude: %.3g in %s; %d modules held back.", scanned[largest], largest, len(held))
+    log.info("Largest magnitude: %.3g in %s; %d modules stay in FP32.", scanned[largest], largest, len(held))
     return held
 
 
-def _accurate(
+def _restore_half(
     graph: onnx.ModelProto,
     half: onnx.ModelProto,
     kind: Half,
@@ -165,17 +167,17 @@ def _accurate(
     data_set: DataSet,
     options: ConversionOptions,
 ) -> tuple[onnx.ModelProto, list[str]]:
-    """Return a half-precision graph that answers held-out training queries within the budget, and what it restored."""
+    """Return a half-precision graph within the budget on held-out training queries, and its modules in FP32."""
     queries = sample_held_out(data_set, read_manifest(graph), SCAN_QUERIES)
-    log.info("Asking %d held-out training queries in %s ...", len(queries), kind)
+    log.info("Checking %s on %d held-out training queries ...", kind, len(queries))
     evaluator = AccuracyEvaluator(graph, data_set, queries, options.threads)
 
-    def cost_of(retained: Sequence[str], label: str) -> AccuracyDelta:
-        requested = convert_to_half(graph, kind, (*keep, *retained)) if retained else half
-        return evaluator.cost(emulate_bf16(requested), label)
+    def cost_of(restored: Sequence[str], label: str) -> AccuracyDelta:
+        candidate = convert_to_half(graph, kind, (*keep, *restored)) if restored else half
+        return evaluator.cost(emulate_bf16(candidate), label)
 
-    def holds(cost: AccuracyDelta) -> bool:
-        # One flip among so few queries is 0.8 points: luck, unless the budget says that two are allowed.
+    def is_within_budget(cost: AccuracyDelta) -> bool:
+        # One flip of 128 queries is 0.8 points, which is noise: a single flip is always accepted.
         drop = max(options.max_drop, 100 / len(evaluator.annotations))
         return cost.worst_drop <= drop and (kind == "bf16" or cost.shift_p99 <= BOUNDARY_P99)
 
@@ -184,22 +186,22 @@ def _accurate(
         alone = {name: cost_of([other for other in names if other != name], name) for name in names}
         return sorted(names, key=lambda name: alone[name].agreement)
 
-    restored, steps = minimal_keep_set(ranked, cost_of, holds)
+    restored, steps = minimal_keep_set(ranked, cost_of, is_within_budget)
     if restored is None:
-        least = min((cost for _, cost in steps), key=lambda cost: cost.shift_p99)
+        best = min((cost for _, cost in steps), key=lambda cost: cost.shift_p99)
         raise CheckFailed(
-            f"{kind} moves boundaries by {least.shift_p99:.2f} s and loses {least.worst_drop:.2f} points even with all "
-            "but one module in FP32; build fp32, or bf16 where the numbers are too large for fp16.",
+            f"With all but one module in FP32, {kind} shifts boundaries by {best.shift_p99:.2f} s and drops accuracy "
+            f"by {best.worst_drop:.2f} points, over the budget. Choose --precision fp32 or bf16, or raise --max-drop.",
             code="budget_exceeded",
         )
     if not restored:
         return half, []
     print(format_deltas(steps))
-    log.warning("%s stay in FP32: in %s they move answers by more than is allowed.", ", ".join(restored), kind)
+    log.warning("%s stay in FP32: in %s the accuracy drop exceeds the budget.", ", ".join(restored), kind)
     return convert_to_half(graph, kind, (*keep, *restored)), restored
 
 
-def _quantised(
+def _quantize(
     source: onnx.ModelProto,
     kind: QuantDtype,
     options: ConversionOptions,
@@ -208,15 +210,15 @@ def _quantised(
     name: str,
 ) -> ConvertedGraph:
     manifest = read_manifest(source)
-    table, evaluator = _table(source, manifest, kind, options, data_set, name)
+    table, evaluator = _calibration_table(source, manifest, kind, options, data_set, name)
     keep = tuple(dict.fromkeys(options.keep))
     if options.plan:
         keep = tuple(
             dict.fromkeys((*keep, *QuantizationPlan.load(options.plan).checked(source, table, kind, name).keep))
         )
     elif data_set:
-        keep = _within_budget(source, kind, table, keep, data_set, manifest, evaluator, options)
-    log.info("Writing %s into the graph ...", kind.upper())
+        keep = _restore_quantized(source, kind, table, keep, data_set, evaluator, options)
+    log.info("Quantizing to %s ...", kind.upper())
     policy = QuantizationPolicy(keep=keep, unsigned=options.for_cpu)
     facts = {
         "calibration": table.digest,
@@ -225,15 +227,14 @@ def _quantised(
         "held back in FP32": list(held),
     }
     if kind == "int8" and options.for_cpu:
-        # On a CPU, weights that are only stored in 8 bits would be made wide again for every query.
-        return ConvertedGraph(
-            convs_to_matmul(insert_qdq(source, table, dataclasses.replace(policy, stored=()), kind)), facts
-        )
-    narrow = insert_qdq(source, table, policy, kind, OPSETS[kind])
-    return ConvertedGraph(convert_to_half(narrow, "fp16", held), facts)
+        # A CPU would dequantize weights that are only stored in 8 bits for every query.
+        policy = dataclasses.replace(policy, stored=())
+        return ConvertedGraph(convs_to_matmul(insert_qdq(source, table, policy, kind)), facts)
+    quantized = insert_qdq(source, table, policy, kind, OPSETS[kind])
+    return ConvertedGraph(convert_to_half(quantized, "fp16", held), facts)
 
 
-def _table(
+def _calibration_table(
     source: onnx.ModelProto,
     manifest: Manifest,
     kind: QuantDtype,
@@ -241,14 +242,14 @@ def _table(
     data_set: DataSet | None,
     name: str,
 ) -> tuple[CalibrationTable, AccuracyEvaluator | None]:
-    """Return the table given or a new one, and the judge that chose its method."""
+    """Return the calibration table of the options or a new one, and the evaluator that chose its method."""
     if options.table:
         table = CalibrationTable.load(options.table)
         table.check(source, name)
         if data_set:
             table.check_videos(data_set)
         return table, None
-    # Only ranges that were measured make an 8-bit graph: without a table there is a data set.
+    # `BuildRequest.check` requires a table or a data set.
     assert data_set is not None
     from calib.calibrate import measure_table
     from calib.calibration_set import coverage_table
@@ -271,50 +272,43 @@ def _table(
     return table, evaluator
 
 
-def _within_budget(
+def _restore_quantized(
     source: onnx.ModelProto,
     kind: QuantDtype,
     table: CalibrationTable,
     keep: tuple[str, ...],
     data_set: DataSet,
-    manifest: Manifest,
     evaluator: AccuracyEvaluator | None,
     options: ConversionOptions,
 ) -> tuple[str, ...]:
-    """Return the modules to keep for the recall budget to hold on held-out training videos; a plan is written if
-    there are more than were asked for."""
-    policy = QuantizationPolicy(keep=keep, unsigned=options.for_cpu)
+    """Return the modules to keep out of 8 bits to meet the budget on held-out training videos.
+
+    Writes a quantization plan if these are more than `keep`.
+    """
+    policy, manifest = QuantizationPolicy(keep=keep, unsigned=options.for_cpu), read_manifest(source)
     evaluator = evaluator or AccuracyEvaluator(
         source, data_set, sample_held_out(data_set, manifest, HELD_OUT, exclude=table.videos), options.threads
     )
-    first = evaluator.cost(insert_qdq(source, table, policy, kind), "all narrow")
-    if first.within(options.max_drop):
-        log.info(
-            "On %d held-out training queries %s changes recall by %+.2f points at worst; nothing is restored.",
-            first.queries,
-            kind.upper(),
-            0.0 - first.worst_drop,
-        )
-        return keep
-    more = sample_held_out(data_set, manifest, MOST_HELD_OUT, exclude=table.videos)
-    log.info(
-        "On %d held-out training queries %s loses %.2f points and %g are allowed; asking %d ...",
-        first.queries,
-        kind.upper(),
-        first.worst_drop,
-        options.max_drop,
-        len(more),
+    first = evaluator.cost(insert_qdq(source, table, policy, kind), "all quantized")
+    summary = (
+        f"The accuracy drop of {kind.upper()} on {first.queries} held-out training queries is {first.worst_drop:.2f} "
+        f"points; the budget is {options.max_drop:g}."
     )
+    if first.within(options.max_drop):
+        log.info("%s No module is restored.", summary)
+        return keep
+    more = sample_held_out(data_set, manifest, MAX_HELD_OUT, exclude=table.videos)
+    log.info("%s Restoring modules, on %d queries ...", summary, len(more))
     larger = AccuracyEvaluator(source, data_set, more, options.threads) if len(more) > first.queries else evaluator
     plan, steps = find_layers_to_restore(
         source, table, larger, options.max_drop, policy=policy, kind=kind, ranker=evaluator
     )
     print(format_deltas(steps))
-    everything = tuple(dict.fromkeys((*keep, *plan.keep)))
+    kept_modules = tuple(dict.fromkeys((*keep, *plan.keep)))
     if plan.keep:
-        rest = "FP32" if options.for_cpu else "FP16"
-        print(f"Restored to {rest} for the budget of {options.max_drop:g} points: {', '.join(plan.keep)}.")
+        precision = "FP32" if options.for_cpu else "FP16"
+        print(f"Restored to {precision} for the budget of {options.max_drop:g} points: {', '.join(plan.keep)}.")
         if options.plan_output:
-            dataclasses.replace(plan, keep=everything).save(options.plan_output)
-            print(f"{options.plan_output.name}: the plan; with --plan and --table it makes the same graph again.")
-    return everything
+            dataclasses.replace(plan, keep=kept_modules).save(options.plan_output)
+            print(f"{options.plan_output.name}: quantization plan; --plan and --table reproduce the graph.")
+    return kept_modules

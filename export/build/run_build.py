@@ -1,4 +1,4 @@
-"""Run one engine build: plan it, convert and check the graph, build and check the engine, write all or nothing."""
+"""Run one build: convert and check the graph, build and check the engines, and write all files or none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from calib.graph.onnx_graph import read_source
 from calib.graph.unroll_lstm import lstm_layers
-from export.build.artifacts import ConvertedModel, cut_parts, format_shares, single_engine_part
+from export.build.artifacts import ConvertedModel, format_shares, single_engine_part, split_engine_parts
 from export.build.build_config import (
     BuildConfig,
     BuildRequest,
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("drn")
 
-# Options of a build that apply to a feature extractor too.
-OF_EXTRACTORS = frozenset(
+# Options that also apply to a feature extractor.
+EXTRACTOR_OPTIONS = frozenset(
     ("model", "precision", "target", "output", "batch", "keep", "optimization_level", "workspace", "timing_cache",
      "version_compatible", "hardware_compatible", "tf32", "compute_capability", "threads", "dry_run")
 )  # fmt: skip
@@ -57,7 +57,7 @@ def run(request: BuildRequest) -> Path:
         GroundingError: an input is missing, or options contradict each other.
         CheckFailed: the precision or the accuracy check failed.
     """
-    build = _EngineBuild.plan(request)
+    build = _EngineBuild.from_request(request)
     if build.is_extractor:
         return _run_extractor(build)
     if request.dry_run:
@@ -68,7 +68,7 @@ def run(request: BuildRequest) -> Path:
 
 
 def _run_extractor(build: _EngineBuild) -> Path:
-    """Build the engine of a feature extractor; see `run`."""
+    """Run the build of a feature extractor; see `run`."""
     request, job = build.request, build.job
     check_ranges(request.batch, request.query_length)
     if request.dry_run:
@@ -80,20 +80,20 @@ def _run_extractor(build: _EngineBuild) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class _EngineBuild:
-    """One build, as far as it is decided.
+    """The state of one build. Later steps replace the defaults.
 
     Attributes:
-        request: what the command was given, with its target resolved.
-        reason: why this target, as a sentence.
-        job: the files.
-        options: of the library that builds engines.
-        is_extractor: whether the model is a feature extractor, to which what follows does not apply.
-        data_set: of `--data`.
+        request: options of the command, with the target resolved.
+        reason: why the target was chosen, as a sentence.
+        job: files of the build.
+        options: of the engine.
+        is_extractor: whether the model is a feature extractor, which uses none of the fields below.
+        data_set: data set of `--data`.
         annotations: queries of the accuracy check.
-        profiles: optimization profiles; None if they follow from a graph that does not exist yet.
-        short: engines for short queries; None as `profiles`.
-        source: file of the FP32 graph; None until it was exported.
-        graph, manifest: of the source.
+        profiles: optimization profiles; None before the export of a published model.
+        short: engines for short queries; None before the export of a published model.
+        source: path of the FP32 graph; None before the export.
+        graph: the FP32 graph; None before the export.
     """
 
     request: BuildRequest
@@ -109,8 +109,8 @@ class _EngineBuild:
     graph: onnx.ModelProto | None = None
 
     @classmethod
-    def plan(cls, request: BuildRequest) -> _EngineBuild:
-        """Return what can be decided, and raise what can be known to be wrong, before any work."""
+    def from_request(cls, request: BuildRequest) -> _EngineBuild:
+        """Check the options and choose target and files, before any work."""
         capabilities = tuple(dict.fromkeys(request.compute_capability))
         lengths = check_unroll(request.unroll)
         target, reason = choose_target(request.target, capabilities)
@@ -139,7 +139,7 @@ class _EngineBuild:
         return build if is_extractor else build._with_queries()
 
     def _with_queries(self) -> _EngineBuild:
-        """Return the build with its data set, and with what follows from the manifest if the model has one already."""
+        """Return the build with its data set, and with its profiles if the model has a manifest."""
         request = self.request
         early = self.job.early_profiles(request.batch, request.query_length, request.keep)
         data_set = DataSet(request.data) if request.data else None
@@ -157,7 +157,7 @@ class _EngineBuild:
         return unrolling(request.unroll, self.job.target, longest, manifest, self.data_set, request.parity_split)
 
     def _with_short(self, short: Unrolling) -> _EngineBuild:
-        """Return the build with engines for short queries; OutputError if one of their files cannot be written."""
+        """Return the build with engines for short queries; raise OutputError if a file cannot be written."""
         if short.steps == self.job.unroll:
             return dataclasses.replace(self, short=short)
         job = dataclasses.replace(self.job, unroll=short.steps)
@@ -165,7 +165,7 @@ class _EngineBuild:
         return dataclasses.replace(self, short=short, job=job)
 
     def dry_run_summary(self) -> str:
-        """Return what the build would do."""
+        """Return the plan of the build, for --dry-run."""
         request = self.request
         longest = request.query_length[2] if request.query_length else 0
         short = self.short or self._unrolling(longest or query_length_of({})[2], None)
@@ -175,7 +175,7 @@ class _EngineBuild:
         return build.job.describe(self.reason, build.profiles, self.options, samples, unrolling=build.short)
 
     def with_source_graph(self) -> _EngineBuild:
-        """Return the build with its FP32 graph, which is exported first if the model is a checkpoint."""
+        """Return the build with its FP32 graph, after exporting the model if it is a checkpoint."""
         request = self.request
         longest = request.query_length[2] if request.query_length else 0
         source = ensure_source_graph(self.job, request.vocabulary, longest)
@@ -189,23 +189,25 @@ class _EngineBuild:
         short = _supported_unrolling(build.short, graph)
         build = build._with_short(short)
         if build.job.target == "tensorrt":
-            print(_about_short(short))
+            print(_describe_unrolling(short))
         return dataclasses.replace(
             build, source=source, graph=graph, annotations=[self.annotations[row] for row in rows]
         )
 
     def command(self, steps: Sequence[int]) -> str:
-        """Return the command that builds the same again, with unrolled engines for these query lengths.
+        """Return the command line that reproduces the build.
 
-        Lengths that the data set determined are named, so that other data does not change the engine.
+        Args:
+            steps: query lengths of the engines with an unrolled LSTM. They are recorded even if they are a default,
+                because the default depends on the data set.
         """
-        named = tuple(steps) or ((0,) if self.job.target == "tensorrt" else ())
-        return dataclasses.replace(self.request, output=self.job.output, unroll=named).command()
+        unroll = tuple(steps) or ((0,) if self.job.target == "tensorrt" else ())
+        return dataclasses.replace(self.request, output=self.job.output, unroll=unroll).command()
 
     def run(self) -> Path:
-        """Build, and return the path of what runs.
+        """Build, and return the path of the model to run.
 
-        All files are written to a staging directory and renamed at the end, so that a build that fails replaces none.
+        Files are written to a staging directory and renamed at the end, so that a failed build replaces no file.
         """
         assert self.source is not None
         job = self.job
@@ -214,7 +216,7 @@ class _EngineBuild:
             try:
                 report, has_engine = self._build(staged)
             except CheckFailed:
-                # A calibration table and a plan cost minutes, and stay valid.
+                # A calibration table and a plan take minutes to compute and remain valid.
                 staging.settle(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
                 raise
             settled = staging.settle()
@@ -222,7 +224,7 @@ class _EngineBuild:
         if report:
             print(f"{report.sentence()} The report is {job.sibling_path('passport.html')}.")
         else:
-            log.warning("The accuracy was not checked. Pass --data DIR to compare the answers with FP32.")
+            log.warning("The accuracy was not checked. Add --data DIR to compare the model with FP32.")
         self._suggest_next(has_engine)
         print(job.output)
         return job.output
@@ -231,7 +233,7 @@ class _EngineBuild:
         """Write and check the graph and the engines in a staging directory.
 
         Returns:
-            The report of the last check, None without queries; and whether an engine was built.
+            The report of the last check (None without queries), and whether an engine was built.
         """
         assert self.source is not None
         assert self.graph is not None
@@ -249,22 +251,23 @@ class _EngineBuild:
         converted = convert_precision(self.graph, request.precision, conversion, self.data_set, str(self.source))
         if request.tf32:
             converted = dataclasses.replace(converted, facts={**converted.facts, "tf32": True})
-        created = ConvertedModel.of(staged, self.source, self.graph, converted)
-        size = len(created.content) / self.source.stat().st_size
-        print(f"{job.graph_path.name}: {format_shares(created.precision_stats)}, {size:.2f} of FP32.")
-        report = _checked_graph(staged, checker, created)
-        created.save(staged.graph_path)
-        parts = [single_engine_part(staged, created, converted, self.profiles)]
+        model = ConvertedModel.of(staged, self.source, self.graph, converted)
+        ratio = len(model.content) / self.source.stat().st_size
+        print(f"{job.graph_path.name}: {format_shares(model.precision_stats)}; {ratio:.2f} of the size in FP32.")
+        report = _check_graph(staged, checker, model)
+        model.save(staged.graph_path)
         if request.split:
-            parts = cut_parts(staged, created, self.graph, self.profiles, request.videos)
+            parts = split_engine_parts(staged, model, self.graph, self.profiles, request.videos)
+        else:
+            parts = [single_engine_part(staged, model, converted, self.profiles)]
         if job.target == "onnxruntime":
             if report:
-                checker.write_reports(report, created, None)
+                checker.write_reports(report, model, None)
             return report, False
-        return self._build_engines(parts, checker, created, report), True
+        return self._build_engines(parts, checker, model, report), True
 
     def _build_engines(
-        self, parts: Sequence[EnginePart], checker: ParityChecker, created: ConvertedModel, report: ParityReport | None
+        self, parts: Sequence[EnginePart], checker: ParityChecker, model: ConvertedModel, report: ParityReport | None
     ) -> ParityReport | None:
         """Build the engines of a checked graph, check them if a GPU is available, and write the reports."""
         assert self.short is not None
@@ -277,14 +280,14 @@ class _EngineBuild:
         last = built[-1]
         steps = tuple(other.max_query_length for other in last.unrolled)
         if steps != self.job.unroll:
-            # What was left out does not build the next time either.
+            # Engines that could not be built are not part of the recorded command.
             checker = dataclasses.replace(checker, command=self.command(steps))
             report = dataclasses.replace(report, command=checker.command) if report else None
         if self.data_set and runs_here(self.options):
-            report = _checked_engine(checker, created, engines)
+            report = _check_engine(checker, model, engines)
         if report:
             assert isinstance(last.manifest, Manifest)
-            checker.write_reports(report, created, ModelFile.of(last.engine, last.manifest), engines)
+            checker.write_reports(report, model, ModelFile.of(last.engine, last.manifest), engines)
         return report
 
     def _suggest_next(self, has_engine: bool) -> None:
@@ -301,10 +304,10 @@ class _EngineBuild:
 
 
 def _supported_unrolling(short: Unrolling, graph: onnx.ModelProto) -> Unrolling:
-    """Return `short`, or no lengths where they are a default and the LSTM of a graph cannot be written out.
+    """Return `short`, or no lengths if they are a default and the LSTM of the graph cannot be unrolled.
 
     Raises:
-        ModelFileError: it cannot, and --unroll asks for it.
+        ModelFileError: the LSTM cannot be unrolled, and --unroll requests it.
     """
     if not short.steps:
         return short
@@ -313,29 +316,32 @@ def _supported_unrolling(short: Unrolling, graph: onnx.ModelProto) -> Unrolling:
     except ModelFileError as error:
         if not short.automatic:
             raise
-        log.warning("%s The engine is built with TensorRT's LSTM loop alone.", error)
-        return Unrolling((), "the LSTM of this graph cannot be written out", automatic=True)
+        log.warning("%s No engine with an unrolled LSTM is built.", error)
+        return Unrolling((), "the LSTM of this graph cannot be unrolled", automatic=True)
     return short
 
 
-def _about_short(short: Unrolling) -> str:
-    """Return which engines with a written-out LSTM are built, for a terminal."""
+def _describe_unrolling(short: Unrolling) -> str:
+    """Return which engines with an unrolled LSTM are built, as one or two sentences."""
     if not short.steps:
-        return f"No engine with a written-out LSTM is built ({short.reason})."
+        return f"No engine with an unrolled LSTM is built ({short.reason})."
     lengths = " and ".join(map(str, short.steps))
-    off = " --unroll 0 builds none." if short.automatic else ""
-    return f"Engines with a written-out LSTM for at most {lengths} tokens ({short.reason}).{off}"
+    hint = " --unroll 0 builds none." if short.automatic else ""
+    return f"Engines with an unrolled LSTM are built for at most {lengths} tokens ({short.reason}).{hint}"
 
 
-def _checked_graph(job: BuildConfig, checker: ParityChecker, converted: ConvertedModel) -> ParityReport | None:
-    """Return the report of a graph that has its precision and answers as FP32; None without queries.
+def _check_graph(job: BuildConfig, checker: ParityChecker, converted: ConvertedModel) -> ParityReport | None:
+    """Check the precision and the accuracy of a converted model.
+
+    Returns:
+        The report of the accuracy check; None without queries.
 
     Raises:
-        CheckFailed: it does not; it is then kept as rejected.
+        CheckFailed: a check failed; the model is saved as MODEL.PRECISION.rejected.onnx.
     """
     from calib.graph.precision_audit import MIN_SHARES, require_precision
 
-    rejected = job.rejected("onnx")
+    rejected = job.rejected_path("onnx")
     attainable = 1.0
     if job.precision in ("int8", "fp8"):
         from calib.qdq_quantizer import attainable_share
@@ -346,83 +352,84 @@ def _checked_graph(job: BuildConfig, checker: ParityChecker, converted: Converte
     except CheckFailed as error:
         converted.save(rejected)
         raise CheckFailed(
-            f"{error} It is kept as {rejected.name}; keep fewer modules, or, where the network itself is too small for "
-            f"{job.precision}, build fp16.",
+            f"{error} The graph was saved as {rejected.name}. Remove modules from --keep, or choose --precision fp16.",
             code=error.code,
         ) from error
     if converted.precision_stats.share(job.precision) < MIN_SHARES[job.precision]:
         log.warning(
-            "%s: the network is so narrow that at most %.1f %% can be; FP16 or FP32 may be as fast, so measure them.",
+            "%s: the maximum for this narrow network is %.1f %%. Compare its latency with FP16 and FP32.",
             name,
             100 * attainable,
         )
     if not checker.data_set:
         return None
-    proof = dataclasses.replace(checker.check_graph(converted), precision=name)
-    print(proof.text())
-    if proof.broken:
+    report = dataclasses.replace(checker.check_graph(converted), precision=name)
+    print(report.text())
+    if report.violations:
         converted.save(rejected)
-        proof = dataclasses.replace(proof, model=converted.file(rejected))
-        checker.write_reports(proof, converted, None)
+        report = dataclasses.replace(report, model=converted.file(rejected))
+        checker.write_reports(report, converted, None)
         raise CheckFailed(
-            f"{proof.sentence()} Keep the costliest modules in higher precision (--keep; `python -m calib.rank_layers` "
-            "finds them), or raise --max-drop.",
+            f"{report.sentence()} Add modules to --keep (see `python -m calib.rank_layers`), or raise --max-drop.",
             code="parity_failed",
         )
-    return proof
+    return report
 
 
-def _checked_engine(checker: ParityChecker, converted: ConvertedModel, engines: Sequence[Path]) -> ParityReport:
-    """Return the proof of an engine that answers as FP32 on this machine's GPU.
+def _check_engine(checker: ParityChecker, converted: ConvertedModel, engines: Sequence[Path]) -> ParityReport:
+    """Check the accuracy of an engine on the GPU of this machine, and return the report.
 
     Args:
-        checker: holds the engine against the FP32 graph.
-        converted: the converted graph.
-        engines: every plan that was built, what runs last.
+        checker: compares the engine with the FP32 graph.
+        converted: the converted model.
+        engines: all engines of the build, with the one to run last.
 
     Raises:
-        CheckFailed: it does not; it is then kept as rejected.
+        CheckFailed: the check failed; the engines are renamed to NAME.rejected.engine.
     """
-    proof = checker.check_engine(converted)
-    print(proof.text())
-    if proof.broken:
-        retained = [mark_rejected(engine) for engine in engines]
-        proof = dataclasses.replace(proof, model=ModelFile.of(retained[-1], converted.manifest))
-        checker.write_reports(proof, converted, None)
+    report = checker.check_engine(converted)
+    print(report.text())
+    if report.violations:
+        rejected = [mark_rejected(engine) for engine in engines]
+        report = dataclasses.replace(report, model=ModelFile.of(rejected[-1], converted.manifest))
+        checker.write_reports(report, converted, None)
         raise CheckFailed(
-            f"{proof.sentence()} Its graph does, so the loss is in the engine's kernels; build it with another "
-            "--optimization-level, or keep modules.",
+            f"{report.sentence()} The graph passed the check, so try another --optimization-level, or --keep.",
             code="parity_failed",
         )
-    return proof
+    return report
 
 
 def choose_target(
     target: Target, capabilities: Sequence[str] = ()
 ) -> tuple[Literal["tensorrt", "tensorrt-rtx", "onnxruntime"], str]:
-    """Return the target and why it is taken.
+    """Return the target of a build, and why it was chosen, as a sentence.
+
+    Args:
+        target: `--target`.
+        capabilities: `--compute-capability`.
 
     Raises:
-        DeviceError: a target was asked for that this machine cannot build for.
+        DeviceError: this machine cannot build for the requested target.
     """
     if target == "onnxruntime":
-        return target, "the converted graph is the model, and ONNX Runtime optimizes it for the machine that loads it."
+        return target, "ONNX Runtime runs the converted graph and optimizes it on the machine that loads it."
     if target != "auto":
         reason = unavailable_reason(target)
         if reason is None and target == "tensorrt-rtx" and not capabilities and not cuda_devices():
-            reason = "Without a GPU, --target tensorrt-rtx needs --compute-capability, as 8.6 8.9."
+            reason = "--target tensorrt-rtx needs --compute-capability without a GPU. Add it, as 8.6 8.9."
         if reason:
             raise DeviceError(reason, code="target_unavailable")
-        return target, "as asked for."
+        return target, "requested."
     reason = unavailable_reason("tensorrt")
     if reason is None:
-        return "tensorrt", "TensorRT and a GPU are here."
+        return "tensorrt", "TensorRT and a GPU are available."
     if capabilities:
-        rtx = unavailable_reason("tensorrt-rtx")
-        if rtx is None:
-            return "tensorrt-rtx", "compute capabilities were named, and TensorRT-RTX builds for them without a GPU."
-        reason = rtx
-    return "onnxruntime", f"no engine can be built here ({reason.rstrip('.')})."
+        rtx_reason = unavailable_reason("tensorrt-rtx")
+        if rtx_reason is None:
+            return "tensorrt-rtx", "--compute-capability was given; TensorRT-RTX needs no GPU for the build."
+        reason = rtx_reason
+    return "onnxruntime", f"no engine can be built on this machine ({reason.rstrip('.')})."
 
 
 def _check_extractor(request: BuildRequest) -> None:
@@ -430,11 +437,11 @@ def _check_extractor(request: BuildRequest) -> None:
     name = request.model.name
     if request.precision not in FEATURE_TOLERANCES:
         raise GroundingError(
-            f"{name} is a feature extractor, which is built in {', '.join(FEATURE_TOLERANCES)}. {request.precision} "
-            "needs ranges, which are measured on queries.",
+            f"Feature extractors such as {name} do not support {request.precision}. "
+            f"Choose --precision from {', '.join(FEATURE_TOLERANCES)}.",
             code="precision_unsupported",
         )
-    others = [f"--{name.replace('_', '-')}" for name in request.given() if name not in OF_EXTRACTORS]
+    others = [f"--{name.replace('_', '-')}" for name in request.given() if name not in EXTRACTOR_OPTIONS]
     if others:
         raise GroundingError(
             f"{', '.join(others)} applies to DRN models only, and {name} is a feature extractor. Remove the option.",

@@ -1,6 +1,6 @@
 """Build TensorRT plans from ONNX graphs with TensorRT 8.6, 10, 11 or TensorRT-RTX.
 
-The graph determines the precision, because networks are strongly typed. TensorRT 8.6, which is weakly typed, needs the
+The graph determines the precision, because networks are strongly typed. TensorRT 8.6 has no such networks and needs the
 preparation in `export.engine.weakly_typed`.
 """
 

@@ -1,8 +1,7 @@
-"""Do two models answer alike? First in their heads, then in seconds, then query by query in recall.
+"""Compare two models on the same batches: heads, boundaries in seconds, ranking, and recall per query.
 
-Both see the very same batches, so whatever differs is the models' doing. Differences are other less reference
-throughout, and recall is compared in pairs: of 3,720 queries an unpaired R@1 has a standard error of 0.8 points, while
-two models that differ in ten answers differ by those ten.
+Differences are other minus reference. Recall is compared in pairs, because an unpaired R@1 of 3,720 queries has a
+standard error of 0.8 points, far above the effect of ten changed answers.
 """
 
 from __future__ import annotations
@@ -49,9 +48,12 @@ from runtime.grounding.evaluation import (
 )
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
-RANKED = 5
-WORST = 12
+TOP_K = 5
+"""Number of moments per query whose order is compared."""
+NUM_WORST = 12
+"""Number of queries that a report lists."""
 RESAMPLES = 10_000
+"""Number of bootstrap samples."""
 
 
 def compare(
@@ -66,82 +68,84 @@ def compare(
     concurrent: bool = False,
     on_progress: Callable[[int], Any] = lambda queries: None,
 ) -> ParityResult:
-    """Ask two models the same questions, in one pass over the videos, and say how their answers differ.
+    """Run two models on the same queries, in one pass over the videos, and compare their answers.
 
     Args:
-        reference: the model whose answers are to be kept.
-        other: the model made from it.
-        data_set: where durations, features and the prior's training split come from.
+        reference: the model to compare with.
+        other: the model to check.
+        data_set: durations, features, and the training split for the prior.
         annotations: the N queries.
-        protocol: whose NMS and hit rule, for both; the reference's own when None.
-        batch_size: queries that go through the networks together.
-        known: what `collect_outputs` gave for the reference, for callers that compare several models with it.
-        concurrent: ask both at the same time, in a thread each; for models on the CPU.
-        on_progress: called with the number of queries that one of the two has answered since the last call.
+        protocol: NMS and hit rule for both models; None selects that of the reference.
+        batch_size: number of queries per batch.
+        known: heads of the reference from `collect_outputs`, for callers that compare several models with it.
+        concurrent: run both models at the same time, one thread each; for models on the CPU.
+        on_progress: called with the number of queries that one of the models has answered since the last call.
 
     Raises:
-        ModelFileError: the two do not take the same words, features or segments.
+        ModelFileError: the models differ in vocabulary, features or segments, or the reference returns non-finite
+            heads.
         AnnotationError: there are no queries.
-        QueryError: one of the two does not take a sentence.
+        QueryError: a model does not accept a sentence.
     """
     if not annotations:
         raise AnnotationError(
-            "There are no queries to compare the two models on; choose another split or --limit.",
+            "There are no queries to compare the models on. Choose another split or a larger --limit.",
             code="too_few_queries",
         )
     check_comparable(reference.manifest, other.manifest)
-    # Before the first of the two is asked them all.
+    # A query that the second model rejects is reported before the first model runs.
     encode_queries(other, annotations)
     models = (reference, other) if known is None else (other,)
-    before = plan_uses(other)
-    # One plan is all that answers, so that its parity is the engine's.
-    alone = [PlanAnswers(other, plan, _empty_heads(other, len(annotations))) for plan in before if len(before) > 1]
-    result, answered = _answers(models, data_set, annotations, batch_size, concurrent, on_progress, alone)
+    plans = plan_uses(other)
+    # The parity of a single plan is that of the engine.
+    alone = [PlanAnswers(other, plan, _empty_heads(other, len(annotations))) for plan in plans if len(plans) > 1]
+    result, answered = _run_models(models, data_set, annotations, batch_size, concurrent, on_progress, alone)
     heads = result if known is None else [known, *result]
     prior_truth = None
     if "train" in data_set.splits:
         prior_truth = data_set.spans(one_per_moment(data_set.annotations("train", invalid="drop")))
 
-    def judge(others: Heads, rows: np.ndarray) -> ParityResult:
-        some = [Heads(**{name: values[rows] for name, values in vars(side).items()}) for side in (heads[0], others)]
-        chosen = [annotations[row] for row in rows]
-        return _measure(reference.manifest, other.manifest, some, data_set, chosen, protocol, None)
+    def measure_rows(plan_heads: Heads, rows: np.ndarray) -> ParityResult:
+        sides = [
+            Heads(**{name: values[rows] for name, values in vars(side).items()}) for side in (heads[0], plan_heads)
+        ]
+        selected = [annotations[row] for row in rows]
+        return _measure(reference.manifest, other.manifest, sides, data_set, selected, protocol, None)
 
     try:
-        whole = _measure(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
-        return dataclasses.replace(whole, plans=plan_checks(before, answered, alone, judge))
+        parity = _measure(reference.manifest, other.manifest, heads, data_set, annotations, protocol, prior_truth)
+        return dataclasses.replace(parity, plans=plan_checks(plans, answered, alone, measure_rows))
     except ModelFileError as error:
-        requested = [annotations[row] for row in np.flatnonzero(~_finite_rows(heads[0]))[:BATCH_SIZE]]
-        raise cause_of(error, reference, data_set, requested) from error
+        overflowed = [annotations[row] for row in np.flatnonzero(~_finite_rows(heads[0]))[:BATCH_SIZE]]
+        raise cause_of(error, reference, data_set, overflowed) from error
 
 
 def check_comparable(reference: Manifest, other: Manifest) -> None:
-    """Raise ModelFileError where two models cannot be asked the same question."""
-    kinds: dict[str, tuple[Any, Any]] = {
-        "words": (reference.vocabulary.words, other.vocabulary.words),
+    """Raise ModelFileError if two models do not accept the same inputs."""
+    fields: dict[str, tuple[Any, Any]] = {
+        "vocabulary": (reference.vocabulary.words, other.vocabulary.words),
         "rule for unknown words": (reference.vocabulary.unknown, other.vocabulary.unknown),
-        "number of segments T": (reference.decoding.num_segments, other.decoding.num_segments),
+        "number of segments": (reference.decoding.num_segments, other.decoding.num_segments),
         "strides": (reference.decoding.strides, other.decoding.strides),
-        "feature width": (reference.features.dim, other.features.dim),
-        "clip clock": (reference.features.clock, other.features.clock),
+        "feature dimension": (reference.features.dim, other.features.dim),
+        "clip timing": (reference.features.clock, other.features.clock),
         "pooling": (reference.features.pooling, other.features.pooling),
     }
-    for kind, (ours, theirs) in kinds.items():
-        if ours != theirs:
-            if kind == "words":
-                changed = sum(ours.get(word) != theirs.get(word) for word in {*ours, *theirs})
-                message = f"{len(ours)} words and {len(theirs)}, {changed} of them different"
-            else:
-                message = f"{ours} and {theirs}"
-            raise ModelFileError(
-                f"The two models differ in their {kind} ({message}), so they cannot answer the same questions; "
-                "compare models that come from one checkpoint.",
-                code="models_differ",
-            )
+    for field, (expected, actual) in fields.items():
+        if expected == actual:
+            continue
+        values = f"{expected} and {actual}"
+        if field == "vocabulary":
+            changed = sum(expected.get(word) != actual.get(word) for word in {*expected, *actual})
+            values = f"{len(expected)} and {len(actual)} words, {changed} of them different"
+        raise ModelFileError(
+            f"The models differ in their {field} ({values}). Compare models from the same checkpoint.",
+            code="models_differ",
+        )
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the two-sided p value of McNemar's exact test: a fair coin's for this many heads and tails."""
+    """Return the two-sided p value of McNemar's exact test, from a binomial distribution with probability 1/2."""
     flips = gained + lost
     tail = term = 1
     for k in range(1, min(gained, lost) + 1):
@@ -153,13 +157,16 @@ def mcnemar(gained: int, lost: int) -> float:
 def bootstrap(
     differences: np.ndarray, *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ends of the percentile intervals of the means of M paired differences, (M,) each.
+    """Return the lower and upper ends of percentile bootstrap intervals for the means of M paired differences.
 
     Args:
-        differences: (N, M), a row per query; all M are drawn together.
-        resamples: how often N queries are drawn with replacement.
-        confidence: share of the resampled means that an interval holds.
-        seed: the same seed gives the same interval.
+        differences: (N, M) float, one row per query; a sample uses the same queries for all M.
+        resamples: number of samples of N queries with replacement.
+        confidence: confidence level.
+        seed: seed of the random numbers.
+
+    Returns:
+        Two arrays of (M,) float64.
     """
     rng = np.random.default_rng(seed)
     count = len(differences)
@@ -167,10 +174,10 @@ def bootstrap(
     # About 16 MB of indices at a time.
     step = max(1, (1 << 22) // count)
     for start in range(0, resamples, step):
-        stop = min(start + step, resamples)
-        drawn = rng.integers(count, size=(stop - start, count), dtype=np.uint32)
+        end = min(start + step, resamples)
+        drawn = rng.integers(count, size=(end - start, count), dtype=np.uint32)
         for column, values in enumerate(differences.T):
-            means[start:stop, column] = values[drawn].mean(axis=1)
+            means[start:end, column] = values[drawn].mean(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return low, high
 
@@ -182,11 +189,11 @@ def collect_outputs(
     batch_size: int = BATCH_SIZE,
     on_progress: Callable[[int], Any] = lambda queries: None,
 ) -> Heads:
-    """Return the heads of all N queries, in their order: under 2 kB a query, the videos are let go of."""
-    return _answers((model,), data_set, annotations, batch_size, False, on_progress)[0][0]
+    """Return the heads of all N queries in order, under 2 kB per query; see `compare` for the arguments."""
+    return _run_models((model,), data_set, annotations, batch_size, False, on_progress)[0][0]
 
 
-def _answers(
+def _run_models(
     models: Sequence[Grounder],
     data_set: DataSet,
     annotations: Sequence[Annotation],
@@ -195,35 +202,35 @@ def _answers(
     on_progress: Callable[[int], Any],
     alone: Sequence[PlanAnswers] = (),
 ) -> tuple[list[Heads], dict[str, int]]:
-    """Return the heads of all N queries for each model, and how many of them each plan of the last model answered.
+    """Return the heads of all N queries for each model, and the number of queries each plan of the last model answered.
 
-    Every video is read once for all models, and for the plans that are asked alone.
+    Each video is read once for all models and for the plans that run alone.
     """
     gathered = [_empty_heads(model, len(annotations)) for model in models]
     answered: Counter[str] = Counter()
     # The videos of the next chunk are read while the models run on this one.
-    waiting = contextlib.closing(prefetch(chunks(models[0], data_set, annotations)))
-    with ThreadPoolExecutor(len(models)) as pool, waiting as ready:
+    prefetched = contextlib.closing(prefetch(chunks(models[0], data_set, annotations)))
+    with ThreadPoolExecutor(len(models)) as pool, prefetched as ready:
         for chunk in ready:
 
-            def ask(model: Grounder, chunk: Chunk = chunk) -> list[tuple[np.ndarray, Heads]]:
+            def run(model: Grounder, chunk: Chunk = chunk) -> list[tuple[np.ndarray, Heads]]:
                 return list(run_chunk(model, chunk, batch_size))
 
             before = {plan.name: plan.queries for plan in plan_uses(models[-1])}
-            every = pool.map(ask, models) if concurrent else map(ask, models)
-            for heads, result in zip(gathered, every):
-                for rows, part in result:
+            results = pool.map(run, models) if concurrent else map(run, models)
+            for heads, batches in zip(gathered, results):
+                for rows, part in batches:
                     for name, values in vars(part).items():
                         getattr(heads, name)[rows] = values
                     on_progress(len(rows))
             answered.update({plan.name: plan.queries - before[plan.name] for plan in plan_uses(models[-1])})
             for plan in alone:
-                plan.ask(chunk, batch_size)
+                plan.run(chunk, batch_size)
     return gathered, answered
 
 
 def _empty_heads(model: Grounder, queries: int) -> Heads:
-    """Return heads of so many queries, to be filled."""
+    """Return uninitialized heads of N queries."""
     locations = model.manifest.decoding.num_locations
     shapes = {"matching_logits": (locations,), "boundary_distances": (locations, 2), "iou_logits": (locations,)}
     return Heads(**{name: np.empty((queries, *shape), np.float32) for name, shape in shapes.items()})
@@ -238,24 +245,24 @@ def _measure(
     protocol: Protocol | None,
     prior_truth: np.ndarray | None,
 ) -> ParityResult:
-    """Return all that follows from the heads of both models."""
+    """Compare the heads of both models; `prior_truth` are the ground-truth spans that the prior is fitted on."""
     protocol = protocol or reference.decoding.protocol
     decodings = [dataclasses.replace(manifest.decoding, protocol=protocol) for manifest in (reference, other)]
     durations = np.array([data_set.durations[annotation.video] for annotation in annotations], np.float64)
     truth, thresholds = data_set.truths(annotations), data_set.preset.iou_thresholds
-    # Decoding refuses what is not finite; a query that a model overflowed on counts as one without an answer.
-    silent = ~_finite_rows(heads[1])
-    answerable = Heads(**{name: np.where(_along(silent, values), 0, values) for name, values in vars(heads[1]).items()})
+    # Decoding rejects non-finite heads; a query whose heads overflow in the checked model counts as unanswered.
+    overflowed = ~_finite_rows(heads[1])
+    finite = Heads(**{name: np.where(_along(overflowed, values), 0, values) for name, values in vars(heads[1]).items()})
     proposals = [
-        score_proposals_with_fallback(result, decoding) for result, decoding in zip((heads[0], answerable), decodings)
+        score_proposals_with_fallback(result, decoding) for result, decoding in zip((heads[0], finite), decodings)
     ]
     picks = [dict(nms_per_threshold(result, decoding, thresholds)) for result, decoding in zip(proposals, decodings)]
-    for silenced in (proposals[1].spans, *picks[1].values()):
-        silenced[silent] = np.nan
-    retained = (proposals[0].scores > -np.inf) & (proposals[1].scores > -np.inf)
-    by_location = boundary_shifts(proposals[0].spans, proposals[1].spans, durations[:, None])[retained]
+    for answers in (proposals[1].spans, *picks[1].values()):
+        answers[overflowed] = np.nan
+    likely = (proposals[0].scores > -np.inf) & (proposals[1].scores > -np.inf)
+    by_location = boundary_shifts(proposals[0].spans, proposals[1].spans, durations[:, None])[likely]
     lines = np.array([annotation.line for annotation in annotations])
-    tops = [result[0.5][:, :RANKED] for result in picks]
+    tops = [result[0.5][:, :TOP_K] for result in picks]
     paired = compare_answers(picks[0], picks[1], truth, durations, protocol)
     overlap, ious = paired.overlaps, paired.ious
     flips, columns = {}, {}
@@ -282,7 +289,7 @@ def _measure(
             name: MetricDelta(float(values.mean()), float(low[index]), float(high[index]))
             for index, (name, values) in enumerate(columns.items())
         },
-        whole=int((used_fallback(tops[0]) & used_fallback(tops[1])).sum()),
+        fallbacks=int((used_fallback(tops[0]) & used_fallback(tops[1])).sum()),
         reference=scored[0],
         other=scored[1],
         prior=None if prior_truth is None else prior_report(prior_truth, truth, protocol, thresholds),
@@ -291,13 +298,13 @@ def _measure(
 
 
 def _finite_rows(heads: Heads) -> np.ndarray:
-    """Return which queries have no NaN and no infinity in any head, (N,)."""
+    """Return which queries have finite values in all heads, (N,) bool."""
     rows = [np.isfinite(values).reshape(len(values), -1).all(axis=1) for values in vars(heads).values()]
     return np.logical_and.reduce(rows)
 
 
 def _along(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return (N,) flags in a shape that broadcasts against (N, ...) values."""
+    """Return (N,) flags reshaped to broadcast against (N, ...) values."""
     return rows.reshape(-1, *[1] * (values.ndim - 1))
 
 
@@ -305,13 +312,11 @@ def _head_errors(reference: Heads, other: Heads) -> Iterator[tuple[str, OutputDe
     for name, values in vars(reference).items():
         result = getattr(other, name)
         finite = np.isfinite(values)
-        bad = finite & ~np.isfinite(result)
-        errors = np.abs(result[finite & ~bad].astype(np.float64) - values[finite & ~bad])
+        both = finite & np.isfinite(result)
+        errors = np.abs(result[both].astype(np.float64) - values[both])
+        p99 = float(np.quantile(errors, 0.99)) if errors.size else 0.0
         largest = float(np.abs(values[finite]).max(initial=0))
-        if not errors.size:
-            yield name, OutputDeviation(0.0, 0.0, largest, int(bad.sum()))
-            continue
-        yield name, OutputDeviation(float(errors.max()), float(np.quantile(errors, 0.99)), largest, int(bad.sum()))
+        yield name, OutputDeviation(float(errors.max(initial=0)), p99, largest, int((finite & ~both).sum()))
 
 
 def _shift(seconds: np.ndarray) -> BoundaryShift:
@@ -321,9 +326,9 @@ def _shift(seconds: np.ndarray) -> BoundaryShift:
 
 
 def _same_order(reference: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which queries have the same first moment, and the same order of all; (N,) each, from (N, K, 3)."""
+    """Return which queries have the same best moment and the same order of all moments, (N,) bool, from (N, K, 3)."""
     overlap = temporal_iou(reference[..., :2], other[..., :2])
-    # Not `argmax`: two of a model's own moments may coincide, as when both fill the video.
+    # Not `argmax`: two moments of one model may be identical, for example if both span the full video.
     same = np.diagonal(overlap, axis1=1, axis2=2) >= overlap.max(axis=2)
     same &= np.isnan(reference[..., 0]) == np.isnan(other[..., 0])
     return same[:, 0], same.all(axis=1)
@@ -338,8 +343,8 @@ def _worst(
     ious: np.ndarray,
     shift: np.ndarray,
 ) -> Iterator[Disagreement]:
-    """Yield the queries whose best moments overlap least; of those alike, the farther apart in seconds."""
-    for index in np.lexsort((-shift, overlap))[:WORST].tolist():
+    """Yield the queries whose best moments overlap least; for equal overlap, those with the larger shift first."""
+    for index in np.lexsort((-shift, overlap))[:NUM_WORST].tolist():
         if not shift[index] > 0:
             continue
         annotation, duration = annotations[index], float(durations[index])
@@ -361,5 +366,5 @@ def _worst(
 
 
 def _finite(moment: Moment | None) -> Moment | None:
-    """Return the moment, or None where NaN stands in it, which no JSON can hold."""
+    """Return the moment, or None if it has non-finite values, because JSON has no NaN."""
     return moment if moment and all(map(math.isfinite, dataclasses.astuple(moment))) else None

@@ -1,7 +1,4 @@
-"""Compare every tensor that two ONNX models share, and name the first DRN module that differs.
-
-Polygraphy's runners and comparator do the work: the same that compare TensorRT engines, should one need a closer look.
-"""
+"""Compare every tensor that two ONNX models share with Polygraphy, and name the first DRN module that differs."""
 
 from __future__ import annotations
 
@@ -21,9 +18,8 @@ from runtime.core.batch import Batch
 from runtime.core.errors import DeviceError, ModelFileError
 
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 2e-1, "fp8": 3e-1}
-"""What is still right in a precision, as a share of a tensor's largest value. Rounding alone is 5e-4 in FP16, 4e-3 in
-BF16 and INT8 and 6e-2 in FP8, and adds up over a dozen layers; one that overflows, or has a wrong range, is off
-by its whole range."""
+"""Relative error that is accepted in a precision, as a share of the largest value of a tensor. Rounding alone causes
+5e-4 in FP16, 4e-3 in BF16 and INT8 and 6e-2 in FP8, and accumulates over a dozen layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +27,10 @@ class TensorDeviation:
     """The deviation of one tensor.
 
     Attributes:
-        tensor: its name, in both models.
+        tensor: name in both models.
         max: largest absolute error.
-        relative: that over the reference's largest absolute value; infinite where the other holds NaN or infinity.
+        relative: `max` divided by the largest absolute value of the reference; infinite if the other tensor has
+            non-finite values.
     """
 
     tensor: str
@@ -43,7 +40,7 @@ class TensorDeviation:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleDeviation:
-    """The worst tensor of one DRN module, `wrong` when it is beyond the tolerance."""
+    """The worst tensor of one DRN module; `wrong` if its relative error exceeds the tolerance."""
 
     module: str
     worst: TensorDeviation
@@ -53,15 +50,14 @@ class ModuleDeviation:
 
 @dataclasses.dataclass(frozen=True)
 class LayerComparison:
-    """The result of comparing all tensors, by module in the order of the reference's computation.
+    """The result of comparing all tensors of two models.
 
     Attributes:
-        modules: by DRN module.
-        tolerance: relative error up to which a tensor is right.
-        first_wrong: the module and the tensor where it goes wrong first, in the order of computing; None where it does
-            not.
-        unmatched: tensors of the reference that the other model does not compute, as after fusion.
-        queries: how many were asked.
+        modules: one entry for each DRN module, in the order of execution in the reference.
+        tolerance: maximum relative error.
+        first_wrong: module and tensor that exceed the tolerance first in the order of execution; None if none does.
+        unmatched: number of tensors of the reference that the other model lacks, for example after fusion.
+        queries: number of queries.
     """
 
     modules: tuple[ModuleDeviation, ...]
@@ -71,17 +67,17 @@ class LayerComparison:
     queries: int
 
     def sentence(self) -> str:
-        """Return the answer to "where does it go wrong"."""
+        """Return the first module that exceeds the tolerance, or the largest error if none does, in one sentence."""
         if self.first_wrong is None:
             worst = max(self.modules, key=lambda module: module.worst.relative)
             return (
-                f"No module goes wrong: the largest relative error is {worst.worst.relative:.1e} in {worst.module} "
-                f"({self.tolerance:.0e} is allowed)."
+                f"All modules are within the tolerance of {self.tolerance:.0e}: the largest relative error is "
+                f"{worst.worst.relative:.1e} in {worst.module}."
             )
         module, tensor = self.first_wrong
         return (
-            f"It goes wrong first in {module}: {tensor.tensor} is off by {tensor.relative:.1e} of its largest value "
-            f"({self.tolerance:.0e} is allowed)."
+            f"The first module above the tolerance of {self.tolerance:.0e} is {module}: the relative error of "
+            f"{tensor.tensor} is {tensor.relative:.1e}."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,14 +101,14 @@ class LayerComparison:
 
 
 def require_polygraphy() -> None:
-    """Raise DeviceError where Polygraphy is missing, before any work is done."""
+    """Raise DeviceError if onnx or Polygraphy is not installed."""
     try:
         import onnx  # noqa: F401
         import polygraphy  # noqa: F401
     except ImportError as error:
         raise DeviceError(
-            f"Comparing layers needs onnx and polygraphy, and one cannot be imported ({error}); "
-            "run `pip install '.[engine]'` in the drn-deploy directory.",
+            f"--layers needs onnx and polygraphy, and one cannot be imported ({error}). "
+            "Run `pip install '.[engine]'` in the drn-deploy directory.",
             code="missing_library",
         ) from error
 
@@ -125,16 +121,15 @@ def compare_layers(
     tolerance: float | None = None,
     on_progress: Callable[[int], Any] = lambda batches: None,
 ) -> LayerComparison:
-    """Run two ONNX files with every tensor as an output, and compare those of one name.
+    """Run two ONNX files with every tensor as an output, and compare tensors of the same name.
 
-    ONNX Runtime's own optimisations are off: they would fuse away what is to be seen, and add errors of their own.
-    Channels that 8-bit graphs have balanced by powers of two (`calib.graph.channel_equalization`) are compared without
-    these.
+    ONNX Runtime's optimizations are off, because fusion removes tensors and adds errors. The channel scales of 8-bit
+    graphs (`calib.graph.channel_equalization`) are divided out first.
 
     Args:
-        reference, other: `.onnx` files of ours.
-        batches: what to ask, small ones: all tensors of one batch are held at a time.
-        tolerance: relative error up to which a tensor is right; that of the other's precision when None.
+        reference, other: `.onnx` files of DRN models.
+        batches: inputs; all tensors of one batch are in memory at a time.
+        tolerance: maximum relative error; None selects the tolerance for the precision of `other`.
         on_progress: called with the number of batches compared since the last call.
 
     Raises:
@@ -148,8 +143,8 @@ def compare_layers(
     common = [tensor for tensor in producers if tensor in theirs]
     if not common:
         raise ModelFileError(
-            f"{reference.name} and {other.name} have no tensor in common, so their layers cannot be compared; "
-            "compare a model with one made from it."
+            f"{reference.name} and {other.name} have no common tensor. Compare a model with a conversion of it.",
+            code="models_differ",
         )
     precision = manifest_of(models[1], str(other)).precision
     gated = {name for name in common if producers[name].startswith(("qInput.", "backbone_net/"))}
@@ -180,10 +175,10 @@ def _tensor_errors(
     batches: Sequence[Batch],
     on_progress: Callable[[int], Any],
 ) -> Iterator[TensorDeviation]:
-    """Yield the error of each tensor in each batch, as Polygraphy finds it."""
+    """Yield the error of each tensor in each batch."""
     from polygraphy.comparator import IterationResult, SimpleCompareFunc
 
-    # Its own verdict is not asked for: it judges each number by itself, and most tensors hold some that are near zero.
+    # Polygraphy's own verdict is not used: it compares element by element, and most tensors have values near zero.
     compare = SimpleCompareFunc(check_error_stat="max", fail_fast=False)
     with _quiet(), _runner(models[0], tensors) as ours, _runner(models[1], tensors) as theirs:
         for batch in batches:
@@ -196,22 +191,23 @@ def _tensor_errors(
                 if tensor in balanced:
                     b = _without_gains(b, a)
                 sides = (IterationResult({tensor: wide}) for wide in (a, b))
-                difference = float(compare(*sides)[tensor].max_absdiff)
-                yield TensorDeviation(tensor, difference, _relative(difference, float(np.abs(a).max(initial=0))))
+                error = float(compare(*sides)[tensor].max_absdiff)
+                largest = float(np.abs(a).max(initial=0))
+                yield TensorDeviation(tensor, error, error / largest if largest else (math.inf if error else 0.0))
             on_progress(1)
 
 
 def _without_gains(values: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Return (B, C, ...) values, each channel over the power of two that brings its reach nearest to the other's."""
+    """Return (B, C, ...) values, each channel divided by the power of two that brings its maximum closest to `like`."""
     axes = (0, *range(2, values.ndim))
-    reach, expected = (np.abs(side).max(axis=axes, keepdims=True, initial=0) for side in (values, like))
-    nonzero = (reach > 0) & (expected > 0)
-    exponents = np.log2(np.where(nonzero, reach, 1) / np.where(nonzero, expected, 1)).round()
+    actual, expected = (np.abs(side).max(axis=axes, keepdims=True, initial=0) for side in (values, like))
+    nonzero = (actual > 0) & (expected > 0)
+    exponents = np.log2(np.where(nonzero, actual, 1) / np.where(nonzero, expected, 1)).round()
     return values / np.exp2(exponents.clip(-LARGEST_EXPONENT, LARGEST_EXPONENT))
 
 
 def _runner(model: Any, tensors: Sequence[str]) -> Any:
-    """Return Polygraphy's runner of a model that gives all of `tensors`."""
+    """Return Polygraphy's ONNX Runtime runner for a model with all of `tensors` as outputs."""
     import onnxruntime
     from polygraphy.backend.onnx import BytesFromOnnx, ModifyOutputs
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
@@ -222,12 +218,6 @@ def _runner(model: Any, tensors: Sequence[str]) -> Any:
             graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
         )
     )
-
-
-def _relative(difference: float, largest: float) -> float:
-    if difference == 0:
-        return 0.0
-    return difference / largest if largest else math.inf
 
 
 def _by_module(
@@ -242,13 +232,13 @@ def _by_module(
 
 
 def _number(value: float) -> float | None:
-    """Return a number that JSON can hold: None for infinity."""
+    """Return a finite number, or None, because JSON has no infinity."""
     return value if math.isfinite(value) else None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Polygraphy from logging every tensor it compares."""
+    """Suppress Polygraphy's log line for every tensor."""
     from polygraphy.logger import G_LOGGER
 
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1), np.errstate(all="ignore"):

@@ -1,7 +1,7 @@
-"""Check every plan of an engine by itself: an engine of TensorRT may have plans for short queries beside it.
+"""Compare each plan of an engine with the reference on all queries that the plan accepts.
 
-The runtime answers a query with the shortest plan that it fits, so that the plan for long queries answers hardly any of
-a data set's. Here each plan answers all queries that it takes, and is compared with the reference like the engine.
+A TensorRT engine may have further plans for short queries. The runtime routes each query to the shortest plan that
+accepts it, so the plan for long queries answers few queries of a data set when the engine is compared.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 
 
 class PlanAnswers:
-    """Collect the heads of one plan for all queries that it takes.
+    """Collect the heads of one plan for all queries that it accepts.
 
     Args:
         model: an engine.
-        plan: which of its plans.
-        gathered: heads of N queries to fill.
+        plan: one of its plans.
+        heads: heads of N queries, filled by `run`.
     """
 
-    def __init__(self, model: Grounder, plan: PlanUse, gathered: Heads) -> None:
-        self.model, self.plan, self.heads = model, plan, gathered
+    def __init__(self, model: Grounder, plan: PlanUse, heads: Heads) -> None:
+        self.model, self.plan, self.heads = model, plan, heads
         self._rows: list[np.ndarray] = []
 
-    def ask(self, chunk: Chunk, batch_size: int) -> None:
-        """Ask the plan those queries of a chunk that it takes."""
-        backend = answering(self.model)
+    def run(self, chunk: Chunk, batch_size: int) -> None:
+        """Run the plan on the queries of a chunk that it accepts."""
+        backend = _engine_backend(self.model)
         assert backend is not None
         fits = [index for index, query in enumerate(chunk.queries) if len(query) <= self.plan.max_query_length]
         if not fits:
             return
-        some = Chunk(
+        accepted = Chunk(
             chunk.rows[fits],
             [chunk.queries[index] for index in fits],
             [chunk.segments[index] for index in fits],
@@ -50,49 +50,49 @@ class PlanAnswers:
             [chunk.durations[index] for index in fits],
         )
         with backend.only(self.plan.name):
-            for rows, result in run_chunk(self.model, some, batch_size):
+            for rows, result in run_chunk(self.model, accepted, batch_size):
                 for name, values in vars(result).items():
                     getattr(self.heads, name)[rows] = values
-        self._rows.append(some.rows)
+        self._rows.append(accepted.rows)
 
     @property
     def rows(self) -> np.ndarray:
-        """Positions of the queries that were answered, (C,) int64, ascending."""
+        """Return the indices of the queries that the plan answered, (C,) int64, ascending."""
         return np.sort(np.concatenate([np.empty(0, np.int64), *self._rows]))
 
 
-def answering(model: Grounder) -> TensorRTBackend | TensorRTPair | None:
-    """Return the engine behind a model; None where none is."""
+def _engine_backend(model: Grounder) -> TensorRTBackend | TensorRTPair | None:
+    """Return the backend of an engine; None for other models."""
     backend = model.backend
     return backend if isinstance(backend, (TensorRTBackend, TensorRTPair)) else None
 
 
 def plan_uses(model: Grounder) -> list[PlanUse]:
-    """Return the plans of a model and how many queries each has answered so far; none of a model that is no engine."""
-    backend = answering(model)
+    """Return the plans of an engine, with the number of queries each has answered so far; empty for other models."""
+    backend = _engine_backend(model)
     return backend.plan_uses() if backend else []
 
 
 def plan_checks(
-    before: Sequence[PlanUse],
-    after: Mapping[str, int],
+    plans: Sequence[PlanUse],
+    answered: Mapping[str, int],
     alone: Sequence[PlanAnswers],
-    judge: Callable[[Heads, np.ndarray], ParityResult],
+    measure: Callable[[Heads, np.ndarray], ParityResult],
 ) -> tuple[PlanCheck, ...]:
-    """Return how each plan answers.
+    """Return the accuracy of each plan.
 
     Args:
-        before: the plans, with the queries that each had answered before the engine was asked.
-        after: plan to the number of queries that it answered for the engine.
-        alone: the answers of each plan by itself; none if there is one plan.
-        judge: returns the parity of heads of N queries at some positions.
+        plans: the plans of the engine.
+        answered: number of queries that each plan answered for the engine, by name.
+        alone: answers of each plan alone; empty for an engine with one plan.
+        measure: compares heads of N queries with the reference at the given rows.
     """
     answers = {result.plan.name: result for result in alone}
     checks = []
-    for plan in before:
-        answered = after[plan.name]
-        rows = answers[plan.name].rows if plan.name in answers else None
-        parity = judge(answers[plan.name].heads, rows) if rows is not None and len(rows) else None
-        checked = answered if rows is None else len(rows)
-        checks.append(PlanCheck(plan.name, plan.max_query_length, answered, checked, parity))
+    for plan in plans:
+        checked, parity = answered[plan.name], None
+        if plan.name in answers:
+            rows = answers[plan.name].rows
+            checked, parity = len(rows), measure(answers[plan.name].heads, rows) if len(rows) else None
+        checks.append(PlanCheck(plan.name, plan.max_query_length, answered[plan.name], checked, parity))
     return tuple(checks)

@@ -1,4 +1,4 @@
-"""Describe a model file in a parity report: its path, hash, size and manifest."""
+"""Describe a model file of a parity report: path, hash, size and manifest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from runtime.core.io.digests import sha256
 
 @dataclasses.dataclass(frozen=True)
 class ModelFile:
-    """A model file as it was when it was judged."""
+    """A model file at the time of the comparison.
+
+    Attributes:
+        path: of the file.
+        sha256: of its content.
+        size: in bytes.
+        manifest: of the model.
+    """
 
     path: Path
     sha256: str
@@ -21,6 +28,7 @@ class ModelFile:
 
     @classmethod
     def of(cls, path: Path, manifest: Manifest) -> ModelFile:
+        """Read size and hash of a file."""
         return cls(path, sha256(path), path.stat().st_size, manifest)
 
     def to_dict(self) -> dict[str, Any]:
@@ -36,16 +44,13 @@ class ModelFile:
 
 
 def provenance(reference: ModelFile, other: ModelFile) -> tuple[bool, str]:
-    """Return whether `other` is known to share an origin with the reference, and a sentence that says it.
-
-    Names may change; only hashes count.
-    """
-    theirs = other.manifest.sources
+    """Return whether `other` and the reference have a common source by SHA-256, and a sentence that states it."""
+    sources = other.manifest.sources
     if reference.sha256 == other.sha256:
         return True, f"{reference.path.name} and {other.path.name} are the same file."
-    if reference.sha256 in theirs.values():
-        return True, f"{other.path.name} was made from this very {reference.path.name}: it records its hash."
-    shared = [name for name, digest in theirs.items() if digest in reference.manifest.sources.values()]
+    if reference.sha256 in sources.values():
+        return True, f"The manifest of {other.path.name} contains the SHA-256 of {reference.path.name}."
+    shared = [name for name, digest in sources.items() if digest in reference.manifest.sources.values()]
     if shared:
-        return True, f"Both come from the same {', '.join(shared)}: they record its hash."
-    return False, f"{other.path.name} records no file that {reference.path.name} is or was made from."
+        return True, f"Both manifests contain the SHA-256 of {', '.join(shared)}."
+    return False, f"{other.path.name} and {reference.path.name} have no common source by SHA-256."

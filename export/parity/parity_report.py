@@ -1,8 +1,9 @@
-"""Hold the report of a parity check: the result, the files, the verdict."""
+"""Define the report of a parity check: the result, the compared files and the limits that are exceeded."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,55 +11,60 @@ from export.parity.compare_layers import LayerComparison
 from export.parity.model_file import ModelFile, provenance
 from export.parity.parity_result import AccuracyBudget, ParityResult, unresolved_drops
 from export.parity.parity_tables import Table, parity_tables
+from runtime.benchmarking.system_info import versions
 from runtime.core.cpu_info import cpu
 
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """The comparison of two models on the queries of a split, with its verdict.
+    """The comparison of a model with a reference on the queries of a split.
 
     Attributes:
-        parity: what was found between the two.
-        reference, model: the files.
-        budget: what the second is held to.
-        broken: the promises that do not hold, a clause each.
-        split: where the queries come from.
-        command: the command that finds the same again.
-        layers: where the two part, if that was looked at.
-        engine_precision: of an engine: `verdict` over its precision, and `reason`.
-        precision: name of the check of the model's precision, with the real share, where one was made.
-        cpu: the CPU of the machine that judged, of `runtime.core.cpu_info.cpu`.
+        parity: result of the comparison.
+        reference, model: the compared files.
+        budget: limits of the accuracy drop.
+        violations: each limit that the model exceeds, as a clause.
+        split: split of the queries.
+        command: command that reproduces the comparison.
+        layers: comparison of all tensors; None if it was not made.
+        engine_precision: `verdict` and `reason` of the precision of an engine; None for other models.
+        precision: sentence on the precision of the model, without its full stop; empty if it was not checked.
+        cpu: CPU of this machine, as `runtime.core.cpu_info.cpu` returns it.
+        date: day of the comparison, as YYYY-MM-DD.
+        versions: versions of Python and the libraries that ran the models.
     """
 
     parity: ParityResult
     reference: ModelFile
     model: ModelFile
     budget: AccuracyBudget
-    broken: Sequence[str]
+    violations: Sequence[str]
     split: str
     command: str
     layers: LayerComparison | None = None
     engine_precision: Mapping[str, str] | None = None
     precision: str = ""
     cpu: Mapping[str, Any] = dataclasses.field(default_factory=cpu)
+    date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
+    versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
 
     def sentence(self) -> str:
-        """Return the verdict."""
-        names = self.model.path.name, self.reference.path.name
-        if self.broken:
-            return f"{names[0]} does not answer as {names[1]}: {'; '.join(self.broken)}."
+        """Return the result of the check in one sentence, or two if the accuracy is not proven."""
+        models = f"{self.model.path.name} against {self.reference.path.name}"
+        if self.violations:
+            return f"The accuracy check of {models} failed: {'; '.join(self.violations)}."
         if self.unresolved:
-            return f"{names[0]} against {names[1]}: accuracy is not proven. {'. '.join(self.unresolved)}."
-        return f"{names[0]} answers as {names[1]}: every promise is kept."
+            return f"The accuracy of {models} is not proven. {'. '.join(self.unresolved)}."
+        return f"The accuracy check of {models} passed."
 
     @property
     def unresolved(self) -> list[str]:
-        """Drops above the budget that the queries are too few to prove, one clause each."""
+        """Return each drop over the budget that the number of queries does not prove; see `unresolved_drops`."""
         return unresolved_drops(self.parity, self.budget)
 
     @property
     def names(self) -> tuple[str, str]:
-        """File names of the reference and the model, or what they are where both have one name."""
+        """Return the file names of the reference and the model, or their roles if both names are equal."""
         reference, model = self.reference.path.name, self.model.path.name
         return (reference, model) if reference != model else ("reference", "model")
 
@@ -67,7 +73,7 @@ class ParityReport:
         return parity_tables(self.parity, self.names, self.split, self.budget, self.layers)
 
     def text(self) -> str:
-        """Return all but the verdict, for a terminal."""
+        """Return the tables and notes for a terminal, without `sentence`."""
         parts = [table.text() for table in self.tables()]
         if self.parity.simulated:
             parts.append("Features are simulated: not comparable with published numbers.")
@@ -88,7 +94,7 @@ class ParityReport:
             "lineage": provenance(self.reference, self.model)[1],
             "split": self.split,
             "budget": dataclasses.asdict(self.budget),
-            "broken": list(self.broken),
+            "broken": list(self.violations),
             "unresolved": self.unresolved,
             "layers": self.layers.to_dict() if self.layers else None,
             "engine_precision": dict(self.engine_precision) if self.engine_precision else None,

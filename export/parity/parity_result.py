@@ -1,4 +1,4 @@
-"""Hold the result of a comparison of two models, and check it against a budget."""
+"""Define the result of comparing two models, and check it against an accuracy budget."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from runtime.core.moments import Moment
 
 FORMAT = "drn-parity/1"
 GATED_METRICS = (recall_name(1, 0.7), "mIoU")
-"""What the budget is held against; R@5 IoU=0.5 says next to nothing on Charades-STA."""
+"""Metrics that the budget limits. R@5 IoU=0.5 is not among them: five constant moments reach 85 % on Charades-STA."""
 
 FLOAT_TOLERANCE_POINTS = 1e-4
-"""Points by which mIoU may differ between any two orders of float32 sums."""
+"""Difference of mIoU, in points, that the order of float32 sums alone can cause."""
 
 CONFIDENCE = 0.95
+"""Confidence level of the bootstrap intervals."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,8 @@ class OutputDeviation:
 
     Attributes:
         max, p99: absolute error, in the unit of the output.
-        largest: the reference's largest absolute value, to judge them by.
-        not_finite: values that are NaN or infinite in the other model alone; they are left out of the errors.
+        largest: largest absolute value of the reference, to compare the errors with.
+        not_finite: number of values that are NaN or infinite in the other model only; the errors leave them out.
     """
 
     max: float
@@ -40,7 +41,7 @@ class OutputDeviation:
 
 @dataclasses.dataclass(frozen=True)
 class BoundaryShift:
-    """The shift of starts and ends, in seconds."""
+    """Quantiles of the shift of starts and ends, in seconds."""
 
     p50: float
     p99: float
@@ -49,7 +50,7 @@ class BoundaryShift:
 
 @dataclasses.dataclass(frozen=True)
 class MomentIoU:
-    """Temporal IoU between the two models' best moments."""
+    """Mean, first percentile and minimum of the temporal IoU between the best moments of the two models."""
 
     mean: float
     p1: float
@@ -58,9 +59,9 @@ class MomentIoU:
 
 @dataclasses.dataclass(frozen=True)
 class RankAgreement:
-    """The share of queries whose best moment is the same in both, and whose best five come in the same order.
+    """Shares of queries with the same best moment, and with the same best five moments in the same order.
 
-    A moment is the same when no other of the five overlaps it more: precision may move its borders a little.
+    Two moments are the same if none of the other four overlaps more: lower precision shifts boundaries a little.
     """
 
     first: float
@@ -69,11 +70,12 @@ class RankAgreement:
 
 @dataclasses.dataclass(frozen=True)
 class Flips:
-    """Queries that one model answers and the other does not.
+    """Queries that only one of the two models answers correctly.
 
     Attributes:
-        gained, lost: the lines of the annotation file where only the other, or only the reference, is right.
-        p_value: McNemar's exact test, two-sided: how often chance alone would split the flips so unevenly.
+        gained, lost: line numbers in the annotation file of the queries that only the other model, or only the
+            reference, answers correctly.
+        p_value: of McNemar's exact test, two-sided.
     """
 
     gained: tuple[int, ...]
@@ -83,7 +85,7 @@ class Flips:
 
 @dataclasses.dataclass(frozen=True)
 class MetricDelta:
-    """Other less reference, a fraction, and its bootstrap interval over queries."""
+    """Metric of the other model minus that of the reference, as a fraction, with its bootstrap confidence interval."""
 
     mean: float
     low: float
@@ -92,13 +94,15 @@ class MetricDelta:
 
 @dataclasses.dataclass(frozen=True)
 class Disagreement:
-    """One query that the two models answer differently; times in seconds, None where a model gave no moment.
+    """A query that the two models answer differently. Times are in seconds.
 
     Attributes:
-        line: where the query stands in the annotation file.
-        overlap: temporal IoU between the two moments.
-        reference_iou, other_iou: of each with the truth.
-        shift: how far the farther of the two borders moved.
+        line: line number in the annotation file.
+        truth: start and end of the ground truth.
+        reference, other: best moment of each model; None if it returned none.
+        overlap: temporal IoU of the two moments.
+        reference_iou, other_iou: temporal IoU of each moment with the ground truth.
+        shift: shift of the start or the end, whichever is larger.
     """
 
     line: int
@@ -120,18 +124,19 @@ class ParityResult:
 
     Attributes:
         queries: N.
-        protocol: whose NMS and hit rule, for both.
+        protocol: NMS and hit rule, used for both models.
         simulated: whether the features are simulated.
-        heads: by output.
-        locations: shift of what each location proposes, before any ranking: the error of the regression alone.
-        boundaries: shift of the best moments: a changed order shows here as a leap.
-        overlap, order: of the best moments.
+        heads: deviation of each output.
+        locations: boundary shift of the proposal at each location, before ranking: the error of the regression alone.
+        boundaries: boundary shift of the best moments, which also includes changes of the ranking.
+        overlap, order: agreement of the best moments.
         flips: by metric, R@1 IoU=0.5 and 0.7.
-        differences: by metric, as `flips` and mIoU.
-        whole: queries without a likely location in both models, whose agreement proves nothing.
-        reference, other, prior: scores; the prior is None without a training split.
-        worst: the queries whose best moments agree least, worst first.
-        plans: of an engine how each of its plans answers.
+        differences: by metric, those of `flips` and mIoU.
+        fallbacks: number of queries that both models answer with the full video because no location is likely. Their
+            agreement is no evidence.
+        reference, other, prior: metrics; the prior is None without a training split.
+        worst: queries whose best moments agree least, worst first.
+        plans: accuracy of each plan of an engine; empty for other models.
     """
 
     queries: int
@@ -144,7 +149,7 @@ class ParityResult:
     order: RankAgreement
     flips: Mapping[str, Flips]
     differences: Mapping[str, MetricDelta]
-    whole: int
+    fallbacks: int
     reference: Report
     other: Report
     prior: Report | None
@@ -157,7 +162,7 @@ class ParityResult:
             "queries": self.queries,
             "protocol": self.protocol,
             "simulated_features": self.simulated,
-            "answered_whole": self.whole,
+            "answered_whole": self.fallbacks,
             "recall": {
                 "reference": self.reference.to_dict(),
                 "other": self.other.to_dict(),
@@ -178,11 +183,12 @@ class ParityResult:
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyBudget:
-    """Limit how much accuracy a converted model may lose.
+    """Limits of the accuracy drop of a converted model.
 
     Attributes:
-        max_drop: points (percent of all queries) of R@1 IoU=0.7 and of mIoU.
-        boundary_p99: seconds that 99 % of the borders of best moments stay within; None judges none.
+        max_drop: maximum drop of R@1 IoU=0.7 and of mIoU, in points (percent of all queries).
+        boundary_p99: maximum of the 99th percentile of the boundary shift of best moments, in seconds; None for no
+            limit.
     """
 
     max_drop: float = 0.2
@@ -190,9 +196,10 @@ class AccuracyBudget:
 
     @classmethod
     def of(cls, precision: str, max_drop: float = 0.2, boundary_p99: float | None = None) -> AccuracyBudget:
-        """Return the budget for a model of this precision: borders are held to 0.1 s in FP32 and FP16.
+        """Return the budget for a model of this precision.
 
-        Narrower numbers move borders by more, and are judged by recall unless `boundary_p99` says otherwise.
+        The default of `boundary_p99` is 0.1 s for FP32 and FP16. Lower precisions have no default limit, because they
+        shift boundaries by more without a drop of recall.
         """
         if boundary_p99 is None and precision in ("fp32", "fp16"):
             boundary_p99 = cls.boundary_p99
@@ -200,43 +207,43 @@ class AccuracyBudget:
 
 
 def violations(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
-    """Return the promises that do not hold, of the model and of each of its plans, a clause each; none if all hold."""
-    of_plans = (check.broken(parity.queries, budget) for check in parity.plans)
+    """Return each limit that the model or one of its plans exceeds, as a clause."""
+    of_plans = (check.violations(parity.queries, budget) for check in parity.plans)
     return [*exceeded_limits(parity, budget), *(clause for clauses in of_plans for clause in clauses)]
 
 
 def exceeded_limits(parity: ParityResult, budget: AccuracyBudget, share: float = 1.0) -> list[str]:
-    """Return the promises that some answers break, a clause each.
+    """Return each limit that a comparison exceeds, as a clause.
 
     Args:
-        parity: of these answers.
-        budget: the accepted loss.
-        share: of all queries, 0 to 1: points are percent of all.
+        parity: comparison on some or all queries.
+        budget: limits.
+        share: share of all queries that was compared, 0 to 1: points are percent of all queries.
     """
-    broken = []
-    for name, error in parity.heads.items():
-        if error.not_finite:
-            broken.append(f"{name} holds {error.not_finite} values that are not finite and are in the reference")
+    exceeded = [
+        f"{name} has {error.not_finite} non-finite values where the reference is finite"
+        for name, error in parity.heads.items()
+        if error.not_finite
+    ]
     for name in GATED_METRICS:
         drop, evidence = _drop(parity, budget, name, share)
-        # A budget that is used up to the last query is kept, and float32's rounding is no loss: one query of 3,720 is
-        # 0.03 points.
         if evidence > budget.max_drop + FLOAT_TOLERANCE_POINTS:
             before, after = (100 * side.values[name] for side in (parity.reference, parity.other))
-            broken.append(
-                f"{name} falls by {drop:.2f} points ({before:.2f} to {after:.2f}) where {budget.max_drop:g} may be lost"
+            exceeded.append(
+                f"the accuracy drop of {name} is {drop:.2f} points ({before:.2f} to {after:.2f}), over the budget of "
+                f"{budget.max_drop:g}"
             )
-    limit, moved = budget.boundary_p99, parity.boundaries.p99
-    if limit is not None and moved > limit:
-        broken.append(f"1 % of the boundaries move by {moved:.3f} s or more where {limit:g} s is allowed")
-    return broken
+    shift, limit = parity.boundaries.p99, budget.boundary_p99
+    if limit is not None and shift > limit:
+        exceeded.append(f"the 99th percentile of the boundary shift is {shift:.3f} s, over the budget of {limit:g} s")
+    return exceeded
 
 
 def unresolved_drops(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
-    """Return the drops above the budget that so few queries do not prove, one clause each.
+    """Return each drop over the budget that the number of queries does not prove, as two sentences without full stop.
 
-    One query of N is 100 / N points. If that is more than the budget, a single changed answer exceeds it, and
-    `exceeded_limits` rejects only what the 95 % interval of the drop proves.
+    One query of N is 100 / N points. If that is more than the budget, a single changed answer exceeds the budget, so
+    `exceeded_limits` rejects only drops whose 95 % confidence interval is above it.
     """
     clauses = []
     for name in GATED_METRICS:
@@ -244,17 +251,16 @@ def unresolved_drops(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
         if evidence <= budget.max_drop + FLOAT_TOLERANCE_POINTS < drop:
             enough, one = math.ceil(100 / budget.max_drop), 100 / parity.queries
             clauses.append(
-                f"{name} falls by {drop:.2f} points on {parity.queries} queries. One query is {one:.2f} points, so a "
-                f"budget of {budget.max_drop:g} cannot be judged; use {enough} queries or more, or "
-                f"--max-drop {math.ceil(drop)}"
+                f"{name} drops by {drop:.2f} points on {parity.queries} queries. One query is {one:.2f} points, over "
+                f"the budget of {budget.max_drop:g}; use {enough} queries or more, or --max-drop {math.ceil(drop)}"
             )
     return clauses
 
 
 def _drop(parity: ParityResult, budget: AccuracyBudget, name: str, share: float = 1.0) -> tuple[float, float]:
-    """Return the drop of a metric in points, and the drop that counts against the budget.
+    """Return the drop of a metric, and the drop to compare with the budget, both in points.
 
-    They differ if one query is more than a budget above 0: then the lower end of the interval counts.
+    The second is the lower end of the confidence interval if one query is more than a budget above 0.
     """
     delta, queries = parity.differences[name], parity.queries / share
     drop = -100 * share * delta.mean
@@ -264,20 +270,25 @@ def _drop(parity: ParityResult, budget: AccuracyBudget, name: str, share: float 
 
 
 def format_points(fraction: float) -> str:
-    """Return a difference of two fractions in points, with its sign; nothing is never below zero."""
+    """Return a difference of two fractions in points, with its sign; zero gets a plus."""
     return f"{round(100 * fraction, 2) + 0.0:+.2f}"
+
+
+def format_interval(change: MetricDelta) -> str:
+    """Return the confidence interval of a change, in points."""
+    return f"{format_points(change.low)} to {format_points(change.high)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanCheck:
-    """The accuracy of one of an engine's plans.
+    """The accuracy of one plan of an engine.
 
     Attributes:
         name: file name of the plan.
-        max_query_length: tokens of the longest query that it takes.
-        answered: number of queries that it answered when the engine was asked all.
-        checked: number of queries for which its own answers were compared with the reference.
-        parity: of these queries; None if there is none, or if this is the only plan, whose parity is the engine's.
+        max_query_length: maximum number of tokens of a query.
+        answered: number of queries that the plan answered when the engine ran on all queries.
+        checked: number of queries whose answers by this plan alone were compared with the reference.
+        parity: comparison on these queries; None if there are none, or for the only plan of an engine.
     """
 
     name: str
@@ -286,12 +297,12 @@ class PlanCheck:
     checked: int
     parity: ParityResult | None = None
 
-    def broken(self, queries: int, budget: AccuracyBudget) -> list[str]:
-        """Return the promises that the plan breaks by itself, a clause each.
+    def violations(self, queries: int, budget: AccuracyBudget) -> list[str]:
+        """Return each limit that the plan alone exceeds, as a clause.
 
         Args:
             queries: number of all queries, of which points are percent.
-            budget: the accepted loss.
+            budget: limits.
         """
         if self.parity is None:
             return []
@@ -301,16 +312,16 @@ class PlanCheck:
         ]
 
     def verdict(self, queries: int, budget: AccuracyBudget) -> tuple[str, str]:
-        """Return proven, not proven or contradicted, and the reason, as a clause; arguments as of `broken`."""
+        """Return the verdict (proven, not proven or contradicted) and its reason as a clause; see `violations`."""
         if not self.checked:
             return NOT_PROVEN, f"no query has at most {self.max_query_length} tokens"
-        broken = self.broken(queries, budget)
-        if broken:
-            return CONTRADICTED, "; ".join(broken)
+        exceeded = self.violations(queries, budget)
+        if exceeded:
+            return CONTRADICTED, "; ".join(exceeded)
         return PROVEN, f"compared on {self.checked} queries"
 
     def to_dict(self) -> dict[str, Any]:
         result = self.parity.to_dict() if self.parity else {}
-        retained = {key: result.get(key) for key in ("heads", "boundaries_s", "differences")}
         fields = ("name", "max_query_length", "answered", "checked")
-        return {**{name: getattr(self, name) for name in fields}, **retained}
+        compared = ("heads", "boundaries_s", "differences")
+        return {name: getattr(self, name) for name in fields} | {key: result.get(key) for key in compared}

@@ -1,4 +1,4 @@
-"""Lay out what a parity report contains as tables, which the terminal and the HTML report both show."""
+"""Format a parity report as tables, for the terminal and the HTML report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from export.parity.compare_layers import LayerComparison
-from export.parity.parity_result import CONFIDENCE, AccuracyBudget, ParityResult, format_points
+from export.parity.parity_result import CONFIDENCE, AccuracyBudget, ParityResult, format_interval, format_points
 from runtime.core.agreement import VISIBLE_S
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ class Table:
     """A table of a parity report.
 
     Attributes:
-        title: of the section of the report; neighbours with one title share it.
-        header: names of the columns.
-        rows: cells as text; the first of each names the row.
+        title: title of its section; adjacent tables with the same title share a section.
+        header: column names.
+        rows: cells as text; the first cell of a row is its name.
         notes: sentences about the table.
-        folded: whether the HTML report shows the rows only on request.
+        folded: whether the HTML report hides the rows until the reader opens them.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Table:
     folded: bool = False
 
     def text(self) -> str:
-        """Return the table and its notes for a terminal, numbers to the right."""
+        """Return the table and its notes for a terminal, with numbers aligned to the right."""
         lines = []
         if self.rows:
             columns = list(zip(self.header, *self.rows))
@@ -63,9 +63,9 @@ def parity_tables(
     Args:
         parity: the comparison.
         names: of the reference and of the model.
-        split: of which the queries are.
-        budget: that the plans of an engine are checked against.
-        layers: the comparison of layers, if there is one.
+        split: split of the queries.
+        budget: limits for the plans of an engine.
+        layers: comparison of all tensors, if it was made.
     """
     return [
         _recall(parity, names, split),
@@ -83,8 +83,10 @@ def _recall(parity: ParityResult, names: Sequence[str], split: str) -> Table:
     if parity.prior:
         reports.append(("prior", parity.prior))
         notes.append("The prior answers every query with the same moments, fitted on the training split.")
-    if parity.whole:
-        notes.append(f"{parity.whole} of them have no likely location in either model: their agreement proves nothing.")
+    if parity.fallbacks:
+        notes.append(
+            f"{parity.fallbacks} of them have no likely location in either model, so their agreement is no evidence."
+        )
     metrics = list(parity.reference.values)
     rows = [(name, *(f"{100 * scored.values[name]:.2f}" for _, scored in reports)) for name in metrics]
     return Table("Recall", ("percent", *(label for label, _ in reports)), rows, notes)
@@ -95,10 +97,9 @@ def _flips(parity: ParityResult) -> Table:
     for name, interval in parity.differences.items():
         flips = parity.flips.get(name)
         counts = (str(len(flips.gained)), str(len(flips.lost)), f"{flips.p_value:.3g}") if flips else ("", "", "")
-        spread = f"{format_points(interval.low)} to {format_points(interval.high)}"
-        rows.append((name, *counts, format_points(interval.mean), spread))
-    header = ("flips", "gained", "lost", "McNemar p", "points", f"{100 * CONFIDENCE:g} % interval")
-    return Table("Flips, query by query", header, rows)
+        rows.append((name, *counts, format_points(interval.mean), format_interval(interval)))
+    header = ("flips", "gained", "lost", "McNemar p", "points", f"{100 * CONFIDENCE:g} % confidence interval")
+    return Table("Flips per query", header, rows)
 
 
 def _deviations(parity: ParityResult) -> list[Table]:
@@ -113,14 +114,14 @@ def _deviations(parity: ParityResult) -> list[Table]:
     ]
     overlap, order = parity.overlap, parity.order
     notes = (
-        f"Temporal IoU of the best moments: mean {overlap.mean:.4f}, 1 % below {overlap.p1:.4f}, minimum "
+        f"Temporal IoU of the best moments: mean {overlap.mean:.4f}, 1st percentile {overlap.p1:.4f}, minimum "
         f"{overlap.min:.4f}.",
-        f"The same moment comes first for {100 * order.first:.2f} % of the queries, the same five in the same order "
-        f"for {100 * order.five:.2f} %.",
+        f"The best moment is the same for {100 * order.first:.2f} % of the queries, the order of the best five for "
+        f"{100 * order.five:.2f} %.",
     )
     return [
-        Table(title, ("output", "largest error", "99 % within", "largest value", "not finite"), outputs),
-        Table(title, ("boundaries, seconds", "half within", "99 % within", "largest"), shifts, notes),
+        Table(title, ("output", "max error", "99th percentile", "max value", "non-finite"), outputs),
+        Table(title, ("boundary shift, seconds", "median", "99th percentile", "max"), shifts, notes),
     ]
 
 
@@ -129,38 +130,43 @@ def _plans(parity: ParityResult, budget: AccuracyBudget) -> Table:
     for check in parity.plans:
         counts = (f"<= {check.max_query_length}", str(check.answered), str(check.checked))
         rows.append((check.name, *counts, *check.verdict(parity.queries, budget)))
-    return Table("Plans of the engine", ("plan", "tokens", "answered", "checked alone", "verdict", "reason"), rows)
-
-
-_WRONG = {True: "wrong", False: ""}
+    return Table("Plans of the engine", ("plan", "tokens", "answered", "checked", "verdict", "reason"), rows)
 
 
 def _layers(layers: LayerComparison) -> Table:
     rows = [
-        (entry.module, f"{entry.worst.relative:.1e}", f"{entry.worst.max:.1e}", entry.worst.tensor, _WRONG[entry.wrong])
+        (
+            entry.module,
+            f"{entry.worst.relative:.1e}",
+            f"{entry.worst.max:.1e}",
+            entry.worst.tensor,
+            "above tolerance" if entry.wrong else "",
+        )
         for entry in layers.modules
     ]
-    header = ("module", "relative", "absolute", "worst tensor", "")
-    notes = (layers.sentence(), f"Every tensor of {layers.queries} queries was compared.")
+    header = ("module", "relative error", "absolute error", "worst tensor", "")
+    notes = (layers.sentence(), f"All common tensors were compared for {layers.queries} queries.")
     return Table("Layers", header, rows, notes, folded=True)
 
 
 def _worst(parity: ParityResult, names: Sequence[str]) -> Table:
     shown = [row for row in parity.worst if row.shift >= VISIBLE_S]
     if not shown:
-        farthest = max((row.shift for row in parity.worst), default=0.0)
-        note = f"No best moment moves by {VISIBLE_S:g} s or more. The farthest moves by {farthest:.1e} s."
+        largest = max((row.shift for row in parity.worst), default=0.0)
+        note = f"No boundary of a best moment shifts by {VISIBLE_S:g} s or more; the maximum is {largest:.1e} s."
         return Table(WORST_QUERIES, (), [], [note])
     rows = []
     for row in shown:
         spans = [row.truth, *((m.start, m.end) if m else None for m in (row.reference, row.other))]
         cells = (f"{span[0]:.1f} - {span[1]:.1f}" if span else "none" for span in spans)
         rows.append((str(row.line), *cells, row.query))
-    return Table(WORST_QUERIES, ("line", "truth", *names, "query"), rows, ["Worst queries, in seconds."])
+    return Table(
+        WORST_QUERIES, ("line", "truth", *names, "query"), rows, ["Queries whose best moments agree least, in seconds."]
+    )
 
 
 def precision_table(stats: PrecisionStats) -> Table:
-    """Return the multiply-adds of a graph by DRN module and data type."""
+    """Return the table of the multiply-adds of a graph by DRN module and data type."""
     total = stats.total()
     kinds = sorted(total, key=total.__getitem__, reverse=True)
     shares = ", ".join(f"{100 * stats.share(kind):.1f} % in {kind}" for kind in kinds)
@@ -169,32 +175,31 @@ def precision_table(stats: PrecisionStats) -> Table:
         (module, *(f"{by_kind[kind] / 1e6:.2f}" if by_kind.get(kind) else "" for kind in kinds))
         for module, by_kind in {**stats.macs, "all": total}.items()
     ]
-    note = f"Of its multiply-adds {shares}; of its weights {weights}."
-    return Table("Precision", ("million multiply-adds of one query", *kinds), rows, (note,), folded=True)
+    note = f"Multiply-adds: {shares}. Weights: {weights}."
+    return Table("Precision", ("million multiply-adds per query", *kinds), rows, (note,), folded=True)
 
 
-def engine_precision_table(census: Mapping[str, Any]) -> Table | None:
-    """Return the precision verdict of an engine and its layers by type; the shares of its graph where no GPU counted
-    layers.
+def engine_precision_table(stats: Mapping[str, Any]) -> Table | None:
+    """Return the precision verdict of an engine, with the data types of its layers or, without them, of its graph.
 
     Args:
-        census: in the engine's metadata.
+        stats: `census` of the metadata of the engine.
     """
-    verdict = "The precision of the engine is {verdict}: {reason}.".format_map(census) if "verdict" in census else ""
-    engine = census.get("engine")
-    shares = census.get("twin", {}).get("shares", {})
+    verdict = "The precision of the engine is {verdict}: {reason}.".format_map(stats) if "verdict" in stats else ""
+    engine = stats.get("engine")
+    shares = stats.get("twin", {}).get("shares", {})
     if engine:
         keys = (("multiply in it", "arithmetic"), ("write it", "layers"), ("read it", "quantised_inputs"))
         results = [(name, engine[key]) for name, key in keys if key in engine]
         kinds = sorted({kind for _, counts in results for kind in counts})
         rows = [(name, *(str(counts.get(kind, "")) for kind in kinds)) for name, counts in results]
-        message = ", ".join(f"{count} in {kind}" for kind, count in engine["layers"].items()) or "no type shown"
-        note = f"Layers of the engine by what they write, as its inspector shows them: {message}."
+        listed = ", ".join(f"{count} in {kind}" for kind, count in engine["layers"].items()) or "no type shown"
+        note = f"Layers of the engine by output type, as its inspector shows them: {listed}."
         header = ("layers that", *kinds)
     elif shares:
-        message = ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items())
+        listed = ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items())
         rows = [(kind, f"{100 * share:.1f}") for kind, share in shares.items()]
-        note = f"Of the multiply-adds of its graph {message}; its own layers can be counted on the GPU only."
+        note = f"Multiply-adds of the graph: {listed}. The layers of the engine can only be counted on its GPU."
         header = ("type", "percent of the multiply-adds")
     else:
         return None

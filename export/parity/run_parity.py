@@ -1,4 +1,4 @@
-"""Run a parity check: open two models, compare them, check the result against a budget, write the reports."""
+"""Open two models, compare them, check the result against an accuracy budget, and write the reports."""
 
 from __future__ import annotations
 
@@ -44,18 +44,21 @@ def run_parity_check(
     batch_size: int = BATCH_SIZE,
     concurrent: bool = False,
 ) -> ParityReport:
-    """Ask both models every query, with progress, and hold the second to its budget.
+    """Run both models on every query, with progress, and check the second against the budget.
 
     Args:
-        sides: the reference and the model to judge.
-        files: what they were opened from.
+        sides: the reference and the model.
+        files: files of the two.
         data_set, annotations: the queries.
-        budget: the accepted loss.
-        split, command: for the report.
-        protocol, batch_size: see `verify`.
+        budget: limits of the accuracy drop.
+        split, command: recorded in the report.
+        protocol, batch_size: see `export.verify.verify`.
         concurrent: see `export.parity.compare.compare`.
+
+    Raises:
+        GroundingError: see `export.parity.compare.compare`.
     """
-    with tqdm(total=2 * len(annotations), desc="asking both", unit="query", leave=False, disable=None) as bar:
+    with tqdm(total=2 * len(annotations), desc="comparing", unit="query", leave=False, disable=None) as bar:
         parity = compare(
             *sides,
             data_set,
@@ -69,8 +72,8 @@ def run_parity_check(
         result, reason = check.verdict(parity.queries, budget)
         if result == NOT_PROVEN:
             log.warning(
-                "%s is %s to answer as %s: %s. Choose more queries of the data set.",
-                *(check.name, result, files[0].path.name, reason),
+                "The accuracy of %s is %s: %s. Compare more queries with another split or a larger --limit.",
+                *(check.name, result, reason),
             )
     return ParityReport(parity, files[0], files[1], budget, violations(parity, budget), split, command)
 
@@ -84,15 +87,17 @@ def write_reports(
     commands: Sequence[str] = (),
     latency: Table | None = None,
 ) -> None:
-    """Write the JSON and the HTML report, those of the two that are named.
+    """Write the JSON report, the HTML report, or both.
 
     Args:
-        report: what to write.
-        output, html: the files.
-        precision: of the model; see `read_precision_stats`.
-        engine: that was built of the model, if the report is about one.
-        commands: that reproduce the report.
-        latency: of the model.
+        report: parity check.
+        output: JSON file; None writes none.
+        html: HTML file; None writes none.
+        precision, latency, engine, commands: see `export.parity.html_report.render_html_report`.
+
+    Raises:
+        DeviceError: the HTML report needs Jinja2, which is not installed.
+        OutputError: a file cannot be written.
     """
     if output:
         write_json(output, report.to_dict())
@@ -101,13 +106,13 @@ def write_reports(
 
 
 def read_precision_stats(model: Path) -> Table | None:
-    """Return the precision of an .onnx file by DRN module, or of an engine from its metadata; None of other files."""
+    """Return the data types of an .onnx file by DRN module, or of an engine from its metadata; None for other files."""
     if model.suffix == ".engine":
         return engine_precision_table(read_sidecar(model).content.get("census", {}))
     if model.suffix != ".onnx":
         return None
     if importlib.util.find_spec("onnx") is None:
-        log.warning("The HTML report has no precision by module, because onnx is not installed.")
+        log.warning("The HTML report has no precision by module: onnx is not installed. Run `pip install onnx`.")
         return None
     from calib.graph.precision_audit import audit_graph
 
@@ -115,8 +120,10 @@ def read_precision_stats(model: Path) -> Table | None:
 
 
 def engine_precision(*engines: Path) -> dict[str, str] | None:
-    """Return `verdict` and `reason` of the precision of engines that belong together: the worst of what their metadata
-    holds. None where one was built before verdicts were recorded."""
+    """Return the worst precision verdict in the metadata of the engines of one model, as `verdict` and `reason`.
+
+    None if an engine was built by a version that did not record verdicts.
+    """
     results = [(engine.name, read_sidecar(engine).content.get("census", {})) for engine in engines]
     if not all("verdict" in stats for _, stats in results):
         return None
@@ -127,23 +134,32 @@ def engine_precision(*engines: Path) -> dict[str, str] | None:
 
 
 def load_for_comparison(path: Path, device: Device, threads: int | None, exact: bool = False) -> Grounder:
-    """Open a model as it is to be judged: as it runs, and on a CPU BF16 by rounding every result.
+    """Open a model for a comparison.
 
-    ONNX Runtime has no BF16 kernels there. Its fusions of Q/DQ add errors of up to 2.7e-2 that no engine has: with
-    `exact`, 8-bit graphs are computed on the CPU without them.
+    On a CPU, where ONNX Runtime has no BF16 kernels, a BF16 graph is emulated by rounding every result.
+
+    Args:
+        path: model file.
+        device, threads: see `runtime.open_backend`.
+        exact: compute 8-bit graphs on the CPU without ONNX Runtime's fusions of Q/DQ, which add errors of up to 2.7e-2
+            that engines do not have.
+
+    Raises:
+        GroundingError: the model cannot be opened.
     """
     if path.suffix == ".onnx" and path.is_file() and device != "cuda" and importlib.util.find_spec("onnx"):
         graph = load_onnx(path)
         precision = manifest_of(graph, str(path)).precision
         if precision == "bf16" or (exact and precision in ("int8", "fp8")):
-            how = "rounding every result" if precision == "bf16" else "as it stands, without ONNX Runtime's fusions"
-            code = "rounded_to_bf16" if precision == "bf16" else "without_fusions"
-            log.info("%s is %s: computed on the CPU %s.", path, precision, how, extra={"code": code})
-            return _computed(path, graph, threads, optimized=precision == "bf16")
+            is_bf16 = precision == "bf16"
+            how = "by rounding every result to BF16" if is_bf16 else "without the fusions of ONNX Runtime"
+            code = "rounded_to_bf16" if is_bf16 else "without_fusions"
+            log.info("%s (%s) runs on the CPU %s.", path, precision, how, extra={"code": code})
+            return _open_in_memory(path, graph, threads, optimized=is_bf16)
     return Grounder.load(path, device, threads)
 
 
-def _computed(path: Path, graph: onnx.ModelProto, threads: int | None, optimized: bool) -> Grounder:
+def _open_in_memory(path: Path, graph: onnx.ModelProto, threads: int | None, optimized: bool) -> Grounder:
     from calib.graph.half_precision import emulate_bf16
     from calib.graph.onnx_graph import manifest_in
     from calib.graph.onnx_session import InMemoryBackend, InMemorySplitBackend

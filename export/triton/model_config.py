@@ -208,7 +208,7 @@ def _read_engine(path: Path) -> SourceModel:
     return dataclasses.replace(
         source,
         video=video,
-        # All inputs and outputs of a weakly typed engine (TensorRT 8.6) are float32.
+        # All inputs and outputs of a TensorRT 8.6 engine are float32.
         encoded=_encoded(engine_compatibility.source_onnx(video, video_sidecar.content))
         if content.get("strongly_typed", True)
         else ((channels, segments), "TYPE_FP32"),

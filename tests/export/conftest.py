@@ -1,4 +1,4 @@
-"""Tiny networks with lively weights, and what is exported of them, made once."""
+"""Define fixtures: tiny networks with random weights and their exported graphs, built once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def lively(config: DRNConfig) -> DRN:
-    """Return a network in which every weight and statistic tells: a fresh one has batch norms of 0 and 1."""
+    """Return a network with random weights and batch norm statistics, which are 0 and 1 in a new one."""
     torch.manual_seed(0)
     model = DRN(config)
     for module in model.modules():

@@ -1,6 +1,6 @@
-"""TensorRT-RTX's parser and ahead-of-time builder, which need no GPU: the gate that every exported graph must pass.
+"""Parse and build graphs with TensorRT-RTX, whose parser and ahead-of-time builder need no GPU.
 
-Its API is TensorRT 11's, strongly typed. What parses and builds here has no operator or type that TensorRT lacks.
+It has the API of TensorRT 11 and is strongly typed, so a graph that builds has only operators and types of TensorRT.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ SIZES: dict[str, Range] = {"batch": (1, 4, 8), "query_length": (1, 8, 16), "vide
 
 
 def build_with_rtx(model: onnx.ModelProto, *, capability: str = "8.6", **sizes: Range) -> bytes:
-    """Return the plan that TensorRT-RTX builds of `model`; skips the test where TensorRT-RTX is not installed.
+    """Return the plan that TensorRT-RTX builds from `model`; skip the test if TensorRT-RTX is not installed.
 
     Args:
         model: an exported graph.
-        capability: compute capability of the GPU to build for. 8.6 is that of most RTX cards in use; FP8 needs 8.9.
-        sizes: smallest, best and largest of free sizes, where they are not those of `SIZES`.
+        capability: compute capability to build for; FP8 needs 8.9.
+        sizes: min, opt and max of dynamic sizes that differ from `SIZES`.
 
     Raises:
-        AssertionError: it does not parse or does not build; the parser's and builder's own words are in the message.
+        AssertionError: the graph cannot be parsed or built; the message contains the log.
     """
     trt = pytest.importorskip(
         "tensorrt_rtx", reason="TensorRT-RTX is not installed (pip install tensorrt-rtx-cu13)", exc_type=ImportError
@@ -49,7 +49,7 @@ def build_with_rtx(model: onnx.ModelProto, *, capability: str = "8.6", **sizes: 
     assert parsed, "does not parse: " + "; ".join(errors or logger.lines)
 
     settings = builder.create_builder_config()
-    # Without a GPU there is no current architecture to build for.
+    # Without a GPU the library needs a compute capability.
     settings.num_compute_capabilities = 1
     settings.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0)
     profile = builder.create_optimization_profile()

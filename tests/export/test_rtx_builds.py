@@ -1,4 +1,4 @@
-"""Every graph that we write parses and builds in TensorRT-RTX, which takes precision from the graph alone."""
+"""Parse and build all kinds of graphs with TensorRT-RTX, which takes the precision from the graph."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Make = Callable[[onnx.ModelProto, CalibrationTable], onnx.ModelProto]
 
 
 def table_for(model: onnx.ModelProto, config: DRNConfig, *, balance: bool) -> CalibrationTable:
-    """Return ranges of made-up inputs, with or without balanced channels."""
+    """Return a calibration table of random inputs, with or without channel equalization."""
     batches = [Batch(*(tensor.numpy() for tensor in random_inputs(config, [4, 9, 1, 12])))]
     gains = {name: tuple(row) for name, row in measure_channel_scales(model, batches).items()} if balance else {}
     statistics = collect_statistics(model, channel_energies(model), batches, gains=gains)
@@ -97,7 +97,7 @@ def test_unrolled_int8_graph_keeps_mac_count_and_builds(
     _, part = split_graph(make(exported["deep"], tables["deep"]))
     written = unroll_lstm(part, 8)
     before, after = audit_graph(part), audit_graph(written)
-    # All that is counted elsewhere is counted as before, and what was the LSTM's in its own type.
+    # Other modules have the same counts as before, and the LSTM has its own type.
     lstm = "query_encoder.biLSTM"
     assert {**after.macs, lstm: {}} == {**before.macs, lstm: {}}
     assert after.macs[lstm].keys() == before.macs[lstm].keys()
@@ -124,7 +124,7 @@ def test_int8_with_fp32_scales_builds_and_agrees(
         _exact(model).run(None, dict(zip((value.name for value in model.graph.input), inputs, strict=True)))
         for model in (half, wide)
     )
-    # FP16 rounds some numbers to another step of INT8, which this small network makes larger.
+    # FP16 rounds some values to another INT8 step, which has a larger effect in this small network.
     for wanted, found in zip(before, after, strict=True):
         assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.95
     for part in (wide, *split_graph(wide)):
@@ -132,7 +132,7 @@ def test_int8_with_fp32_scales_builds_and_agrees(
 
 
 def _exact(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """Open a graph as it is, without fusions of Q/DQ."""
+    """Open a graph without fusions of Q/DQ."""
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings.log_severity_level = 3
@@ -150,7 +150,7 @@ def test_lstm_states_have_the_type_of_the_weights(exported: dict[str, onnx.Model
             for state in node.input[5:7]:
                 assert producers[state].op_type == "Expand"
                 assert types[producers[state].input[0]] == half
-    # In FP32 the parser's own states are of the right type.
+    # In FP32 the states that the parser adds have the right type.
     kept = convert_to_half(exported["deep"], keep=("query_encoder.biLSTM",))
     assert all(not any(node.input[5:7]) for node in kept.graph.node if node.op_type == "LSTM")
 
@@ -164,7 +164,7 @@ def test_quantized_parts_of_a_pair_build(form: str, exported: dict[str, onnx.Mod
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_clip_extractor_builds(precision: str) -> None:
-    # Clips go in as bytes, which TensorRT takes into a cast alone.
+    # Clips are uint8, which TensorRT accepts only as the input of a cast.
     model = export_c3d(narrow_c3d(), ExtractorManifest("C3D", 32, 16, 8, (128, 171), (112, 112), (0.0, 0.0, 0.0)))
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     if precision != "fp32":
@@ -184,11 +184,11 @@ def test_int8_without_equalized_channels_builds(exported: dict[str, onnx.ModelPr
 def test_int8_builds_in_every_opset(opset: int, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
     narrow = insert_qdq(exported["tiny"], tables["tiny"], opset=opset)
     assert narrow.opset_import[0].version == opset
-    # Below 19 Q/DQ know FP32 scales alone, so that there is FP32 around them.
+    # Below opset 19 Q/DQ have FP32 scales only, so the layers around them are FP32.
     assert build_with_rtx(convert_to_half(narrow) if opset >= QDQ_OPSET else narrow)
 
 
 def test_fp8_build_fails_for_hardware_without_fp8(exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
-    # E4M3 came with 8.9. All else was accepted by then.
+    # E4M3 needs compute capability 8.9; the graph was accepted otherwise.
     with pytest.raises(AssertionError, match=r"parses but does not build.*HW-specific datatypes: fp8_e4m3"):
         build_with_rtx(insert_qdq(exported["tiny"], tables["tiny"], kind="fp8"), capability="8.6")

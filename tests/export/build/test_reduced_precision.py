@@ -1,4 +1,4 @@
-"""`export.build.reduced_precision`: what stays in higher precision, by a scan and by held-out queries."""
+"""Test `export.build.reduced_precision`: modules that stay in higher precision by the scan and by held-out queries."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def table(source: onnx.ModelProto, data_set: DataSet) -> CalibrationTable:
 
 
 def scaled(model: onnx.ModelProto, **factors: float) -> onnx.ModelProto:
-    """Return a copy with some weights multiplied; `__` stands for the dot."""
+    """Return a copy with some weights scaled; `__` in a name replaces the dot."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     wanted = {name.replace("__", "."): factor for name, factor in factors.items()}
@@ -55,7 +55,7 @@ def scaled(model: onnx.ModelProto, **factors: float) -> onnx.ModelProto:
 
 
 def test_overflow_prone_module_stays_fp32_and_is_reported(source: onnx.ModelProto, data_set: DataSet) -> None:
-    # The product of the two factors is as before; in between numbers are beyond FP16.
+    # The product of both factors is unchanged, but values between the two layers exceed FP16.
     loud = scaled(
         source,
         prop_fc__weight=2.0**18,
@@ -67,12 +67,12 @@ def test_overflow_prone_module_stays_fp32_and_is_reported(source: onnx.ModelProt
     assert audit_graph(twin.graph).macs["prop_fc"].keys() == {"fp32"}
     untouched = convert_precision(source, "fp16", ConversionOptions(threads=1), data_set)
     assert untouched.facts["held back in FP32"] == []
-    # On some CPUs rounding restores a module of the head; none that could overflow.
+    # On some CPUs rounding restores a module of the head, but none that could overflow.
     assert "prop_fc" not in untouched.facts["restored to FP32"]
 
 
 def test_module_losing_accuracy_in_fp16_is_restored(source: onnx.ModelProto, data_set: DataSet) -> None:
-    # Weights so small that FP16 has next to no digits left for them: nothing overflows, and answers are lost.
+    # Subnormal weights in FP16: nothing overflows, but answers change.
     faint = scaled(
         source,
         fpn__layer_blocks__0__weight=2.0**-21,
@@ -103,7 +103,7 @@ def test_fewest_modules_are_restored_and_the_plan_repeats_it(
     wishes = ConversionOptions(table=path, max_drop=4.0, threads=1, plan_output=tmp_path / "plan.json")
     twin = convert_precision(source, "int8", wishes, data_set)
     kept = twin.facts["kept out of 8 bits"]
-    # With other rounding (two threads) a borderline query can cost up to two modules more.
+    # With other rounding (two threads) a borderline query can restore up to two more modules.
     assert "prop_fc" in kept
     assert len(kept) <= 3
     assert quotes(capsys.readouterr().out, "prop_fc")

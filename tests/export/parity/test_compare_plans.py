@@ -1,4 +1,4 @@
-"""`export.parity.compare_plans`: each plan of an engine is compared with the reference, also without routed queries."""
+"""Test `export.parity.compare_plans`: each plan of an engine is compared, even without routed queries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from calib.graph.onnx_graph import read_manifest
 from calib.graph.unroll_lstm import unroll_lstm
 from export.build.build_config import BuildRequest
 from export.build.parity_check import ParityChecker
-from export.build.run_build import _checked_engine
+from export.build.run_build import _check_engine
 from export.engine.profiles import profiles, with_fixed_query_length
 from export.parity.compare import compare
 from export.parity.model_file import ModelFile
@@ -41,7 +41,7 @@ LONGEST = 12
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, queries about it, and a directory for its engine."""
+    """A model, its queries, and a directory for its engine."""
 
     model: Path
     directory: Path
@@ -49,16 +49,16 @@ class Case:
     annotations: Sequence[Annotation]
 
     def lengths(self) -> list[int]:
-        """Return the tokens of each query."""
+        """Return the number of tokens of each query."""
         vocabulary = Grounder.load(self.model).manifest.vocabulary
         return [len(vocabulary.encode(one.sentence, Counter())) for one in self.annotations]
 
     def engine(self, steps: Sequence[int], wrong: Sequence[int] = ()) -> Path:
-        """Write an engine with plans for queries of at most so many tokens.
+        """Write an engine with further plans for short queries.
 
         Args:
-            steps: tokens of the plans beside the one for any length, which is 0.
-            wrong: those of the plans that answer wrongly.
+            steps: maximum numbers of tokens of the further plans; 0 is the plan for all queries.
+            wrong: plans whose answers are wrong.
         """
         engine = self.directory / "drn.fp32.engine"
         graph = onnx.load(self.model)
@@ -92,7 +92,7 @@ class Case:
 
 
 def reverse(graph: onnx.ModelProto) -> None:
-    """Let the IoU head of a graph judge the other way round."""
+    """Negate the IoU head of a graph."""
     for tensor in graph.graph.initializer:
         if tensor.name in ("fcos.head.iou_scores.1.weight", "fcos.head.scales"):
             values = -onnx.numpy_helper.to_array(tensor)
@@ -109,17 +109,17 @@ def test_engines_with_equal_answers_are_proven(case: Case) -> None:
     lengths = sorted(case.lengths())
     usual, longest = lengths[len(lengths) // 2], lengths[-1]
     proof = case.proof(case.engine((usual, longest)))
-    assert not proof.broken
+    assert not proof.violations
     checks = proof.to_dict()["plans"]
     assert [check["name"] for check in checks] == [
         *(f"drn.fp32.{tokens}.engine" for tokens in (usual, longest)), "drn.fp32.engine",
     ]  # fmt: skip
-    # Every query once for the engine, and alone of each plan that takes it.
+    # Every query runs once in the engine, and once in each plan that accepts it.
     assert sum(check["answered"] for check in checks) == len(lengths)
     assert [check["checked"] for check in checks] == [
         sum(length <= usual for length in lengths), len(lengths), len(lengths),
     ]  # fmt: skip
-    # Batches go through the plan that their longest query fits.
+    # The longest query of a batch selects its plan.
     assert checks[-2]["answered"] > checks[-1]["answered"] == 0
     assert {check["verdict"] for check in checks} == {PROVEN}
     assert json.loads(json.dumps(checks)) == checks
@@ -136,7 +136,7 @@ def test_wrong_engine_breaks_parity_without_own_queries(case: Case, wrong: str) 
     engine = case.engine((longest,), wrong=(0,) if wrong == "loop" else (longest,))
     proof = case.proof(engine)
     name = engine.name if wrong == "loop" else f"drn.fp32.{longest}.engine"
-    assert any(clause.startswith(name) for clause in proof.broken)
+    assert any(clause.startswith(name) for clause in proof.violations)
     verdicts = {check["name"]: check["verdict"] for check in proof.to_dict()["plans"]}
     assert verdicts.pop(name) == CONTRADICTED
     assert set(verdicts.values()) == {PROVEN}
@@ -146,7 +146,7 @@ def test_engine_without_queries_is_not_proven(case: Case, caplog: pytest.LogCapt
     shortest = min(case.lengths())
     assert shortest > 1
     proof = case.proof(case.engine((1,), wrong=(1,)))
-    assert not proof.broken
+    assert not proof.violations
     short, loop = proof.to_dict()["plans"]
     assert (short["checked"], short["answered"], short["verdict"]) == (0, 0, NOT_PROVEN)
     assert loop["verdict"] == PROVEN
@@ -191,7 +191,7 @@ def test_build_rejects_engine_with_wrong_loop_engine(case: Case, monkeypatch: py
     made: Any = SimpleNamespace(manifest=read_manifest(graph))
     monkeypatch.setattr(ParityChecker, "write_reports", lambda *_: None)
     with raises(CheckFailed, "parity_failed", "--optimization-level"):
-        _checked_engine(checker, made, [short, engine])
+        _check_engine(checker, made, [short, engine])
     assert not engine.exists()
     assert not short.exists()
 
