@@ -231,7 +231,7 @@ def choose_candidate(
 ) -> tuple[Candidate, dict[Candidate, AccuracyDelta]]:
     """Return the candidate whose graph agrees best with the FP32 graph on held-out queries, and the loss of each.
 
-    All methods are tried with channel equalization, then the best one and `output` without it. Agreement is the mean
+    All methods are tried with channel equalization, then the best one without it. Agreement is the mean
     temporal IoU with the FP32 moments. Recall on some hundred queries changes in steps of a flip (0.4 points of 250
     queries), so the method with the best recall would be a random one.
 
@@ -255,7 +255,7 @@ def choose_candidate(
 
     best = best_of(Candidate(method) for method in methods)
     if statistics.gains:
-        best = best_of(Candidate(method, equalize=False) for method in dict.fromkeys((best.method, "output")))
+        best = best_of([Candidate(best.method, equalize=False)])
     return best, costs
 
 

@@ -54,6 +54,18 @@ def scaled(model: onnx.ModelProto, **factors: float) -> onnx.ModelProto:
     return copy
 
 
+@pytest.mark.parametrize("for_cpu", [False, True])
+def test_only_graphs_for_a_cpu_have_unsigned_activations(
+    source: onnx.ModelProto, table: CalibrationTable, tmp_path: Path, for_cpu: bool
+) -> None:
+    table.save(tmp_path / "table.json")
+    options = ConversionOptions(table=tmp_path / "table.json", for_cpu=for_cpu)
+    graph = convert_precision(source, "int8", options, None).graph.graph
+    points = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if "zero_point" in tensor.name}
+    quantizers = [node.input[2] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert {int(points[name]) for name in quantizers} == ({-128, 0} if for_cpu else {0})
+
+
 def test_overflow_prone_module_stays_fp32_and_is_reported(source: onnx.ModelProto, data_set: DataSet) -> None:
     # The product of both factors is unchanged, but values between the two layers exceed FP16.
     loud = scaled(
