@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import runtime.backends.onnxruntime_backend as onnx_runtime
 from runtime.artifacts import onnx_metadata
+from runtime.backends import onnxruntime_session
+from runtime.backends.onnxruntime_backend import open_graph
 from runtime.core.cli import command
 from runtime.core.errors import GroundingError, ModelFileError
 from runtime.core.io.digests import sha256
@@ -91,19 +92,19 @@ def _waits() -> Iterator[list[float]]:
 def _graph(model: Path) -> tuple[Callable[[], object], Callable[[], object]]:
     def unchecked() -> object:
         with _replaced():
-            return onnx_runtime.open_graph(model, "cpu")
+            return open_graph(model, "cpu")
 
-    return lambda: onnx_runtime.open_graph(model, "cpu"), unchecked
+    return lambda: open_graph(model, "cpu"), unchecked
 
 
 @contextlib.contextmanager
 def _replaced() -> Iterator[None]:
-    checks = onnx_runtime.DigestCheck
-    onnx_runtime.DigestCheck = _Unchecked  # type: ignore[misc, assignment]
+    checks = onnxruntime_session.DigestCheck
+    onnxruntime_session.DigestCheck = _Unchecked  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        onnx_runtime.DigestCheck = checks  # type: ignore[misc]
+        onnxruntime_session.DigestCheck = checks  # type: ignore[misc]
 
 
 def _checkpoint(model: Path) -> tuple[Callable[[], object], Callable[[], object]]:

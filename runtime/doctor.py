@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from runtime.backends.exact_int8 import saturates
-from runtime.backends.onnxruntime_backend import import_onnxruntime
+from runtime.backends.onnxruntime_session import import_onnxruntime
 from runtime.core import cpu_info
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import DeviceError

@@ -24,7 +24,7 @@ from benchmarks.acceptance.run_config import (
 )
 from benchmarks.acceptance.step_log import Found, Leg, Skip
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.backends.onnxruntime_backend import PROVIDERS, import_onnxruntime
+from runtime.backends.onnxruntime_session import PROVIDERS, import_onnxruntime
 from runtime.grounding.grounder import Grounder
 
 # Operators that hold the arithmetic: shapes are computed on the CPU whatever is asked for, and these must not be.

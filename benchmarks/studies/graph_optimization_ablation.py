@@ -28,7 +28,7 @@ from calib.graph.split_model import split_graph
 from export.tracing.exportable_model import ExportableConv, ExportableDRN
 from export.tracing.torch_check import TOLERANCE, relative_difference
 from export.tracing.tracer import export_model
-from runtime.backends.onnxruntime_backend import DISABLED_OPTIMIZERS
+from runtime.backends.onnxruntime_session import DISABLED_OPTIMIZERS
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
 from runtime.core.cli import command
 from runtime.core.errors import CheckFailed

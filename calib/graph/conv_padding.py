@@ -2,7 +2,7 @@
 
 ONNX Runtime's convolution of few columns reads all weights once more for every end that it pads itself. With a Pad node
 before it, one query is 10 % faster (docs/performance.md). So FP32 files contain Pad nodes, which
-`runtime.backends.onnxruntime_backend` prevents ONNX Runtime from fusing. All other forms of a graph are derived from
+`runtime.backends.onnxruntime_session` prevents ONNX Runtime from fusing. All other forms of a graph are derived from
 one with the padding in the convolutions, which TensorRT requires.
 """
 

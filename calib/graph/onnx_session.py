@@ -13,8 +13,8 @@ from calib.graph.graph_editing import copied
 from calib.graph.onnx_graph import manifest_of, read_manifest
 from runtime.backends.base import run_pair
 from runtime.backends.exact_int8 import for_cpu, source_for_cpu
+from runtime.backends.onnxruntime_session import new_session
 from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, VIDEO_INDEX, Batch, Heads
-from runtime.core.errors import DeviceError
 
 if TYPE_CHECKING:
     import onnx
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def open_session(model: onnx.ModelProto | Path, threads: int | None = None, optimized: bool = False) -> Any:
-    """Return an ONNX Runtime session on the CPU.
+    """Return an ONNX Runtime session on the CPU; see `runtime.backends.onnxruntime_session`.
 
     Args:
         model: a graph, or the path of an ONNX file.
@@ -35,26 +35,10 @@ def open_session(model: onnx.ModelProto | Path, threads: int | None = None, opti
     Raises:
         DeviceError: ONNX Runtime is not installed.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise DeviceError(
-            "ONNX Runtime is not installed. Run `pip install '.[cpu]'` in the drn-deploy directory.",
-            code="missing_library",
-        ) from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    source: str | bytes
     if isinstance(model, Path):
-        source = source_for_cpu(model) if optimized else str(model)
-    else:
-        content = model.SerializeToString()
-        source = for_cpu(content) if optimized else content
-    return ort.InferenceSession(source, options, ["CPUExecutionProvider"])
+        return new_session(source_for_cpu(model) if optimized else str(model), threads, optimize=optimized)
+    content = model.SerializeToString()
+    return new_session(for_cpu(content) if optimized else content, threads, optimize=optimized)
 
 
 def observe(

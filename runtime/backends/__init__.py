@@ -1,4 +1,4 @@
-"""Run networks: one file for each library, imported only when its kind of file is opened."""
+"""Run networks in ONNX Runtime, TensorRT, Triton or torch, each imported only when a model needs it."""
 
 from __future__ import annotations
 
@@ -11,40 +11,49 @@ from runtime.backends.base import MAX_THREADS, Backend, Device
 from runtime.core.errors import DeviceError, ModelFileError, check_argument, check_path, excerpt
 from runtime.core.io.input_files import check_file
 
-# Packages that `runtime` must not import offer their backend here, named after the suffix they read.
+# Packages that `runtime` must not import register a backend in this group, under the suffix of its files.
 ENTRY_POINT_GROUP = "drn.backends"
 
 
 def check_model_path(path: Path) -> None:
-    """Raise ModelFileError unless there is a file of this name, and the name is a model's."""
+    """Raise ModelFileError unless a file exists and has the suffix of a model."""
     if path.suffix not in (".onnx", ".pt", ".engine"):
         raise ModelFileError(
-            f"A model file ends in .onnx, .engine or .pt, and {excerpt(path.name)} does not.", code="wrong_suffix"
+            f"Expected a model file (.onnx, .engine or .pt), got {excerpt(path.name)}. Give another file.",
+            code="wrong_suffix",
         )
     check_file(path, "The model file", ModelFileError)
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is the address of a model served by Triton, `triton://host:port/model`, and not a file."""
+    """Return whether a path is the address of a model served by Triton, `triton://host:port/model`."""
     check_path(path, ModelFileError)
     return os.fspath(path).startswith(("triton:/", "triton+"))
 
 
 def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Backend:
-    """Open a model file by its suffix: `.onnx`, `.engine` on a GPU, or `.pt` where torch is installed.
+    """Open a model, without tokenization and decoding; `Grounder.load` adds them.
 
-    The query part of a model that was split opens both parts: the other is beside it. An address opens the networks
-    behind the front that Triton serves there (`runtime.backends.triton_client`, which has its errors).
+    The library is selected by the suffix: ONNX Runtime for `.onnx`, TensorRT for `.engine`, torch for `.pt`. For a
+    split model, give its query part; the video part is opened from the same directory.
 
     Args:
-        path: the model file, or an address.
-        device: `auto` takes a GPU if the library that runs this kind of file has one, else the CPU; `cuda` without
-            a GPU is an error.
-        threads: CPU threads for the network; the library's own choice when None.
+        path: the model file, or the address of a model served by Triton: `triton://HOST:PORT/MODEL`.
+        device: `auto` selects a GPU if the library supports one, otherwise the CPU. `cuda` requires a GPU.
+        threads: CPU threads of the network, 1 to 1024; the library's default when None.
+
+    Returns:
+        The backend; also a `PairBackend` if the model was split (`manifest.part == "query"`).
 
     Raises:
-        ModelFileError: there is no such file, or it is not a model of this toolkit.
-        DeviceError: the library or the device is missing.
+        ModelFileError: the file is missing, damaged, or no model of this toolkit.
+        DeviceError: the library or the device is missing, or an option is out of range.
+        ServerError: the Triton server cannot be reached, or has not loaded the model.
+
+    Example:
+        backend = open_backend("drn.onnx", device="cpu", threads=2)
+        heads = backend.run(batch)
+        print(heads.matching_logits.shape)  # (B, P)
     """
     if is_address(path):
         from runtime.backends.triton_client import connect
@@ -52,11 +61,16 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
         return connect(path, device, threads)[0]
     path = Path(path)
     if not isinstance(device, str) or device.partition(":")[0] not in ("auto", "cpu", "cuda"):
-        raise DeviceError(f"--device is auto, cpu or cuda, and {excerpt(device)} was given.", code="unknown_device")
+        raise DeviceError(
+            f"Expected auto, cpu or cuda for --device, got {excerpt(device)}. Correct the option.",
+            code="unknown_device",
+        )
     if threads is not None:
         check_argument("threads", threads, numbers.Integral, "a number of threads", DeviceError)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise DeviceError(f"--threads must be 1 to {MAX_THREADS}, and {threads} was given.", code="invalid_option")
+        raise DeviceError(
+            f"Expected 1 to {MAX_THREADS} for --threads, got {threads}. Correct the option.", code="invalid_option"
+        )
     check_model_path(path)
     if path.suffix == ".onnx":
         from runtime.backends.onnxruntime_backend import open_graph
@@ -72,12 +86,12 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
                 backend = entry_point.load()
             except ImportError as error:
                 raise DeviceError(
-                    f"{path.name} needs torch, which cannot be imported here ({error}); "
-                    "run `pip install '.[train]'` in the drn-deploy directory, or give the exported .onnx file.",
+                    f"{path.name} needs torch, which cannot be imported ({error}). Run `pip install '.[train]'` in the "
+                    "drn-deploy directory, or give the exported .onnx file.",
                     code="missing_library",
                 ) from error
             return backend(path, device, threads)
     raise DeviceError(
-        "No installed package opens .pt files; run `pip install '.[train]'` in the drn-deploy directory.",
+        "No installed package opens .pt files. Run `pip install '.[train]'` in the drn-deploy directory.",
         code="missing_library",
     )

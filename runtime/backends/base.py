@@ -1,4 +1,4 @@
-"""Define what runs a network: the protocols of backends, and devices."""
+"""Define the protocols of backends and the names of devices."""
 
 from __future__ import annotations
 
@@ -21,25 +21,57 @@ MAX_THREADS = 1024
 
 
 class Backend(Protocol):
-    """Something that runs the network."""
+    """Protocol of an object that runs a whole model.
+
+    A class needs only the two members below; it does not have to inherit from this one. `Grounder(backend)` adds
+    tokenization, segment pooling, decoding and NMS.
+
+    Example:
+        class Recorded:
+            def __init__(self, manifest: Manifest, heads: Heads) -> None:
+                self.manifest, self.heads = manifest, heads
+
+            def run(self, batch: Batch) -> Heads:
+                return self.heads
+    """
 
     @property
     def manifest(self) -> Manifest:
         """Return the manifest of the model."""
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of every query of the batch, in its order."""
+        """Run the network on B queries, each with the segments of its video.
+
+        Args:
+            batch: `query_tokens` (B, L) int32, `query_length` (B,) int32, `segment_features` (B, T, D) float32 and
+                `segment_spans` (B, T, 2) float32 in [0, 1].
+
+        Returns:
+            Heads of the queries in the order of the batch, float32, finest pyramid level first: `matching_logits`
+            (B, P), `boundary_distances` (B, P, 2) and `iou_logits` (B, P).
+        """
 
 
 class PairBackend(Backend, Protocol):
-    """Something that runs a network cut in two: videos are encoded once and asked often.
+    """Protocol of an object that runs a split model, which encodes each video once for any number of queries.
 
-    Its manifest is that of the query part: `part` is "query", `locate_video_part` names the other. `run` answers as the
-    whole model would (`run_pair`).
+    Its manifest is that of the query part: `part` is "query", and `video_part` names the file of the video part.
+
+    Example:
+        encoded = pair.encode(segments.features[None])[0]
+        video = EncodedVideo(encoded, segments.spans, duration)
+        heads = pair.ask(query_tokens, query_length, [video], np.zeros(len(query_length), np.int32))
     """
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return (V, D, T) encoded features of (V, T, D) float32 segments."""
+        """Run the video part.
+
+        Args:
+            segment_features: (V, T, D) float32 segments of V videos.
+
+        Returns:
+            (V, D, T) float32 encodings.
+        """
 
     def ask(
         self,
@@ -48,11 +80,21 @@ class PairBackend(Backend, Protocol):
         videos: Sequence[EncodedVideo],
         video_index: np.ndarray,
     ) -> Heads:
-        """Return the heads of B queries, (B, L) and (B,) int32, each about the video that `video_index`, (B,), says."""
+        """Run the query part on B queries about V encoded videos.
+
+        Args:
+            query_tokens: (B, L) int32 word ids, 0 past each length.
+            query_length: (B,) int32 lengths in tokens.
+            videos: V encodings.
+            video_index: (B,) int32 index in `videos` for each query.
+
+        Returns:
+            Heads of the queries, as `Backend.run` returns them.
+        """
 
 
 class QueryServer(Protocol):
-    """A server that answers whole queries: it encodes, runs and decodes where the network is."""
+    """Protocol of a server that grounds complete queries, so that only features and moments are sent."""
 
     def ground(
         self,
@@ -66,16 +108,16 @@ class QueryServer(Protocol):
         """Yield for each query at most `top_k` moments in seconds, best first.
 
         Args:
-            video: its clip features, (num_clips, D).
+            video: the video, with clip features (num_clips, D).
             queries: sentences.
             top_k: maximum number of moments for each query.
-            windows: how the video is cut; "model" for what the model says, None for not at all.
-            always: whether a query gets moments although the model's threshold says that none fits.
+            windows: how the video is split; "model" for the windows of the model, None for one window.
+            always: whether moments below the model's presence threshold are returned too.
         """
 
 
 def run_pair(pair: PairBackend, batch: Batch) -> Heads:
-    """Return what a whole model would: for callers that hold batches of segments, and share no video."""
+    """Run a split model on a batch of segments: encode every row as a video of its own, then run the queries."""
     features = pair.encode(batch.segment_features)
     videos = [EncodedVideo(encoded, spans, 1.0) for encoded, spans in zip(features, batch.segment_spans)]
     return pair.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))

@@ -1,33 +1,28 @@
-"""The network in ONNX Runtime, on a CPU or a CUDA GPU."""
+"""Run DRN models in ONNX Runtime: one file, or the two parts of a split model."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
-import io
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from runtime.artifacts import extractor_manifest
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.artifacts.onnx_metadata import MISMATCH, Content, DigestCheck, check, read_metadata
+from runtime.artifacts.onnx_metadata import MISMATCH, check
+from runtime.backends.base import Device, run_pair
 from runtime.backends.cuda_driver import disable_in_forked_children
-from runtime.backends.exact_int8 import precision_of_file, source_for_cpu
+from runtime.backends.exact_int8 import precision_of_file
+from runtime.backends.onnxruntime_session import create_session
 from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, INPUT_NAMES, VIDEO_INDEX, Batch, Heads
-from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory, one_line
+from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
 from runtime.core.io.digests import sha256
 from runtime.core.lru_cache import LruCache
-
-if TYPE_CHECKING:
-    from runtime.backends.base import Device
 
 log = logging.getLogger("drn")
 
@@ -36,141 +31,25 @@ VIDEO_OUTPUTS = (ENCODED_FEATURES,)
 QUERY_INPUTS = ("query_tokens", "query_length", VIDEO_INDEX, ENCODED_FEATURES, "segment_spans")
 # 0.5 MB each at full size.
 MAX_ENCODINGS_ON_DEVICE = 256
-# On a CPU a convolution is slower where it pads by itself (`calib.graph.conv_padding`), so that step is not to be
-# merged into it.
-DISABLED_OPTIMIZERS = ["Pad_Fusion"]
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-def import_onnxruntime(gpu: bool) -> tuple[Any, str]:
-    """Return ONNX Runtime, and what it did not find of CUDA.
-
-    Args:
-        gpu: whether a GPU may be used, which takes CUDA and cuDNN: where they are in NVIDIA's wheels, as those of
-            `onnxruntime-gpu[cuda,cudnn]` and of torch, ONNX Runtime does not find them by itself.
-
-    Raises:
-        DeviceError: it is not installed.
-    """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise DeviceError(
-            "ONNX Runtime is not installed; "
-            "run `pip install '.[cpu]'` in the drn-deploy directory, or `'.[gpu]'` for a "
-            "CUDA GPU (one of them: both own the same folder).",
-            code="missing_library",
-        ) from error
-    # Of 1.21 and later; in a build for CPUs it does nothing.
-    if not gpu or not hasattr(ort, "preload_dlls"):
-        return ort, ""
-    # What it does not find it prints, and stdout is for results.
-    with contextlib.redirect_stdout(io.StringIO()):
-        for folder in _cuda_folders(Path(ort.__file__)):
-            ort.preload_dlls(directory=str(folder))
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        # What was loaded above is found by its name.
-        ort.preload_dlls()
-    return ort, " ".join(output.getvalue().split())
-
-
-def _cuda_folders(ort: Path) -> list[Path]:
-    """Return the folders with CUDA libraries of NVIDIA's wheels, where ONNX Runtime does not look by itself.
-
-    `preload_dlls()` looks beside its own package only ("nvidia site packages" of onnxruntime/__init__.py); with
-    `directory` it looks in that one folder. A wheel may be anywhere that `nvidia` can be imported from.
-    """
-    result = importlib.util.find_spec("nvidia")
-    places = list(result.submodule_search_locations or ()) if result else []
-    return [
-        folder
-        for location in map(Path, places)
-        if location.resolve().parent != ort.resolve().parent.parent
-        for folder in sorted((*location.glob("*/lib"), *location.glob("*/bin"), *location.glob("*/bin/*")))
-        if folder.is_dir()
-    ]
-
-
-def create_session(path: Path, device: Device = "auto", threads: int | None = None) -> tuple[Any, Device, Content]:
-    """Open an ONNX file of any kind.
-
-    The file is hashed in a thread while ONNX Runtime optimizes the graph, which takes longer.
-
-    Returns:
-        ONNX Runtime's session, the device that it runs on, and the hashes of the file.
-
-    Raises:
-        ModelFileError: the file is no graph that ONNX Runtime takes, or does not match the digest that it records.
-        DeviceError: ONNX Runtime is not installed, or a GPU was asked for that it does not have.
-    """
-    ort, not_found = import_onnxruntime(gpu=device != "cpu")
-    available = ort.get_available_providers()
-    if device == "auto":
-        device = "cuda" if PROVIDERS["cuda"] in available else "cpu"
-    if PROVIDERS.get(device) not in available:
-        raise DeviceError(
-            f"A {device} device was asked for and this ONNX Runtime {ort.__version__} offers "
-            f"{', '.join(available)}; "
-            "install '.[gpu]' in place of '.[cpu]', or pass --device cpu.",
-            code="gpu_unavailable",
-        )
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    checked = DigestCheck(path)
-    try:
-        retained = DISABLED_OPTIMIZERS if device == "cpu" else None
-        source = source_for_cpu(path) if device == "cpu" else str(path)
-        providers = [(PROVIDERS[device], _cuda_options(path))] if device == "cuda" else [PROVIDERS[device]]
-        session = ort.InferenceSession(source, options, providers=providers, disabled_optimizers=retained)
-    # ONNX Runtime's exceptions share no base class below Exception.
-    except Exception as error:
-        # A file that is damaged is reported as such.
-        if checked.mismatch is not None:
-            raise checked.mismatch from error
-        first_line = one_line(error)
-        raise ModelFileError(
-            f"{path} is not an ONNX model that ONNX Runtime {ort.__version__} can open ({first_line}); "
-            "export it again.",
-            code="not_onnx",
-        ) from error
-    # A GPU session falls back to the CPU without a word when a CUDA library is missing.
-    if PROVIDERS[device] not in session.get_providers():
-        raise DeviceError(
-            f"ONNX Runtime could not start its {PROVIDERS[device]}, usually because a CUDA or cuDNN library is "
-            f"missing ({not_found.rstrip('.') or 'it does not say which'}); run `pip install "
-            "'onnxruntime-gpu[cuda,cudnn]'`, or pass --device cpu.",
-            code="gpu_unavailable",
-        )
-    return session, device, checked.result()
-
-
-def _cuda_options(path: Path) -> dict[str, str]:
-    """Return the options of ONNX Runtime's CUDA provider for a file.
-
-    TF32 is on by default there (`use_tf32`, "default: 1"), so that FP32 is not FP32; a graph that was built with --tf32
-    says so. Convolutions are searched exhaustively by default, at the first call of every new shape
-    (`cudnn_conv_algo_search`, "EXHAUSTIVE"). Both: onnxruntime.ai, CUDA-ExecutionProvider.
-    """
-    allowed = False
-    with contextlib.suppress(ModelFileError, ValueError, AttributeError):
-        manifest = json.loads(read_metadata(path).get(METADATA_KEY) or "{}")
-        allowed = manifest.get("training", {}).get("precision", {}).get("tf32") is True
-    return {"use_tf32": str(int(allowed)), "cudnn_conv_algo_search": "HEURISTIC"}
 
 
 class Session:
-    """An ONNX file of this toolkit in ONNX Runtime.
+    """A DRN model file, or one part of a split model, open in ONNX Runtime.
 
     Args:
         path, device, threads: see `create_session`.
-        part_of: the query part that names the file, and the SHA-256 that it names.
+        part_of: for a video part, the path of the query part and the SHA-256 that it records for this file.
+
+    Attributes:
+        path: of the file.
+        device: `cpu` or `cuda`.
+        manifest: of the model, with the precision of its weights.
+        uses_io_binding: whether tensors are bound, so that those on the GPU are not copied again.
 
     Raises:
-        ModelFileError: the file is not such a graph, is damaged, or is not the one that the query part names.
-        DeviceError: ONNX Runtime is not installed, or a GPU was asked for that it does not have.
+        ModelFileError: the file is no DRN model, is damaged, or is not the one that the query part records.
+        DeviceError: ONNX Runtime is not installed, or does not support the device.
     """
 
     def __init__(
@@ -184,27 +63,26 @@ class Session:
         if part_of is not None and content.sha256 != part_of[1]:
             raise _other_part(path, part_of[0])
         if content.recorded is None:
-            log.info("%s records no digest, so damage to it cannot be detected; export it again to add one.", path)
+            log.info("%s records no digest, so damage cannot be detected. Export it again to add one.", path)
         self.path = path
         self.device: Device = device
-        # On a GPU tensors are bound: what is there already is not copied, and outputs come back in one go.
-        self.binds = device == "cuda"
+        self.uses_io_binding = device == "cuda"
         self._process = os.getpid()
         metadata = session.get_modelmeta().custom_metadata_map
         if extractor_manifest.METADATA_KEY in metadata:
             raise extractor_manifest.no_model(path)
         manifest = Manifest.from_json(metadata.get(METADATA_KEY), source=str(path))
         self.manifest = dataclasses.replace(manifest, precision=precision_of_file(path, manifest.precision))
-        about = manifest.training.get("precision")
-        if manifest.precision == "int8" and not (isinstance(about, Mapping) and "cpu" in about):
+        checked_on = manifest.training.get("precision")
+        if manifest.precision == "int8" and not (isinstance(checked_on, Mapping) and "cpu" in checked_on):
             log.warning(
-                "%s does not record on which CPU it was checked against FP32. If that was one without VNNI, its "
-                "answers are more accurate than its report says. Judge it again with `python -m export.verify`.",
+                "%s does not record the CPU on which it was compared with FP32, so its reported accuracy may be too "
+                "low for this CPU. Compare it again with `python -m export.verify`.",
                 path,
             )
         self._session = session
         self._outputs = {output.name: (output.shape, output.type) for output in session.get_outputs()}
-        if self.binds:
+        if self.uses_io_binding:
             disable_in_forked_children(self)
 
     def require(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
@@ -214,57 +92,60 @@ class Session:
         )
         if missing:
             raise ModelFileError(
-                f"{self.path} lacks {', '.join(sorted(missing))}, so it is not a DRN graph; export it again.",
+                f"{self.path} is no DRN graph: it lacks {', '.join(sorted(missing))}. Export the model again.",
                 code="unexpected_tensors",
             )
 
     def run(self, outputs: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
-        """Return the outputs.
+        """Run the graph.
 
-        `feed` holds arrays and, where the session binds, tensors that `resident` returned.
+        Args:
+            outputs: names of the outputs to return.
+            feed: array of each input by name, or on a GPU a tensor that `to_device` returned.
+
+        Returns:
+            The outputs as arrays, in the order of `outputs`.
 
         Raises:
             ShapeError: the arrays do not fit the graph.
-            DeviceMemoryError: memory ran out.
-            DeviceError: the process was forked after CUDA had started.
+            DeviceMemoryError: the device has no memory left.
+            DeviceError: this process was forked after CUDA was started.
         """
         self._check_process()
-        # Where there is no row, ONNX Runtime divides by their number, and the process dies of it.
+        # ONNX Runtime divides by the number of rows, which crashes the process for an empty batch.
         if not len(next(iter(feed.values()))):
-            return [self._nothing(*self._outputs[name]) for name in outputs]
+            shapes_and_types = [self._outputs[name] for name in outputs]
+            return [np.empty((0, *shape[1:]), _DTYPES[dtype]) for shape, dtype in shapes_and_types]
         try:
-            return self._bound(outputs, feed) if self.binds else self._session.run(outputs, feed)
-        # Its own exceptions share no base class below Exception, and what is bound fails with a RuntimeError.
+            return self._run_bound(outputs, feed) if self.uses_io_binding else self._session.run(outputs, feed)
+        # ONNX Runtime's exceptions have no common base class below Exception, and I/O binding raises RuntimeError.
         except Exception as error:
             if not (type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError)):
                 raise
-            said = str(error).strip().splitlines()[0]
-            if is_out_of_memory(said):
+            message = str(error).strip().splitlines()[0]
+            if is_out_of_memory(message):
                 raise DeviceMemoryError(
-                    f"The {self.device} device has no memory left for this batch ({said}); pass a smaller --batch-size."
+                    f"The {self.device} device has no memory left for this batch ({message}). Pass a smaller "
+                    "--batch-size."
                 ) from error
-            raise ShapeError(f"The model does not take this batch: {said}.") from error
+            raise ShapeError(f"The model does not accept this batch: {message}. Check the shapes.") from error
 
-    @staticmethod
-    def _nothing(shape: Sequence[Any], kind: str) -> np.ndarray:
-        return np.empty((0, *shape[1:]), _DTYPES[kind])
-
-    def resident(self, array: np.ndarray) -> Any:
-        """Return an array as a tensor on the session's device; DeviceError as of `run`."""
+    def to_device(self, array: np.ndarray) -> Any:
+        """Copy an array to the session's device, as a tensor for `run`; DeviceError as of `run`."""
         self._check_process()
         import onnxruntime as ort
 
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
     def _check_process(self) -> None:
-        if self.binds and os.getpid() != self._process:
+        if self.uses_io_binding and os.getpid() != self._process:
             raise DeviceError(
-                "This process was forked from one that had started CUDA, which does not survive that; open the model "
-                "in the process that asks, or start processes by 'spawn'.",
+                "This process was forked after CUDA was started, and CUDA does not work in forked processes. Open the "
+                "model in this process, or start processes with 'spawn'.",
                 code="forked_process",
             )
 
-    def _bound(self, outputs: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
+    def _run_bound(self, outputs: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
         binding = self._session.io_binding()
         for name, value in feed.items():
             if isinstance(value, np.ndarray):
@@ -278,7 +159,7 @@ class Session:
 
 
 class OnnxRuntimeBackend:
-    """A whole `.onnx` file exported by this toolkit; errors as of `Session`."""
+    """Run a model that is one `.onnx` file; see `Backend`."""
 
     def __init__(self, session: Session) -> None:
         session.require(INPUT_NAMES, HEAD_NAMES)
@@ -287,15 +168,19 @@ class OnnxRuntimeBackend:
         self._session = session
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch; ShapeError if its arrays do not fit the graph."""
+        """Return the heads of a batch; raises as `Session.run`."""
         return Heads(*self._session.run(HEAD_NAMES, vars(batch)))
 
 
 class OnnxRuntimePair:
-    """The two `.onnx` files that a model was split into.
+    """Run a model that was split into two `.onnx` files; see `PairBackend`.
+
+    Args:
+        query: the query part.
+        threads: CPU threads of the video part.
 
     Raises:
-        ModelFileError: the video part is missing, is not the one that the query part was made with, or no such graph.
+        ModelFileError: the video part is missing, is not the one that the query part records, or is no video part.
     """
 
     def __init__(self, query: Session, threads: int | None = None) -> None:
@@ -305,15 +190,16 @@ class OnnxRuntimePair:
         self._query = query
         self._threads = threads
         self._on_device: LruCache[str, Any] = LruCache(MAX_ENCODINGS_ON_DEVICE)
-        if query.binds:
+        if query.uses_io_binding:
             disable_in_forked_children(self)
-        named = self.manifest.video_part
-        if len(named) != 1:
+        recorded = self.manifest.video_part
+        if len(recorded) != 1:
             raise ModelFileError(
-                f"{query.path} names {len(named)} video parts and needs one; export it again.", code="missing_part"
+                f"Expected one video part in the manifest of {query.path}, got {len(recorded)}. Export it again.",
+                code="missing_part",
             )
-        ((name, digest),) = named.items()
-        self._video = self._part(_existing_part(query.path, name), digest)
+        ((name, digest),) = recorded.items()
+        self._video = self._open_video_part(_existing_part(query.path, name), digest)
         self._video.require(VIDEO_INPUTS, VIDEO_OUTPUTS)
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
@@ -339,15 +225,15 @@ class OnnxRuntimePair:
 
     def _features(self, video: EncodedVideo) -> Any:
         """Return the features of one video, (1, D, T): an array, or on a GPU a tensor that stays there."""
-        if not self._query.binds:
+        if not self._query.uses_io_binding:
             return video.features[None]
         tensor = self._on_device.get(video.key)
         if tensor is None:
-            tensor = self._query.resident(video.features[None])
+            tensor = self._query.to_device(video.features[None])
             self._on_device.put(video.key, tensor)
         return tensor
 
-    def _part(self, path: Path, digest: str) -> Session:
+    def _open_video_part(self, path: Path, digest: str) -> Session:
         try:
             return Session(path, self.device, self._threads, (self._query.path, digest))
         except ModelFileError as error:
@@ -356,32 +242,43 @@ class OnnxRuntimePair:
             raise
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch, as the whole model would."""
-        from runtime.backends.base import run_pair
-
+        """Return the heads of a batch; see `run_pair`."""
         return run_pair(self, batch)
 
 
 def open_graph(
     path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None
 ) -> OnnxRuntimeBackend | OnnxRuntimePair:
-    """Open a whole graph, or the pair that a query part belongs to; errors as of `Session` and `OnnxRuntimePair`."""
+    """Open a whole model, or both parts of a split model from its query part.
+
+    Args:
+        path: the `.onnx` file; that of the query part if the model was split.
+        device, threads: see `create_session`.
+
+    Raises:
+        ModelFileError: as of `Session` and `OnnxRuntimePair`, or the file is a video part.
+        DeviceError: as of `Session`.
+    """
     session = Session(Path(path), device, threads)
     part = session.manifest.part
     if part in ("whole", "query"):
         return OnnxRuntimePair(session, threads) if part == "query" else OnnxRuntimeBackend(session)
     raise ModelFileError(
-        f"{path} is one part of a model ({part}), which answers nothing by itself; give the query part "
-        "(its name ends in .query.onnx).",
+        f"Expected a whole model or a query part, got the {part} part {path}. Give the query part (.query.onnx).",
         code="model_part",
     )
 
 
 def locate_part(query: Path, name: str, digest: str) -> Path:
-    """Return the path of a part that a query part names by file name and SHA-256.
+    """Return the path of a model part after checking its content.
+
+    Args:
+        query: the query part, in the same directory.
+        name: file name that its manifest records.
+        digest: SHA-256 that its manifest records.
 
     Raises:
-        ModelFileError: the file is not beside the query part, or is another one.
+        ModelFileError: the file is missing, or its content differs.
     """
     path = _existing_part(query, name)
     if sha256(path) != digest:
@@ -394,14 +291,14 @@ def _existing_part(query: Path, name: str) -> Path:
     path = query.with_name(Path(name).name)
     if not path.is_file():
         raise ModelFileError(
-            f"{query} needs {path.name} beside it, and there is none; copy it there.", code="missing_file"
+            f"{path} does not exist, but {query.name} needs it. Copy it to that directory.", code="missing_file"
         )
     return path
 
 
 def _other_part(path: Path, query: Path) -> ModelFileError:
     return ModelFileError(
-        f"{path} is not the file that {query.name} was made with (another export, or damaged); "
-        "copy all files of one export, or export again with --split.",
+        f"{path} has another SHA-256 than {query.name} records, so it is damaged or of another export. Copy all files "
+        "of one export, or export again with --split.",
         code=MISMATCH,
     )

@@ -92,7 +92,7 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
         from runtime.backends.tensorrt_backend import open_extractor_engine
 
         return open_extractor_engine(path, device)
-    from runtime.backends.onnxruntime_backend import create_session
+    from runtime.backends.onnxruntime_session import create_session
 
     session, _, content = create_session(path, device, threads)
     manifest = _manifest(session, path, content)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.loading import loading
 from runtime.artifacts.onnx_metadata import DigestCheck
-from runtime.backends import onnxruntime_backend
+from runtime.backends import onnxruntime_session
 from runtime.core.errors import GroundingError, ModelFileError
 
 
@@ -17,7 +17,7 @@ def test_loading_times_both_modes_and_restores_digest_check(models: Path, name: 
     found = loading(models / name, repeats=1)
     assert found["checked_s"] > 0
     assert found["unchecked_s"] > 0
-    assert onnxruntime_backend.DigestCheck is DigestCheck
+    assert onnxruntime_session.DigestCheck is DigestCheck
 
 
 def test_loading_rejects_zero_repeats_and_engine_files(models: Path) -> None:

@@ -54,7 +54,7 @@ from runtime.artifacts.engine_metadata import read_sidecar
 from runtime.artifacts.manifest import METADATA_KEY
 from runtime.backends import engine_compatibility
 from runtime.backends.engine_compatibility import rebuild_command
-from runtime.backends.onnxruntime_backend import _cuda_options
+from runtime.backends.onnxruntime_session import _cuda_options
 from runtime.backends.tensorrt_backend import short_query_plans
 from runtime.core.errors import (
     AnnotationError,

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from calib.graph.conv_padding import extract_padding, inline_padding
 from calib.graph.onnx_graph import graph_hash, load_fp32_graph, weights_hash
 from calib.graph.onnx_session import open_session
-from runtime.backends.onnxruntime_backend import DISABLED_OPTIMIZERS
+from runtime.backends.onnxruntime_session import DISABLED_OPTIMIZERS
 from runtime.core.batch import Batch, Heads
 
 OUTPUTS = list(Heads.__dataclass_fields__)

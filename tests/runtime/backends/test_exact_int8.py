@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtime.backends import exact_int8
 from runtime.backends.exact_int8 import for_cpu, read_contents, saturates, source_for_cpu, unsigned
-from runtime.backends.onnxruntime_backend import create_session
+from runtime.backends.onnxruntime_session import create_session
 from runtime.core import cpu_info
 
 # Features of CPUs, by Linux's names.

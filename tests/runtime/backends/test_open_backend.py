@@ -12,7 +12,7 @@ import pytest
 from runtime.artifacts.manifest import METADATA_KEY
 from runtime.backends import open_backend
 from runtime.backends.base import Device
-from runtime.backends.onnxruntime_backend import import_onnxruntime
+from runtime.backends.onnxruntime_session import import_onnxruntime
 from runtime.core.batch import Batch
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
 from tests.raising import raises
