@@ -164,13 +164,13 @@ def time_rejected(job: Job, target: str) -> Found:
 
 
 def _time_plan(job: Job, network: Any) -> list[float]:
-    profile = network.domains[0]
-    sizes = dict(profile.largest())
+    profile = network.profiles[0]
+    sizes = dict(profile.max_sizes())
     shapes = profile.shapes(network.tensors.axes, sizes)
     rng = np.random.default_rng(0)
     inputs = {name: np.ones(shape, np.int32) if "query" in name else rng.random(shape, np.float32)
               for name, shape in shapes.items() if name not in network.tensors.encodings}  # fmt: skip
-    with network.turn, network.cuda.current():
+    with network.lock, network.cuda.current():
         network.contexts.timed = True
 
         def run(_: object) -> Any:

@@ -1,4 +1,4 @@
-"""The shapes in which batches go through an engine, and where their tensors lie: values, decided without a GPU."""
+"""Choose the optimization profile and padded shape of a batch, and the layout of its tensors in memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from runtime.core.errors import ShapeError
 
 Shape = tuple[int, ...]
 
-# TensorRT requires every tensor to begin at a multiple of this.
+# TensorRT requires the address of every tensor to be a multiple of this number of bytes.
 ALIGNMENT = 256
 MIN_PADDED_LENGTH = 4
-# Which of an input's leading sizes are free, and what they count, in a whole model, in the two parts of a pair, and in
-# an extractor of clip features.
+# The dynamic leading axes of each input, by part: a whole model, the two parts of a split one, a feature extractor.
 AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "whole": {
         "query_tokens": ("batch", "query_length"),
@@ -37,7 +36,7 @@ AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 
 class MinOptMax(NamedTuple):
-    """The sizes of one axis between which an engine works, and the size that it is tuned for."""
+    """The smallest and largest size of an axis that an engine accepts, and the size that it is tuned for."""
 
     min: int
     opt: int
@@ -45,8 +44,7 @@ class MinOptMax(NamedTuple):
 
     @classmethod
     def covering(cls, ranges: Iterable[Sequence[int]]) -> MinOptMax:
-        """Return the range over several profiles. The last profile has the optimum: an earlier one may be for one
-        query alone."""
+        """Return the range over several profiles, with the optimum of the last: the first may be for one query."""
         minima, optima, maxima = zip(*ranges)
         return cls(min(minima), optima[-1], max(maxima))
 
@@ -56,35 +54,35 @@ class OptimizationProfile:
     """One optimization profile of an engine.
 
     Attributes:
-        index: its number in the engine.
-        ranges: of `batch`, `query_length` and `video`, those that the engine has.
-        tails: for each input the sizes that are fixed.
-        fixed: axes that are always as large as they can be (the videos kept on the device).
+        index: in the engine.
+        ranges: of the axes `batch`, `query_length` and `video` that the engine has.
+        static_shapes: of each input, the sizes after the dynamic axes.
+        fixed: axes that are always padded to their maximum (the videos stored on the device).
     """
 
     index: int
     ranges: Mapping[str, MinOptMax]
-    tails: Mapping[str, Shape]
+    static_shapes: Mapping[str, Shape]
     fixed: frozenset[str] = frozenset()
 
     def padded(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
         """Return the sizes that a request is padded to; None if it is too large for this profile."""
         results = {}
-        for axis, (smallest, _, largest) in self.ranges.items():
-            if sizes[axis] > largest:
+        for axis, (min_size, _, max_size) in self.ranges.items():
+            if sizes[axis] > max_size:
                 return None
-            size = max(sizes[axis], smallest)
+            size = max(sizes[axis], min_size)
             if axis in self.fixed:
-                results[axis] = largest
+                results[axis] = max_size
             else:
-                results[axis] = padded_length(size, largest) if axis == "query_length" else min(bucket(size), largest)
+                results[axis] = padded_length(size, max_size) if axis == "query_length" else min(bucket(size), max_size)
         return results
 
     def shapes(self, axes: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]) -> dict[str, Shape]:
         """Return the shape of every input at these sizes."""
-        return {name: (*(sizes[axis] for axis in free), *self.tails[name]) for name, free in axes.items()}
+        return {name: (*(sizes[axis] for axis in dynamic), *self.static_shapes[name]) for name, dynamic in axes.items()}
 
-    def largest(self) -> dict[str, int]:
+    def max_sizes(self) -> dict[str, int]:
         return {axis: size.max for axis, size in self.ranges.items()}
 
 
@@ -94,98 +92,97 @@ def profile_from_shapes(
     shapes: Mapping[str, Sequence[Shape]],
     fixed: frozenset[str] = frozenset(),
 ) -> OptimizationProfile:
-    """Return an engine's profile from the smallest, best and largest shape of each input."""
+    """Return an engine's profile from the min, opt and max shape of each input."""
     ranges: dict[str, MinOptMax] = {}
-    for name, free in axes.items():
-        smallest, best, largest = shapes[name]
-        for location, axis in enumerate(free):
-            ranges[axis] = MinOptMax(smallest[location], best[location], largest[location])
-    return OptimizationProfile(
-        index, ranges, {name: tuple(shapes[name][2][len(free) :]) for name, free in axes.items()}, fixed
-    )
+    for name, dynamic in axes.items():
+        ranges.update((axis, MinOptMax(*sizes)) for axis, *sizes in zip(dynamic, *shapes[name]))
+    static_shapes = {name: tuple(shapes[name][2][len(dynamic) :]) for name, dynamic in axes.items()}
+    return OptimizationProfile(index, ranges, static_shapes, fixed)
 
 
 def bucket(size: int) -> int:
-    """Return the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ...: few sizes, and at most a third is padding.
+    """Return the next size of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, ..., so that at most a third is padding.
 
-    The masks make padding exact, and each size costs a CUDA graph of its own.
+    Masks make padding exact. Few sizes mean few CUDA graphs.
     """
     power = 1 << (size - 1).bit_length()
     between = 3 * power // 4
     return between if power >= 4 and between >= size else power
 
 
-def padded_length(length: int, longest: int) -> int:
-    """Return the tokens that queries of a length are padded to: 4, 6, 8, 12, 16, 24, ..., at most the longest."""
-    return min(max(bucket(length), MIN_PADDED_LENGTH), longest)
+def padded_length(length: int, max_length: int) -> int:
+    """Return the tokens that a query is padded to: 4, 6, 8, 12, 16, 24, ..., at most `max_length`."""
+    return min(max(bucket(length), MIN_PADDED_LENGTH), max_length)
 
 
-def choose(
-    domains: Sequence[OptimizationProfile], sizes: Mapping[str, int]
+def choose_profile(
+    profiles: Sequence[OptimizationProfile], sizes: Mapping[str, int]
 ) -> tuple[OptimizationProfile, dict[str, int]]:
-    """Return the profile for a request and the sizes it is padded to: the least padding, then the smaller profile.
+    """Return the profile with the least padding for a request, the smaller one if equal, and the padded sizes.
 
     Raises:
-        ShapeError: it is too large for every profile.
+        ShapeError: the request is too large for every profile.
     """
-    fitting = [(profile, profile.padded(sizes)) for profile in domains]
+    padded_sizes = [(profile, profile.padded(sizes)) for profile in profiles]
     best = min(
-        ((profile, padded) for profile, padded in fitting if padded is not None),
-        key=lambda pair: (_volume(pair[1]), _volume(pair[0].largest()), pair[0].index),
+        ((profile, padded) for profile, padded in padded_sizes if padded is not None),
+        key=lambda pair: (_volume(pair[1]), _volume(pair[0].max_sizes()), pair[0].index),
         default=None,
     )
     if best is None:
+        supported = " or ".join(
+            ", ".join(f"{axis} {low} to {high}" for axis, (low, _, high) in profile.ranges.items())
+            for profile in profiles
+        )
         raise ShapeError(
-            "The engine takes "
-            + " or ".join(
-                ", ".join(f"{axis} {low} to {high}" for axis, (low, _, high) in profile.ranges.items())
-                for profile in domains
-            )
-            + f", and {', '.join(f'{axis} {size}' for axis, size in sizes.items())} was asked for."
+            f"Expected {supported}, got {', '.join(f'{axis} {size}' for axis, size in sizes.items())}. Run smaller "
+            "batches, or build the engine for larger ones (--batch)."
         )
     return best
 
 
-def row_slices(rows: int, largest: int) -> Iterator[slice]:
-    """Yield the parts of a batch that go through one after another, each of `largest` rows at most."""
-    for start in range(0, rows, largest):
-        yield slice(start, min(start + largest, rows))
+def row_slices(num_rows: int, max_rows: int) -> Iterator[slice]:
+    """Yield slices of a batch of at most `max_rows` rows each, in order."""
+    for start in range(0, num_rows, max_rows):
+        yield slice(start, min(start + max_rows, num_rows))
 
 
-def row_slices_by_video(video_index: np.ndarray, largest: int, most_videos: int, videos: int) -> Iterator[np.ndarray]:
-    """Yield the rows, at most `largest` and of at most `most_videos` different videos, that go through together.
+def row_slices_by_video(
+    video_index: np.ndarray, max_rows: int, max_videos: int, num_videos: int
+) -> Iterator[np.ndarray]:
+    """Yield row indices of parts of a batch, each within the limits of rows and of different videos.
 
     Args:
-        video_index: (B,) which video each row asks.
-        largest, most_videos: how many go through together.
-        videos: how many there are, all asked or not.
+        video_index: (B,) int, the video of each row.
+        max_rows, max_videos: limits of one part.
+        num_videos: number of videos, including those that no row refers to.
     """
-    if videos <= most_videos:
-        for part in row_slices(len(video_index), largest):
+    if num_videos <= max_videos:
+        for part in row_slices(len(video_index), max_rows):
             yield np.arange(part.start, part.stop)
         return
-    distinct, which = np.unique(video_index, return_inverse=True)
-    for start in range(0, len(distinct), most_videos):
-        (rows,) = np.nonzero((which >= start) & (which < start + most_videos))
-        for part in row_slices(len(rows), largest):
+    distinct, inverse = np.unique(video_index, return_inverse=True)
+    for start in range(0, len(distinct), max_videos):
+        (rows,) = np.nonzero((inverse >= start) & (inverse < start + max_videos))
+        for part in row_slices(len(rows), max_rows):
             yield rows[part]
 
 
-def referenced_videos(video_index: np.ndarray, videos: int, most_videos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the videos that a piece needs, (V,), and which of those each of its rows asks, (B,).
+def referenced_videos(video_index: np.ndarray, num_videos: int, max_videos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the videos that rows refer to, (V,), and for each row its index among them, (B,).
 
-    Where there is room for all, all are named: looking for those that are asked takes longer than a small network.
+    All videos are returned if they fit, because `np.unique` takes longer than a small network.
     """
     if len(video_index) == 1:
         return video_index, np.zeros(1, np.int32)
-    if videos <= most_videos:
-        return np.arange(videos), video_index
+    if num_videos <= max_videos:
+        return np.arange(num_videos), video_index
     return np.unique(video_index, return_inverse=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSlice:
-    """The position of a tensor in a buffer."""
+    """The position of a tensor in a buffer, `offset` in bytes."""
 
     offset: int
     shape: Shape
@@ -193,7 +190,7 @@ class TensorSlice:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Return the size in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def view(self, buffer: np.ndarray) -> np.ndarray:
@@ -202,12 +199,12 @@ class TensorSlice:
 
 
 def pack_tensors(shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype]) -> tuple[dict[str, TensorSlice], int]:
-    """Return where tensors lie when put side by side, so that one copy moves them all, and the bytes they take."""
-    regions, offset = {}, 0
+    """Return a layout of tensors in one buffer, so that one copy moves them all, and its size in bytes."""
+    slices, offset = {}, 0
     for name, shape in shapes.items():
-        regions[name] = TensorSlice(offset, shape, dtypes[name])
-        offset = -(-(offset + regions[name].size) // ALIGNMENT) * ALIGNMENT
-    return regions, offset
+        slices[name] = TensorSlice(offset, shape, dtypes[name])
+        offset = -(-(offset + slices[name].size) // ALIGNMENT) * ALIGNMENT
+    return slices, offset
 
 
 def _volume(sizes: Mapping[str, int]) -> int:

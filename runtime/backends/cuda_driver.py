@@ -1,8 +1,7 @@
-"""CUDA's driver, by ctypes: the few calls that running an engine takes.
+"""Call the CUDA driver through ctypes, so that an engine runs without a CUDA package.
 
-The driver's library is there wherever a GPU is, so nothing has to be installed for it. The device's primary context is
-used, which TensorRT and torch share; whatever context a caller has is his again after each call. A process that was
-forked has none of it: it neither uses nor destroys what its parent made.
+The primary context of the device is used, which TensorRT and torch share. Each call restores the context of its caller.
+A forked process neither uses nor destroys the resources of its parent.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from runtime.core.errors import DeviceError
 LIBRARY = "libcuda.so.1"
 OUT_OF_MEMORY = 2
 _NON_BLOCKING = 1
-# Another thread's allocation (torch's, say) does not break a capture of this thread.
+# Allocations in other threads, as of torch, do not invalidate a capture in this mode.
 _CAPTURE_THREAD_LOCAL = 1
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 _out = ctypes.c_void_p
 _handle, _address = ctypes.c_void_p, ctypes.c_uint64
 _int, _unsigned, _size = ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
-# Arguments by exported name, as in cuda.h; `_out` is a pointer that the call writes through.
+# Argument types by exported name, from cuda.h; `_out` is an output pointer.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (_unsigned,),
     "cuDriverGetVersion": (_out,),
@@ -65,7 +64,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class CudaError(DeviceError):
-    """A call of CUDA's failed."""
+    """A call of the CUDA driver or of TensorRT failed."""
 
     code = "gpu_call_failed"
 
@@ -77,15 +76,18 @@ class OutOfDeviceMemory(CudaError):
 
 
 class Cuda:
-    """The first GPU that CUDA shows, ready to be used by this process.
+    """The first visible GPU, initialized for this process.
+
+    Args:
+        library: replaces libcuda in tests.
 
     Attributes:
-        name: as the driver calls it.
+        name: of the GPU.
         capability: compute capability, as "9.0".
-        driver: the newest CUDA that the driver runs, as "13.0".
+        driver: newest CUDA version that the driver supports, as "13.0".
 
     Raises:
-        DeviceError: there is no driver, no GPU, or the driver is too old.
+        DeviceError: no driver or GPU is available, or the driver is too old.
     """
 
     def __init__(self, library: Any = None) -> None:
@@ -98,7 +100,7 @@ class Cuda:
         self._check("cuDeviceGetCount", ctypes.byref(count))
         if not count.value:
             raise DeviceError(
-                "The CUDA driver shows no GPU; look at CUDA_VISIBLE_DEVICES and nvidia-smi.", code="gpu_unavailable"
+                "The CUDA driver reports no GPU. Check CUDA_VISIBLE_DEVICES and nvidia-smi.", code="gpu_unavailable"
             )
         self._check("cuDeviceGet", ctypes.byref(device), 0)
         text = ctypes.create_string_buffer(256)
@@ -107,26 +109,26 @@ class Cuda:
         self.capability = ".".join(
             str(self._attribute(attribute, device.value)) for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR)
         )
-        self._context = self._made("cuDevicePrimaryCtxRetain", device.value)
+        self._context = self._create_handle("cuDevicePrimaryCtxRetain", device.value)
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """Make the GPU current in this thread, and in the end whichever was: torch may be on another.
+        """Make the GPU current in this thread for the block, then restore the previous context.
 
         Raises:
             DeviceError: this process was forked from the one that opened the GPU.
         """
         if os.getpid() != self._process:
             raise DeviceError(
-                f"This process ({os.getpid()}) was forked from one that had opened the GPU already ({self._process}), "
-                "and CUDA does not survive that; load the model in the new process, or start it by spawn.",
+                f"Process {os.getpid()} was forked after process {self._process} opened the GPU, and CUDA does not "
+                "work in forked processes. Open the model in this process, or start processes with 'spawn'.",
                 code="forked_process",
             )
         self._check("cuCtxPushCurrent_v2", self._context)
         try:
             yield
         finally:
-            # Its code would hide the error on account of which this ends.
+            # The result is ignored: an error here would hide the one that ends the block.
             self._calls["cuCtxPopCurrent_v2"](ctypes.byref(ctypes.c_void_p()))
 
     @property
@@ -135,13 +137,13 @@ class Cuda:
         return os.getpid() == self._process
 
     def memory(self) -> tuple[int, int]:
-        """Return the free and the total bytes of the GPU's memory."""
+        """Return the free and the total memory of the GPU in bytes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._check("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
 
     def allocate(self, size: int) -> int:
-        """Return the address of `size` new bytes on the GPU, aligned to 256; raises OutOfDeviceMemory."""
+        """Allocate `size` bytes on the GPU, aligned to 256, and return the address; OutOfDeviceMemory if it is full."""
         address = ctypes.c_uint64()
         self._check("cuMemAlloc_v2", ctypes.byref(address), max(size, 1))
         return address.value
@@ -150,24 +152,24 @@ class Cuda:
         self._check("cuMemFree_v2", address)
 
     def pinned(self, size: int) -> np.ndarray:
-        """Return `size` new bytes of page-locked host memory, as (size,) uint8; freed by `unpin` alone."""
-        address = self._made("cuMemAllocHost_v2", max(size, 1))
+        """Allocate page-locked host memory, (size,) uint8; only `unpin` frees it."""
+        address = self._create_handle("cuMemAllocHost_v2", max(size, 1))
         return np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(address))
 
     def unpin(self, array: np.ndarray) -> None:
         self._check("cuMemFreeHost", array.ctypes.data)
 
     def copy_in(self, address: int, host: int, size: int, stream: int) -> None:
-        """Copy `size` bytes of page-locked memory at `host` to the GPU; done when the stream is."""
+        """Enqueue a copy of `size` bytes of page-locked memory at `host` to the GPU."""
         self._check("cuMemcpyHtoDAsync_v2", address, host, size, stream)
 
     def copy_out(self, host: int, address: int, size: int, stream: int) -> None:
-        """Copy `size` bytes of the GPU to page-locked memory at `host`; done when the stream is."""
+        """Enqueue a copy of `size` bytes of the GPU to page-locked memory at `host`."""
         self._check("cuMemcpyDtoHAsync_v2", host, address, size, stream)
 
     def stream(self) -> int:
-        """Return a new stream that does not wait for the default one."""
-        return self._made("cuStreamCreate", _NON_BLOCKING)
+        """Create a stream that does not wait for the default stream."""
+        return self._create_handle("cuStreamCreate", _NON_BLOCKING)
 
     def synchronize(self, stream: int) -> None:
         self._check("cuStreamSynchronize", stream)
@@ -176,22 +178,22 @@ class Cuda:
         self._check("cuStreamDestroy_v2", stream)
 
     def begin_capture(self, stream: int) -> None:
-        """Record what follows on the stream instead of running it."""
+        """Start to capture the following calls on the stream instead of running them."""
         self._check("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
 
     def end_capture(self, stream: int) -> int:
-        """Return what was recorded, ready to be launched."""
+        """End a capture and return the executable CUDA graph."""
         graph = ctypes.c_void_p()
         self._check("cuStreamEndCapture", stream, ctypes.byref(graph))
         try:
-            return self._made("cuGraphInstantiateWithFlags", graph.value, 0)
+            return self._create_handle("cuGraphInstantiateWithFlags", graph.value, 0)
         finally:
             self._check("cuGraphDestroy", graph.value)
 
     def drop_capture(self, stream: int) -> None:
-        """End a capture in which something failed, so that the stream can be used again."""
+        """Discard a failed capture, so that the stream can be used again."""
         graph = ctypes.c_void_p()
-        # An invalidated capture is ended by the very call that reports it.
+        # The result is ignored: this call ends an invalidated capture and reports it as an error.
         self._calls["cuStreamEndCapture"](stream, ctypes.byref(graph))
         if graph.value:
             self._check("cuGraphDestroy", graph.value)
@@ -203,13 +205,13 @@ class Cuda:
         self._check("cuGraphExecDestroy", graph)
 
     def event(self) -> int:
-        return self._made("cuEventCreate", 0)
+        return self._create_handle("cuEventCreate", 0)
 
     def record(self, event: int, stream: int) -> None:
         self._check("cuEventRecord", event, stream)
 
     def elapsed_ms(self, start: int, end: int) -> float:
-        """Return the milliseconds between two recorded events, once their stream is done."""
+        """Return the milliseconds between two recorded events of a synchronized stream."""
         elapsed = ctypes.c_float()
         self._check("cuEventElapsedTime", ctypes.byref(elapsed), start, end)
         return elapsed.value
@@ -222,7 +224,7 @@ class Cuda:
         self._check("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
         return value.value
 
-    def _made(self, name: str, *arguments: Any) -> int:
+    def _create_handle(self, name: str, *arguments: Any) -> int:
         """Return the handle that a call writes through its first argument."""
         handle = ctypes.c_void_p()
         self._check(name, ctypes.byref(handle), *arguments)
@@ -232,10 +234,10 @@ class Cuda:
     def _check(self, name: str, *arguments: Any) -> None:
         code = self._calls[name](*arguments)
         if code:
-            kind = OutOfDeviceMemory if code == OUT_OF_MEMORY else CudaError
-            raise kind(f"CUDA's {name} failed: {self._told(code)}.")
+            error = OutOfDeviceMemory if code == OUT_OF_MEMORY else CudaError
+            raise error(f"CUDA call {name} failed: {self._describe(code)}.")
 
-    def _told(self, code: int) -> str:
+    def _describe(self, code: int) -> str:
         texts = []
         for name in ("cuGetErrorName", "cuGetErrorString"):
             text = ctypes.c_char_p()
@@ -245,15 +247,15 @@ class Cuda:
 
 
 def disable_in_forked_children(owner: Any) -> None:
-    """See to it that no process forked from this one destroys `owner`, nor what it holds on the GPU.
+    """Never destroy `owner` in a process forked from this one.
 
-    The destructors of TensorRT and ONNX Runtime call CUDA, which in a forked process crashes or hangs.
+    The destructors of TensorRT and ONNX Runtime call CUDA, which crashes or hangs in a forked process.
     """
     _OWNERS.add(owner)
 
 
 def leak_forever(owner: Any) -> None:
-    """See to it that `owner` is never destroyed, not even when the interpreter ends."""
+    """Never destroy `owner`, not even when the interpreter ends."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 
@@ -263,7 +265,7 @@ def _disable_all() -> None:
 
 
 _OWNERS: weakref.WeakSet[Any] = weakref.WeakSet()
-# Windows, where TensorRT runs too, has no fork.
+# Windows has no fork.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disable_all)
 
@@ -273,7 +275,7 @@ def _load() -> Any:
         return ctypes.CDLL(LIBRARY)
     except OSError as error:
         raise DeviceError(
-            f"There is no CUDA driver here ({error}); install the NVIDIA driver, or run on the CPU with an .onnx file.",
+            f"The CUDA driver cannot be loaded ({error}). Install the NVIDIA driver, or run an .onnx file on the CPU.",
             code="gpu_unavailable",
         ) from error
 
@@ -284,7 +286,7 @@ def _bind(library: Any) -> dict[str, Any]:
         call = getattr(library, name, None)
         if call is None:
             raise DeviceError(
-                f"The NVIDIA driver is too old: it has no {name}, which came with CUDA 11.4; install a newer driver.",
+                f"The NVIDIA driver has no {name}, which CUDA 11.4 added. Install a newer driver.",
                 code="driver_too_old",
             )
         call.argtypes, call.restype = arguments, _int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,28 +13,28 @@ from runtime.backends.cuda_driver import Cuda, CudaError
 
 
 class DeviceBuffers:
-    """The memory, the stream and the events of one engine, allocated once.
+    """The memory, stream and events of one engine, allocated once.
 
-    Inputs lie side by side, so that one copy takes them to the GPU, and so do outputs.
+    All inputs share one buffer, so that one copy moves them to the GPU; so do all outputs.
 
     Args:
         cuda: the GPU.
 
     Attributes:
-        stream: on which the engine runs and its tensors are copied.
-        events: two, for the time between them.
+        stream: of the engine and its copies.
+        events: start and end of a timed run.
         scratch: address of the memory that all contexts share.
         device_in, device_out: addresses of inputs and outputs.
         host_in, host_out: page-locked memory of the same sizes, (bytes,) uint8.
-        encodings: addresses of the tensors of encodings, by their number of slots (profiles may differ) and name.
-        staged: page-locked memory of the same shapes, from which they are copied.
-        device_bytes: allocated on the device.
+        encodings: addresses of the tensors of encodings by number of slots, which differs among profiles, and name.
+        staging: page-locked source of each of them, of the same shape.
+        device_bytes: bytes allocated on the device.
     """
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
         self.encodings: dict[tuple[int, str], int] = {}
-        self.staged: dict[tuple[int, str], np.ndarray] = {}
+        self.staging: dict[tuple[int, str], np.ndarray] = {}
         self.device_bytes = 0
         self._device: list[int] = []
         self._pinned: list[np.ndarray] = []
@@ -53,58 +53,55 @@ class DeviceBuffers:
         self.scratch = self._allocate(size)
 
     def allocate_encodings(self, shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype]) -> None:
-        """Allocate the tensors of encodings, (slots, ...) each, unless there are such of so many slots."""
+        """Allocate the tensors of encodings, (slots, ...) each, once for each number of slots."""
         for name, shape in shapes.items():
             key = (shape[0], name)
             if key not in self.encodings:
-                region = TensorSlice(0, shape, dtypes[name])
-                self.encodings[key] = self._allocate(region.size)
-                self.staged[key] = region.view(self._pin(region.size))
+                layout = TensorSlice(0, shape, dtypes[name])
+                self.encodings[key] = self._allocate(layout.size)
+                self.staging[key] = layout.view(self._pin(layout.size))
 
-    def allocate_staging(self, bytes_in: int, bytes_out: int) -> None:
-        """Allocate inputs and outputs of at most so many bytes."""
+    def allocate_inputs_and_outputs(self, bytes_in: int, bytes_out: int) -> None:
+        """Allocate the buffers of inputs and of outputs, on the device and the host."""
         self.device_in, self.device_out = self._allocate(bytes_in), self._allocate(bytes_out)
         self.host_in, self.host_out = self._pin(bytes_in), self._pin(bytes_out)
 
     def copy_in(self, size: int) -> None:
-        """Copy the first bytes of the inputs to the device, on the stream."""
+        """Enqueue a copy of the first `size` bytes of the inputs to the device."""
         self.cuda.copy_in(self.device_in, self.host_in.ctypes.data, size, self.stream)
 
     def copy_out(self, size: int) -> None:
-        """Copy the first bytes of the outputs from the device, on the stream."""
+        """Enqueue a copy of the first `size` bytes of the outputs from the device."""
         self.cuda.copy_out(self.host_out.ctypes.data, self.device_out, size, self.stream)
 
     def upload(self, name: str, slots: int, slot: int) -> None:
-        """Copy one encoding from `staged` to the device, ahead of the next run.
-
-        Each part of `staged` is copied to one slot alone, so that nothing has to wait before it is written again.
-        """
-        host = self.staged[slots, name][slot]
+        """Enqueue a copy of one encoding from `staging` to its slot on the device."""
+        host = self.staging[slots, name][slot]
         self.cuda.copy_in(self.encodings[slots, name] + slot * host.nbytes, host.ctypes.data, host.nbytes, self.stream)
 
     @property
     def pinned_bytes(self) -> int:
-        """Page-locked memory of the host."""
+        """Return the bytes of page-locked host memory."""
         return sum(array.nbytes for array in self._pinned)
 
     def synchronize(self) -> None:
-        """Wait for all that is on the stream; CudaError if it failed."""
+        """Wait for all enqueued work; CudaError if any of it failed."""
         for stream in self._streams:
             self.cuda.synchronize(stream)
 
     def free(self) -> None:
-        """Free everything; what cannot be freed is left."""
-        freed: list[tuple[Callable[[Any], None], Sequence[Any]]] = [
+        """Free everything; errors are ignored."""
+        owned: list[tuple[Callable[[Any], None], list[Any]]] = [
             (self.cuda.free, self._device),
             (self.cuda.unpin, self._pinned),
             (self.cuda.destroy_event, self._events),
             (self.cuda.destroy_stream, self._streams),
         ]
-        for free, resources in freed:
+        for free, resources in owned:
             for resource in resources:
                 with contextlib.suppress(CudaError):
                     free(resource)
-        self._device, self._pinned, self._events, self._streams = [], [], [], []
+            resources.clear()
 
     def _allocate(self, size: int) -> int:
         self._device.append(self.cuda.allocate(size))

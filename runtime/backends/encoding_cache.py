@@ -12,7 +12,7 @@ from runtime.core.lru_cache import LruCache
 
 
 class EncodingSlots:
-    """Assign slots of the device's memory to encodings by their key; the least recently used one gives up its slot.
+    """Assign slots on the device to encodings by their key; a new encoding replaces the least recently used one.
 
     Args:
         slots: number of encodings that fit.
@@ -28,38 +28,44 @@ class EncodingSlots:
         self._slots: LruCache[str, int] = LruCache(self._count)
 
     def acquire(self, keys: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-        """Return the slots of encodings, and which of them have to be filled.
+        """Assign a slot to each encoding.
 
         Args:
-            keys: V keys, at most as many different ones as there are slots.
+            keys: V keys, not more different ones than slots. Objects of equal content have the same key.
 
         Returns:
-            (V,) int32 slots, and the positions in `keys` whose slot holds another encoding.
+            (V,) int32 slots, and the indices of the keys whose encoding must be copied to its slot.
         """
         slots = [self._slots.get(key) for key in keys]
         missing = []
         if None in slots:
-            for position, key in enumerate(keys):
-                # Two objects of equal content have one key.
+            for index, key in enumerate(keys):
                 if key not in self._slots:
-                    missing.append(position)
-                    # The other keys of this call were just used, so the oldest is none of them.
+                    missing.append(index)
+                    # `get` has just marked the other keys of this call as used, so the oldest is none of them.
                     slot = self._free.pop() if self._free else self._slots.pop_oldest()
                     self._slots.put(key, slot)
             slots = [self._slots.get(key) for key in keys]
         return np.array(slots, np.int32), missing
 
 
-def gather_rows(rows: int, answers: Sequence[RowOutputs], nothing: Callable[[], Mapping[str, np.ndarray]]) -> Heads:
-    """Return the heads of all rows from those of some at a time, each in their order; `nothing` returns those of no
-    row."""
-    if len(answers) == 1:
-        gathered = answers[0][1]
-    elif rows:
-        gathered = {name: np.empty((rows, *values.shape[1:]), np.float32) for name, values in answers[0][1].items()}
-        for some, result in answers:
+def gather_rows(
+    num_rows: int, outputs: Sequence[RowOutputs], empty_outputs: Callable[[], Mapping[str, np.ndarray]]
+) -> Heads:
+    """Return the heads of a batch that ran in parts.
+
+    Args:
+        num_rows: of the batch.
+        outputs: rows and outputs of each part.
+        empty_outputs: returns the outputs of an empty batch.
+    """
+    if len(outputs) == 1:
+        gathered = outputs[0][1]
+    elif num_rows:
+        gathered = {name: np.empty((num_rows, *values.shape[1:]), np.float32) for name, values in outputs[0][1].items()}
+        for rows, values_of in outputs:
             for name in HEAD_NAMES:
-                gathered[name][some] = result[name]
+                gathered[name][rows] = values_of[name]
     else:
-        gathered = nothing()
+        gathered = empty_outputs()
     return Heads(*[np.asarray(gathered[name], np.float32) for name in HEAD_NAMES])

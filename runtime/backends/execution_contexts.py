@@ -17,8 +17,7 @@ from runtime.backends.tensorrt_logger import CallChecker
 from runtime.core.errors import ModelFileError
 from runtime.core.lru_cache import LruCache
 
-# Contexts, each with its CUDA graph; the least recently used is released first. There is room for all sizes of batches
-# to 32 and of queries to 16 words, which a service meets in any order, so that no context is created twice.
+# Enough for all padded batch sizes up to 32 and query lengths up to 16, so that a service creates each context once.
 MAX_EXECUTION_STATES = 64
 
 
@@ -27,10 +26,10 @@ class EngineTensors:
     """The inputs and outputs of an engine.
 
     Attributes:
-        axes: of each input the sizes that are free; see `batch_shapes.AXES`.
-        encodings: inputs that stay on the device.
+        axes: dynamic axes of each input; see `batch_shapes.AXES`.
+        encodings: names of the inputs that stay on the device.
         outputs: names, in the order of the results.
-        dtypes: of all.
+        dtypes: of all tensors.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -39,18 +38,27 @@ class EngineTensors:
     dtypes: Mapping[str, np.dtype]
 
     def pack_inputs(self, shapes: Mapping[str, Shape]) -> tuple[dict[str, TensorSlice], int]:
-        """Return the slices of the inputs that are copied for each run, and their bytes."""
+        """Return the layout of the inputs that are copied for each run, and its size in bytes."""
         copied = {name: shape for name, shape in shapes.items() if name not in self.encodings}
         return pack_tensors(copied, self.dtypes)
 
     def pack_outputs(self, context: Any) -> tuple[dict[str, TensorSlice], int]:
-        """Return the slices of the outputs of a context that is set to shapes, and their bytes."""
+        """Return the layout of the outputs of a context whose input shapes are set, and its size in bytes."""
         return pack_tensors({name: tuple(context.get_tensor_shape(name)) for name in self.outputs}, self.dtypes)
 
 
 @dataclasses.dataclass
 class ExecutionState:
-    """One profile and shape: a context set to it, views of the staging memory, and the CUDA graph once captured."""
+    """The execution context of one profile and shape.
+
+    Attributes:
+        profile, sizes: the profile, and the padded size of each axis.
+        context: of TensorRT, with these shapes set.
+        inputs, outputs: views of page-locked memory.
+        bytes_in, bytes_out: bytes that one run copies.
+        runs: number of runs.
+        graph: CUDA graph of a run; None until it is captured.
+    """
 
     profile: OptimizationProfile
     sizes: Mapping[str, int]
@@ -64,25 +72,25 @@ class ExecutionState:
 
 
 class ExecutionContexts:
-    """The execution contexts of one engine.
+    """The execution contexts of one engine, one for each profile and shape.
 
-    There is one for each profile and shape, since a CUDA graph replays what its context was set to when it was
-    captured. All contexts share their scratch memory, which only one uses at a time.
+    A CUDA graph replays the shapes that its context had when it was captured. All contexts share scratch memory, which
+    only one uses at a time.
 
     Args:
-        trt: the library.
-        engine: of the library.
-        tensors: its inputs and outputs.
-        buffers: its memory.
+        trt: the module of TensorRT.
+        engine: `ICudaEngine`.
+        tensors: inputs and outputs of the engine.
+        buffers: memory of the engine.
         kernels: file for the kernels that TensorRT-RTX compiles.
-        checker: raises errors of the library.
-        run_advice: returns what to do if a run fails, as the end of a sentence.
+        checker: raises the errors that TensorRT logs.
+        run_advice: returns what to do if a run fails, as the end of an error message.
 
     Attributes:
-        states: by profile and padded sizes.
-        captures: whether states can be captured: not by this class for TensorRT-RTX, and no more after a failure.
+        states: by profile index and padded sizes.
+        captures: whether CUDA graphs are captured: False after a failure, and for TensorRT-RTX, which captures itself.
         scratch_bytes: memory that all contexts share.
-        gpu_ms: milliseconds that the GPU spent on the network since this was last set to 0, if `timed`.
+        gpu_ms: milliseconds that the GPU spent on the network since this was set to 0, if `timed`.
     """
 
     def __init__(
@@ -103,80 +111,77 @@ class ExecutionContexts:
         self._kernels, self._checker, self._run_advice = kernels, checker, run_advice
         size = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
         self.scratch_bytes = int(size)
-        # TensorRT-RTX captures by itself.
-        self.captures = not hasattr(trt, "CudaGraphStrategy")
+        self._is_rtx = hasattr(trt, "CudaGraphStrategy")
+        self.captures = not self._is_rtx
         # Whether the last capture failed and nothing has run since.
         self._capture_failed = False
-        # Of TensorRT-RTX: what every context is created with, and the compiled kernels that all of them share.
+        # TensorRT-RTX only: the configuration of contexts, and the kernels that they share.
         self._config: Any = None
         self._cache: Any = None
 
     def create(self, profile: OptimizationProfile, shapes: Mapping[str, Shape]) -> Any:
-        """Return a new context set to a profile and to shapes."""
-        context = self._create_unset()
+        """Create a context for a profile and input shapes."""
+        context = self._create_context()
         self._checker.require(context is not None, "create an execution context")
-        # TensorRT 8.6 takes the address alone.
+        # TensorRT 8.6 has a property for the address, without the size.
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(self._buffers.scratch, self.scratch_bytes)
         else:
             context.device_memory = self._buffers.scratch
         stream = self._buffers.stream
         if not context.set_optimization_profile_async(profile.index, stream):
-            # TensorRT 8 lets one context have a profile, unless the engine was built to share it.
+            # In TensorRT 8 only one context can use a profile, unless the engine was built to share it.
             self._release_profile(profile.index)
-            chosen = context.set_optimization_profile_async(profile.index, stream)
-            self._checker.require(chosen, f"choose profile {profile.index}")
-        # A profile is switched on the stream, and shapes must not be set before it has been.
+            selected = context.set_optimization_profile_async(profile.index, stream)
+            self._checker.require(selected, f"select profile {profile.index}")
+        # The profile is switched on the stream, and shapes must not be set before.
         self._cuda.synchronize(stream)
         for name, shape in shapes.items():
             self._checker.require(context.set_input_shape(name, shape), f"set {name} to {shape}")
         return context
 
-    def _create_unset(self) -> Any:
+    def _create_context(self) -> Any:
         trt, engine = self._trt, self._engine
         if not hasattr(trt, "ExecutionContextAllocationStrategy"):
             return engine.create_execution_context_without_device_memory()
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not hasattr(trt, "CudaGraphStrategy"):
+        if not self._is_rtx:
             return engine.create_execution_context(strategy)
         if self._config is None:
-            # TensorRT-RTX compiles kernels while it runs, so it alone knows when to capture; it does so by itself.
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
+            # TensorRT-RTX compiles kernels while it runs, so only it can tell when a capture is possible.
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             cache = config.create_runtime_cache()
             stored = self._kernels.read()
             if stored is not None and not cache.deserialize(stored):
-                # Of the driver, for one, which the file does not name.
-                self._kernels.ignore("TensorRT-RTX refuses it on this machine")
+                # For example, another driver version, which the file does not record.
+                self._kernels.ignore("TensorRT-RTX rejects it on this machine")
             self._checker.discard()
             self._checker.require(config.set_runtime_cache(cache), "use a runtime cache")
-            self._config = config
-            self._cache = cache
+            self._config, self._cache = config, cache
         return engine.create_execution_context(self._config)
 
     def save_kernels(self) -> None:
-        """Write what TensorRT-RTX has compiled beside the engine file; engines of TensorRT contain their kernels."""
-        if not hasattr(self._trt, "CudaGraphStrategy") or self._cache is None:
-            return
-        content = self._cache.serialize()
+        """Write the kernels that TensorRT-RTX has compiled; other engines contain theirs."""
+        content = self._cache.serialize() if self._cache is not None else None
         if content is not None:
             self._kernels.write(bytes(content))
 
     @property
     def timed(self) -> bool:
-        """Return whether `gpu_ms` is measured, by events around the network alone, without the copies."""
+        """Return whether `gpu_ms` is measured, by events around the network without the copies."""
         return self._timed
 
     @timed.setter
     def timed(self, timed: bool) -> None:
         if timed != self._timed:
-            # What was captured contains the copies or not, as it was then.
+            # A graph contains the copies only if it was captured untimed.
             self.release()
         self._timed = timed
 
     def state(self, profile: OptimizationProfile, sizes: Mapping[str, int]) -> ExecutionState:
-        """Return the state of a profile and padded sizes, which is created if there is none."""
+        """Return the state of a profile and padded sizes, created at the first call."""
         key = (profile.index, *sizes.values())
         state = self.states.get(key)
         if state is None:
@@ -193,61 +198,60 @@ class ExecutionContexts:
         inputs, bytes_in = tensors.pack_inputs(shapes)
         outputs, bytes_out = tensors.pack_outputs(context)
         addresses = {name: buffers.encodings[shapes[name][0], name] for name in tensors.encodings}
-        addresses.update((name, buffers.device_in + region.offset) for name, region in inputs.items())
-        addresses.update((name, buffers.device_out + region.offset) for name, region in outputs.items())
+        addresses.update((name, buffers.device_in + layout.offset) for name, layout in inputs.items())
+        addresses.update((name, buffers.device_out + layout.offset) for name, layout in outputs.items())
         for name, address in addresses.items():
             self._checker.require(context.set_tensor_address(name, address), f"set the address of {name}")
         return ExecutionState(
             profile,
             sizes,
             context,
-            {name: region.view(buffers.host_in) for name, region in inputs.items()},
-            {name: region.view(buffers.host_out) for name, region in outputs.items()},
+            {name: layout.view(buffers.host_in) for name, layout in inputs.items()},
+            {name: layout.view(buffers.host_out) for name, layout in outputs.items()},
             bytes_in,
             bytes_out,
         )
 
     def run(self, state: ExecutionState) -> ExecutionState:
-        """Copy the inputs in, run the network, copy the outputs out, and wait.
+        """Copy the inputs to the GPU, run the network, copy the outputs back, and wait.
 
         Returns:
-            The state that ran, whose outputs are filled: another one of the same shape after a failed capture.
+            The state with filled outputs: `state`, or a new one of the same shape after a failed capture.
 
         Raises:
             CudaError: TensorRT or the GPU failed.
             OutOfDeviceMemory: the GPU's memory is full.
         """
         try:
-            self._complete(state)
+            self._run_and_wait(state)
         except OutOfDeviceMemory:
             raise
         except CudaError:
             if not self._capture_failed:
                 raise
-            # The library may store the error of a capture, and report it once more. Inputs are still staged.
+            # TensorRT may report the error of a failed capture once more. The inputs are still in the staging memory.
             self.release()
             state = self.state(state.profile, state.sizes)
-            self._complete(state)
+            self._run_and_wait(state)
         self._capture_failed = False
         if self._timed:
             self.gpu_ms += self._cuda.elapsed_ms(*self._buffers.events)
         state.runs += 1
         return state
 
-    def _complete(self, state: ExecutionState) -> None:
-        """Run a state and wait for it."""
+    def _run_and_wait(self, state: ExecutionState) -> None:
         stream = self._buffers.stream
         try:
-            self._submit(state, stream)
+            self._enqueue(state, stream)
             self._cuda.synchronize(stream)
         except BaseException:
-            # What is on its way must not meet the next call in the staging memory.
+            # The next call must not overwrite staging memory while copies are pending.
             with contextlib.suppress(CudaError):
                 self._cuda.synchronize(stream)
             raise
 
-    def _submit(self, state: ExecutionState, stream: int) -> None:
-        """Put a run on the stream: copy in, network, copy out, or the graph of them."""
+    def _enqueue(self, state: ExecutionState, stream: int) -> None:
+        """Enqueue a run: copies and network, or their CUDA graph."""
         if state.graph is not None and not self._timed:
             self._cuda.launch(state.graph, stream)
             return
@@ -257,20 +261,20 @@ class ExecutionContexts:
         if state.graph is not None:
             self._cuda.launch(state.graph, stream)
         else:
-            self._enqueue(state)
+            self._enqueue_network(state)
         if self._timed:
             self._cuda.record(self._buffers.events[1], stream)
         self._buffers.copy_out(state.bytes_out)
 
-    def _enqueue(self, state: ExecutionState) -> None:
-        done = state.context.execute_async_v3(self._buffers.stream)
-        self._checker.require(done, "run", "" if done else self._run_advice())
+    def _enqueue_network(self, state: ExecutionState) -> None:
+        enqueued = state.context.execute_async_v3(self._buffers.stream)
+        self._checker.require(enqueued, "run", "" if enqueued else self._run_advice())
 
     def capture(self, state: ExecutionState) -> str | None:
-        """Capture a state that has just run in a CUDA graph, unless an earlier capture failed.
+        """Capture a CUDA graph of a state that has just run, unless an earlier capture failed.
 
         Returns:
-            The error if this capture failed, else None.
+            The error message if this capture failed, else None.
         """
         if not self.captures:
             return None
@@ -278,10 +282,10 @@ class ExecutionContexts:
         try:
             try:
                 self._cuda.begin_capture(stream)
-                # Events in a graph are not timed, so what is timed is captured alone.
+                # Events in a graph cannot be read, so a timed graph contains the network only.
                 if not self._timed:
                     self._buffers.copy_in(state.bytes_in)
-                self._enqueue(state)
+                self._enqueue_network(state)
                 if not self._timed:
                     self._buffers.copy_out(state.bytes_out)
             except BaseException:
@@ -291,14 +295,14 @@ class ExecutionContexts:
         except (CudaError, ModelFileError) as error:
             self.captures = False
             self._capture_failed = True
-            # A context whose capture failed may fail from then on.
+            # A context may keep failing after a failed capture.
             self.release()
-            # A log may store the error itself, and with it the frames that hold the context.
+            # Not the error itself: its traceback would keep the context alive.
             return str(error)
         return None
 
     def release(self) -> None:
-        """Release every context and graph; they are created again when needed."""
+        """Release every context and CUDA graph; they are created again when needed."""
         while len(self.states):
             self._release(self.states.pop_oldest())
 
@@ -311,7 +315,7 @@ class ExecutionContexts:
             self._cuda.destroy_graph(state.graph)
 
     def close(self) -> None:
-        """Release what depends on the engine, and the engine; the object must not be used any more."""
+        """Release the contexts and the engine; the object must not be used afterwards."""
         self.save_kernels()
         with contextlib.suppress(CudaError):
             self.release()

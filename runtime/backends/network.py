@@ -1,4 +1,4 @@
-"""Run a model on encoded windows: `encode` and `run`, alike for a model that was split and one that was not."""
+"""Run whole and split models through one interface: encode windows, then run queries on them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from runtime.core.nvtx_ranges import marked
 from runtime.core.video import Segments
 
 Encoding = Union[Segments, EncodedVideo]
-"""What a model reads of one window: its `features` and `spans`."""
+"""Input of a network for one window: segments (T, D), or the encoding (D, T) of a split model; and spans (T, 2)."""
 
 
 class UnsplitNetwork:
-    """Run a model that was not split: the encoding of a window is its segments."""
+    """Run a model that was not split; its encoding of a window is the segments."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -30,26 +30,26 @@ class UnsplitNetwork:
         return segments
 
     def check(self, video: EncodedVideo) -> None:
-        """Raise ModelFileError: this model reads no encoding of a video part."""
+        """Raise ModelFileError, because only split models accept encodings."""
         raise ModelFileError(
-            f"{video.name} is encoded and this model is whole, so it takes features; give the query part "
-            "(.query.onnx) of the model that encoded it.",
+            f"{video.name} is encoded, but this model was not split and accepts features only. Give the query part "
+            "(.query.onnx) of the model that encoded the video.",
             code="query_part_required",
         )
 
     def run(
         self, tokens: np.ndarray, lengths: np.ndarray, encodings: Sequence[Encoding], encoding_index: np.ndarray
     ) -> Heads:
-        """Return the heads of B queries; arguments as of `SplitNetwork.run`."""
+        """Return the heads of B queries; see `SplitNetwork.run`."""
         segments = [cast(Segments, encodings[index]) for index in encoding_index]
         return self._backend.run(Batch(tokens, lengths, *stack_segments(segments)))
 
 
 class SplitNetwork:
-    """Run a model that was split, whose video part encodes each window once.
+    """Run a split model, whose video part encodes each window once.
 
     Attributes:
-        video_part: SHA-256 of the file that encodes.
+        video_part: SHA-256 of the video part.
     """
 
     def __init__(self, backend: PairBackend) -> None:
@@ -61,28 +61,27 @@ class SplitNetwork:
         """Return the encoding of a window.
 
         Args:
-            segments: of the window, T times D.
+            segments: (T, D) features and (T, 2) spans of the window.
             duration: of the window, in seconds.
-            name, offset: of its video.
+            name, offset: of its video; the offset in seconds.
         """
         features = self._backend.encode(segments.features[None].astype(np.float32, copy=False))[0]
         return EncodedVideo(features, segments.spans.astype(np.float32), duration, name, self.video_part, offset=offset)
 
     def check(self, video: EncodedVideo) -> None:
-        """Raise FeatureError unless this model can read an encoding."""
+        """Raise FeatureError unless this model produced an encoding."""
         if video.model != self.video_part:
             raise FeatureError(
-                f"{video.name} was encoded by another model (video part "
-                f"{printable_line(video.model[:12]) or 'unknown'}, and {self.video_part[:12]} is wanted); encode it "
-                "again with this one.",
+                f"{video.name} was encoded by another model: expected video part {self.video_part[:12]}, got "
+                f"{printable_line(video.model[:12]) or 'unknown'}. Encode it again with this model.",
                 code="encoding_of_another_model",
             )
         manifest = self._backend.manifest
         expected = (manifest.features.dim, manifest.decoding.num_segments)
         if video.features.shape != expected:
             raise FeatureError(
-                f"The encoding of {video.name} is of shape {video.features.shape} and this model takes {expected}; "
-                "encode it again with this one.",
+                f"Expected an encoding of shape {expected} for {video.name}, got {video.features.shape}. Encode it "
+                "again with this model.",
                 code="shape_mismatch",
             )
 
@@ -93,9 +92,9 @@ class SplitNetwork:
 
         Args:
             tokens: (B, L) int32 word ids, 0 past each length.
-            lengths: (B,) int32.
+            lengths: (B,) int32 lengths in tokens.
             encodings: of V windows.
-            encoding_index: (B,) int32, the window of each query.
+            encoding_index: (B,) int32 index of the window of each query.
         """
         return self._backend.ask(tokens, lengths, cast("Sequence[EncodedVideo]", encodings), encoding_index)
 
@@ -104,7 +103,7 @@ Network = Union[UnsplitNetwork, SplitNetwork]
 
 
 def network_of(backend: Backend) -> Network:
-    """Return what runs the model of a backend."""
+    """Return the network of a backend, split or not."""
     if backend.manifest.part == "query":
         return SplitNetwork(cast(PairBackend, backend))
     return UnsplitNetwork(backend)

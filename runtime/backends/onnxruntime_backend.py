@@ -291,7 +291,8 @@ def _existing_part(query: Path, name: str) -> Path:
     path = query.with_name(Path(name).name)
     if not path.is_file():
         raise ModelFileError(
-            f"{path} does not exist, but {query.name} needs it. Copy it to that directory.", code="missing_file"
+            f"{query} needs {path.name} in the same directory, but the file is missing. Copy it there.",
+            code="missing_file",
         )
     return path
 

@@ -1,8 +1,7 @@
-"""Keep what TensorRT-RTX compiles for a plan in a file beside it, for later processes.
+"""Store the kernels that TensorRT-RTX compiles for a plan, so that later processes need not compile them.
 
-TensorRT-RTX compiles kernels where they run. Its runtime cache (`IRuntimeCache`) holds them, and its bytes are valid
-for one library version and one kind of GPU. The file is one line of JSON, which names what the bytes belong to, and
-the bytes.
+TensorRT-RTX compiles kernels on the machine that runs them. The bytes of its runtime cache (`IRuntimeCache`) are valid
+for one library version and one kind of GPU. The file is a line of JSON with these properties, followed by the bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from runtime.core.io.atomic_files import atomic_write
 log = logging.getLogger("drn")
 
 FORMAT = "drn-runtime-cache/1"
-# A header is some hundred bytes long.
 MAX_HEADER_BYTES = 1 << 16
 
 
@@ -40,7 +38,7 @@ class Key:
 
 
 class KernelCache:
-    """The file beside a plan that holds its compiled kernels."""
+    """The file with the compiled kernels of a plan, in the same directory."""
 
     def __init__(self, plan: Path, key: Key) -> None:
         self.path = cache_path(plan)
@@ -48,14 +46,13 @@ class KernelCache:
         self._stored = ""
 
     def read(self) -> bytes | None:
-        """Return the compiled kernels; None without a file, and with a warning if it is damaged or of another key."""
+        """Return the compiled kernels; None without a file or, with a warning, if it cannot be used."""
         try:
             with open(self.path, "rb") as file:
                 header, content = file.readline(MAX_HEADER_BYTES), file.read()
-            about: Any = json.loads(header)
-            expected = {"format": FORMAT, **dataclasses.asdict(self.key)}
+            recorded: Any = json.loads(header)
             digest = hashlib.sha256(content).hexdigest()
-            if not isinstance(about, dict) or about.get("sha256") != digest:
+            if not isinstance(recorded, dict) or recorded.get("sha256") != digest:
                 self.ignore("it is damaged")
                 return None
         except FileNotFoundError:
@@ -63,7 +60,8 @@ class KernelCache:
         except (OSError, ValueError, RecursionError, MemoryError) as error:
             self.ignore(one_line(error))
             return None
-        different = [name for name, value in expected.items() if about.get(name) != value]
+        expected = {"format": FORMAT, **dataclasses.asdict(self.key)}
+        different = [name for name, value in expected.items() if recorded.get(name) != value]
         if different:
             self.ignore(f"it was written for another {' and '.join(different)}")
             return None
@@ -73,15 +71,13 @@ class KernelCache:
     def ignore(self, reason: str) -> None:
         """Warn that the file is not used, so that the next `write` replaces it."""
         self._stored = ""
-        log.warning(
-            "%s is not used, because %s. Kernels are compiled again, and the file is replaced.", self.path, reason
-        )
+        log.warning("%s is not used: %s. Kernels are compiled again, and the file is replaced.", self.path, reason)
 
     def write(self, content: bytes) -> bool:
-        """Write compiled kernels, whole or not at all, if they are not those of the file.
+        """Write compiled kernels atomically, unless the file contains them already.
 
         Returns:
-            Whether the file now holds them; False, with a warning, if it cannot be written.
+            Whether the file contains them; False, with a warning, if it cannot be written.
         """
         digest = hashlib.sha256(content).hexdigest()
         if digest == self._stored:
@@ -98,5 +94,5 @@ class KernelCache:
 
 
 def cache_path(plan: Path) -> Path:
-    """Return where the compiled kernels of a plan are: drn.fp16.engine.cache for drn.fp16.engine."""
+    """Return the path of the compiled kernels of a plan: drn.fp16.engine.cache for drn.fp16.engine."""
     return plan.with_name(f"{plan.name}.cache")

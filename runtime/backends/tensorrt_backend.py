@@ -1,8 +1,7 @@
-"""TensorRT and TensorRT-RTX engines: whole models, pairs that keep encoded videos on the GPU, and extractors.
+"""Run models and feature extractors as TensorRT or TensorRT-RTX engines; split models keep encodings on the GPU.
 
-One call runs at a time: threads may share a model, and wait for each other. What is decided is in
-`runtime.backends.engine_compatibility` and `runtime.backends.batch_shapes`; `runtime.backends.tensorrt_engine` carries
-it out.
+Threads may share a model, which runs one call at a time. `runtime.backends.engine_compatibility` and `batch_shapes`
+decide without a GPU; `tensorrt_engine` loads and runs an engine.
 """
 
 from __future__ import annotations
@@ -46,17 +45,18 @@ def open_engine(
     library: Any = None,
     cuda: Cuda | None = None,
 ) -> TensorRTBackend | TensorRTPair:
-    """Open a plan, or the pair of plans that a query part belongs to.
+    """Open a whole model, or both parts of a split model from its query part, with its short-query plans.
 
     Args:
-        path: the `.engine` file; its sidecar is in the same directory.
-        device: an engine runs on a GPU only, so `cpu` is an error.
-        threads: has no meaning for a GPU.
-        library, cuda: stand in for the TensorRT module and the driver.
+        path: the `.engine` file; its metadata file is in the same directory.
+        device: `auto` or `cuda`; an engine does not run on a CPU.
+        threads: ignored, because an engine runs on a GPU.
+        library, cuda: replace the TensorRT module and the driver in tests.
 
     Raises:
-        ModelFileError: the plan does not match its sidecar, or is not a DRN engine.
-        DeviceError: the plan was built for another library, version or GPU, or there is none.
+        ModelFileError: the plan does not match its metadata file, is no DRN engine, or is a video part.
+        DeviceError: the plan was built for another library, version or GPU, or no GPU is available.
+        DeviceMemoryError: the GPU has not enough memory.
     """
     del threads
     sidecar = read_sidecar(path)
@@ -64,43 +64,42 @@ def open_engine(
     _check_device(path, device)
     if part == "video":
         raise ModelFileError(
-            f"{path} is the video part of a model, which answers nothing by itself; give the query part "
-            "(its name ends in .query.engine).",
+            f"Expected a whole model or a query part, got the video part {path}. Give the query part (.query.engine).",
             code="model_part",
         )
-    siblings = [(path, sidecar)]
+    required = [(path, sidecar)]
     if part == "query":
-        siblings.append(locate_video_part(path, sidecar))
-    shorter = short_query_plans(path, sidecar)
+        required.append(locate_video_part(path, sidecar))
+    optional = short_query_plans(path, sidecar)
     networks = []
     try:
-        for plan, about in siblings:
-            cuda, library = _ready(plan, about, cuda, library)
-            networks.append(TensorRTEngine(library, cuda, plan, about))
-        for plan, about in shorter:
-            cuda, library = _ready(plan, about, cuda, library)
+        for plan, metadata in required:
+            cuda, library = _load_libraries(plan, metadata, cuda, library)
+            networks.append(TensorRTEngine(library, cuda, plan, metadata))
+        for plan, metadata in optional:
+            cuda, library = _load_libraries(plan, metadata, cuda, library)
             try:
-                networks.append(TensorRTEngine(library, cuda, plan, about))
+                networks.append(TensorRTEngine(library, cuda, plan, metadata))
             except DeviceMemoryError as error:
-                log.warning("%s %s", error, _without(plan, path))
+                log.warning("%s %s", error, _effect_of_missing_plan(plan, path))
     except BaseException:
         for network in networks:
             network.close()
         raise
+    short = networks[len(required) :]
     if part == "query":
-        return TensorRTPair(sidecar.manifest, networks[0], networks[1], shorter=networks[2:])
-    return TensorRTBackend(sidecar.manifest, networks[0], shorter=networks[1:])
+        return TensorRTPair(sidecar.manifest, networks[0], networks[1], short)
+    return TensorRTBackend(sidecar.manifest, networks[0], short_query_networks=short)
 
 
 def open_extractor_engine(
     path: Path, device: Device = "auto", *, library: Any = None, cuda: Cuda | None = None
 ) -> TensorRTExtractor:
-    """Open a plan that makes clip features; raises as `open_engine`, whose arguments these are."""
+    """Open an engine that extracts clip features; arguments and errors as of `open_engine`."""
     content = read_verified(path)
     sidecar = ExtractorSidecar(ExtractorManifest.from_dict(content["manifest"], str(metadata_path(path))), content)
     _check_device(path, device)
-    cuda, library = _ready(path, sidecar, cuda, library)
-    # Of the plan and of all that the sidecar says.
+    cuda, library = _load_libraries(path, sidecar, cuda, library)
     identity = json_digest([content["sha256"][path.name], content["digest"]])
     return TensorRTExtractor(TensorRTEngine(library, cuda, path, sidecar), sidecar.manifest, identity)
 
@@ -108,108 +107,115 @@ def open_extractor_engine(
 def _check_device(path: Path, device: Device) -> None:
     if device == "cpu":
         raise DeviceError(
-            f"{path.name} is an engine, which runs on a GPU only; give the .onnx file for the CPU.", code="gpu_required"
+            f"Expected a GPU for the engine {path.name}, got --device cpu. Give the .onnx file for the CPU.",
+            code="gpu_required",
         )
 
 
 def locate_video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
-    """The plan of the video part: named by itself or by the graph it was built from, whose hash its sidecar has."""
-    if len(sidecar.manifest.video_part) != 1:
+    """Return the plan and metadata of the video part of a query plan; its metadata records the hash of either file.
+
+    Raises:
+        ModelFileError: the file is missing, damaged, or of another build.
+    """
+    recorded = sidecar.manifest.video_part
+    if len(recorded) != 1:
         raise ModelFileError(
-            f"The sidecar of {path} should name one video part; build both parts again.", code="missing_part"
+            f"Expected one video part in the metadata of {path}, got {len(recorded)}. Build both parts again.",
+            code="missing_part",
         )
-    ((name, digest),) = sidecar.manifest.video_part.items()
+    ((name, digest),) = recorded.items()
     plan = path.with_name(Path(name).name).with_suffix(".engine")
     if not plan.is_file():
         raise ModelFileError(
-            f"{path} needs its video part {plan.name} beside it, and there is none; copy it there.", code="missing_file"
+            f"{path} needs {plan.name} in the same directory, but the file is missing. Copy it there.",
+            code="missing_file",
         )
-    result = read_sidecar(plan)
-    if digest not in result.content["sha256"].values():
-        raise ModelFileError(
-            f"{plan} is not the video part that {path.name} was made with; copy both files of one build, or build both "
-            f"again: `{engine_compatibility.rebuild_command(path, sidecar)}`.",
-            code="digest_mismatch",
-        )
-    return plan, result
+    metadata = read_sidecar(plan)
+    if digest not in metadata.content["sha256"].values():
+        raise _other_build(plan, path, sidecar)
+    return plan, metadata
 
 
-def _without(shorter: Path, path: Path) -> str:
-    """Return what it costs to run an engine without one of its plans for short queries, as a sentence."""
-    tokens = "".join(
-        f" of at most {steps} tokens" for steps in engine_compatibility.unrolled_steps({"unrolled": [shorter.name]})
+def _other_build(plan: Path, path: Path, sidecar: Sidecar) -> ModelFileError:
+    command = engine_compatibility.rebuild_command(path, sidecar)
+    return ModelFileError(
+        f"{plan} has another hash than {path.name} records. Copy all files of one build, or run `{command}`.",
+        code="digest_mismatch",
     )
-    return (
-        f"{path.name} runs without {shorter.name}: queries{tokens} are answered by a plan for longer ones, which takes "
-        "more time for each."
-    )
+
+
+def _effect_of_missing_plan(plan: Path, path: Path) -> str:
+    """Return a sentence on running a model without one of its short-query plans."""
+    steps = engine_compatibility.unrolled_steps({"unrolled": [plan.name]})
+    tokens = f" of at most {steps[0]} tokens" if steps else ""
+    return f"{path.name} runs without {plan.name}, so queries{tokens} take longer."
 
 
 def short_query_plans(path: Path, sidecar: Sidecar) -> list[tuple[Path, Sidecar]]:
-    """Return the plans for short queries that were built with a plan, by the names and hashes that its sidecar has.
+    """Return the short-query plans that were built with a plan, and their metadata.
 
-    A plan that is not there, or has no sidecar, is a warning: a longer plan gives the same answers.
+    A missing file is only a warning, because the plan for longer queries gives the same results.
 
     Raises:
-        ModelFileError: a plan is not the one that was built with it, or its sidecar is damaged.
+        ModelFileError: a plan is damaged or of another build.
     """
-    results = []
+    plans = []
     for name, digest in sidecar.content.get("unrolled", {}).items():
         plan = path.with_name(Path(name).name)
         missing = next((file for file in (plan, metadata_path(plan)) if not file.is_file()), None)
         if missing:
-            log.warning("%s is missing. %s Copy it there.", missing, _without(plan, path))
-            continue
-        about = read_sidecar(plan)
-        if about.content["sha256"][plan.name] != digest or about.manifest.part != sidecar.manifest.part:
-            raise ModelFileError(
-                f"{plan} is not the plan that {path.name} was built with; copy the files of one build, or build them "
-                f"again: `{engine_compatibility.rebuild_command(path, sidecar)}`.",
-                code="digest_mismatch",
+            log.warning(
+                "%s is missing. %s Copy the file to this directory.", missing, _effect_of_missing_plan(plan, path)
             )
-        results.append((plan, about))
-    return results
+            continue
+        metadata = read_sidecar(plan)
+        if metadata.content["sha256"][plan.name] != digest or metadata.manifest.part != sidecar.manifest.part:
+            raise _other_build(plan, path, sidecar)
+        plans.append((plan, metadata))
+    return plans
 
 
-def _ready(plan: Path, sidecar: EngineMetadata, cuda: Cuda | None, library: Any) -> tuple[Cuda, Any]:
-    """Return the driver and the library that run a plan, or say why this machine cannot.
+def _load_libraries(plan: Path, sidecar: EngineMetadata, cuda: Cuda | None, library: Any) -> tuple[Cuda, Any]:
+    """Return the CUDA driver and the TensorRT module that run a plan; DeviceError if this machine cannot run it.
 
-    CUDA comes first: without it TensorRT 8.6 returns nulls, and a lean TensorRT 11 dies at the first use.
+    CUDA is tested first: without it TensorRT 8.6 returns null objects, and a lean TensorRT 11 crashes.
     """
-    reasons = ["", ""]
+    gpu_error = library_error = ""
     if cuda is None:
         try:
             cuda = Cuda()
         except DeviceError as error:
-            reasons[0] = str(error).rstrip(".")
+            gpu_error = str(error).rstrip(".")
     if library is None and cuda is not None:
-        library, reasons[1] = _import(engine_compatibility.libraries(sidecar.content))
-    machine = engine_compatibility.HostInfo(
+        library, library_error = _import(engine_compatibility.libraries(sidecar.content))
+    host = engine_compatibility.HostInfo(
         f"{library.__name__} {library.__version__}" if library is not None else None,
         cuda.name if cuda is not None else None,
         cuda.capability if cuda is not None else None,
-        why_no_library=reasons[1],
-        why_no_gpu=reasons[0],
+        library_error,
+        gpu_error,
     )
-    reason = engine_compatibility.incompatibility(plan, sidecar, machine)
-    if reason is not None:
-        raise DeviceError(reason, code="incompatible_engine")
+    message = engine_compatibility.incompatibility(plan, sidecar, host)
+    if message is not None:
+        raise DeviceError(message, code="incompatible_engine")
     assert cuda is not None
     return cuda, library
 
 
 def _import(names: Sequence[str]) -> tuple[Any, str]:
-    reasons = [] if names else ["its target is not known to this version"]
+    """Return the first module that can be imported; None and the errors if there is none."""
+    errors = [] if names else ["this version does not know its target"]
     for name in names:
         try:
             return importlib.import_module(name), ""
         except ImportError as error:
-            reasons.append(str(error))
-    return None, "; ".join(reasons)
+            errors.append(str(error))
+    return None, "; ".join(errors)
 
 
 class TensorRTExtractor(TensorRTModel):
-    """A network of clips as one engine: C3D of `export.build_engine`."""
+    """A feature extractor as an engine, such as C3D; see `runtime.media.extractors.Extractor`."""
 
     def __init__(self, network: TensorRTEngine, manifest: ExtractorManifest, identity: str) -> None:
         super().__init__(network)
@@ -217,70 +223,72 @@ class TensorRTExtractor(TensorRTModel):
         self.identity = identity
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
-        """Return (N, D) float32 features; see `Extractor`. Raises as `TensorRTBackend.run`."""
-        return self._in_pieces(self._network, "batch", "clips", clips, "features")
+        """Return (N, D) float32 features of N clips; raises as `TensorRTBackend.run`."""
+        return self._run_one_input(self._network, "batch", "clips", clips, "features")
 
 
-class _Grounding(TensorRTModel):
-    """Run queries through the engines of a model; base of the whole and the split form.
+class _QueryModel(TensorRTModel):
+    """Base of whole and split models: run each batch with the plan for its longest query.
 
     Args:
         manifest: of the model.
-        networks: what reads queries of any length, and for a pair what encodes videos.
-        shorter: what reads short queries only, and faster.
+        networks: the plan for queries of any length, and of a split model the video part.
+        short_query_networks: faster plans that accept short queries only.
     """
 
-    def __init__(self, manifest: Manifest, *networks: TensorRTEngine, shorter: Sequence[TensorRTEngine] = ()) -> None:
-        super().__init__(*networks, *shorter)
+    def __init__(
+        self, manifest: Manifest, *networks: TensorRTEngine, short_query_networks: Sequence[TensorRTEngine] = ()
+    ) -> None:
+        super().__init__(*networks, *short_query_networks)
         self.manifest = manifest
-        self._plans = sorted((*shorter, networks[0]), key=lambda network: network.query_length.max)
-        # Those that answer; `only` limits them.
-        self._by_length = self._plans
-        networks[0].answers_above = max((network.query_length.max for network in shorter), default=0)
+        self._plans = sorted((*short_query_networks, networks[0]), key=lambda network: network.query_length.max)
+        # The plans in use; `only` limits them to one.
+        self._active_plans = self._plans
+        short_lengths = (network.query_length.max for network in short_query_networks)
+        networks[0].short_plan_max_length = max(short_lengths, default=0)
 
     def plan_uses(self) -> list[PlanUse]:
-        """Return what each plan that answers queries was used for, the plan for the shortest queries first."""
+        """Return the use of each plan that runs queries, in order of their maximum query length."""
         return [PlanUse(network.path.name, network.query_length.max, network.rows_answered) for network in self._plans]
 
     @property
     def first_lengths(self) -> list[int]:
-        """Tokens of the shortest query that each plan answers, ascending: with these lengths no plan is left out."""
+        """Return the length, in tokens, of the shortest query that each plan runs, ascending."""
         return [1, *(network.query_length.max + 1 for network in self._plans[:-1])]
 
     @contextlib.contextmanager
     def only(self, plan: str) -> Iterator[None]:
-        """Let one plan answer every query, so that it can be checked alone; for one thread.
+        """Run every query with one plan, so that it can be checked separately; not for several threads.
 
-        Queries beyond its longest raise ShapeError.
+        Queries that the plan does not accept raise ShapeError.
 
         Args:
-            plan: file name, of `plan_uses`.
+            plan: a file name that `plan_uses` returns.
         """
-        self._by_length = [network for network in self._plans if network.path.name == plan]
+        self._active_plans = [network for network in self._plans if network.path.name == plan]
         try:
             yield
         finally:
-            self._by_length = self._plans
+            self._active_plans = self._plans
 
     def warm(
         self, batches: Sequence[int], lengths: Sequence[int], progress: Callable[[int, int], None] = lambda *_: None
     ) -> int:
-        """Make the contexts and CUDA graphs for queries of these sizes; see `Grounder.warm`."""
+        """Create the contexts and CUDA graphs for queries of these sizes; see `Grounder.warm`."""
         requests: dict[Any, tuple[TensorRTEngine, dict[str, int]]] = {}
         for network, sizes in self._requests(batches, lengths):
             requests.setdefault((network, network.key(sizes)), (network, sizes))
         for done, (network, sizes) in enumerate(requests.values()):
             progress(done, len(requests))
-            with self._turn():
-                self._reset_clock()
+            with self._exclusive():
                 try:
                     network.warm(sizes)
                 except OutOfDeviceMemory as error:
                     raise DeviceMemoryError(
                         f"The GPU's memory is full after {done} of {len(requests)} sizes. Warm fewer sizes, or build "
-                        "the engine for fewer queries (--batch)."
+                        "the engine for smaller batches (--batch)."
                     ) from error
-        with self._turn():
+        with self._exclusive():
             for network in self._networks:
                 network.contexts.save_kernels()
         progress(len(requests), len(requests))
@@ -289,104 +297,109 @@ class _Grounding(TensorRTModel):
     def _requests(
         self, batches: Sequence[int], lengths: Sequence[int]
     ) -> Iterator[tuple[TensorRTEngine, dict[str, int]]]:
-        """Yield the networks and sizes that queries meet, large batches first.
+        """Yield networks and sizes to warm, large batches first, so that contexts of single queries are kept longest.
 
-        A network keeps `MAX_EXECUTION_STATES` contexts, and those of single queries must not be the ones given back.
+        A network stores `MAX_EXECUTION_STATES` contexts and releases the least recently used.
         """
         for batch in sorted(set(batches), reverse=True):
-            for longest in sorted(set(lengths), reverse=True):
-                yield self.network_for(longest), {"batch": batch, "query_length": longest}
+            for length in sorted(set(lengths), reverse=True):
+                yield self.network_for(length), {"batch": batch, "query_length": length}
 
     @property
     def largest_batch(self) -> int:
-        """Queries that go through together at most."""
-        return max(profile.ranges["batch"].max for profile in self._network.domains)
+        """Return the maximum number of queries that run together."""
+        return max(profile.ranges["batch"].max for profile in self._network.profiles)
 
     @property
     def longest_query(self) -> int:
-        """Tokens of the longest query."""
+        """Return the maximum query length in tokens."""
         return self._network.query_length.max
 
-    def network_for(self, longest: int) -> TensorRTEngine:
-        """Return what reads queries of so many tokens at most; ShapeError if the engine was built for shorter ones."""
-        for network in self._by_length:
-            if longest <= network.query_length.max:
+    def network_for(self, length: int) -> TensorRTEngine:
+        """Return the fastest network for queries of at most `length` tokens; ShapeError if there is none."""
+        for network in self._active_plans:
+            if length <= network.query_length.max:
                 return network
-        shortest, best, most = self._network.query_length
-        command = engine_compatibility.rebuild_command(self._network.path, self._network.sidecar, longest)
+        min_length, _, max_length = self._network.query_length
+        command = engine_compatibility.rebuild_command(self._network.path, self._network.sidecar, length)
         raise ShapeError(
-            f"The query has {longest} tokens and this engine takes {shortest} to {most} (best {best}); shorten it, "
-            f"or rebuild: `{command}`.",
+            f"Expected a query of {min_length} to {max_length} tokens, got {length}. Shorten the query, or build the "
+            f"engine for longer ones: `{command}`.",
             code="query_length_out_of_range",
         )
 
 
-class TensorRTBackend(_Grounding):
-    """A whole model as one engine."""
+class TensorRTBackend(_QueryModel):
+    """Run a model that was not split; see `Backend`."""
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch; what is beyond the largest profile goes in pieces.
+        """Return the heads of a batch, run in parts if it exceeds the largest profile.
 
         Raises:
             ShapeError: the arrays do not fit the engine.
             DeviceError: the GPU's memory is full, the GPU failed, or this process was forked after it was opened.
         """
-        longest = int(batch.query_length.max(initial=1))
-        network = self.network_for(longest)
-        tokens = batch.query_tokens[:, :longest]
+        length = int(batch.query_length.max(initial=1))
+        network = self.network_for(length)
+        tokens = batch.query_tokens[:, :length]
 
-        def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
-            part = as_slice(rows)
-            arrays = {
-                "query_tokens": tokens[part],
-                "query_length": batch.query_length[part],
-                "segment_features": batch.segment_features[part],
-                SPANS: batch.segment_spans[part],
+        def run(rows: np.ndarray) -> Mapping[str, np.ndarray]:
+            index = as_slice(rows)
+            inputs = {
+                "query_tokens": tokens[index],
+                "query_length": batch.query_length[index],
+                "segment_features": batch.segment_features[index],
+                SPANS: batch.segment_spans[index],
             }
-            return network.run(arrays, {"batch": len(rows), "query_length": longest})
+            return network.run(inputs, {"batch": len(rows), "query_length": length})
 
-        most = max(profile.ranges["batch"].max for profile in network.domains)
-        with self._turn():
-            self._reset_clock()
-            answers = [
-                answer
-                for part in row_slices(len(batch), most)
-                for answer in self._answer(np.arange(part.start, part.stop), some)
-            ]
-        return gather_rows(len(batch), answers, network.nothing)
+        max_rows = max(profile.ranges["batch"].max for profile in network.profiles)
+        parts = (np.arange(part.start, part.stop) for part in row_slices(len(batch), max_rows))
+        return gather_rows(len(batch), self._run_parts(parts, run), network.empty_outputs)
 
 
-class TensorRTPair(_Grounding):
-    """The two engines of a model that was split; the query part keeps encodings on the device, by their key."""
+class TensorRTPair(_QueryModel):
+    """Run a split model, whose query plans keep encodings on the device; see `PairBackend`.
+
+    Args:
+        manifest: of the query part.
+        query: its plan for queries of any length.
+        video: plan of the video part.
+        short_query_networks: faster query plans that accept short queries only.
+    """
 
     def __init__(
-        self, manifest: Manifest, query: TensorRTEngine, video: TensorRTEngine, shorter: Sequence[TensorRTEngine] = ()
+        self,
+        manifest: Manifest,
+        query: TensorRTEngine,
+        video: TensorRTEngine,
+        short_query_networks: Sequence[TensorRTEngine] = (),
     ) -> None:
-        super().__init__(manifest, query, video, shorter=shorter)
+        super().__init__(manifest, query, video, short_query_networks=short_query_networks)
         self._video = video
-        # Each engine stores encodings of its own, by how many its profiles take.
+        # By network and number of slots: each plan has encodings of its own, and profiles may differ.
         self._slots = {
             network: {slots: EncodingSlots(slots) for slots, _ in network.buffers.encodings}
-            for network in (query, *shorter)
+            for network in (query, *short_query_networks)
         }
-        self._largest = {
-            network: max(network.domains, key=lambda profile: profile.ranges["batch"].max).ranges
-            for network in (query, *shorter)
+        self._largest_ranges = {
+            network: max(network.profiles, key=lambda profile: profile.ranges["batch"].max).ranges
+            for network in (query, *short_query_networks)
         }
         self._calls = itertools.count(1)
 
     def _requests(
         self, batches: Sequence[int], lengths: Sequence[int]
     ) -> Iterator[tuple[TensorRTEngine, dict[str, int]]]:
-        # Videos are encoded one by one; the query part always takes all that it keeps.
+        # Videos are encoded one at a time. The video axis of a query plan is always padded to its maximum.
         yield self._video, {"video": 1}
         for network, sizes in super()._requests(batches, lengths):
             yield network, {**sizes, "video": 1}
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return (V, D, T) encoded features of (V, T, D) float32 segments; raises as `TensorRTBackend.run`."""
-        encoded = self._in_pieces(self._video, "video", "segment_features", segment_features, ENCODED_FEATURES)
-        return from_bfloat16(encoded) if self._video.half_bits else encoded
+        """Return (V, D, T) encodings of (V, T, D) float32 segments; raises as `TensorRTBackend.run`."""
+        encoded = self._run_one_input(self._video, "video", "segment_features", segment_features, ENCODED_FEATURES)
+        return from_bfloat16(encoded) if self._video.is_bfloat16 else encoded
 
     def ask(
         self,
@@ -395,41 +408,36 @@ class TensorRTPair(_Grounding):
         videos: Sequence[EncodedVideo],
         video_index: np.ndarray,
     ) -> Heads:
-        """Return the heads of B queries, (B, L) and (B,) int32, each about the video that `video_index`, (B,), says.
+        """Return the heads of B queries; see `PairBackend.ask`.
 
-        A video is copied to the GPU when it is not there; its key stands for its content. Raises as
+        Encodings that are not on the GPU are copied there; videos of equal `key` share one copy. Raises as
         `TensorRTBackend.run`.
         """
-        longest = int(query_length.max(initial=1))
-        network = self.network_for(longest)
-        tokens = query_tokens[:, :longest]
+        length = int(query_length.max(initial=1))
+        network = self.network_for(length)
+        tokens = query_tokens[:, :length]
+        max_rows, max_videos = (self._largest_ranges[network][axis].max for axis in ("batch", "video"))
 
-        def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
-            part = as_slice(rows)
-            needed, which = referenced_videos(video_index[part], len(videos), most_videos)
-            sizes = {"batch": len(rows), "query_length": longest, "video": len(needed)}
+        def run(rows: np.ndarray) -> Mapping[str, np.ndarray]:
+            index = as_slice(rows)
+            referenced, row_videos = referenced_videos(video_index[index], len(videos), max_videos)
+            sizes = {"batch": len(rows), "query_length": length, "video": len(referenced)}
             profile, _ = network.choose(sizes)
-            slots = self._acquire_slots(network, [videos[index] for index in needed], profile.ranges["video"].max)
-            arrays = {
-                "query_tokens": tokens[part],
-                "query_length": query_length[part],
-                VIDEO_INDEX: slots[which],
+            num_slots = profile.ranges["video"].max
+            slots = self._acquire_slots(network, [videos[video] for video in referenced], num_slots)
+            inputs = {
+                "query_tokens": tokens[index],
+                "query_length": query_length[index],
+                VIDEO_INDEX: slots[row_videos],
             }
-            return network.run(arrays, sizes)
+            return network.run(inputs, sizes)
 
-        largest, most_videos = self._largest[network]["batch"].max, self._largest[network]["video"].max
-        with self._turn():
-            self._reset_clock()
-            answers = [
-                answer
-                for rows in row_slices_by_video(video_index, largest, most_videos, len(videos))
-                for answer in self._answer(rows, some)
-            ]
-        return gather_rows(len(query_length), answers, network.nothing)
+        parts = row_slices_by_video(video_index, max_rows, max_videos, len(videos))
+        return gather_rows(len(query_length), self._run_parts(parts, run), network.empty_outputs)
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch, as the whole model would; raises as `TensorRTBackend.run`."""
-        # No video comes again, and none may be taken for one of another call, in whichever thread.
+        """Return the heads of a batch, each row with a video of its own; raises as `TensorRTBackend.run`."""
+        # Keys that no other call uses, also not in another thread, because these videos are not cached.
         call = next(self._calls)
         videos = [
             EncodedVideo(encoded, spans, 1.0, key=f"row {row} of call {call}")
@@ -437,27 +445,27 @@ class TensorRTPair(_Grounding):
         ]
         return self.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))
 
-    def _acquire_slots(self, network: TensorRTEngine, videos: Sequence[EncodedVideo], most: int) -> np.ndarray:
-        """Return the slots of videos, (V,) int32, after copying those that are not on the device."""
-        cache = self._slots[network][most]
+    def _acquire_slots(self, network: TensorRTEngine, videos: Sequence[EncodedVideo], num_slots: int) -> np.ndarray:
+        """Return the slots of V videos, (V,) int32, after copying those that are not on the device."""
+        cache = self._slots[network][num_slots]
         slots, missing = cache.acquire([video.key for video in videos])
         try:
-            for position in missing:
-                self._upload(network, videos[position], int(slots[position]), most)
+            for index in missing:
+                self._upload(network, videos[index], int(slots[index]), num_slots)
         except BaseException:
             cache.clear()
             raise
         return slots
 
     @staticmethod
-    def _upload(network: TensorRTEngine, video: EncodedVideo, slot: int, most: int) -> None:
-        features = to_bfloat16(video.features) if network.half_bits else video.features
+    def _upload(network: TensorRTEngine, video: EncodedVideo, slot: int, num_slots: int) -> None:
+        features = to_bfloat16(video.features) if network.is_bfloat16 else video.features
         for name, array in ((ENCODED_FEATURES, features), (SPANS, video.spans)):
-            staged = network.buffers.staged[most, name][slot]
-            if array.shape != staged.shape:
+            staging = network.buffers.staging[num_slots, name][slot]
+            if array.shape != staging.shape:
                 raise ShapeError(
-                    f"The encoding of {video.name} has {name} of shape {array.shape} and this engine takes "
-                    f"{staged.shape}; encode the video with this model."
+                    f"Expected {name} of shape {staging.shape} in the encoding of {video.name}, got {array.shape}. "
+                    "Encode the video with this model."
                 )
-            staged[...] = array
-            network.buffers.upload(name, most, slot)
+            staging[...] = array
+            network.buffers.upload(name, num_slots, slot)

@@ -14,22 +14,22 @@ log = logging.getLogger("drn")
 
 
 def logger_for(trt: Any) -> Any:
-    """Return a logger of TensorRT that stores errors, in `lines`, and the last warning, in `warned`."""
+    """Return an `ILogger` that stores errors in `lines` and the last warning in `last_warning`."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.lines: list[str] = []
-            self.warned = ""
+            self.last_warning = ""
 
         def log(self, severity: Any, message: str) -> None:
-            # TensorRT breaks lines within a message, also before its last bracket.
+            # TensorRT breaks lines within a message.
             line = " ".join(message.split())
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.lines.append(line)
             elif severity == trt.ILogger.WARNING:
-                self.warned = line
-                log.debug("TensorRT: %s", self.warned)
+                self.last_warning = line
+                log.debug("TensorRT: %s", line)
 
     return Logger()
 
@@ -38,8 +38,8 @@ class CallChecker:
     """Raise the errors that TensorRT logged if a call on an engine failed.
 
     Args:
-        trt: the library.
-        logger: of `logger_for`, which the engine logs to.
+        trt: the module of TensorRT.
+        logger: as `logger_for` returns it, to which the engine logs.
         name: of the engine file.
     """
 
@@ -51,18 +51,18 @@ class CallChecker:
         """Raise CudaError, or OutOfDeviceMemory, unless a call succeeded.
 
         Args:
-            ok: what the call returned; false if it failed.
-            action: what was to be done, as a verb with its object.
-            advice: what to do about it, as the end of a sentence.
+            ok: result of the call; false if it failed.
+            action: verb and object of the call: "load the plan".
+            advice: what to do, as the end of the message without a full stop.
         """
         if ok:
             self._logger.lines.clear()
             return
-        message = "; ".join(self._logger.lines)[:500] or "it did not say why"
+        message = "; ".join(self._logger.lines)[:500] or "no reason was logged"
         self._logger.lines.clear()
         sentence = f"{self._library} could not {action} of {self._name}: {message}"
-        kind = OutOfDeviceMemory if is_out_of_memory(message) else CudaError
-        raise kind(f"{sentence.rstrip('.')}{advice}.")
+        error = OutOfDeviceMemory if is_out_of_memory(message) else CudaError
+        raise error(f"{sentence.rstrip('.')}{advice}.")
 
     def discard(self) -> None:
         """Discard the errors that were logged."""
@@ -71,23 +71,22 @@ class CallChecker:
 
 @contextlib.contextmanager
 def explain_startup_failure(trt: Any, logger: Any, driver: str | None) -> Iterator[None]:
-    """Raise an error with the reason if TensorRT's own objects cannot be created; its constructors report none.
+    """Raise an error with the logged reason if TensorRT cannot be initialized; its constructors raise TypeError only.
 
     Args:
-        trt: the library.
-        logger: of `logger_for`, which it was given.
-        driver: the newest CUDA version that the driver runs.
+        trt: the module of TensorRT.
+        logger: as `logger_for` returns it, passed to the constructor.
+        driver: newest CUDA version that the driver supports; None if unknown.
 
     Raises:
-        DeviceError: with the last messages of the library, which are a warning of CUDA's error code.
+        DeviceError: with the errors that were logged, or else the last warning, which contains CUDA's error code.
     """
     try:
         yield
     except TypeError as error:
-        message = "; ".join(logger.lines) or logger.warned or str(error)
+        message = "; ".join(logger.lines) or logger.last_warning or str(error)
         raise DeviceError(
-            f"{trt.__name__} {trt.__version__} could not start on this machine, whose driver runs CUDA "
-            f"{driver or 'of an unknown version'} and older: {message.rstrip('.')}; install a newer driver, or a build "
-            "of the library for that CUDA.",
+            f"{trt.__name__} {trt.__version__} could not start with a driver for CUDA {driver or '(unknown version)'}: "
+            f"{message.rstrip('.')}. Install a newer driver, or a build of the library for that CUDA version.",
             code="driver_too_old",
         ) from error

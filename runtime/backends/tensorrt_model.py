@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,10 @@ class MemoryReport:
     """The memory that a model uses, in bytes.
 
     Attributes:
-        plan: size of the plan, most of which are the weights.
-        device: buffers on the GPU: scratch of the network, inputs, outputs, encodings.
+        plan: size of the plans, mostly weights.
+        device: buffers on the GPU: scratch memory, inputs, outputs and encodings.
         pinned: page-locked memory of the host.
-        free, total: of the GPU as a whole, as it is now.
+        free, total: memory of the GPU at present.
     """
 
     plan: int
@@ -38,12 +38,12 @@ class MemoryReport:
 
 @dataclasses.dataclass(frozen=True)
 class PlanUse:
-    """The number of queries that one of a model's engines answered.
+    """The number of queries that one engine of a model has run.
 
     Attributes:
         name: file name of the plan.
-        max_query_length: tokens of the longest query that it takes.
-        queries: number of queries that it has answered since it was opened.
+        max_query_length: in tokens.
+        queries: number of queries since it was opened.
     """
 
     name: str
@@ -51,7 +51,7 @@ class PlanUse:
     queries: int
 
 
-# Some rows of a call, rising, and their outputs.
+# Ascending row indices, and the outputs of these rows.
 RowOutputs = tuple[np.ndarray, Mapping[str, np.ndarray]]
 
 
@@ -61,102 +61,102 @@ class TensorRTModel:
     def __init__(self, *networks: TensorRTEngine) -> None:
         self._networks = networks
         self._network = networks[0]
-        self._lock = self._network.turn
+        self._lock = self._network.lock
         for network in networks:
-            network.turn = self._lock
+            network.lock = self._lock
         self.device = "cuda"
         self.gpu_name = self._network.cuda.name
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """One call at a time, on the GPU that the model is on.
+    def _exclusive(self) -> Iterator[None]:
+        """Run one call at a time, with the model's GPU current.
 
         Raises:
             DeviceError: the model was closed, or this process was forked after it was opened.
         """
         with self._network.cuda.current(), self._lock:
             if any(network.closed for network in self._networks):
-                raise DeviceError(
-                    f"{self._network.path.name} was closed; open it again to ask it.", code="model_closed"
-                )
+                raise DeviceError(f"{self._network.path.name} was closed. Open it again.", code="model_closed")
             yield
 
     def time_gpu(self, on: bool) -> None:
-        """Start or stop measuring what `gpu_ms` returns."""
-        with self._turn():
+        """Start or stop the measurement that `gpu_ms` returns."""
+        with self._exclusive():
             for network in self._networks:
                 network.contexts.timed = on
 
     @property
     def gpu_ms(self) -> float:
-        """Milliseconds that the GPU spent on the network in the last call, without copies, if `time_gpu` is on."""
+        """Return the GPU time of the networks in the last call, in milliseconds without copies, if it is measured."""
         return sum(network.contexts.gpu_ms for network in self._networks)
 
     def memory_report(self) -> MemoryReport:
-        """Return what the model holds."""
-        with self._turn():
-            plan, device, pinned = (sum(sizes) for sizes in zip(*(network.bytes_held for network in self._networks)))
+        """Return the memory that the engines of the model use."""
+        with self._exclusive():
+            plan, device, pinned = (sum(sizes) for sizes in zip(*(network.memory_bytes for network in self._networks)))
             free, total = self._network.cuda.memory()
             return MemoryReport(plan, device, pinned, free, total)
 
     def close(self) -> None:
-        """Free the GPU's memory; the model cannot run any more."""
-        # In a forked process there is nothing to free, and who held the lock is not there.
+        """Free the GPU's memory; the model cannot run afterwards."""
+        # A forked process has nothing to free, and its copy of the lock may be locked forever.
         if not self._network.cuda.usable:
             return
         with self._lock:
             for network in self._networks:
                 network.close()
 
-    def _reset_clock(self) -> None:
-        for network in self._networks:
-            network.contexts.gpu_ms = 0.0
+    def _run_parts(
+        self, parts: Iterable[np.ndarray], run: Callable[[np.ndarray], Mapping[str, np.ndarray]]
+    ) -> list[RowOutputs]:
+        """Run the rows of each part while no other call runs, and return rows and outputs; raises as `_run_part`."""
+        with self._exclusive():
+            for network in self._networks:
+                network.contexts.gpu_ms = 0.0
+            return [output for rows in parts for output in self._run_part(rows, run)]
 
-    def _answer(self, rows: np.ndarray, run: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> list[RowOutputs]:
-        """Return rows and their outputs; where memory does not do, what is kept is given back and halves are tried.
+    def _run_part(self, rows: np.ndarray, run: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> list[RowOutputs]:
+        """Return rows and their outputs. If memory runs out, release all contexts and run two halves.
 
         Raises:
-            DeviceError: a half is still too much.
+            DeviceError: a half does not fit either.
         """
         try:
             return [(rows, run(rows))]
         except OutOfDeviceMemory as error:
-            log.info("The GPU's memory is full (%s); trying again in two halves.", error)
+            log.info("The GPU's memory is full (%s). Trying again in two halves.", error)
         for network in self._networks:
             network.contexts.release()
-        answers = []
+        outputs = []
         for half in np.array_split(rows, 2) if len(rows) > 1 else [rows]:
             try:
-                answers.append((half, run(half)))
+                outputs.append((half, run(half)))
             except OutOfDeviceMemory as error:
                 free, total = self._network.cuda.memory()
                 raise DeviceError(
-                    f"The GPU's memory is full ({free / 2**20:.0f} of {total / 2**20:.0f} MiB are free), also for "
-                    f"{len(half)} at once; end what else uses it, or ask in smaller batches.",
+                    f"The GPU's memory is full for a batch of {len(half)}; {free / 2**20:.0f} of {total / 2**20:.0f} "
+                    "MiB are free. End other programs on the GPU, or use smaller batches.",
                     code="out_of_memory",
                 ) from error
-        return answers
+        return outputs
 
-    def _in_pieces(self, network: TensorRTEngine, axis: str, name: str, array: np.ndarray, output: str) -> np.ndarray:
-        """Return an output of a network of one input, of which no more rows go through together than it takes."""
-        most = max(profile.ranges[axis].max for profile in network.domains)
+    def _run_one_input(
+        self, network: TensorRTEngine, axis: str, name: str, array: np.ndarray, output: str
+    ) -> np.ndarray:
+        """Return an output of a network with one input, run in parts of the largest size that it accepts."""
 
-        def some(rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        def run(rows: np.ndarray) -> Mapping[str, np.ndarray]:
             return network.run({name: array[as_slice(rows)]}, {axis: len(rows)})
 
-        with self._turn():
-            self._reset_clock()
-            results = [
-                answer[output]
-                for part in row_slices(len(array), most)
-                for _, answer in self._answer(np.arange(part.start, part.stop), some)
-            ]
+        max_rows = max(profile.ranges[axis].max for profile in network.profiles)
+        parts = (np.arange(part.start, part.stop) for part in row_slices(len(array), max_rows))
+        results = [values[output] for _, values in self._run_parts(parts, run)]
         if not results:
-            return network.nothing()[output]
+            return network.empty_outputs()[output]
         return results[0] if len(results) == 1 else np.concatenate(results)
 
 
 def as_slice(rows: np.ndarray) -> Any:
-    """Rows as a slice where they follow each other, so that nothing is copied before it is staged."""
+    """Return row indices as a slice if they are consecutive, so that indexing does not copy."""
     first, last = int(rows[0]), int(rows[-1])
     return slice(first, last + 1) if last - first + 1 == len(rows) else rows

@@ -21,29 +21,30 @@ from runtime.core.io.text_files import check_format, parse_json
 
 FORMAT = "drn-triton/1"
 PARAMETER = "drn.front"
-"""Of the front's configuration: where clients find what `About.to_json` wrote."""
+"""Parameter in the configuration of the front model that contains `FrontConfig.to_json`."""
 
 
 class Call(Protocol):
-    """Runs a model of the server."""
+    """Protocol of a function that runs a model of the server."""
 
     def __call__(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        """Return the outputs named, in this order."""
+        """Return the requested outputs in this order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FrontConfig:
-    """The properties of the networks that the front model and its clients need; stored next to the front model and in
-    its configuration.
+    """The properties of the networks that the front model and its clients need.
+
+    They are stored next to the front model and in its configuration.
 
     Attributes:
-        manifest: of the model; its longest query is the longest that the network takes.
-        network: name of the whole network, or of the query part.
-        video_network: name of the video part; empty for a whole network.
-        batch: most queries that go through together.
-        videos: most encoded videos that a query part takes.
-        encoded_together: most videos that go through a video part together.
-        files: of the networks, `MODEL/FILE` within a version to SHA-256; empty in repositories of before.
+        manifest: of the model; its maximum query length is that of the network.
+        network: Triton name of the whole network, or of the query part.
+        video_network: Triton name of the video part; empty for a whole network.
+        batch: maximum number of queries in a request.
+        videos: maximum number of encoded videos in a request to a query part.
+        encoded_together: maximum number of videos in a request to a video part.
+        files: SHA-256 of the files of the networks by `MODEL/FILE`, without the version; empty in older repositories.
     """
 
     manifest: Manifest
@@ -61,64 +62,71 @@ class FrontConfig:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> FrontConfig:
-        """Read what `to_json` wrote; ModelFileError, naming `source`, if it is something else."""
-        command = "write the repository again with `python -m export.triton`"
-        value = parse_json(text, source, ModelFileError, advice=command)
-        with reading(source, "the description of a model behind Triton", ModelFileError, command):
+        """Parse JSON that `to_json` wrote; ModelFileError with `source` if it is invalid."""
+        advice = "write the repository again with `python -m export.triton`"
+        value = parse_json(text, source, ModelFileError, advice=advice)
+        with reading(source, "the description of a model behind Triton", ModelFileError, advice):
             digest = value.pop("digest", None)
             if digest is not None and digest != json_digest(value):
                 raise ModelFileError(
-                    f"{source} does not match its own digest, so it was edited or damaged; {command}.", code=MISMATCH
+                    f"{source} does not match its digest, so it was edited or damaged. Write the repository again with "
+                    "`python -m export.triton`.",
+                    code=MISMATCH,
                 )
-            check_format(value, FORMAT, source, ModelFileError, command)
+            check_format(value, FORMAT, source, ModelFileError, advice)
             del value["format"]
-            about = cls(**{**value, "manifest": Manifest.from_dict(value["manifest"], source)})
-            sizes = (about.batch, about.videos, about.encoded_together)
+            config = cls(**{**value, "manifest": Manifest.from_dict(value["manifest"], source)})
+            sizes = (config.batch, config.videos, config.encoded_together)
             if not all(type(size) is int and size > 0 for size in sizes):
                 raise ValueError(f"its sizes are {excerpt(sizes)}")
-            if not isinstance(about.network, str) or not isinstance(about.video_network, str):
+            if not isinstance(config.network, str) or not isinstance(config.video_network, str):
                 raise ValueError("its networks have no names")
-            return about
+            return config
 
 
 class TritonBackend:
-    """A whole network behind Triton."""
+    """Run a model that was not split on a Triton server; see `Backend`.
 
-    def __init__(self, about: FrontConfig, call: Call) -> None:
-        self.manifest = about.manifest
-        self._about = about
+    Args:
+        config: of the front model.
+        call: runs a model of the server.
+    """
+
+    def __init__(self, config: FrontConfig, call: Call) -> None:
+        self.manifest = config.manifest
+        self._config = config
         self._call = call
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch; what is beyond the largest batch goes in pieces. Raises what the call does."""
+        """Return the heads of a batch, requested in parts of the maximum batch size; raises as the call does."""
         tokens = _padded(batch.query_tokens, self.manifest.max_query_length)
-        # In a batched model of Triton's every tensor has a size beyond the batch.
+        # Tensors of a batched Triton model have at least one axis besides the batch.
         lengths = batch.query_length[:, None]
         parts = []
-        for part in row_slices(len(batch), self._about.batch):
+        for part in row_slices(len(batch), self._config.batch):
             inputs = {
                 "query_tokens": tokens[part],
                 "query_length": lengths[part],
                 "segment_features": batch.segment_features[part],
                 "segment_spans": batch.segment_spans[part],
             }
-            parts.append((np.arange(part.start, part.stop), self._call(self._about.network, inputs, HEAD_NAMES)))
-        return _joined(len(batch), parts)
+            parts.append((np.arange(part.start, part.stop), self._call(self._config.network, inputs, HEAD_NAMES)))
+        return _gather_rows(len(batch), parts)
 
 
 class TritonPair:
-    """The two parts of a network behind Triton."""
+    """Run a split model on a Triton server; see `PairBackend`. Arguments as of `TritonBackend`."""
 
-    def __init__(self, about: FrontConfig, call: Call) -> None:
-        self.manifest = about.manifest
-        self._about = about
+    def __init__(self, config: FrontConfig, call: Call) -> None:
+        self.manifest = config.manifest
+        self._config = config
         self._call = call
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return (V, D, T) encoded features of (V, T, D) float32 segments."""
+        """Return (V, D, T) encodings of (V, T, D) float32 segments."""
         results = [
-            self._call(self._about.video_network, {"segment_features": segment_features[part]}, (ENCODED_FEATURES,))[0]
-            for part in row_slices(len(segment_features), self._about.encoded_together)
+            self._call(self._config.video_network, {"segment_features": segment_features[part]}, (ENCODED_FEATURES,))[0]
+            for part in row_slices(len(segment_features), self._config.encoded_together)
         ]
         return results[0] if len(results) == 1 else np.concatenate(results)
 
@@ -129,51 +137,48 @@ class TritonPair:
         videos: Sequence[EncodedVideo],
         video_index: np.ndarray,
     ) -> Heads:
-        """Return the heads of B queries; see `PairBackend`."""
+        """Return the heads of B queries; see `PairBackend.ask`."""
         tokens = _padded(query_tokens, self.manifest.max_query_length)
         parts = []
-        for rows in row_slices_by_video(video_index, self._about.batch, self._about.videos, len(videos)):
-            needed, which = np.unique(video_index[rows], return_inverse=True)
+        for rows in row_slices_by_video(video_index, self._config.batch, self._config.videos, len(videos)):
+            referenced, row_videos = np.unique(video_index[rows], return_inverse=True)
             inputs = {
                 "query_tokens": tokens[rows],
                 "query_length": query_length[rows],
-                VIDEO_INDEX: which.astype(np.int32),
-                ENCODED_FEATURES: np.stack([videos[index].features for index in needed]),
-                "segment_spans": np.stack([videos[index].spans for index in needed]),
+                VIDEO_INDEX: row_videos.astype(np.int32),
+                ENCODED_FEATURES: np.stack([videos[index].features for index in referenced]),
+                "segment_spans": np.stack([videos[index].spans for index in referenced]),
             }
-            parts.append((rows, self._call(self._about.network, inputs, HEAD_NAMES)))
-        return _joined(len(query_length), parts)
+            parts.append((rows, self._call(self._config.network, inputs, HEAD_NAMES)))
+        return _gather_rows(len(query_length), parts)
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch, as the whole model would."""
+        """Return the heads of a batch; see `run_pair`."""
         return run_pair(self, batch)
 
 
-def open_networks(about: FrontConfig, call: Call) -> TritonBackend | TritonPair:
-    """Return the backend of a whole network, or of a pair."""
-    return TritonPair(about, call) if about.video_network else TritonBackend(about, call)
+def open_networks(config: FrontConfig, call: Call) -> TritonBackend | TritonPair:
+    """Return the backend of a whole or a split model."""
+    return TritonPair(config, call) if config.video_network else TritonBackend(config, call)
 
 
-def _padded(tokens: np.ndarray, longest: int) -> np.ndarray:
-    """Return (B, L) word ids at the length that queries are padded to, 0 past each length.
-
-    Triton joins requests of equal shape only, and captures a CUDA graph for each.
-    """
+def _padded(tokens: np.ndarray, max_length: int) -> np.ndarray:
+    """Pad (B, L) word ids with zeros to one of few lengths, because Triton batches only requests of equal shape."""
     length = tokens.shape[1]
-    if length > longest:
+    if length > max_length:
         raise ShapeError(
-            f"The query has {length} tokens and the network behind Triton takes 1 to {longest}.",
+            f"Expected a query of 1 to {max_length} tokens for the network behind Triton, got {length}. Shorten it.",
             code="query_length_out_of_range",
         )
-    return np.pad(tokens, ((0, 0), (0, padded_length(length, longest) - length)))
+    return np.pad(tokens, ((0, 0), (0, padded_length(length, max_length) - length)))
 
 
-def _joined(rows: int, parts: Sequence[tuple[np.ndarray, list[np.ndarray]]]) -> Heads:
-    """Return the heads of all rows from those of some at a time."""
+def _gather_rows(num_rows: int, parts: Sequence[tuple[np.ndarray, list[np.ndarray]]]) -> Heads:
+    """Return the heads of a batch from the row indices and heads of its parts."""
     if len(parts) == 1:
         return Heads(*parts[0][1])
-    joined = [np.empty((rows, *values.shape[1:]), np.float32) for values in parts[0][1]]
-    for some, result in parts:
-        for location, values in zip(joined, result):
-            location[some] = values
-    return Heads(*joined)
+    heads = [np.empty((num_rows, *values.shape[1:]), np.float32) for values in parts[0][1]]
+    for rows, part in parts:
+        for gathered, values in zip(heads, part):
+            gathered[rows] = values
+    return Heads(*heads)

@@ -1,4 +1,4 @@
-"""A model behind Triton, asked from here: the address of a front takes the place of a model file."""
+"""Connect to a model on a Triton server, whose address replaces the path of a model file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from runtime.core.sliding_windows import Windows
 from runtime.core.video import Video
 
 TIMEOUT_SECONDS = 60.0
-# Where Triton listens by default.
+INDEX_FIELDS = ("name", "state", "reason")
+# Default ports of Triton.
 PORTS = {"grpc": 8001, "http": 8000}
-# A path in place of the address, which a command may have made of it, has lost one of two slashes.
+# An address that a command has converted to a path has one slash instead of two.
 ADDRESS = re.compile(
     r"triton(?:\+(?P<protocol>grpc|http)(?P<secure>s?))?://?(?P<host>[^/:\[\]]+|\[[0-9a-fA-F:.]+\])"
     r"(?::(?P<port>[0-9]{1,5}))?/(?P<model>[A-Za-z0-9][\w.-]*)"
@@ -37,9 +38,9 @@ class Address:
 
     Attributes:
         protocol: `grpc` or `http`.
-        secure: whether through TLS, certified by an authority that this machine trusts.
+        secure: whether TLS is used and the certificate is verified.
         host, port: of the server.
-        model: the name of the front.
+        model: name of the front model.
     """
 
     protocol: str
@@ -53,25 +54,25 @@ class Address:
 
     @classmethod
     def parse(cls, text: str | os.PathLike[str]) -> Address:
-        """Read `triton://host:port/model`; `triton+http://`, `triton+grpcs://` and `triton+https://` go other ways.
+        """Parse `triton://host:port/model`, or an address with `triton+http`, `triton+https` or `triton+grpcs`.
 
         Raises:
-            ModelFileError: it is none.
+            ModelFileError: the address is invalid.
         """
-        result = ADDRESS.fullmatch(os.fspath(text))
-        if result is None:
+        match = ADDRESS.fullmatch(os.fspath(text))
+        if match is None:
             raise ModelFileError(
-                f"{os.fspath(text)} should be triton://HOST:PORT/MODEL (gRPC), or begin with triton+http://, "
-                "triton+https:// or triton+grpcs://; check the address.",
+                f"Expected triton://HOST:PORT/MODEL (or triton+http, triton+https, triton+grpcs), got "
+                f"{os.fspath(text)}. Correct the address.",
                 code="invalid_address",
             )
-        protocol = result["protocol"] or "grpc"
-        port = int(result["port"] or PORTS[protocol])
-        return cls(protocol, bool(result["secure"]), result["host"], port, result["model"])
+        protocol = match["protocol"] or "grpc"
+        port = int(match["port"] or PORTS[protocol])
+        return cls(protocol, bool(match["secure"]), match["host"], port, match["model"])
 
 
 class Connection:
-    """A Triton server.
+    """A connection to a Triton server.
 
     Raises:
         DeviceError: `tritonclient` is not installed.
@@ -84,8 +85,8 @@ class Connection:
             self._utils = importlib.import_module("tritonclient.utils")
         except ImportError as error:
             raise DeviceError(
-                f"A model behind Triton is asked through tritonclient, which cannot be imported ({error}); "
-                "run `pip install '.[triton]'` in the drn-deploy directory.",
+                f"A model behind Triton needs tritonclient, which cannot be imported ({error}). Run `pip install "
+                "'.[triton]'` in the drn-deploy directory.",
                 code="missing_library",
             ) from error
         self._options: dict[str, Any] = {}
@@ -96,92 +97,107 @@ class Connection:
             limits = dict.fromkeys(("connection_timeout", "network_timeout"), TIMEOUT_SECONDS)
             context = {}
             if address.secure:
-                # Without it any certificate would do.
+                # The default context of tritonclient accepts any certificate.
                 context["ssl_context_factory"] = importlib.import_module("gevent.ssl").create_default_context
             self._client = self._library.InferenceServerClient(str(address), ssl=address.secure, **limits, **context)
 
     def about(self) -> FrontConfig:
-        """Return what the front publishes for clients.
+        """Return the configuration that the front model publishes.
 
         Raises:
-            ServerError: no server answers, or it has no such model, or has not loaded it.
-            ModelFileError: the model is not a front of this toolkit.
+            ServerError: the server cannot be reached, or has not loaded the model.
+            ModelFileError: the model is no front model of this toolkit.
         """
         name = self.address.model
-        with self._explained("list its models"):
+        with self._translate_errors("list its models"):
             ready = self._client.is_model_ready(name, **self._options)
-            known = None if ready else self._client.get_model_repository_index(**self._options)
-        if known is not None:
-            raise self._not_ready(name, [_fields(entry) for entry in _entries(known)])
+            index = None if ready else self._client.get_model_repository_index(**self._options)
+        if index is not None:
+            raise self._not_ready(name, index)
         json = {"as_json": True} if self.address.protocol == "grpc" else {}
-        with self._explained(f"describe {name}"):
+        with self._translate_errors(f"describe {name}"):
             config = self._client.get_model_config(name, **json, **self._options)
         parameters = config.get("config", config).get("parameters", {})
         if PARAMETER not in parameters:
             raise ModelFileError(
-                f"{name} at {self.address} is no front that `python -m export.triton` wrote; give the name of one.",
+                f"{name} at {self.address} is no front model. Give the name of one that `python -m export.triton` "
+                "wrote.",
                 code="wrong_model_kind",
             )
         return FrontConfig.from_json(parameters[PARAMETER]["string_value"], f"{name} at {self.address}")
 
     def call(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        """Run a model of the server; ServerError if it cannot be reached or refuses."""
+        """Run a model of the server and return the requested outputs; ServerError if that fails."""
         tensors = []
         for name, value in inputs.items():
             array = np.ascontiguousarray(value)
             tensors.append(self._library.InferInput(name, array.shape, self._utils.np_to_triton_dtype(array.dtype)))
             tensors[-1].set_data_from_numpy(array)
-        expected = [self._library.InferRequestedOutput(name) for name in outputs]
-        with self._explained(f"answer as {model}"):
-            answer = self._client.infer(model, tensors, outputs=expected, **self._options)
-        return [answer.as_numpy(name) for name in outputs]
+        requested = [self._library.InferRequestedOutput(name) for name in outputs]
+        with self._translate_errors(f"run {model}"):
+            response = self._client.infer(model, tensors, outputs=requested, **self._options)
+        return [response.as_numpy(name) for name in outputs]
 
-    def _not_ready(self, name: str, known: Sequence[Mapping[str, str]]) -> ServerError:
-        """Return the error that says why a model does not answer, from what the server has."""
-        ours = [entry for entry in known if entry["name"] == name]
-        if not ours:
-            names = ", ".join(sorted({entry["name"] for entry in known})) or "none"
+    def _not_ready(self, name: str, index: Any) -> ServerError:
+        """Return the error for a model that is missing or not loaded, from the repository index of either protocol."""
+        entries = [
+            {
+                field: entry.get(field, "") if isinstance(entry, dict) else getattr(entry, field)
+                for field in INDEX_FIELDS
+            }
+            for entry in (index if isinstance(index, list) else index.models)
+        ]
+        versions = [entry for entry in entries if entry["name"] == name]
+        if not versions:
+            names = ", ".join(sorted({entry["name"] for entry in entries})) or "none"
             return ServerError(
-                f"The Triton server at {self.address} has no model {excerpt(name)}; it has {names}.",
+                f"The Triton server at {self.address} has no model {excerpt(name)}. Give one of its models: {names}.",
                 code="missing_model",
             )
-        why = " ".join(ours[-1]["reason"].split()).rstrip(".") or "it does not say why"
+        state, reason = versions[-1]["state"], " ".join(versions[-1]["reason"].split()).rstrip(".")
         return ServerError(
-            f"{name} at {self.address} is not loaded ({ours[-1]['state'] or 'UNKNOWN'}): {why}; see the server's log.",
+            f"{name} at {self.address} is not loaded ({state or 'UNKNOWN'}): {reason or 'no reason is given'}. See the "
+            "log of the server.",
             code="model_not_loaded",
         )
 
     @contextlib.contextmanager
-    def _explained(self, doing: str) -> Iterator[None]:
+    def _translate_errors(self, action: str) -> Iterator[None]:
+        """Raise ServerError for the errors of tritonclient and the network in the block."""
         try:
             yield
         except self._utils.InferenceServerException as error:
-            status, said = str(error.status()), " ".join(str(error.message()).split()).rstrip(".")
+            status, message = str(error.status()), " ".join(str(error.message()).split()).rstrip(".")
             if status == "StatusCode.DEADLINE_EXCEEDED":
-                raise ServerError(self._too_long(doing), code="server_timeout") from error
+                raise self._timeout(action) from error
             if status == "StatusCode.UNAVAILABLE":
-                raise ServerError(self._unreachable(said), code="server_unreachable") from error
-            raise ServerError(f"The Triton server at {self.address} did not {doing}: {said}.") from error
+                raise self._unreachable(message) from error
+            raise ServerError(
+                f"The Triton server at {self.address} did not {action}: {message}. See the log of the server."
+            ) from error
         except TimeoutError as error:
-            raise ServerError(self._too_long(doing), code="server_timeout") from error
-        # The second is what an answer is that is not HTTP.
+            raise self._timeout(action) from error
+        # HTTPException: the response is not HTTP.
         except (OSError, http.client.HTTPException) as error:
-            raise ServerError(self._unreachable(str(error)), code="server_unreachable") from error
+            raise self._unreachable(str(error)) from error
 
-    def _too_long(self, doing: str) -> str:
-        return (
-            f"The Triton server at {self.address} did not {doing} within {TIMEOUT_SECONDS:g} s; see the server's log."
+    def _timeout(self, action: str) -> ServerError:
+        return ServerError(
+            f"The Triton server at {self.address} did not {action} within {TIMEOUT_SECONDS:g} s. See the log of the "
+            "server.",
+            code="server_timeout",
         )
 
-    def _unreachable(self, said: str) -> str:
-        return (
-            f"No Triton server answers {self.address.protocol} at {self.address} ({said.rstrip('.')}); start it, or "
-            f"check host and port (usually {PORTS['grpc']} for triton://, {PORTS['http']} for triton+http://)."
+    def _unreachable(self, message: str) -> ServerError:
+        return ServerError(
+            f"No Triton server answers {self.address.protocol} at {self.address} ({message.rstrip('.')}). Start it, or "
+            f"check host and port (usually {PORTS['grpc']} for triton://, {PORTS['http']} for triton+http://).",
+            code="server_unreachable",
         )
 
 
 class ServedModel:
-    """The Triton front of a model, which answers whole queries; see `runtime.backends.base.QueryServer`."""
+    """The Triton front of a model, which grounds complete queries; see `runtime.backends.base.QueryServer`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -195,7 +211,7 @@ class ServedModel:
         windows: Windows | Literal["model"] | None,
         always: bool,
     ) -> Iterator[list[Moment]]:
-        """Yield the moments of each query, best first; ServerError if the server cannot be reached, or fails."""
+        """Yield the moments of each query, best first; ServerError if the server cannot be reached or fails."""
         inputs = {
             triton_protocol.QUERY: np.array([[query.encode() for query in queries]], np.object_),
             triton_protocol.FEATURES: video.features[None].astype(np.float32, copy=False),
@@ -205,12 +221,12 @@ class ServedModel:
             triton_protocol.ALWAYS_ANSWER: np.array([[always]]),
         }
         if windows != "model":
-            sizes = dataclasses.astuple(windows) if windows else triton_protocol.WHOLE
+            sizes = dataclasses.astuple(windows) if windows else triton_protocol.NO_WINDOWS
             inputs[triton_protocol.WINDOWS] = np.array([sizes], np.float64)
         outputs = (triton_protocol.MOMENTS, triton_protocol.COUNT)
         moments, counts = self._connection.call(self._connection.address.model, inputs, outputs)
         for rows, count in zip(moments[0], counts[0]):
-            # The front counts from the first picture.
+            # The front model returns seconds from the first frame.
             yield [
                 Moment(video.offset + float(start), video.offset + float(end), float(score))
                 for start, end, score in rows[:count]
@@ -220,30 +236,26 @@ class ServedModel:
 def connect(
     address: str | os.PathLike[str], device: Device = "auto", threads: int | None = None
 ) -> tuple[TritonBackend | TritonPair, ServedModel]:
-    """Return the networks behind the front at an address, and the front itself.
+    """Connect to a front model on a Triton server.
+
+    Args:
+        address: `triton://HOST:PORT/MODEL`.
+        device, threads: must be `auto` and None, because the server decides.
+
+    Returns:
+        A backend for the networks behind the front model, and the front model.
 
     Raises:
-        ModelFileError: it is no address, or what is there is no front of this toolkit.
-        ServerError: no server answers, or it has no such model, or has not loaded it.
-        DeviceError: a device or threads were asked for, which the server decides; or tritonclient is not installed.
+        ModelFileError: the address is invalid, or the model is no front model of this toolkit.
+        ServerError: the server cannot be reached, or has not loaded the model.
+        DeviceError: a device or threads were given, or tritonclient is not installed.
     """
     parsed = Address.parse(address)
     if device != "auto" or threads is not None:
         raise DeviceError(
-            f"The server at {parsed} decides on what its networks run; leave --device and --threads out, and pass them "
-            "to `python -m export.triton`.",
+            f"--device and --threads do not apply to a model on the server {parsed}. Remove them; `python -m "
+            "export.triton` has these options.",
             code="inapplicable_option",
         )
     connection = Connection(parsed)
     return open_networks(connection.about(), connection.call), ServedModel(connection)
-
-
-def _entries(index: Any) -> Sequence[Any]:
-    return index if isinstance(index, list) else index.models
-
-
-def _fields(entry: Any) -> dict[str, str]:
-    """Return name, state and reason of a model in the server's index, over either protocol."""
-    if isinstance(entry, dict):
-        return {name: entry.get(name, "") for name in ("name", "state", "reason")}
-    return {name: getattr(entry, name) for name in ("name", "state", "reason")}

@@ -6,5 +6,5 @@ ABOUT_FILE = "about.json"
 QUERY, FEATURES, DURATION = "QUERY", "FEATURES", "DURATION"
 NUM_FRAMES, TOP_K, WINDOWS, ALWAYS_ANSWER = "NUM_FRAMES", "TOP_K", "WINDOWS", "ALWAYS_ANSWER"
 MOMENTS, COUNT = "MOMENTS", "COUNT"
-WHOLE = (0.0, 0.0, 0.0)
-"""WINDOWS that ask for videos to be grounded whole."""
+NO_WINDOWS = (0.0, 0.0, 0.0)
+"""Value of WINDOWS for a video that is not split."""

@@ -29,10 +29,10 @@ from runtime.backends.triton_protocol import (
     DURATION,
     FEATURES,
     MOMENTS,
+    NO_WINDOWS,
     NUM_FRAMES,
     QUERY,
     TOP_K,
-    WHOLE,
     WINDOWS,
 )
 from runtime.core.errors import GroundingError, ModelFileError, QueryError, ServerError
@@ -151,7 +151,7 @@ class Front:
         sizes = self._one(request, WINDOWS)
         if sizes is None:
             return self._grounder.windows
-        return None if sizes == WHOLE else Windows(*sizes)
+        return None if sizes == NO_WINDOWS else Windows(*sizes)
 
     def _one(self, request: Any, name: str) -> tuple[Any, ...] | None:
         """Return what is the same for all rows of a request, if it is given."""

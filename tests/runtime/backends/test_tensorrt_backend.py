@@ -43,7 +43,7 @@ from runtime.backends.batch_shapes import (
     MIN_PADDED_LENGTH,
     OptimizationProfile,
     bucket,
-    choose,
+    choose_profile,
     pack_tensors,
     profile_from_shapes,
     referenced_videos,
@@ -640,11 +640,11 @@ def test_close_all_waits_for_running_calls(bench: Bench, monkeypatch: pytest.Mon
         assert begun.wait(60)
         held = bench.driver.held()
         # A call that does not end keeps what it works on.
-        monkeypatch.setattr(network_module, "LAST_CALLS_SECONDS", 0.05)
+        monkeypatch.setattr(network_module, "EXIT_TIMEOUT_SECONDS", 0.05)
         close_all()
         assert bench.driver.held() == held
         # One that ends is waited for, and then all is freed.
-        monkeypatch.setattr(network_module, "LAST_CALLS_SECONDS", 60.0)
+        monkeypatch.setattr(network_module, "EXIT_TIMEOUT_SECONDS", 60.0)
         closing = threading.Thread(target=close_all)
         closing.start()
         ends.set()
@@ -1193,8 +1193,8 @@ RTX = {"target": "tensorrt-rtx", "library": "tensorrt_rtx 1.7.1", "gpu": None, "
         ({}, {"capability": "8.0"}, ["NVIDIA H100 (9.0)", "NVIDIA H100 (8.0)"]),
         ({}, {"library": "tensorrt 10.16.1"}, ["tensorrt 10.16.0", "NVIDIA H100 (9.0)", "tensorrt 10.16.1"]),
         ({}, {"library": "tensorrt_rtx 1.7.1"}, ["tensorrt_rtx 1.7.1", "tensorrt 10.16.0"]),
-        ({}, {"library": None, "why_no_library": "No module"}, ["No module"]),
-        ({}, {"gpu": None, "why_no_gpu": "no driver"}, ["no driver"]),
+        ({}, {"library": None, "library_error": "No module"}, ["No module"]),
+        ({}, {"gpu": None, "gpu_error": "no driver"}, ["no driver"]),
         (COMPATIBLE, {"library": "tensorrt 10.16.1"}, None),
         (COMPATIBLE, {"library": "tensorrt 10.20.0"}, None),
         (COMPATIBLE, {"library": "tensorrt_lean 10.16.0"}, None),
@@ -1283,14 +1283,14 @@ def domains(*batches: tuple[int, int, int]) -> list[OptimizationProfile]:
     [(1, 1, 0, (1, 4)), (2, 5, 1, (2, 6)), (5, 9, 1, (6, 12)), (7, 12, 1, (8, 12)), (10, 11, 2, (12, 12))],
 )
 def test_profile_with_least_padding_is_chosen(batch: int, length: int, index: int, padded: tuple[int, int]) -> None:
-    chosen, sizes = choose(domains((1, 1, 1), (2, 4, 8), (6, 16, 30)), {"batch": batch, "query_length": length})
+    chosen, sizes = choose_profile(domains((1, 1, 1), (2, 4, 8), (6, 16, 30)), {"batch": batch, "query_length": length})
     assert chosen.index == index
     assert (sizes["batch"], sizes["query_length"]) == padded
 
 
 def test_request_beyond_all_profiles_names_their_ranges() -> None:
     with raises(ShapeError, "shape_mismatch", "batch 1 to 1, query_length 2 to 12", "batch 2 to 8", "batch 9"):
-        choose(domains((1, 1, 1), (2, 4, 8)), {"batch": 9, "query_length": 3})
+        choose_profile(domains((1, 1, 1), (2, 4, 8)), {"batch": 9, "query_length": 3})
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 4))

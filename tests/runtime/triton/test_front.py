@@ -105,7 +105,7 @@ def test_long_video_windows_come_from_model_or_request(server: Server, direct: G
     whole = Grounder(direct.backend)
     whole.windows = None
     assert long.duration > 60
-    cut, uncut = server.execute("drn", [asked(long), asked(long, WINDOWS=np.array(triton_protocol.WHOLE))])
+    cut, uncut = server.execute("drn", [asked(long), asked(long, WINDOWS=np.array(triton_protocol.NO_WINDOWS))])
     assert_alike(moments(cut), [direct.ground(long, query) for query in QUERIES])
     assert_alike(moments(uncut), [whole.ground(long, query) for query in QUERIES])
     assert moments(cut) != moments(uncut)
