@@ -150,7 +150,9 @@ class AccuracyEvaluator:
     def compare(self, result: Evaluation) -> AccuracyDelta:
         """Return the loss of an evaluation of the same queries."""
         expected, count = self.reference, len(self.annotations)
-        paired = compare_answers(expected.picks, result.picks, expected.truth, self.durations, expected.report.protocol)
+        paired = compare_answers(
+            expected.detections, result.detections, expected.truth, self.durations, expected.report.protocol
+        )
         lost, gained = (
             [int(flips(threshold).sum()) for threshold in FLIP_THRESHOLDS] for flips in (paired.lost, paired.gained)
         )

@@ -179,7 +179,7 @@ def _print(options: Options, result: Result) -> None:
     print(f"{scored.queries} queries of {options.split}, protocol {scored.protocol}, percent.")
     if result.published:
         print(result.published.sentence())
-    if count := used_fallback(next(iter(result.evaluation.picks.values()))).sum():
+    if count := used_fallback(next(iter(result.evaluation.detections.values()))).sum():
         print(f"{count} of them have no likely location and are answered by the whole video.")
     if result.data_set.simulated:
         print("Features are simulated: not comparable with published numbers.")

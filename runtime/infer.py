@@ -120,7 +120,7 @@ def run(options: Options) -> list[Answer]:
     source = open_video_source(options.source, grounder.manifest.features, options.device, options.threads)
     answers = _ground(grounder, source, options)
     if options.plot:
-        draw(answers, options.plot, source.footage, partial=options.source.partial)
+        draw(answers, options.plot, source.video_file, partial=options.source.partial)
     _write_best(source, answers, clips, options)
     return answers
 
@@ -134,7 +134,7 @@ def _check(options: Options) -> list[Path]:
     source = options.source
     source.check()
     data_files = DataSet(source.data).files if source.data and options.plot else ()
-    inputs = (options.model, source.features, source.extractor, source.film, *data_files)
+    inputs = (options.model, source.features, source.extractor, source.video_path, *data_files)
     check_report(options.plot, *inputs)
     if options.plot:
         check_plots(options.plot)
@@ -165,11 +165,11 @@ def _write_best(source: VideoSource, answers: Sequence[Answer], clips: Sequence[
     best = [(answer.moments[0], clip) for answer, clip in zip(answers, clips) if answer.moments]
     if not best:
         return
-    assert source.footage is not None
-    offset = source.footage.offset
+    assert source.video_file is not None
+    offset = source.video_file.offset
     spans = [(max(0.0, moment.start - offset), moment.end - offset) for moment, _ in best]
     files = [clip for _, clip in best]
-    write_clips(source.footage, spans, files, options.threads, partial=options.source.partial)
+    write_clips(source.video_file, spans, files, options.threads, partial=options.source.partial)
     for clip in files:
         log.info("Cut:  %s", clip)
 
@@ -187,13 +187,13 @@ def _clips(choice: VideoArguments, directory: Path | None, queries: tuple[str, .
     """Return the file of each query's best moment; none where nothing is to be cut."""
     if directory is None:
         return []
-    if choice.film is None:
+    if choice.video_path is None:
         raise GroundingError(
             "--cut needs the video itself; pass --video FILE --extractor FILE, or --footage FILE beside the features.",
             code="missing_option",
         )
     check_encoder()
-    return [directory / name for name in clip_names(choice.film.stem, queries)]
+    return [directory / name for name in clip_names(choice.video_path.stem, queries)]
 
 
 if __name__ == "__main__":

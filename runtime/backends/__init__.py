@@ -1,4 +1,4 @@
-"""Run networks in ONNX Runtime, TensorRT, Triton or torch, each imported only when a model needs it."""
+"""Run networks: one file for each library, imported only when its kind of file is opened."""
 
 from __future__ import annotations
 

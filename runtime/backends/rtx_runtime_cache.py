@@ -50,9 +50,10 @@ class KernelCache:
         try:
             with open(self.path, "rb") as file:
                 header, content = file.readline(MAX_HEADER_BYTES), file.read()
-            recorded: Any = json.loads(header)
+            about: Any = json.loads(header)
+            expected = {"format": FORMAT, **dataclasses.asdict(self.key)}
             digest = hashlib.sha256(content).hexdigest()
-            if not isinstance(recorded, dict) or recorded.get("sha256") != digest:
+            if not isinstance(about, dict) or about.get("sha256") != digest:
                 self.ignore("it is damaged")
                 return None
         except FileNotFoundError:
@@ -60,8 +61,7 @@ class KernelCache:
         except (OSError, ValueError, RecursionError, MemoryError) as error:
             self.ignore(one_line(error))
             return None
-        expected = {"format": FORMAT, **dataclasses.asdict(self.key)}
-        different = [name for name, value in expected.items() if recorded.get(name) != value]
+        different = [name for name, value in expected.items() if about.get(name) != value]
         if different:
             self.ignore(f"it was written for another {' and '.join(different)}")
             return None
@@ -71,7 +71,9 @@ class KernelCache:
     def ignore(self, reason: str) -> None:
         """Warn that the file is not used, so that the next `write` replaces it."""
         self._stored = ""
-        log.warning("%s is not used: %s. Kernels are compiled again, and the file is replaced.", self.path, reason)
+        log.warning(
+            "%s is not used, because %s. Kernels are compiled again, and the file is replaced.", self.path, reason
+        )
 
     def write(self, content: bytes) -> bool:
         """Write compiled kernels atomically, unless the file contains them already.

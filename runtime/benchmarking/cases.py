@@ -1,4 +1,4 @@
-"""List the cases of a benchmark: what each group times, with which calls."""
+"""Define the cases of a benchmark, in groups, and the calls that each case times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtime.benchmarking.timing import Call
 from runtime.benchmarking.workload import BenchmarkedModel, Pair
 from runtime.core.video import Video
 
-# A sweep's cases end after so many seconds for each model, but not before the minimum number of calls.
+# Time limit of a sweep case for each model, after the minimum number of calls.
 SWEEP_SECONDS = 5.0
 
 Models = Sequence[BenchmarkedModel]
@@ -28,9 +28,9 @@ class TimedCase:
     """A case and its calls.
 
     Attributes:
-        case: what is timed.
-        calls: one for each model that has the case.
-        max_seconds: for each model; None for no limit.
+        case: group, name and size.
+        calls: by model, for the models that support the case.
+        max_seconds: time limit for each model; None for no limit.
     """
 
     case: BenchmarkCase
@@ -40,11 +40,11 @@ class TimedCase:
 
 @dataclasses.dataclass(frozen=True)
 class CaseInputs:
-    """The inputs from which benchmark cases are built.
+    """The models and limits from which cases are built.
 
     Attributes:
-        models: in the order they were named.
-        max_batch: largest batch, and most queries per video.
+        models: in the order of the command line.
+        max_batch: maximum batch size and number of queries per video.
         note: adds a sentence to the notes of the report.
     """
 
@@ -54,13 +54,13 @@ class CaseInputs:
 
 
 def doubling_sizes(maximum: int) -> list[int]:
-    """Return 1, 2, 4 and so on up to `maximum`, which comes last."""
+    """Return 1, 2, 4, ..., and `maximum`."""
     powers = [1 << exponent for exponent in range(maximum.bit_length()) if 1 << exponent < maximum]
     return [*powers, maximum]
 
 
 def one_query_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
-    """Yield the cases of one query: end to end about new and known videos, the network alone, encoding a video."""
+    """Yield the cases of one query: end to end about new and known (cached) videos, the network, encoding a video."""
     models = inputs.models
     new, known = (BenchmarkCase(ONE_QUERY, f"{which} video", "end to end") for which in ("new", "known"))
     yield TimedCase(new, {model: _ground_one(model, model.unseen_pairs) for model in models})
@@ -75,7 +75,7 @@ def one_query_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
 
 
 def batch_size_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
-    """Yield batches of every size, end to end about known videos and of the network alone."""
+    """Yield the cases of every batch size: end to end about known videos, and the network only."""
     for size in doubling_sizes(inputs.max_batch):
         case = BenchmarkCase(BATCH_SIZE, "known videos", "end to end", size, size)
         yield TimedCase(case, {model: _ground_batch(model, size) for model in inputs.models}, SWEEP_SECONDS)
@@ -87,7 +87,7 @@ def batch_size_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
 
 
 def per_video_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
-    """Yield batches of every size about one video that is known."""
+    """Yield the cases of every number of queries about one known video."""
     known: dict[BenchmarkedModel, Video | EncodedVideo] = {model: model.cached[0][0] for model in inputs.models}
     for size in doubling_sizes(inputs.max_batch):
         case = BenchmarkCase(PER_VIDEO, "known video", "end to end", size, size)
@@ -95,7 +95,7 @@ def per_video_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
 
 
 def query_length_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
-    """Yield the network alone with one query of every length."""
+    """Yield the cases of one query of every length: the network only."""
     if not inputs.models:
         return
     for length in doubling_sizes(min(model.grounder.manifest.max_query_length for model in inputs.models)):
@@ -103,7 +103,7 @@ def query_length_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
         yield TimedCase(case, {model: _network_of_length(model, length) for model in inputs.models}, SWEEP_SECONDS)
 
 
-# The names appear in the report as the times at which the state of the machine was read.
+# The report names the system states that are read after each group accordingly.
 CASE_GROUPS: tuple[tuple[str, Callable[[CaseInputs], Generator[TimedCase, None, None]]], ...] = (
     ("one query", one_query_cases),
     ("batch sizes", batch_size_cases),
@@ -113,7 +113,7 @@ CASE_GROUPS: tuple[tuple[str, Callable[[CaseInputs], Generator[TimedCase, None, 
 
 
 def phases_call(model: BenchmarkedModel, size: int, samples: list[dict[str, float]]) -> Call:
-    """Return a call that grounds `size` queries about unseen videos and appends the seconds of each phase."""
+    """Return a call that grounds `size` queries about new videos and appends the seconds of each phase to `samples`."""
     return Call(
         lambda pairs: samples.append(time_phases(model.grounder, pairs)[1]),
         lambda number: model.unseen_pairs(number, size),
@@ -123,12 +123,12 @@ def phases_call(model: BenchmarkedModel, size: int, samples: list[dict[str, floa
 def _network_scopes(
     inputs: CaseInputs,
 ) -> Iterator[tuple[TimingScope, contextlib.AbstractContextManager[None], Models]]:
-    """Yield the scopes around the network, the context to enter for each, and the models that measure it."""
+    """Yield the timing scopes of the network, the context to enter for each, and the models that support it."""
     yield "host", contextlib.nullcontext(), inputs.models
     for model in inputs.models:
         if not model.reports_gpu_time:
-            reason = "it runs on the CPU" if model.device == "cpu" else "its library does not report the network's time"
-            inputs.note(f"{model.label}: no times of the GPU alone, since {reason}.")
+            reason = "it runs on the CPU" if model.device == "cpu" else "its library does not report them"
+            inputs.note(f"{model.label} has no times of the GPU only, because {reason}.")
     on_gpu = [model for model in inputs.models if model.reports_gpu_time]
     if on_gpu:
         yield "gpu", _gpu_timed(on_gpu), on_gpu
@@ -165,7 +165,7 @@ def _ground_video(model: BenchmarkedModel, video: Video | EncodedVideo, size: in
 
 
 def _network(model: BenchmarkedModel, size: int, scope: TimingScope) -> Call:
-    # A few batches in rotation; all of them would fill the memory.
+    # At most four batches in rotation, to limit memory.
     count = max(1, min(4, len(model.pairs) // size))
     calls = [_network_of_pairs(model, model.cached_pairs(number, size)) for number in range(count)]
     return Call(lambda call: call(None), lambda number: calls[number % count], _device_seconds(model, scope))

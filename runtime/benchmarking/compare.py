@@ -261,7 +261,7 @@ def _measure(
         # Only overlaps and hits are read, which do not depend on the durations.
         durations = np.ones(len(reference.truth))
         paired = compare_answers(
-            reference.picks, evaluation.picks, reference.truth, durations, reference.report.protocol
+            reference.detections, evaluation.detections, reference.truth, durations, reference.report.protocol
         )
         compared.append(
             ComparedModel(

@@ -1,4 +1,4 @@
-"""Open the models of a benchmark, and measure what opening them takes."""
+"""Open the models of a benchmark, and measure the time and memory of opening them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from runtime.artifacts.engine_metadata import read_verified
 from runtime.artifacts.manifest import Manifest
@@ -22,7 +21,7 @@ from runtime.grounding.grounder import Grounder
 
 
 def model_labels(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each model: its file's, or its path where names are equal, numbered where paths are."""
+    """Return a distinct label for each model: its file name, or its path if names are equal, numbered if paths are."""
     names = [path.name if [other.name for other in paths].count(path.name) == 1 else str(path) for path in paths]
     return [
         name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
@@ -31,10 +30,10 @@ def model_labels(paths: Sequence[Path]) -> list[str]:
 
 
 def model_files(path: Path, manifest: Manifest) -> list[Path]:
-    """Return the files that a model consists of, the one named first."""
+    """Return the files of a model, starting with `path`."""
     parts = [path.with_name(Path(name).name) for name in manifest.video_part]
     if path.suffix == ".engine":
-        # Parts are named as the graphs they were built from.
+        # The manifest records the ONNX file that the part was built from.
         parts = [part.with_suffix(".engine") for part in parts]
         unrolled = read_verified(path).get("unrolled", ()) if path.is_file() else ()
         parts += [path.with_name(Path(name).name) for name in unrolled]
@@ -49,20 +48,20 @@ def open_model(
     pairs: Sequence[tuple[Video, str]],
     cold_start_s: float | None,
 ) -> tuple[Grounder, ModelInfo]:
-    """Open a model, ground one query, and return the model with what both took.
+    """Open a model, ground one query, and return the model with the time and memory that both took.
 
     Args:
         path: the model file.
-        label: how tables call it.
+        label: name of the model in tables.
         device: auto, cpu or cuda.
-        threads: CPU threads of its network.
-        pairs: of which the first is grounded; a synthetic one if there are none.
-        cold_start_s: as `cold_start` measured it.
+        threads: CPU threads of the network.
+        pairs: the first is grounded; a synthetic one if empty.
+        cold_start_s: seconds that `cold_start` measured; None if it failed.
     """
     rss, gpu = system_info.rss_bytes(), system_info.gpu()
     start = time.perf_counter()
     grounder = Grounder.load(path, device, threads)
-    # Times are of queries of one run of the network each.
+    # Without windows, each query is one run of the network.
     grounder.windows = None
     open_s = time.perf_counter() - start
     pairs = pairs or synthetic_workload([grounder.manifest]).pairs
@@ -74,26 +73,25 @@ def open_model(
     report = getattr(grounder.backend, "memory_report", lambda: None)()
     rss_now = system_info.rss_bytes()
     memory = Memory(
-        sum(file.stat().st_size for file in files),
-        rss_now - rss if rss_now is not None and rss is not None else None,
-        getattr(report, "plan", None),
-        getattr(report, "device", None),
-        getattr(report, "pinned", None),
-        _gpu_growth(gpu) if used_device == "cuda" else None,
+        files=sum(file.stat().st_size for file in files),
+        rss_growth=rss_now - rss if rss_now is not None and rss is not None else None,
+        plan=getattr(report, "plan", None),
+        device=getattr(report, "device", None),
+        pinned=getattr(report, "pinned", None),
+        gpu_growth=_gpu_growth(gpu) if used_device == "cuda" else None,
     )
-    kind: Literal["whole", "pair"] = "pair" if grounder.is_pair else "whole"
     hashes = {file.name: sha256(file) for file in files}
     info = ModelInfo(
-        label,
-        hashes[path.name],
-        hashes,
-        manifest.precision,
-        kind,
-        used_device,
-        open_s,
-        first_answer_s,
-        cold_start_s,
-        memory,
+        label=label,
+        sha256=hashes[path.name],
+        files=hashes,
+        precision=manifest.precision,
+        kind="pair" if grounder.is_pair else "whole",
+        device=used_device,
+        open_s=open_s,
+        first_answer_s=first_answer_s,
+        cold_start_s=cold_start_s,
+        memory=memory,
     )
     return grounder, info
 
@@ -109,7 +107,7 @@ def _gpu_growth(before: system_info.Gpu | None) -> int | None:
 
 
 def cold_start(path: Path, device: Device, threads: int | None) -> float:
-    """Return the seconds from the start of a fresh process to its first answer.
+    """Return the seconds from the start of a new process until it has grounded a query.
 
     Raises:
         DeviceError: the process failed.
@@ -133,7 +131,8 @@ def cold_start(path: Path, device: Device, threads: int | None) -> float:
             raise
     if not answered:
         raise DeviceError(
-            f"The cold start of {path.name} was not measured, since a fresh process could not answer.",
+            f"The cold start of {path.name} was not measured, because a new process could not ground a query. Try "
+            "`python -m runtime.infer` with this model.",
             code="measurement_failed",
         )
     return seconds

@@ -1,4 +1,4 @@
-"""Draw the results of a benchmark into a PNG file."""
+"""Plot the results of a benchmark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from runtime.core.io.atomic_files import atomic_write
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw percentiles of one query, and how time goes with batch, queries per video and query length, into a PNG.
+    """Plot latency of one query, throughput by batch size and queries per video, and latency by query length.
+
+    Args:
+        report: the results.
+        path: PNG file to write.
 
     Raises:
         DeviceError: matplotlib is not installed.
@@ -75,7 +79,7 @@ def _finish(axes: Any) -> None:
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        # A name may hold dollar signs, which are no formula here, or what no font has.
+        # Labels may contain dollar signs, which must not start a formula, or control characters.
         for text in axes.legend(handles, labels, fontsize=7).get_texts():
             text.set_parse_math(False)
             text.set_text(printable_line(text.get_text()))

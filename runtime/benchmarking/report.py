@@ -1,4 +1,4 @@
-"""Describe the results of a benchmark: values for a file, tables for a terminal and for a parity report."""
+"""Define the results of a benchmark, as JSON and as tables for a terminal and for a parity report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMING_SCOPES: dict[str, str] = {
 }
 ONE_QUERY, BATCH_SIZE, PER_VIDEO, LENGTH = "one query", "batch size", "queries per video", "query length"
 
-# In the order of the flow. The first group is done once for a video, the second for every query.
+# In order of execution. `VIDEO_PHASES` run once for a video.
 VIDEO_PHASES = ("segment", "encode")
 NETWORK_PHASES = ("encode", "network")
 PHASES = ("tokenise", "segment", "encode", "collate", "network", "decode", "NMS", "seconds")
@@ -35,14 +35,14 @@ PHASES = ("tokenise", "segment", "encode", "collate", "network", "decode", "NMS"
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkCase:
-    """One thing that is measured.
+    """One measurement.
 
     Attributes:
-        group: what it is part of: one query, batch size, queries per video, query length.
-        name: what is called.
-        boundary: what is inside of the time.
-        size: its place in its group: a number of queries, or of words.
-        queries: answered by one call.
+        group: "one query", "batch size", "queries per video" or "query length".
+        name: of the case in its group.
+        boundary: the timing scope.
+        size: number of queries, or of words in the group "query length".
+        queries: number of queries in one call.
     """
 
     group: str
@@ -57,12 +57,12 @@ class Timing:
     """The latency of a case with one model.
 
     Attributes:
-        case: what was measured.
-        model: the model's label.
-        latency: of one call; None where it failed.
-        warm_up: what went before.
-        speedup: times faster than the first model, in the same rounds; None for the first.
-        failed: why there are no samples, in a sentence.
+        case: the measurement.
+        model: label of the model.
+        latency: of one call; None if it failed.
+        warm_up: the calls before the samples.
+        speedup: speed relative to the first model, in the same rounds; None for the first.
+        failed: error message if there are no samples.
     """
 
     case: BenchmarkCase
@@ -79,7 +79,7 @@ class Timing:
 
     @property
     def queries_per_s(self) -> float | None:
-        """Queries over the time of all calls, the slowest included."""
+        """Return the throughput from the mean latency; None if the case failed."""
         if self.latency is None or not self.latency.mean_ms:
             return None
         return 1e3 * self.case.queries / self.latency.mean_ms
@@ -90,14 +90,13 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """The time of each phase of a call that answers `queries` at once, each about another video that was not encoded
-    before.
+    """The time of each phase of a call that grounds `queries` together, about videos that were not encoded before.
 
     Attributes:
-        model: its label.
-        queries, videos: in one call.
-        samples: how many calls.
-        ms: phase -> median over the calls; what the flow of this model lacks is not there.
+        model: label of the model.
+        queries, videos: numbers in one call.
+        samples: number of calls.
+        ms: median over the calls by phase, in milliseconds; without phases that the model does not have.
     """
 
     model: str
@@ -107,7 +106,7 @@ class Phases:
     ms: Mapping[str, float]
 
     def overhead_share(self, known: bool) -> float:
-        """Return the share of the time that is not the network's; `known` leaves out what is done once for a video."""
+        """Return the fraction of the time outside the network; without `VIDEO_PHASES` if the videos are `known`."""
         counted = {name: ms for name, ms in self.ms.items() if not (known and name in VIDEO_PHASES)}
         total = sum(counted.values())
         return sum(ms for name, ms in counted.items() if name not in NETWORK_PHASES) / total if total else 0.0
@@ -122,13 +121,13 @@ class Phases:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """The memory of a model, in bytes; None if it is unknown.
+    """The memory of a model, in bytes; None if unknown.
 
     Attributes:
-        files: of all its files.
-        rss_growth: by how much the process grew when it was opened and answered once.
-        plan, device, pinned: as its backend reports: plan, buffers on the GPU, page-locked memory.
-        gpu_growth: by how much the GPU's used memory grew meanwhile, as nvidia-smi reports (others count too).
+        files: size of all its files.
+        rss_growth: growth of the process while the model was opened and grounded one query.
+        plan, device, pinned: plan, buffers on the GPU and page-locked memory, as the backend reports them.
+        gpu_growth: growth of the GPU's used memory in the same time (nvidia-smi, all processes).
     """
 
     files: int
@@ -141,17 +140,18 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """A model file that was measured.
+    """A measured model.
 
     Attributes:
-        label: how tables call it.
-        sha256: of the file that was named.
-        files: all files it consists of, to SHA-256.
-        precision, kind: of its manifest; a pair encodes videos once.
-        device: where the network ran.
-        open_s, first_answer_s: seconds in this process, from opening it until it was open, and to its first answer.
-        cold_start_s: seconds from the start of a fresh process to its first answer; None where that failed.
-        memory: what it takes.
+        label: name of the model in tables.
+        sha256: of the file on the command line.
+        files: SHA-256 by file name, of all files of the model.
+        precision: as the manifest records it.
+        kind: "pair" for a split model, which encodes videos once.
+        device: of the network.
+        open_s, first_answer_s: seconds in this process until the model was open, and until its first query was done.
+        cold_start_s: seconds from the start of a new process until its first query was done; None if that failed.
+        memory: of the model.
     """
 
     label: str
@@ -168,15 +168,15 @@ class ModelInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """The deviation of a model's best moments from those of the first model.
+    """The difference between the best moments of a model and those of the first model.
 
     Attributes:
-        model: its label.
-        queries: that both were asked.
+        model: label of the model.
+        queries: number of queries that both models grounded.
         iou_mean, iou_min: temporal IoU of the two best moments.
-        shift_max_s: seconds by which a border moves at most.
-        different: queries whose best moment moves by more than `visible_s`, or that only one answers.
-        visible_s: what a reader of tenths of a second can see.
+        shift_max_s: maximum shift of a start or end, in seconds.
+        different: number of queries with a shift above `visible_s`, or with a moment of one model only.
+        visible_s: smallest shift that is visible in times of one decimal, in seconds.
     """
 
     model: str
@@ -188,16 +188,16 @@ class Agreement:
     visible_s: float
 
     def sentence(self, first: str) -> str:
-        """Return what a reader must know before the ratios."""
+        """Return a sentence on the agreement with the model of label `first`."""
         details = (
-            f"IoU of best moments {self.iou_mean:.4f} on average, {self.iou_min:.4f} at least; borders move by up to "
+            f"IoU of best moments: mean {self.iou_mean:.4f}, minimum {self.iou_min:.4f}; maximum shift "
             f"{self.shift_max_s:.2g} s"
         )
         if not self.different:
-            return f"{self.model} answers as {first} ({self.queries} queries: {details})."
+            return f"{self.model} and {first} return the same moments ({self.queries} queries; {details})."
         return (
-            f"{self.model} answers {self.different} of {self.queries} queries differently from {first} ({details}): "
-            "its ratios compare different answers; judge them with export.verify."
+            f"{self.model} and {first} return different moments for {self.different} of {self.queries} queries "
+            f"({details}). Compare their accuracy with export.verify."
         )
 
     @classmethod
@@ -208,7 +208,13 @@ class Agreement:
         expected: Sequence[Sequence[Moment]],
         visible_s: float = VISIBLE_S,
     ) -> Agreement:
-        """Compare the best moment of each query with that of the first model."""
+        """Compare the best moments of a model with those of the first model.
+
+        Args:
+            model: label of the model.
+            actual, expected: moments of each query, best first, of this and of the first model.
+            visible_s: see above.
+        """
         pairs = list(zip(actual, expected))
         best = [[(side[0].start, side[0].end) for side in pair] for pair in pairs if all(pair)]
         different = sum(bool(moments) != bool(references) for moments, references in pairs)
@@ -226,20 +232,20 @@ class Report:
     """All results of one run of the benchmark.
 
     Attributes:
-        date: of the run, in ISO form.
-        command: that does the same again.
-        hardware: CPU, cores and GPU by name.
-        versions: package to version.
-        settings: of the run.
-        inputs: what was asked, in a sentence, and whether it was made up.
-        models: in the order they were named; ratios are against the first.
-        agreements: of the others with the first.
-        timings: in the order they were taken.
-        phases: where the time goes.
-        peak_rss_bytes: of the whole process.
-        conditions: of the machine, from before to after.
-        notes: what a reader of the figures must know.
-        interrupted: whether it was ended early, so that cases are missing.
+        date: of the run, YYYY-MM-DD.
+        command: command line that repeats the run.
+        hardware: CPU, cores and GPU.
+        versions: version by package.
+        settings: options of the run.
+        inputs: description and number of queries and videos, and whether they are synthetic.
+        models: in the order of the command line; ratios refer to the first.
+        agreements: of the other models with the first.
+        timings: in order of measurement.
+        phases: time of each phase.
+        peak_rss_bytes: peak memory of the process.
+        conditions: states of the machine, in order of time.
+        notes: sentences that a reader of the results needs.
+        interrupted: whether the run ended early, so that cases are missing.
     """
 
     date: str
@@ -280,7 +286,7 @@ class Report:
 
 
 def environment_line(report: Mapping[str, Any]) -> str:
-    """Return hardware, threads, versions and date of a report, as it is or as it was read, in a phrase."""
+    """Return hardware, threads, versions and date of a report in a phrase; `report` is its JSON object."""
     hardware, threads = report["hardware"], report["settings"]["threads"]
     on_gpu = any(model["device"] == "cuda" for model in report["models"]) and hardware["gpu"]
     parts = [str(hardware["gpu"])] if on_gpu else []
@@ -291,27 +297,23 @@ def environment_line(report: Mapping[str, Any]) -> str:
 
 
 def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Return the header and rows of what a written report contains about one model, for its parity report.
+    """Return the header and rows of the latency table of one model, for its parity report.
 
     Args:
         report: as `read_report` returns it.
         sha256: of the model file.
 
     Raises:
-        ModelFileError: another model was measured, or nothing of this one.
+        ModelFileError: the report has no latency of this model.
     """
-    measured_model = next((model for model in report["models"] if model["sha256"] == sha256), None)
-    timings = [
-        t for t in report["timings"] if measured_model and t["model"] == measured_model["label"] and t["latency"]
-    ]
-    if measured_model is None or not timings:
-        measured = (
-            ", ".join(printable_line(f"{model['label']} ({model['sha256'][:12]}…)") for model in report["models"])
-            or "nothing"
-        )
+    labels = [model["label"] for model in report["models"] if model["sha256"] == sha256]
+    timings = [timing for timing in report["timings"] if timing["model"] in labels[:1] and timing["latency"]]
+    if not timings:
+        measured = [printable_line(f"{model['label']} ({model['sha256'][:12]}…)") for model in report["models"]]
         raise ModelFileError(
-            f"The latency report is of {measured} and not of the model with SHA-256 {sha256[:12]}…; measure that "
-            "one with `python -m runtime.benchmark --model MODEL --output REPORT.json`.",
+            f"Expected a latency report of the model with SHA-256 {sha256[:12]}…, got one of "
+            f"{', '.join(measured) or 'no model'}. Measure the model with `python -m runtime.benchmark --model MODEL "
+            "--output REPORT.json`.",
             code="report_of_another_model",
         )
     rows = []
@@ -325,21 +327,24 @@ def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str]
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return a written report; ModelFileError if the file is none."""
+    """Read the JSON object that `Report.to_dict` returns.
+
+    Raises:
+        ModelFileError: the file is no report, or lacks a value that `latency_table` reads.
+    """
     report = read_json(path, "report of runtime.benchmark", ModelFileError)
     check_format(report, FORMAT, f"{path}", ModelFileError, "write it with `python -m runtime.benchmark --output`")
     with reading(path, "a report of runtime.benchmark", ModelFileError, "measure again"):
-        # Whatever is read of it later must be there.
         for model in report["models"]:
-            latency_table({**report, "timings": _any_timing(report, model)}, model["sha256"])
+            # A valid timing in front, so that only missing or malformed values raise an error here.
+            latency_table({**report, "timings": [_dummy_timing(model["label"]), *report["timings"]]}, model["sha256"])
     return report
 
 
-def _any_timing(report: Mapping[str, Any], model: Mapping[str, Any]) -> list[Any]:
+def _dummy_timing(label: str) -> dict[str, Any]:
     latency = dataclasses.asdict(Latency(1, 1.0, 1.0, None, None, None, 1.0))
     case = dataclasses.asdict(BenchmarkCase(ONE_QUERY, "", "host"))
-    filler = {"model": model["label"], "latency": latency, "case": case, "queries_per_s": None}
-    return [filler, *report["timings"]]
+    return {"model": label, "latency": latency, "case": case, "queries_per_s": None}
 
 
 def _groups(timings: Iterable[Timing]) -> list[str]:
@@ -363,16 +368,17 @@ def _rate(value: float | None) -> str:
 
 
 def _timings(timings: Sequence[Timing], group: str, several: bool) -> list[str]:
-    chosen = [timing for timing in timings if timing.case.group == group]
-    names = [timing.model for timing in chosen] if several else []
+    in_group = [timing for timing in timings if timing.case.group == group]
+    names = [timing.model for timing in in_group] if several else []
     width = max((len(name) for name in names), default=0)
     sized = group != ONE_QUERY
-    label = max(len(group) + len(", ms a call"), *(len(timing.case.name) + 4 for timing in chosen))
-    header = f"{group + ', ms a call':<{label}} {'size' if sized else '':>5} {'':<{width}}"
+    title = f"{group}, ms per call"
+    label = max(len(title), *(len(timing.case.name) + 4 for timing in in_group))
+    header = f"{title:<{label}} {'size' if sized else '':>5} {'':<{width}}"
     columns = ("p50", "p90", "p95", "p99", "max", "calls", "ms/query", "queries/s")
-    lines = [f"{header} {' '.join(f'{name:>9}' for name in columns)}{'  times as fast' if several else ''}"]
+    lines = [f"{header} {' '.join(f'{name:>9}' for name in columns)}{'  speedup' if several else ''}"]
     boundary = ""
-    for timing in chosen:
+    for timing in in_group:
         case = timing.case
         if case.boundary != boundary:
             boundary = case.boundary
@@ -397,16 +403,16 @@ def _phases(phases: Sequence[Phases]) -> list[str]:
         return []
     shown = [name for name in PHASES if any(name in row.ms for row in phases)]
     width = max(len(row.model) for row in phases)
-    ends = ("around, new", "around, known")
+    ends = ("overhead, new", "overhead, known")
     header = " ".join(f"{name:>9}" for name in shown)
     lines = [
-        "phases, median ms a call; around: the share that is not the network's, of new videos and of known ones",
-        f"  {'model':<{width}} {'queries':>8} {header} {ends[0]:>13} {ends[1]:>14}",
+        "phases, median ms per call; overhead: share of the time outside the network, for new and known videos",
+        f"  {'model':<{width}} {'queries':>8} {header} {ends[0]:>14} {ends[1]:>16}",
     ]
     for row in phases:
         cells = " ".join(f"{_ms(row.ms.get(name)):>9}" for name in shown)
         shares = [f"{100 * row.overhead_share(known):.2f} %" for known in (False, True)]
-        lines.append(f"  {row.model:<{width}} {row.queries:>8} {cells} {shares[0]:>13} {shares[1]:>14}")
+        lines.append(f"  {row.model:<{width}} {row.queries:>8} {cells} {shares[0]:>14} {shares[1]:>16}")
     return lines
 
 
@@ -415,17 +421,17 @@ def _model_lines(model: ModelInfo) -> list[str]:
     memory = model.memory
     sizes = {
         "files": memory.files,
-        "the process grew by": memory.rss_growth,
+        "growth of the process": memory.rss_growth,
         "plan": memory.plan,
         "GPU buffers": memory.device,
         "pinned": memory.pinned,
-        "the GPU's used memory grew by": memory.gpu_growth,
+        "growth of the GPU's used memory": memory.gpu_growth,
     }
     memory_text = ", ".join(f"{name} {_mib(size)}" for name, size in sizes.items() if size is not None)
     return [
         f"{model.label} ({model.precision}, {model.kind}, on {model.device}, SHA-256 {model.sha256[:12]}…)",
-        f"  cold start   {cold} from a fresh process to the first answer; here opened in {model.open_s:.2f} s, first "
-        f"answer after {model.first_answer_s:.2f} s",
+        f"  cold start   {cold} in a new process until the first query; in this process opened in {model.open_s:.2f} "
+        f"s, first query after {model.first_answer_s:.2f} s",
         f"  memory       {memory_text}",
     ]
 
@@ -445,6 +451,6 @@ def _machine(report: Report) -> list[str]:
         if state.gpu:
             parts.append(f"SM clock {state.gpu.sm_mhz} of {state.gpu.max_sm_mhz} MHz")
             parts.append(f"{state.gpu.temperature_c} °C, {state.gpu.power_w} W")
-            parts.append(f"slowed by {', '.join(state.gpu.throttled_by) or 'nothing'}")
-        lines.append(f"  {state.when:<24} {', '.join(parts) or 'nothing known'}")
+            parts.append(f"throttled by {', '.join(state.gpu.throttled_by) or 'nothing'}")
+        lines.append(f"  {state.when:<24} {', '.join(parts) or 'unknown'}")
     return lines

@@ -37,7 +37,7 @@ log = logging.getLogger("drn")
 
 SAMPLES = 500
 MAX_BATCH = 4096
-# Calls of each sweep case that the limit of time does not cut off.
+# Minimum number of calls of a sweep case, whatever they take.
 MIN_CALLS = 10
 
 
@@ -58,47 +58,49 @@ class BenchmarkOptions:
         """Check the options before any model is opened.
 
         Raises:
-            GroundingError: an option is out of range, or contradicts another.
+            GroundingError: an option is out of range, or needs another one.
             ModelFileError: a model file is missing.
         """
         if not self.models:
-            raise ModelFileError(
-                "No model was named; pass --model FILE, or --compare FILE FILE.", code="missing_option"
-            )
+            raise ModelFileError("No model was given. Pass --model FILE or --compare FILE FILE.", code="missing_option")
         if self.samples < 1:
-            raise GroundingError(f"--samples must be at least 1, and {self.samples} was given.", code="invalid_option")
+            raise GroundingError(
+                f"Expected at least 1 for --samples, got {self.samples}. Correct the option.", code="invalid_option"
+            )
         if not 1 <= self.batch <= MAX_BATCH:
             raise GroundingError(
-                f"--batch must be 1 to {MAX_BATCH}, and {self.batch} was given.", code="invalid_option"
+                f"Expected 1 to {MAX_BATCH} for --batch, got {self.batch}. Correct the option.", code="invalid_option"
             )
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise DeviceError(
-                f"--threads must be 1 to {MAX_THREADS}, and {self.threads} was given.", code="invalid_option"
+                f"Expected 1 to {MAX_THREADS} for --threads, got {self.threads}. Correct the option.",
+                code="invalid_option",
             )
         if self.video is not None and self.data is None:
-            raise GroundingError("--video names a video of a data set; pass --data DIR too.", code="missing_option")
+            raise GroundingError("--video needs a data set. Pass --data DIR too.", code="missing_option")
         if self.query and self.video is None:
-            raise QueryError(
-                "--query asks about one video; pass --data DIR and --video NAME too.", code="missing_option"
-            )
+            raise QueryError("--query needs a video. Pass --data DIR and --video NAME too.", code="missing_option")
         for path in self.models:
             check_file(path, "The model file", ModelFileError)
 
     def command(self) -> str:
-        """Return the command that runs the same benchmark."""
+        """Return the command line of this benchmark."""
         names = ("samples", "batch", "device", "data", "video", "threads", "query")
-        given = {name: getattr(self, name) for name in names}
-        options = {"model": self.models[0], "compare": tuple(self.models[1:]), **given}
-        return command_line("runtime.benchmark", options)
+        others = {name: getattr(self, name) for name in names}
+        return command_line("runtime.benchmark", {"model": self.models[0], "compare": tuple(self.models[1:]), **others})
 
 
 class BenchmarkRun:
-    """A run of the benchmark and its results so far: an interruption loses nothing."""
+    """A run of the benchmark; `report` returns the results so far, also after an interruption.
+
+    Args:
+        options: validated options.
+    """
 
     def __init__(self, options: BenchmarkOptions) -> None:
         self._options = options
         self._labels = model_labels(options.models)
-        self._workload = Workload((), "Nothing was asked yet.", synthetic=False)
+        self._workload = Workload((), "No queries were selected.", synthetic=False)
         self._models: list[BenchmarkedModel] = []
         self._infos: list[ModelInfo] = []
         self._agreements: list[Agreement] = []
@@ -114,7 +116,7 @@ class BenchmarkRun:
             self._compare_answers()
             inputs = CaseInputs(self._models, self._options.batch, self._note)
             for name, cases in CASE_GROUPS:
-                # Closed, so that an interruption also ends the timing on the GPU.
+                # Closing the generator ends the timing on the GPU after an interruption.
                 with contextlib.closing(cases(inputs)) as timed_cases:
                     for timed_case in timed_cases:
                         self._time(timed_case)
@@ -128,55 +130,51 @@ class BenchmarkRun:
         options, first = self._options, self._states[0]
         last = system_info.conditions("after") if interrupted else self._states[-1]
         cores = cpu_info.cores()
-        hardware = {"cpu": cpu_info.cpu_name(), "cores": cores, "gpu": None, "gpu_driver": None}
-        if first.gpu:
-            hardware.update(gpu=first.gpu.name, gpu_driver=first.gpu.driver)
+        hardware = {
+            "cpu": cpu_info.cpu_name(),
+            "cores": cores,
+            "gpu": first.gpu.name if first.gpu else None,
+            "gpu_driver": first.gpu.driver if first.gpu else None,
+        }
         return Report(
-            datetime.date.today().isoformat(),
-            options.command(),
-            hardware,
-            system_info.versions(),
-            {
-                "samples": options.samples,
-                "batch": options.batch,
-                "device": options.device,
-                "threads": options.threads,
-            },
-            self._workload.to_dict(),
-            self._infos,
-            self._agreements,
-            self._timings,
-            self._phases,
-            system_info.peak_rss_bytes(),
-            [*self._states, last] if interrupted else self._states,
-            self._all_notes(first, last, cores, interrupted),
-            interrupted,
+            date=datetime.date.today().isoformat(),
+            command=options.command(),
+            hardware=hardware,
+            versions=system_info.versions(),
+            settings={name: getattr(options, name) for name in ("samples", "batch", "device", "threads")},
+            inputs=self._workload.to_dict(),
+            models=self._infos,
+            agreements=self._agreements,
+            timings=self._timings,
+            phases=self._phases,
+            peak_rss_bytes=system_info.peak_rss_bytes(),
+            conditions=[*self._states, last] if interrupted else self._states,
+            notes=self._all_notes(first, last, cores, interrupted),
+            interrupted=interrupted,
         )
 
     def _all_notes(
         self, first: system_info.SystemState, last: system_info.SystemState, cores: int, interrupted: bool
     ) -> list[str]:
         samples, threads = self._options.samples, self._options.threads
-        notes = ["The run was interrupted: what is missing was not measured."] if interrupted else []
+        notes = ["The run was interrupted, so results are missing."] if interrupted else []
         if samples < SAMPLES:
-            notes.append(
-                f"Only {samples} samples were asked for where {SAMPLES} are the rule: tails rest on few calls."
-            )
+            notes.append(f"{samples} samples were taken; with fewer than {SAMPLES}, high percentiles vary.")
         notes.append(
-            f"Cases other than one query end after {SWEEP_SECONDS:g} s each; beside each stands how many calls it "
-            "took, and percentiles that so few cannot carry are left out."
+            f"Cases other than one query end after {SWEEP_SECONDS:g} s each, so their number of calls differs. "
+            "Percentiles that need more calls are omitted."
         )
         busy = system_info.background_load_warning(first.load, last.load, cores, min(threads or cores, cores))
-        slowed = system_info.throttling([*self._states, last])
+        reasons = system_info.throttling([*self._states, last])
         unsettled = sum(not timing.settled for timing in self._timings)
         if busy:
             notes.append(busy)
-        if slowed:
-            notes.append(f"The GPU's clock was held back by {', '.join(slowed)}.")
+        if reasons:
+            notes.append(f"The GPU's clock was reduced by {', '.join(reasons)}.")
         if unsettled:
             notes.append(
-                f"{unsettled} of {len(self._timings)} timings, marked *, never settled within {100 * TOLERANCE:g} % "
-                "while warming up."
+                f"{unsettled} of {len(self._timings)} timings, marked *, varied by more than {100 * TOLERANCE:g} % at "
+                "the end of the warm-up."
             )
         return notes + self._notes
 
@@ -229,7 +227,7 @@ class BenchmarkRun:
             log.info("%s", agreement.sentence(self._models[0].label))
 
     def _time(self, timed: TimedCase) -> None:
-        """Warm up and time a case with all models that have it, interleaved."""
+        """Warm up and time a case with all models that support it, interleaved."""
         case = timed.case
         calls = {model: call for model, call in timed.calls.items() if self._works(timed, model)}
         if not calls:
@@ -252,7 +250,7 @@ class BenchmarkRun:
                     self._timings.append(Timing(case, model.label, latency, warm[index], ratio))
 
     def _works(self, timed: TimedCase, model: BenchmarkedModel) -> bool:
-        """Call once, and record the error if there is one: an engine may have been built for smaller inputs."""
+        """Return whether one call succeeds, and record its error; an engine may not accept the size of the case."""
         try:
             timed.calls[model].seconds(0)
         except GroundingError as error:
@@ -264,7 +262,7 @@ class BenchmarkRun:
         self, description: str, calls: Sequence[Call], samples: Sequence[list[float]], max_seconds: float | None
     ) -> None:
         limit = None if max_seconds is None else max_seconds * len(calls)
-        # A line of text replaces the bar where none can be drawn.
+        # tqdm draws no bar if stderr is no terminal.
         if not sys.stderr.isatty():
             log.info("Timing %s ...", description)
         rounds = self._options.samples
@@ -276,14 +274,14 @@ class BenchmarkRun:
         samples: dict[BenchmarkedModel, list[dict[str, float]]] = {}
         calls = []
         for model in self._models:
-            of_model: list[dict[str, float]] = []
-            call = phases_call(model, size, of_model)
+            model_samples: list[dict[str, float]] = []
+            call = phases_call(model, size, model_samples)
             try:
                 call.seconds(0)
             except GroundingError as error:
                 self._note(f"{model.label}: {description} were not measured: {error}")
             else:
-                samples[model] = of_model
+                samples[model] = model_samples
                 calls.append(call)
         if not calls:
             return
@@ -291,17 +289,20 @@ class BenchmarkRun:
             try:
                 warm_up(calls)
             finally:
-                for of_model in samples.values():
-                    of_model.clear()
+                for model_samples in samples.values():
+                    model_samples.clear()
             self._run_interleaved(description, calls, [[] for _ in calls], SWEEP_SECONDS)
         except GroundingError as error:
             self._note(f"{description} ended early: {error}")
         finally:
-            for model, of_model in samples.items():
-                if of_model:
-                    ms = {name: 1e3 * float(np.median([one[name] for one in of_model])) for name in of_model[0]}
+            for model, model_samples in samples.items():
+                if model_samples:
+                    phases = model_samples[0]
+                    ms = {
+                        phase: 1e3 * float(np.median([sample[phase] for sample in model_samples])) for phase in phases
+                    }
                     videos = len({id(video) for video, _ in model.unseen_pairs(0, size)})
-                    self._phases.append(Phases(model.label, size, videos, len(of_model), ms))
+                    self._phases.append(Phases(model.label, size, videos, len(model_samples), ms))
 
 
 def _check_comparable(labels: Sequence[str], manifests: Sequence[Manifest]) -> None:
@@ -309,7 +310,7 @@ def _check_comparable(labels: Sequence[str], manifests: Sequence[Manifest]) -> N
     for label, manifest in zip(labels, manifests):
         if manifest.features.dim != first.dim:
             raise ModelFileError(
-                f"{labels[0]} takes features of width {first.dim} and {label} of width {manifest.features.dim}, so "
-                "they cannot be asked the same; compare models of one kind of features.",
+                f"Expected models for the same features, got width {first.dim} for {labels[0]} and width "
+                f"{manifest.features.dim} for {label}. Compare models of one kind of features.",
                 code="models_differ",
             )

@@ -1,4 +1,4 @@
-"""Time calls: warm up until times are stable, interleave the calls that are compared, and keep every sample."""
+"""Time calls: warm up until times are stable, interleave the calls that are compared, and record every sample."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ import numpy as np
 
 Clock = Callable[[], float]
 
-# Warm: the medians of so many successive windows lie within so much of each other.
+# The warm-up ends when the medians of the last `WINDOWS` windows differ by at most this fraction.
 TOLERANCE = 0.03
 WINDOWS = 3
-# A window is as many calls as fill so many seconds.
+# Duration of a window, and limits of its number of calls.
 WINDOW_SECONDS = 0.2
 MIN_CALLS, MAX_CALLS = 3, 100
-# What is not warm by then never will be: others use the machine, or its clock wanders.
+# Limits for times that never become stable, because of other processes or a varying clock.
 MAX_WINDOWS = 20
 MAX_WARM_UP_SECONDS = 5.0
+# Of the bootstrap interval of a ratio.
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Something whose time is taken again and again.
+    """A function that is timed repeatedly.
 
     Attributes:
-        run: what is timed; it is given what `prepare` made of the call's number.
-        prepare: what is not timed.
-        device_seconds: reads the seconds of the last run as the device measures them, in place of the clock's.
+        run: the timed function; its argument is the result of `prepare`.
+        prepare: returns the input for the number of a call; not timed.
+        device_seconds: returns the seconds of the last run as the device measured them; the clock is used when None.
     """
 
     run: Callable[[Any], Any]
@@ -40,19 +41,19 @@ class Call:
     device_seconds: Callable[[], float] | None = None
 
     def seconds(self, number: int, clock: Clock = time.perf_counter) -> float:
-        """Return how long the call of this number takes."""
+        """Run call `number` and return its time in seconds."""
         prepared = self.prepare(number)
-        started = clock()
+        start = clock()
         self.run(prepared)
-        ended = clock()
-        return ended - started if self.device_seconds is None else self.device_seconds()
+        end = clock()
+        return end - start if self.device_seconds is None else self.device_seconds()
 
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """The latencies of calls in milliseconds, outliers included.
+    """The latency of calls in milliseconds, outliers included.
 
-    A percentile is None where there are too few samples for it to be another than the maximum.
+    A percentile is None if there are so few samples that it would be the maximum.
     """
 
     samples: int
@@ -68,16 +69,10 @@ class Latency:
         """Summarize at least one sample, in seconds."""
         values = np.asarray(seconds, np.float64) * 1e3
         median = percentile(values, 50)
-        return cls(
-            len(values),
-            float(values.mean()),
-            # One sample alone has no median but itself.
-            float(values[0]) if median is None else median,
-            percentile(values, 90),
-            percentile(values, 95),
-            percentile(values, 99),
-            float(values.max()),
-        )
+        # `percentile` has no median of a single sample.
+        p50 = float(values[0]) if median is None else median
+        p90, p95, p99 = (percentile(values, q) for q in (90, 95, 99))
+        return cls(len(values), float(values.mean()), p50, p90, p95, p99, float(values.max()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +80,9 @@ class WarmUp:
     """The calls before the samples.
 
     Attributes:
-        calls: how many there were.
-        windows_ms: the medians of the windows.
-        settled: whether the last of them agree.
+        calls: number of calls.
+        windows_ms: median of each window, in milliseconds.
+        settled: whether the last medians agree.
     """
 
     calls: int
@@ -97,7 +92,7 @@ class WarmUp:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """The speed relative to another model: the median over rounds, with an interval."""
+    """The speed relative to another model: median over rounds, and 95 % confidence interval."""
 
     median: float
     low: float
@@ -106,11 +101,11 @@ class Ratio:
 
 
 def percentile(values: Sequence[float] | np.ndarray, q: float) -> float | None:
-    """Return the smallest sample that `q` percent of the samples do not exceed, or None.
+    """Return the smallest sample that `q` percent of the samples do not exceed.
 
-    None where fewer samples than 100 / (100 - q) leave nothing beyond it.
+    None if there are fewer than 100 / (100 - q) samples, so that none would exceed it.
     """
-    # In hundredths of a sample, since 100 * 0.9 is not 90 in floating point.
+    # In integers, because 100 * 0.9 is not exactly 90 in floating point.
     if len(values) * (100 - q) < 100:
         return None
     rank = math.ceil(len(values) * q / 100)
@@ -118,37 +113,39 @@ def percentile(values: Sequence[float] | np.ndarray, q: float) -> float | None:
 
 
 def is_stable(medians: Sequence[float], tolerance: float = TOLERANCE, windows: int = WINDOWS) -> bool:
-    """Return whether the last windows lie within `tolerance` of the smallest of them."""
+    """Return whether the last medians exceed the smallest of them by at most `tolerance`."""
     last = medians[-windows:]
     return len(last) == windows and max(last) <= min(last) * (1 + tolerance)
 
 
 def window_size(seconds_per_call: float) -> int:
-    """Return how many calls make a window."""
+    """Return the number of calls of a window."""
     if seconds_per_call <= 0:
         return MAX_CALLS
     return max(MIN_CALLS, min(MAX_CALLS, math.ceil(WINDOW_SECONDS / seconds_per_call)))
 
 
 def speed_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> Ratio:
-    """Return how many times faster `seconds` are than `baseline`: medians of ratios of the same round.
+    """Return the median over rounds of `baseline` / `seconds`, with a bootstrap interval of fixed seed.
 
-    What slows a machine for a while slows both of a round. The interval is a percentile bootstrap over rounds, with a
-    fixed seed; rounds beyond the shorter of the two are left out.
+    A disturbance of the machine affects both calls of a round, so ratios are steadier than times.
+
+    Args:
+        seconds, baseline: samples of two interleaved calls, in order of rounds; surplus rounds are ignored.
     """
     rounds = min(len(seconds), len(baseline))
     ratios = np.asarray(baseline[:rounds], np.float64) / np.maximum(np.asarray(seconds[:rounds], np.float64), 1e-12)
-    chosen = np.random.default_rng(0).integers(0, rounds, (RESAMPLES, rounds))
-    medians = np.median(ratios[chosen], axis=1)
+    resampled = np.random.default_rng(0).integers(0, rounds, (RESAMPLES, rounds))
+    medians = np.median(ratios[resampled], axis=1)
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(medians, (tail, 100 - tail))
     return Ratio(float(np.median(ratios)), float(low), float(high), rounds)
 
 
 def rotation(number: int, count: int) -> Iterator[int]:
-    """Yield who is called in a round, in order: each once, and another first in every round.
+    """Yield the indices of `count` calls in the order of a round, which starts with another call in every round.
 
-    Who comes first finds the caches as the last of the round before left them.
+    The first call of a round runs with the caches that the last call of the previous round has filled.
     """
     for step in range(count):
         yield (number + step) % count
@@ -159,14 +156,17 @@ def warm_up(
     clock: Clock = time.perf_counter,
     max_seconds: float = MAX_WARM_UP_SECONDS,
 ) -> list[WarmUp]:
-    """Call all in turns until the windows of each agree, or until it is too long.
+    """Run interleaved calls until the times of each are stable, or a limit is reached.
 
     Args:
-        calls: what is to be timed in turns afterwards.
-        clock: in seconds.
-        max_seconds: that may pass for each of the calls, once each has had as many windows as must agree.
+        calls: those that are timed afterwards.
+        clock: returns seconds.
+        max_seconds: time limit for each call, after the minimum number of windows.
+
+    Returns:
+        The warm-up of each call.
     """
-    began = clock()
+    start = clock()
     size = window_size(sum(call.seconds(0, clock) for call in calls) / len(calls))
     number = 1
     medians: list[list[float]] = [[] for _ in calls]
@@ -180,12 +180,10 @@ def warm_up(
             medians[index].append(float(np.median(values)))
         settled = [is_stable(values) for values in medians]
         windows = len(medians[0])
-        too_long = windows >= WINDOWS and clock() - began > max_seconds * len(calls)
-        if all(settled) or too_long or windows >= MAX_WINDOWS:
+        timed_out = windows >= WINDOWS and clock() - start > max_seconds * len(calls)
+        if all(settled) or timed_out or windows >= MAX_WINDOWS:
             break
-    return [
-        WarmUp(number, tuple(1e3 * value for value in medians[index]), settled[index]) for index in range(len(calls))
-    ]
+    return [WarmUp(number, tuple(1e3 * value for value in values), stable) for values, stable in zip(medians, settled)]
 
 
 def run_interleaved(
@@ -198,21 +196,20 @@ def run_interleaved(
     clock: Clock = time.perf_counter,
     on_round: Callable[[], object] = lambda: None,
 ) -> None:
-    """Time all calls, one after the other, round by round.
+    """Time each call once per round.
 
     Args:
-        calls: as many as are compared.
-        rounds: how many times each is called.
-        samples: a list for each, to which its seconds are added as they are known, so that an interruption loses
-            none.
-        max_seconds: after which no round begins once there were `min_rounds`; None for no limit.
-        min_rounds: rounds that ignore the limit.
-        clock: in seconds.
+        calls: the calls that are compared.
+        rounds: maximum number of rounds.
+        samples: a list for each call, to which its seconds are appended at once, so that an interruption loses none.
+        max_seconds: time limit; None for no limit.
+        min_rounds: number of rounds that ignore the time limit.
+        clock: returns seconds.
         on_round: called after every round.
     """
-    began = clock()
+    start = clock()
     for number in range(rounds):
-        if max_seconds is not None and number >= min_rounds and clock() - began > max_seconds:
+        if max_seconds is not None and number >= min_rounds and clock() - start > max_seconds:
             return
         for index in rotation(number, len(calls)):
             samples[index].append(calls[index].seconds(number, clock))

@@ -1,4 +1,4 @@
-"""Select or synthesize the queries of a benchmark, and prepare them for the calls that are timed."""
+"""Select or synthesize the queries of a benchmark, and prepare them for timed calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from runtime.grounding.scheduling import distinct
 
 log = logging.getLogger("drn")
 
-# Synthetic queries and videos, over which the calls of a case rotate; queries of a data set as many.
+# Number of queries, and of synthetic videos, that the calls of a case use in rotation.
 QUERIES, VIDEOS = 64, 8
 MAX_VIDEOS = 64
 
@@ -37,8 +37,8 @@ class Workload:
 
     Attributes:
         pairs: videos and queries.
-        description: what they are, in a sentence.
-        synthetic: whether they are not of a data set.
+        description: of them, as a sentence.
+        synthetic: whether they are random instead of from a data set.
     """
 
     pairs: Sequence[tuple[Video, str]]
@@ -56,7 +56,11 @@ class Workload:
 
 
 def synthetic_workload(manifests: Sequence[Manifest], batch: int = 1) -> Workload:
-    """Return videos of half a minute with features as sparse as C3D's, and queries of words that all models know.
+    """Return random videos of 30 s with features as sparse as those of C3D, and queries of words that all models know.
+
+    Args:
+        manifests: of the models.
+        batch: minimum number of queries.
 
     Raises:
         QueryError: the models have no word in common.
@@ -66,7 +70,7 @@ def synthetic_workload(manifests: Sequence[Manifest], batch: int = 1) -> Workloa
     words = [word for word in words if all(word in manifest.vocabulary.words for manifest in manifests)]
     if not words:
         raise QueryError(
-            "The models have no word in common; compare models of one vocabulary, or pass --data.", code="models_differ"
+            "The models have no word in common. Compare models of one vocabulary, or pass --data.", code="models_differ"
         )
     rng = np.random.default_rng(0)
     videos = []
@@ -76,18 +80,23 @@ def synthetic_workload(manifests: Sequence[Manifest], batch: int = 1) -> Workloa
     max_length = min(manifest.max_query_length for manifest in manifests)
     pairs = []
     for index in range(max(QUERIES, batch)):
-        # 3 to 10 words, as the published sentences mostly have.
+        # Most published sentences have 3 to 10 words.
         length = min(3 + index % 8, max_length)
         pairs.append((videos[index % len(videos)], " ".join(rng.choice(words, length))))
     description = (
-        f"Inputs are made up: {len(pairs)} sentences of 3 to 10 words of the model's own, {len(videos)} videos of 110 "
+        f"Synthetic inputs: {len(pairs)} sentences of 3 to 10 words of the vocabulary, {len(videos)} videos of 110 "
         f"clips of width {features.dim}."
     )
     return Workload(pairs, description, synthetic=True)
 
 
 def dataset_workload(directory: Path, video: str | None, queries: Sequence[str]) -> Workload:
-    """Return videos and queries of a data set: those named, those of the video named, or some of the whole set.
+    """Return videos and queries of a data set.
+
+    Args:
+        directory: of the data set.
+        video: name of a video; None selects queries of the test split, or else of another one.
+        queries: sentences about the video; empty selects its annotations.
 
     Raises:
         GroundingError: the data set or the video cannot be read.
@@ -95,19 +104,19 @@ def dataset_workload(directory: Path, video: str | None, queries: Sequence[str])
     data_set = DataSet(directory)
     if queries:
         assert video is not None
-        named = data_set.video(video)
-        pairs = [(named, query) for query in queries]
-        return Workload(pairs, f"{len(pairs)} sentences given, about {video} of {directory}.", synthetic=False)
+        features = data_set.video(video)
+        pairs = [(features, query) for query in queries]
+        return Workload(pairs, f"{len(pairs)} given sentences about {video} of {directory}.", synthetic=False)
     splits = [name for name in ("test", "val", "train") if name in data_set.splits] or ["test"]
     annotations: list[Annotation] = []
     for split in splits if video is not None else splits[:1]:
         annotations += data_set.annotations(split, invalid="drop", quiet=True)
     if video is not None:
-        # Loaded first, so that an unknown name raises its own error.
+        # Raises the error for an unknown name.
         data_set.video(video)
         annotations = [annotation for annotation in annotations if annotation.video == video]
         if not annotations:
-            raise QueryError(f"{directory} holds no sentence about {video}; pass --query too.", code="missing_option")
+            raise QueryError(f"{directory} has no sentence about {video}. Pass --query too.", code="missing_option")
     annotations = annotations[:: max(1, len(annotations) // QUERIES)][:QUERIES]
     videos = {name: data_set.video(name) for name in dict.fromkeys(annotation.video for annotation in annotations)}
     pairs = [(videos[annotation.video], annotation.sentence) for annotation in annotations]
@@ -119,7 +128,11 @@ def dataset_workload(directory: Path, video: str | None, queries: Sequence[str])
 def pairs_with_known_words(
     pairs: Sequence[tuple[Video, str]], grounders: Sequence[Grounder]
 ) -> list[tuple[Video, str]]:
-    """Return the pairs whose queries have content words that the models know; QueryError if there is none."""
+    """Return the pairs whose queries have a content word that all models know, and warn of the others.
+
+    Raises:
+        QueryError: no query has one, or a query is invalid for another reason.
+    """
     usable: list[tuple[Video, str]] = []
     problem: QueryError | None = None
     for video, query in pairs:
@@ -135,12 +148,13 @@ def pairs_with_known_words(
     if problem is not None and not usable:
         raise problem
     if problem is not None:
-        log.warning("%d of %d sentences are not asked; the last: %s", len(pairs) - len(usable), len(pairs), problem)
+        skipped = len(pairs) - len(usable)
+        log.warning("%d of %d sentences are skipped. The last error: %s", skipped, len(pairs), problem)
     return usable
 
 
 def ground_first(grounder: Grounder, pairs: Sequence[tuple[Video, str]] = ()) -> None:
-    """Ground the first of these pairs, or a synthetic one."""
+    """Ground the first pair, or a synthetic one if there is none."""
     grounder.ground(*(pairs or synthetic_workload([grounder.manifest]).pairs)[0])
 
 
@@ -149,10 +163,10 @@ class BenchmarkedModel:
     """An open model and its queries.
 
     Attributes:
-        label: how tables call it.
+        label: name of the model in tables.
         grounder: the model.
         pairs: videos and queries.
-        cached: the same, with encodings in place of videos where the model takes them, else videos already pooled.
+        cached: the same pairs with encoded videos for a split model, otherwise with videos whose segments are cached.
     """
 
     label: str
@@ -167,24 +181,31 @@ class BenchmarkedModel:
         for video, query in pairs:
             grounder.encode_query(query)
             if id(video) not in encoded:
-                segments, about = grounder.segments(video), (video.duration, video.name)
-                encoded[id(video)] = grounder.encode_segments(segments, *about) if grounder.is_pair else video
+                segments = grounder.segments(video)
+                encoded[id(video)] = (
+                    grounder.encode_segments(segments, video.duration, video.name) if grounder.is_pair else video
+                )
         return cls(label, grounder, pairs, [(encoded[id(video)], query) for video, query in pairs])
 
     def unseen_pairs(self, first: int, count: int) -> list[tuple[Video, str]]:
-        """Return `count` pairs in rotation, about copies of the videos that nothing has pooled or encoded."""
+        """Return `count` pairs in rotation, with copies of the videos that are not pooled or encoded yet."""
         selected = self._rotate(self.pairs, first, count)
         videos = {id(video): dataclasses.replace(video) for video, _ in selected}
         return [(videos[id(video)], query) for video, query in selected]
 
     def cached_pairs(self, first: int, count: int) -> list[Pair]:
-        """Return `count` pairs in rotation, about videos that are pooled or encoded."""
+        """Return `count` pairs in rotation, with videos that are pooled or encoded."""
         return self._rotate(self.cached, first, count)
 
     def network_call(
         self, queries: Sequence[np.ndarray], videos: Sequence[Video | EncodedVideo]
     ) -> Callable[[Any], Any]:
-        """Return a function that runs the network alone, with its copies, for word ids and cached videos."""
+        """Return a function that runs only the network, copies included, on a prepared batch.
+
+        Args:
+            queries: word ids of each query, (L,) int32.
+            videos: cached video of each query.
+        """
         backend = self.grounder.backend
         if not self.grounder.is_pair:
             batch = collate(queries, [self.grounder.segments(cast(Video, video)) for video in videos])
@@ -201,7 +222,7 @@ class BenchmarkedModel:
 
     @property
     def device(self) -> str:
-        """cpu or cuda, as its backend or the backend's network reports."""
+        """Return `cpu` or `cuda`; see `device_of`."""
         return device_of(self.grounder)
 
     @staticmethod
@@ -210,9 +231,9 @@ class BenchmarkedModel:
 
 
 def device_of(grounder: Grounder) -> str:
-    """Return cpu or cuda, as the backend or the backend's network reports."""
+    """Return `cpu` or `cuda`, or `unknown` if the backend has no `device`."""
     backend: Any = grounder.backend
     parameters = getattr(getattr(backend, "model", None), "parameters", None)
-    # torch's modules have no device, but their parameters do.
+    # A torch module has no device, but its parameters do.
     device = next(parameters()).device if parameters else getattr(backend, "device", "unknown")
     return str(device).partition(":")[0]

@@ -1,4 +1,4 @@
-"""Ask a model every question of a split, and score the answers."""
+"""Run a model on all queries of a split and compute the metrics."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 log = logging.getLogger("drn")
 
-# Sentences that a warning names, of however many.
-NAMED = 5
-# Videos are read and pooled for this many queries at a time, which bounds memory whatever the split.
-CHUNK = 512
+MAX_NAMED_SENTENCES = 5
+# Number of queries whose videos are in memory together.
+CHUNK_SIZE = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The answers to N queries and their score.
+    """The detections for N queries, and the metrics.
 
     Attributes:
-        picks: for each IoU threshold (N, 6, 3) starts, ends (fractions of the video) and scores.
-        truth: (N, 2) fractions of the video, or (N, W, 2); see `DataSet.truths`.
+        detections: by IoU threshold, (N, 6, 3) float32 start, end (fractions of the video) and score, best first; NaN
+            in rows without a detection.
+        truth: ground truth, (N, 2) or (N, W, 2) fractions of the video; see `DataSet.truths`.
         report: the metrics.
     """
 
-    picks: dict[float, np.ndarray]
+    detections: dict[float, np.ndarray]
     truth: np.ndarray
     report: Report
 
@@ -62,24 +62,28 @@ def evaluate(
     on_progress: Callable[[int], Any] = lambda queries: None,
     warn: bool = True,
 ) -> Evaluation:
-    """Answer every annotation of a data set and compare with its moment.
+    """Ground every annotation of a data set and compare the detections with the ground truth.
 
     Args:
         grounder: the model.
-        data_set: where durations and features come from.
+        data_set: provides durations and features.
         annotations: the N queries.
-        protocol: whose NMS and hit rule; the model's own when None.
-        batch_size: queries that go through the network together. Changes nothing but speed.
-        segments_of: pooled segments, or the model's encoding of them, by video name, for callers that have them.
-        on_progress: called with the number of queries answered since the last call.
-        warn: whether unknown words are named, and sentences of which no word is known. The latter get no answer and
-            count as misses.
+        protocol: selects NMS and hit rule; that of the model when None.
+        batch_size: queries in a batch; affects speed only.
+        segments_of: returns the segments of a video by name, or their encoding; read from the data set when None.
+        on_progress: called with the number of queries grounded since the last call.
+        warn: whether to warn of unknown words. Sentences without a known word are not run and count as misses.
+
+    Raises:
+        QueryError: a sentence is too long, or has an unknown word that the vocabulary rejects.
+        FeatureError: features are missing, or do not fit the model.
+        ModelFileError: the output of the network is not finite.
     """
     decoding = grounder.manifest.decoding
     decoding = dataclasses.replace(decoding, protocol=protocol or decoding.protocol)
     thresholds = data_set.preset.iou_thresholds
-    # Without an answer to a query: a miss, as recall is measured over all queries.
-    picks = {threshold: np.full((len(annotations), PUBLISHED_COUNT, 3), np.nan, np.float32) for threshold in thresholds}
+    shape = (len(annotations), PUBLISHED_COUNT, 3)
+    detections = {threshold: np.full(shape, np.nan, np.float32) for threshold in thresholds}
     askable = askable_rows(grounder.manifest.vocabulary, annotations, warn)
     requested = [annotations[row] for row in askable]
     for rows, heads in run_heads(grounder, data_set, requested, batch_size, segments_of, warn):
@@ -88,10 +92,10 @@ def evaluate(
         except ModelFileError as error:
             raise cause_of(error, grounder, data_set, [requested[row] for row in rows], segments_of) from error
         for threshold, result in nms_per_threshold(proposals, decoding, thresholds):
-            picks[threshold][askable[rows]] = result
+            detections[threshold][askable[rows]] = result
         on_progress(len(rows))
     truth = data_set.truths(annotations)
-    return Evaluation(picks, truth, report(picks, truth, decoding.protocol))
+    return Evaluation(detections, truth, report(detections, truth, decoding.protocol))
 
 
 def cause_of(
@@ -101,25 +105,32 @@ def cause_of(
     annotations: Sequence[Annotation],
     segments_of: Callable[[str], Encoding] | None = None,
 ) -> GroundingError:
-    """Return the error to raise where the heads of these queries are not finite; see `Grounder.cause_of`."""
+    """Return the error to raise if the heads of these queries are not finite; see `Grounder.cause_of`."""
     read = segments_of or (lambda name: grounder.segments(data_set.video(name)))
     segments = {name: read(name) for name in {entry.video for entry in annotations}}
     queries = encode_queries(grounder, annotations)
     return grounder.cause_of(error, [(segments[entry.video], query) for entry, query in zip(annotations, queries)])
 
 
-def used_fallback(picks: np.ndarray) -> np.ndarray:
-    """Return which of (N, K, 3) answers are the whole video with score 1, for want of a likely location; (N,)."""
-    return (picks[:, 0] == (0, 1, 1)).all(axis=1)
+def used_fallback(detections: np.ndarray) -> np.ndarray:
+    """Return for (N, K, 3) detections whether the best is the fallback, the entire video with score 1; (N,) bool."""
+    return (detections[:, 0] == (0, 1, 1)).all(axis=1)
 
 
 def predictions(
     evaluation: Evaluation, annotations: Sequence[Annotation], data_set: DataSet, top_k: int = 5
 ) -> Iterator[dict[str, Any]]:
-    """Yield every query's answer in the QVHighlights form, in the order of the annotations."""
-    picks = evaluation.picks[0.5]
+    """Yield the predictions for each annotation in QVHighlights format, in their order.
+
+    Args:
+        evaluation: of the same annotations.
+        annotations: N queries.
+        data_set: provides the durations in seconds.
+        top_k: maximum number of moments for each query, at most 6.
+    """
+    detections = evaluation.detections[0.5]
     for index, annotation in enumerate(annotations):
-        moments = to_moments(picks[index, :top_k], data_set.durations[annotation.video])
+        moments = to_moments(detections[index, :top_k], data_set.durations[annotation.video])
         yield {
             "qid": annotation.name,
             "query": annotation.sentence,
@@ -135,9 +146,12 @@ def batches_of(
     batch_size: int = BATCH_SIZE,
     segments_of: Callable[[str], Segments] | None = None,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yield what the network is asked, each batch after the positions of its queries; arguments as for `evaluate`.
+    """Yield the batches of a split for a model that was not split; arguments and errors as of `evaluate`.
 
-    Every sentence is read before any video; each video is read once, and few at a time.
+    All sentences are encoded before the first video is read. Each video is read once.
+
+    Yields:
+        The indices of the annotations of a batch, (B,), and the batch.
     """
     for chunk in chunks(grounder, data_set, annotations, segments_of):
         for indices, batch in batches(chunk.queries, cast("Sequence[Segments]", chunk.segments), batch_size):
@@ -152,20 +166,23 @@ def run_heads(
     segments_of: Callable[[str], Encoding] | None = None,
     warn: bool = True,
 ) -> Iterator[tuple[np.ndarray, Heads]]:
-    """Yield what the network answers; as `batches_of`. A model that was split encodes each video once."""
+    """Yield indices of annotations, (B,), and their heads; arguments and errors as of `evaluate`.
+
+    A split model encodes each video once.
+    """
     for chunk in chunks(grounder, data_set, annotations, segments_of, warn):
         yield from run_chunk(grounder, chunk, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A bounded number of queries whose videos have been read.
+    """C queries whose videos are in memory.
 
     Attributes:
-        rows: (C,) their positions in the annotations.
-        queries: C times (L,) word ids.
-        segments: C times the segments of the video, or the model's encoding of them.
-        names, durations: C times the video's name and its length in seconds.
+        rows: (C,) indices of the annotations.
+        queries: word ids of each query, (L,) int32.
+        segments: of the video of each query, or their encoding.
+        names, durations: of the video of each query, in seconds.
     """
 
     rows: np.ndarray
@@ -176,7 +193,7 @@ class Chunk:
 
 
 def run_chunk(grounder: Grounder, chunk: Chunk, batch_size: int = BATCH_SIZE) -> Iterator[tuple[np.ndarray, Heads]]:
-    """Yield the positions and heads of each batch of a chunk. A model that was split encodes each video once."""
+    """Yield the indices of annotations, (B,), and heads of each batch of a chunk; each video is encoded once."""
     encoded: dict[str, Encoding] = {}
     for name, segments, duration in zip(chunk.names, chunk.segments, chunk.durations):
         if name not in encoded and isinstance(segments, Segments):
@@ -194,9 +211,11 @@ def chunks(
     segments_of: Callable[[str], Encoding] | None = None,
     warn: bool = True,
 ) -> Iterator[Chunk]:
-    """Yield the queries of `annotations` a bounded number at a time, those of one video together: each is read once."""
+    """Yield the queries of `annotations` in chunks sorted by video, so that each video is read once."""
     queries = encode_queries(grounder, annotations, warn)
-    for rows in _by_video(annotations):
+    order = sorted(range(len(annotations)), key=lambda index: annotations[index].video)
+    for start in range(0, len(order), CHUNK_SIZE):
+        rows = order[start : start + CHUNK_SIZE]
         names = [annotations[i].video for i in rows]
         if segments_of is None:
             known = {name: grounder.segments(data_set.video(name)) for name in set(names)}
@@ -210,53 +229,49 @@ def chunks(
 def nms_per_threshold(
     proposals: Proposals, decoding: Decoding, iou_thresholds: Sequence[float]
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield for each IoU threshold of the metrics the (B, 6, 3) picks to judge at it."""
+    """Yield each IoU threshold of the metrics and the (B, 6, 3) detections to evaluate at it."""
     result = None
     for threshold in iou_thresholds:
-        # Only the authors' protocol suppresses differently for each metric.
+        # Only the authors' protocol runs NMS with the threshold of the metric.
         if result is None or decoding.protocol == "drn":
             result = apply_nms(proposals, decoding, PUBLISHED_COUNT, threshold)
         yield threshold, result
 
 
 def encode_queries(grounder: Grounder, annotations: Sequence[Annotation], warn: bool = True) -> list[np.ndarray]:
-    """Return the word ids of every sentence; one warning, if any, names all the words that the model does not know.
+    """Return the (L,) int32 word ids of every sentence, with one warning for all unknown words.
 
     Raises:
-        QueryError: a sentence cannot be asked; it is named by its place and its video.
+        QueryError: a sentence is invalid; the message contains its line and video.
     """
-    unheard: Counter[str] = Counter()
+    unknown_words: Counter[str] = Counter()
     queries = []
     for annotation in annotations:
         try:
-            queries.append(grounder.encode_query(annotation.sentence, unheard, check_content=False))
+            queries.append(grounder.encode_query(annotation.sentence, unknown_words, check_content=False))
         except QueryError as error:
             location = f"Sentence {annotation.line} of the annotations, of {annotation.video}"
             raise QueryError(f"{location}: {error}", code=error.code) from error
     if warn:
-        grounder.manifest.vocabulary.tell(unheard)
+        grounder.manifest.vocabulary.tell(unknown_words)
     return queries
 
 
 def askable_rows(vocabulary: Vocabulary, annotations: Sequence[Annotation], warn: bool = True) -> np.ndarray:
-    """Return the positions of the sentences of which a word is known, (M,) int64; a warning counts and names others."""
-    rows, others = [], []
+    """Return the indices of the sentences with a known word, (M,) int64, and warn of the others."""
+    rows, skipped = [], []
     for row, annotation in enumerate(annotations):
         if vocabulary.knows_any(annotation.sentence):
             rows.append(row)
         else:
-            others.append(f"{annotation.line} ({excerpt(annotation.sentence)})")
-    if others and warn:
-        more = f"; and {len(others) - NAMED} others" if len(others) > NAMED else ""
+            skipped.append(f"{annotation.line} ({excerpt(annotation.sentence)})")
+    if skipped and warn:
+        others = len(skipped) - MAX_NAMED_SENTENCES
         log.warning(
-            "No word of %d of %d sentences is known, and they are not asked: sentence %s%s.",
-            *(len(others), len(annotations), "; ".join(others[:NAMED]), more),
+            "%d of %d sentences are skipped, because the model knows none of their words: sentence %s%s.",
+            len(skipped),
+            len(annotations),
+            "; ".join(skipped[:MAX_NAMED_SENTENCES]),
+            f"; and {others} others" if others > 0 else "",
         )
     return np.array(rows, np.int64)
-
-
-def _by_video(annotations: Sequence[Annotation]) -> Iterator[list[int]]:
-    """Yield positions in chunks, the queries of one video next to each other, so that it is read once."""
-    order = sorted(range(len(annotations)), key=lambda index: annotations[index].video)
-    for start in range(0, len(order), CHUNK):
-        yield order[start : start + CHUNK]

@@ -1,4 +1,4 @@
-"""Moments for people and programs: text, tables, subtitles."""
+"""Format moments as text, JSON, CSV or SRT subtitles."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from runtime.core.moments import Moment
 
 Format = Literal["text", "json", "jsonl", "csv", "srt"]
 
-# With these a spreadsheet begins a formula.
+# Characters with which a spreadsheet formula can start.
 FORMULA_STARTS = tuple("=+-@")
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The moments of one query.
+    """The moments of one query. All times are seconds of the video file, as players show them.
 
     Attributes:
-        query: as asked.
-        video: its name.
-        duration: of the video in the time of players, in seconds: what lies before its first picture counts.
-        moments: best first, in the time of players.
-        truths: starts and ends in seconds in the time of players, where known.
+        query: the sentence.
+        video: name of the video.
+        duration: end of the video, including time before its first frame.
+        moments: best first.
+        truths: start and end of each ground-truth moment, if known.
     """
 
     query: str
@@ -47,7 +47,14 @@ class Answer:
 
 
 def format_answers(answers: Sequence[Answer], form: Format, width: int = 100) -> str:
-    """Return answers in one of the formats; text fits a terminal of `width` columns."""
+    """Return answers in one of the formats.
+
+    Args:
+        answers: one for each query.
+        form: `text` has a bar for each moment, `json` an array, `jsonl` a line for each query, `csv` a line for each
+            moment, and `srt` the best moment of each query as a subtitle.
+        width: columns of the terminal, for `text`.
+    """
     if form == "text":
         return "\n\n".join(_text(answer, width) for answer in answers)
     if form == "json":
@@ -60,11 +67,10 @@ def format_answers(answers: Sequence[Answer], form: Format, width: int = 100) ->
 
 
 def format_timestamp(seconds: float, decimals: int = 1) -> str:
-    """Return a time as people read it: 0:07.5, 12:03.0, 1:02:03.0."""
-    ticks = round(seconds * 10**decimals)
-    whole, fraction = divmod(ticks, 10**decimals)
-    minutes, second = divmod(whole, 60)
-    hours, minute = divmod(minutes, 60)
+    """Return a time as `[H:]M:SS.d`: 0:07.5, 12:03.0, 1:02:03.0."""
+    total_seconds, fraction = divmod(round(seconds * 10**decimals), 10**decimals)
+    total_minutes, second = divmod(total_seconds, 60)
+    hours, minute = divmod(total_minutes, 60)
     text = f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
     return f"{text}.{fraction:0{decimals}}" if decimals else text
 
@@ -77,7 +83,7 @@ def _text(answer: Answer, width: int) -> str:
     rows += [(format_timestamp(truth[0]), format_timestamp(truth[1]), "truth", truth, "▒") for truth in answer.truths]
     columns = [max((len(row[index]) for row in rows), default=0) for index in range(3)]
     bar_width = max(20, width - sum(columns) - 10)
-    # On one line, whatever is in a name or a query: what it adds must not look like an answer.
+    # Line breaks in a name or query are escaped, so that they cannot imitate an answer.
     lines = [f"{printable_line(answer.video)} ({format_timestamp(answer.duration)})  “{printable_line(answer.query)}”"]
     if not answer.moments:
         lines.append("  no moment found")
@@ -88,7 +94,7 @@ def _text(answer: Answer, width: int) -> str:
 
 
 def _bar(span: tuple[float, float], duration: float, width: int, mark: str) -> str:
-    """Return a line of `width` cells with those marked that the span covers, at least one."""
+    """Return a line of `width` cells with those of the span marked, at least one."""
     first = min(int(span[0] / duration * width), width - 1)
     last = max(first + 1, min(round(span[1] / duration * width), width))
     return "·" * first + mark * (last - first) + "·" * (width - last)
@@ -105,23 +111,23 @@ def _csv(answers: Sequence[Answer]) -> str:
 
 def _csv_row(values: tuple[object, ...]) -> str:
     stream = io.StringIO(newline="")
-    # Only a terminator that holds a carriage return lets the writer quote texts that hold one.
+    # The csv module quotes carriage returns only if the line terminator contains one.
     csv.writer(stream, lineterminator="\r\n").writerow(values)
     return stream.getvalue().removesuffix("\r\n")
 
 
 def csv_text(text: str) -> str:
-    """Return text as a CSV cell that no spreadsheet takes for a formula: one apostrophe may be added in front.
+    """Return text as a CSV cell that no spreadsheet runs as a formula, with an apostrophe in front if necessary.
 
-    Whoever reads the cell removes one apostrophe from its start, if there is one, and has the text again.
+    A reader gets the text back by removing one leading apostrophe, if there is one.
     """
-    # Spreadsheets skip white space and invisible characters, and read full-width signs as their ASCII forms.
+    # Spreadsheets ignore leading white space and invisible characters, and treat full-width signs as ASCII.
     start = unicodedata.normalize("NFKC", text.lstrip().lstrip(INVISIBLE).lstrip()[:1])
     return f"'{text}" if start[:1] in FORMULA_STARTS or text[:1] in ("'", "\t", "\r", "\n") else text
 
 
 def _srt(answers: Sequence[Answer]) -> str:
-    """The best moment of every query, as a subtitle in time order."""
+    """Return the best moment of every query as a subtitle, in order of time."""
     best = sorted(((answer.moments[0], answer.query) for answer in answers if answer.moments), key=lambda x: x[0].start)
     blocks = [
         f"{number}\n{_srt_time(moment.start)} --> {_srt_time(moment.end)}\n{' '.join(query.split())}\n"

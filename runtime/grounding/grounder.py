@@ -1,4 +1,4 @@
-"""Ground queries in videos: from features and sentences to moments in seconds."""
+"""Ground queries in videos: clip features and sentences to moments in seconds."""
 
 from __future__ import annotations
 
@@ -34,47 +34,77 @@ from runtime.core.prefetch import prefetch
 from runtime.core.sliding_windows import Window, Windows, split_into_windows
 from runtime.core.video import LARGE_FEATURE, Segments, Video, pool_segments
 from runtime.grounding.moment_decoder import MomentDecoder
-from runtime.grounding.requests import VideoInput, _kind, check_query, check_request, check_video
+from runtime.grounding.requests import VideoInput, check_query, check_request, check_video, describe_value
 from runtime.grounding.scheduling import EncodingCache, WindowGroup, distinct, retry_in_halves
 
 log = logging.getLogger("drn")
 
 BATCH_SIZE = 32
-# Encodings of videos that may be queried again: 0.5 MB each at full size.
+# 0.5 MB each at full size.
 MAX_CACHED_ENCODINGS = 32
 
 
 class Grounder:
-    """Ground queries in videos with one model.
+    """Find the moments of a video that a sentence describes.
 
-    Every video is a list of windows. A video longer than any of the training videos is split into overlapping ones if
-    the model has windows; any other is one window. A model that was split encodes each window once: call `encode`, or
-    pass the same `Video` again.
+    Load a model once, then call `ground` for each query, or `ground_batch` for many. Several threads may share a
+    grounder. Videos are passed as clip features (`Video`), which `python -m runtime.extract` computes from video files.
+
+    Videos longer than those of the training data are split into overlapping windows if the model has `windows`; the
+    windows are grounded separately, and their proposals are merged before NMS. A split model encodes each video once:
+    the encodings of the 32 `Video` objects used last are cached, and `encode` returns one to store.
+
+    Args:
+        backend: runs the network; `Grounder.load` opens one from a file.
 
     Attributes:
-        backend: runs the network.
-        network: encodes windows with the backend and runs queries on them.
-        manifest: of the model.
-        windows: how long videos are split; those of the model at first. With None every video is one window, as in the
-            published code.
+        backend: see above.
+        network: encodes windows and runs queries on them.
+        manifest: of the model: vocabulary, features, decoding.
+        windows: how long videos are split; set to None to use each entire video, as the published code does.
+
+    Example:
+        grounder = Grounder.load("drn.onnx", device="cpu")
+        video = Video.load("3MSZA.npy", duration=30.96, num_frames=928)  # (num_clips, D) float32
+        moments = grounder.ground(video, "person turns the light on", top_k=5)
+        print(moments[0].start, moments[0].end, moments[0].score)  # seconds, seconds, [0, 1]
     """
 
     def __init__(self, backend: Backend) -> None:
         if not hasattr(backend, "manifest"):
             raise ModelFileError(
-                f"Expected a backend, got {_kind(backend)}. Open a model with Grounder.load.", code="invalid_argument"
+                f"Expected a backend, got {describe_value(backend)}. Open a model with Grounder.load.",
+                code="invalid_argument",
             )
         self.backend = backend
         self.manifest = backend.manifest
         self.windows = backend.manifest.windows
         self.network = network_of(backend)
         self._encodings = EncodingCache(MAX_CACHED_ENCODINGS)
-        # Set if a server grounds the queries.
+        # A Triton server that grounds complete queries; None if the network runs in this process.
         self._server: QueryServer | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Grounder:
-        """Open a model file, or a model behind Triton; see `runtime.open_backend` for the arguments and errors."""
+        """Open a model.
+
+        Args:
+            path: a model file (`.onnx`, `.engine`, `.pt`), the query part of a split model, or the address of a model
+                served by Triton, `triton://HOST:PORT/MODEL`.
+            device: `auto`, `cpu` or `cuda`; `auto` selects a GPU if the library supports one.
+            threads: CPU threads of the network; the library's default when None.
+
+        Returns:
+            A grounder, ready for queries. See `warm` to move one-time costs to the start of a service.
+
+        Raises:
+            ModelFileError: the file is missing, damaged, or no model of this toolkit.
+            DeviceError: the library or the device is missing.
+            ServerError: the Triton server cannot be reached, or has not loaded the model.
+
+        Example:
+            grounder = Grounder.load("drn.fp16.engine", device="cuda")
+        """
         if is_address(path):
             from runtime.backends.triton_client import connect
 
@@ -86,19 +116,34 @@ class Grounder:
 
     @property
     def is_pair(self) -> bool:
-        """Return whether the model is split, so that videos can be encoded once."""
+        """Return whether the model was split, so that `encode` can be used."""
         return self.manifest.part == "query"
 
     def ground(self, video: VideoInput, query: str, top_k: int = 5, *, presence: bool = True) -> list[Moment]:
-        """Return the moments of `video` that fit `query`, best first, at most `top_k`.
+        """Return the moments of a video that a query describes.
 
-        A model with a threshold (`Presence`) returns no moments if the best one scores below it, unless `presence` is
-        False.
+        Args:
+            video: clip features, (num_clips, D), or what `encode` returned.
+            query: a sentence, such as "person opens the door". Unknown words are treated as the vocabulary says, with
+                a warning.
+            top_k: maximum number of moments; at least 0.
+            presence: whether to return no moments if the best score is below the model's `Presence` threshold. Has no
+                effect on models without one.
+
+        Returns:
+            At most `top_k` moments in seconds of the video file, best first, scores in [0, 1]. If no location is
+            likely, one moment that covers the entire video.
 
         Raises:
-            QueryError: the query is empty, too long, or made of unknown words only.
-            FeatureError: the features are not of the width that the model takes, or another model encoded them.
-            ModelFileError: the video is encoded and the model was not split.
+            QueryError: the query is empty, too long, or has no known content word.
+            FeatureError: the features do not have the width of the model, or another model encoded the video.
+            ModelFileError: the video is encoded, but the model was not split.
+            DeviceError: the network could not run.
+            ServerError: the Triton server cannot be reached, or fails.
+
+        Example:
+            for moment in grounder.ground(video, "person opens the door", top_k=3):
+                print(f"{moment.start:.1f} s to {moment.end:.1f} s, score {moment.score:.2f}")
         """
         return self.ground_batch([(video, query)], top_k, presence=presence)[0]
 
@@ -110,11 +155,26 @@ class Grounder:
         *,
         presence: bool = True,
     ) -> list[list[Moment]]:
-        """Return for each (video, query) pair its moments, best first, in the order of the pairs.
+        """Return the moments of each (video, query) pair.
 
-        Pairs are independent: batching changes nothing but speed. A sentence, and with a model that was split a
-        video, is encoded once however many pairs it is in. Raises as `ground`, and GroundingError (code
-        `invalid_argument`) if `pairs` are no pairs, `top_k` is below 0, or `batch_size` is below 1.
+        Batching affects speed only. Each distinct sentence is encoded once, and by a split model each distinct `Video`
+        object.
+
+        Args:
+            pairs: N videos and sentences; see `ground`.
+            top_k: maximum number of moments of each pair; at least 0.
+            batch_size: maximum number of queries that run together; at least 1.
+            presence: see `ground`.
+
+        Returns:
+            N lists of moments, in the order of the pairs; see `ground`.
+
+        Raises:
+            GroundingError: an argument has a wrong type or size (code `invalid_argument`); otherwise as `ground`.
+
+        Example:
+            queries = ["person opens the door", "person sits down"]
+            per_query = grounder.ground_batch([(video, query) for query in queries], top_k=1)
         """
         check_request(pairs, top_k, batch_size)
         # A server accepts features, but no encodings.
@@ -123,9 +183,8 @@ class Grounder:
         if len(pairs) == 1 and not self.cut(pairs[0][0]):
             return self._ground_one(*pairs[0], top_k, presence)
         tokens = {query: self.encode_query(query) for query in dict.fromkeys(query for _, query in pairs)}
-        videos = {id(video): video for video, _ in pairs}
-        cuts = {key: self.cut(video) for key, video in videos.items()}
-        windows = [cuts[id(video)] for video, _ in pairs]
+        windows_of = {id(video): self.cut(video) for video in {id(video): video for video, _ in pairs}.values()}
+        windows = [windows_of[id(video)] for video, _ in pairs]
         decoder = MomentDecoder([video for video, _ in pairs], windows, self.manifest, top_k, presence=presence)
         for group in self._groups(pairs, windows, batch_size):
             queries = [tokens[pairs[pair][1]] for pair in group.pairs]
@@ -138,7 +197,7 @@ class Grounder:
         return decoder.moments
 
     def _ground_one(self, video: VideoInput, query: str, top_k: int, presence: bool) -> list[list[Moment]]:
-        """Return what `ground_batch` does for one query about a video of one window.
+        """Return the result of `ground_batch` for one query about a video of one window.
 
         Forming groups and batches would take 45 of 211 us (benchmarks.host, AMD EPYC, 2 cores shared with other work,
         Python 3.11.7, 2026-11-30).
@@ -156,42 +215,37 @@ class Grounder:
     def _groups(
         self, pairs: Sequence[tuple[VideoInput, str]], windows: Sequence[Sequence[Window]], batch_size: int
     ) -> Iterator[WindowGroup]:
-        """Yield the windows of all pairs, as many as are in memory together.
+        """Yield groups of windows that are in memory together.
 
-        Videos of one window, whose encodings are cached, form one group. Of a longer video as many windows as fill a
-        batch are encoded at a time, at least one.
+        All videos of one window form one group. Longer videos are encoded in groups that fill a batch.
 
         Args:
             pairs: N videos and queries.
-            windows: of the video of each pair; empty if it is one window.
-            batch_size: queries that go through the network together.
+            windows: of the video of each pair; empty if the entire video is one window.
+            batch_size: maximum number of queries in a batch.
         """
-        single = [pair for pair, cut in enumerate(windows) if not cut]
+        single = [pair for pair, split in enumerate(windows) if not split]
         videos = {id(pairs[pair][0]): pairs[pair][0] for pair in single}
         encoded = {key: self._encoding(video) for key, video in videos.items()}
         yield WindowGroup(single, [0] * len(single), [encoded[id(pairs[pair][0])] for pair in single])
         pairs_of_video: dict[int, list[int]] = {}
-        for pair, cut in enumerate(windows):
-            if cut:
+        for pair, split in enumerate(windows):
+            if split:
                 pairs_of_video.setdefault(id(pairs[pair][0]), []).append(pair)
-        for several in pairs_of_video.values():
-            encodings = enumerate(self._encode_windows(pairs[several[0]][0], windows[several[0]]))
-            while part := list(itertools.islice(encodings, max(1, batch_size // len(several)))):
+        for same_video in pairs_of_video.values():
+            encodings = enumerate(self._encode_windows(pairs[same_video[0]][0], windows[same_video[0]]))
+            while part := list(itertools.islice(encodings, max(1, batch_size // len(same_video)))):
                 yield WindowGroup(
-                    several * len(part),
-                    [index for index, _ in part for _ in several],
-                    [encoding for _, encoding in part for _ in several],
+                    same_video * len(part),
+                    [index for index, _ in part for _ in same_video],
+                    [encoding for _, encoding in part for _ in same_video],
                 )
 
     def _ground_on_server(self, pairs: Sequence[tuple[Video, str]], top_k: int, presence: bool) -> list[list[Moment]]:
-        """Return the moments of each pair, with one request for each video.
-
-        Raises:
-            ServerError: the server cannot be reached, or fails.
-        """
+        """Return the moments of each pair, with one request for each video; ServerError if that fails."""
         assert self._server is not None
         for query in dict.fromkeys(query for _, query in pairs):
-            # Check, and warn of unknown words, before anything is sent.
+            # Check queries and warn of unknown words before the first request.
             self.encode_query(query)
         videos = {id(video): video for video, _ in pairs}
         for video in videos.values():
@@ -207,7 +261,18 @@ class Grounder:
         return answers
 
     def cut(self, video: VideoInput) -> Sequence[Window]:
-        """Return the windows into which a video is split, in time order; none if the entire video is one window."""
+        """Return the windows into which a video is split.
+
+        Args:
+            video: a video, or an encoding of one.
+
+        Returns:
+            Windows in order of time, each with its clips and its `start` and `end` in seconds; empty if the entire
+            video is one window.
+
+        Raises:
+            FeatureError: `video` is no video.
+        """
         check_video(video)
         if isinstance(video, EncodedWindows):
             return video.windows
@@ -246,30 +311,35 @@ class Grounder:
         videos: Sequence[Encoding],
         batch_size: int = BATCH_SIZE,
     ) -> Iterator[tuple[np.ndarray, Heads]]:
-        """Run the network on queries, in batches of like query length.
+        """Run the network on queries, in batches of similar query length, without decoding.
 
-        A batch that does not fit the memory of its device is run once more in halves. On a GPU the next batch is put
-        together and run while the caller decodes this one.
+        A batch that does not fit the device is run in two halves. On a GPU, the next batch runs while the caller
+        decodes this one.
 
         Args:
-            queries: N times (L,) word ids.
-            videos: what each query is about: an encoding, or segments for a model that was not split. One that comes
-                several times is in a batch once.
+            queries: N arrays (L,) of int32 word ids; see `encode_query`.
+            videos: N encodings, one for each query: what `encode` returns, or `segments` for a model that was not
+                split. A batch contains each distinct object once.
             batch_size: maximum number of queries in a batch.
 
         Yields:
-            The positions of the queries of a batch, (B,), and their heads.
+            Indices of the queries of a batch, (B,), and their heads: `matching_logits` (B, P), `boundary_distances`
+            (B, P, 2) and `iou_logits` (B, P), float32.
+
+        Raises:
+            ShapeError: a query is too long for an engine.
+            DeviceError: the network could not run.
         """
         batches = self._batches(queries, videos, batch_size)
-        answers = ((rows, retry_in_halves(run_rows, len(rows))) for rows, run_rows in batches)
-        # One batch alone would pay for a thread and gain nothing; on a CPU the network uses every core itself.
+        results = ((rows, retry_in_halves(run_rows, len(rows))) for rows, run_rows in batches)
+        # A single batch gains nothing from a thread, and on a CPU the network uses all cores.
         overlaps = len(queries) > batch_size and str(getattr(self.backend, "device", "cpu")).startswith("cuda")
-        yield from prefetch(answers) if overlaps else answers
+        yield from prefetch(results) if overlaps else results
 
     def _batches(
         self, queries: Sequence[np.ndarray], videos: Sequence[Encoding], batch_size: int
     ) -> Iterator[tuple[np.ndarray, Callable[[slice], Heads]]]:
-        """Yield for each batch the positions of its queries, and a function that runs a part of them."""
+        """Yield for each batch the indices of its queries, and a function that runs a part of them."""
         for rows in batches_by_length(queries, batch_size):
             tokens, lengths = pad_queries([queries[i] for i in rows])
             encodings, index = distinct([videos[i] for i in rows])
@@ -288,35 +358,38 @@ class Grounder:
         *,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> int:
-        """Run the network for each batch size and query length, so that no query pays for what a new size costs.
+        """Run the network for each batch size and query length, so that later queries do not pay for a new shape.
 
-        An engine makes an execution context for each size and captures it in a CUDA graph; ONNX Runtime and PyTorch
-        search kernels on a GPU. On a CPU, and for models behind Triton, nothing is run: a new size costs nothing there.
-        Sizes that are padded to the same shape are run once. An engine keeps the contexts of 64 shapes; of more, those
-        of the smallest batches stay. Of a split model the encoding of one video is run too.
+        At a new shape, an engine creates an execution context and captures a CUDA graph, and ONNX Runtime and PyTorch
+        search kernels on a GPU. On a CPU and for models behind Triton nothing is run. Sizes that are padded to the
+        same shape are run once; a split model also encodes a video. An engine stores the contexts of 64 shapes; those
+        of the smallest batches remain.
 
         Args:
-            batches: numbers of queries in a batch, each at least 1.
-            lengths: query lengths in tokens, each at least 1.
-            progress: called with the number of shapes that are done and their total, before and after each.
+            batches: batch sizes, each at least 1.
+            lengths: query lengths in tokens, each from 1 to the maximum of the model.
+            progress: called with the number of finished shapes and their total, before each shape and at the end.
 
         Returns:
-            The number of shapes that were run; 0 where there is nothing to warm.
+            The number of shapes that were run; 0 if nothing needs warming.
 
         Raises:
-            ShapeError: a size is below 1, or beyond what the model takes. Nothing was run.
-            DeviceMemoryError: the device has no memory for all of them; those done before stay.
+            ShapeError: a size is out of range. Nothing was run.
+            DeviceMemoryError: the device has no memory for all shapes; the finished ones remain warm.
             DeviceError: the model was closed, or the device failed.
+
+        Example:
+            grounder.warm(batches=[1, 8], lengths=range(1, 13))
         """
-        for name, given in (("batches", batches), ("lengths", lengths)):
-            check_argument(name, given, Sequence, "a list of integers", ShapeError)
-            for size in given:
+        for name, sizes in (("batches", batches), ("lengths", lengths)):
+            check_argument(name, sizes, Sequence, "a list of integers", ShapeError)
+            for size in sizes:
                 check_argument(name, size, numbers.Integral, "integers", ShapeError)
-        longest = self.manifest.max_query_length
-        if min((*batches, *lengths), default=1) < 1 or max(lengths, default=1) > longest:
+        max_length = self.manifest.max_query_length
+        if min((*batches, *lengths), default=1) < 1 or max(lengths, default=1) > max_length:
             raise ShapeError(
-                f"Batches of {excerpt(list(batches))} queries of {excerpt(list(lengths))} tokens were given. Give "
-                f"batches of at least 1, and 1 to {longest} tokens, which this model takes."
+                f"Expected batches of at least 1 query and lengths of 1 to {max_length} tokens, got "
+                f"{excerpt(list(batches))} and {excerpt(list(lengths))}. Correct the sizes."
             )
         if not batches or not lengths:
             return 0
@@ -325,35 +398,44 @@ class Grounder:
             return int(warm(batches, lengths, progress))
         if not str(getattr(self.backend, "device", "cpu")).startswith("cuda"):
             return 0
-        sizes = [(batch, length) for batch in sorted(set(batches)) for length in sorted(set(lengths))]
-        for done, (batch, length) in enumerate(sizes):
-            progress(done, len(sizes))
-            self._run_once(batch, length)
-        progress(len(sizes), len(sizes))
-        return len(sizes)
+        shapes = [(batch, length) for batch in sorted(set(batches)) for length in sorted(set(lengths))]
+        for done, (batch, length) in enumerate(shapes):
+            progress(done, len(shapes))
+            encoding = self._encode_zeros()
+            for _ in self.run([np.zeros(length, np.int32)] * batch, [encoding] * batch, batch):
+                pass
+        progress(len(shapes), len(shapes))
+        return len(shapes)
 
-    def _run_once(self, batch: int, length: int) -> None:
-        """Run the network on a batch of queries of one length, all about one video of zeros."""
-        segments, width = self.manifest.decoding.num_segments, self.manifest.features.dim
-        zeros = Segments(np.zeros((segments, width), np.float32), np.zeros((segments, 2), np.float32))
-        encoding = self.network.encode(zeros, 1.0, "zeros")
-        for _ in self.run([np.zeros(length, np.int32)] * batch, [encoding] * batch, batch):
-            pass
+    def _encode_zeros(self, spans: np.ndarray | None = None) -> Encoding:
+        """Return the encoding of a window whose features are zeros; of (T, 2) spans, zeros too when None."""
+        num_segments, dim = self.manifest.decoding.num_segments, self.manifest.features.dim
+        spans = np.zeros((num_segments, 2), np.float32) if spans is None else spans
+        return self.network.encode(Segments(np.zeros((num_segments, dim), np.float32), spans), 1.0, "zeros")
 
     def encode(self, video: VideoInput, *, prepare: bool = False) -> EncodedVideo | EncodedWindows:
-        """Encode a video window by window; `ground` takes the encoding instead of the video.
+        """Encode a video with a split model, so that later queries run the query part only.
 
         Args:
-            video: a video; an encoding of this model is returned as it is.
-            prepare: has no effect. Version 0.1 computed more before the first query, for a gain too small to keep.
+            video: clip features, (num_clips, D). An encoding of this model is returned unchanged.
+            prepare: deprecated, has no effect.
+
+        Returns:
+            The encoding, to pass to `ground` in place of the video or to `save`: (D, T) float32 features of the
+            entire video, or of each window of a long one.
 
         Raises:
-            FeatureError: the features are not of the width that the model takes.
+            FeatureError: the features do not have the width of the model.
             ModelFileError: the model was not split.
+
+        Example:
+            encoded = grounder.encode(video)
+            encoded.save("3MSZA.npz")
+            moments = grounder.ground(EncodedVideo.load("3MSZA.npz"), "person opens the door")
         """
         check_video(video)
         if prepare:
-            log.warning("prepare=True no longer has an effect. Leave it out.")
+            log.warning("prepare=True has no effect. Remove the argument.")
         if not isinstance(video, Video):
             self._check_encodings(video)
             return video
@@ -365,40 +447,77 @@ class Grounder:
         return EncodedWindows(tuple(parts), tuple(windows), video.duration, video.name, video.offset)
 
     def encode_segments(self, segments: Segments, duration: float, name: str, offset: float = 0.0) -> EncodedVideo:
-        """Return the encoding of pooled segments; see `encode`."""
+        """Return the encoding of one window with a split model.
+
+        Args:
+            segments: what `segments` returns: features (T, D) and spans (T, 2).
+            duration, offset: of the video, in seconds.
+            name: of the video.
+
+        Raises:
+            ModelFileError: the model was not split.
+        """
         self._require_split()
         return cast(EncodedVideo, self.network.encode(segments, duration, name, offset))
 
     def _require_split(self) -> None:
         if not self.is_pair:
             raise ModelFileError(
-                "This model is whole and encodes no video by itself; export it with `python -m export.to_onnx --split` "
-                "and give the query part (.query.onnx).",
+                "This model was not split, so it cannot encode videos. Export it with `python -m export.to_onnx "
+                "--split` and give the query part (.query.onnx).",
                 code="query_part_required",
             )
 
     @marked("encode query")
     def encode_query(
-        self, query: str, unheard: collections.Counter[str] | None = None, *, check_content: bool = True
+        self,
+        query: str,
+        unknown_words: collections.Counter[str] | None = None,
+        *,
+        check_content: bool = True,
+        unheard: collections.Counter[str] | None = None,
     ) -> np.ndarray:
-        """Return the (L,) word ids of a query that this model can take; raises QueryError otherwise.
+        """Return the word ids of a query.
 
-        `unheard` counts words that the model does not know, in place of a warning, and `check_content` is turned off
-        for sentences of data sets; see `Vocabulary.encode`.
+        Args:
+            query: a sentence.
+            unknown_words: counts the unknown words instead of a warning, so that a caller can report those of many
+                queries together.
+            check_content: whether to reject queries without a known content word. Turn it off for sentences of data
+                sets, because the published code accepts them.
+            unheard: deprecated name of `unknown_words`.
+
+        Returns:
+            (L,) int32 word ids, L from 1 to the maximum query length of the model.
+
+        Raises:
+            QueryError: the query is empty, too long, or has no known content word.
         """
         check_query(query)
-        tokens = self.manifest.vocabulary.encode(query, unheard, check_content)
-        longest = self.manifest.max_query_length
-        if len(tokens) > longest:
+        tokens = self.manifest.vocabulary.encode(
+            query, unheard if unknown_words is None else unknown_words, check_content
+        )
+        max_length = self.manifest.max_query_length
+        if len(tokens) > max_length:
             raise QueryError(
-                f"The query has {len(tokens)} tokens and this model takes 1 to {longest}; shorten it.",
+                f"Expected a query of 1 to {max_length} tokens, got {len(tokens)}. Shorten the query.",
                 code="query_too_long",
             )
         return tokens
 
     def segments(self, video: Video) -> Segments:
-        """Return the segments of a video as this model was trained on; FeatureError if its features do not fit."""
-        # `Video.segments` checks all else once; this is done for every query.
+        """Pool the clip features of a video to T segments, as for the training of this model.
+
+        Args:
+            video: clip features, (num_clips, D).
+
+        Returns:
+            Segments: features (T, D) and spans (T, 2), start and end of each as fractions of the video.
+
+        Raises:
+            FeatureError: the features do not fit the model.
+        """
+        # `Video.segments` caches its other checks; this one runs for every query.
         self.check_width(video)
         features = self.manifest.features
         return video.segments(self.manifest.decoding.num_segments, features.pooling, features.clock)
@@ -406,56 +525,60 @@ class Grounder:
     def cause_of(
         self, error: ModelFileError, pairs: Sequence[tuple[VideoInput | Segments, np.ndarray]]
     ) -> GroundingError:
-        """Return the error to raise where heads are not finite: features of another scale, if zeros give finite heads.
+        """Return the error to raise if heads are not finite.
+
+        If the heads are finite for zeros, the features have another scale than those of the training.
 
         Args:
-            error: of decoding; others are returned as they are.
-            pairs: videos, and (L,) word ids of queries about them.
+            error: of decoding; errors with another code are returned unchanged.
+            pairs: the videos of the batch, and (L,) word ids of the queries about them.
+
+        Returns:
+            A FeatureError (code `features_out_of_scale`), or `error`.
         """
         if error.code != NON_FINITE:
             return error
-        subjects = {id(subject): subject for subject, _ in pairs}.values()
-        inputs = [part for subject in subjects for part in self._inputs_of(subject)]
+        videos = {id(video): video for video, _ in pairs}.values()
+        inputs = [part for video in videos for part in self._network_inputs(video)]
         largest = max(float(np.abs(part.features).max()) for part in inputs)
         if self.manifest.precision != "fp32" and largest < LARGE_FEATURE:
             return error
-        shape = (self.manifest.decoding.num_segments, self.manifest.features.dim)
-        zeros = self.network.encode(Segments(np.zeros(shape, np.float32), inputs[0].spans), 1.0, "zeros")
+        zeros = self._encode_zeros(inputs[0].spans)
         for _, query in pairs:
             for _, heads in self.run([query], [zeros]):
                 if not all(np.isfinite(values).all() for values in vars(heads).values()):
                     return error
         inputs_name = "encodings" if isinstance(inputs[0], EncodedVideo) else "features"
         return FeatureError(
-            f"The model's output is not finite for {inputs_name} as large as {largest:.3g}, but it is for zeros. So "
-            "the model is not damaged, but the features have another scale than those that it was trained on "
-            f"({self.manifest.features.kind}); extract them again as for training.",
+            f"The model's output is not finite for {inputs_name} up to {largest:.3g}, but is finite for zeros, so the "
+            f"features have another scale than those of the training. Extract {self.manifest.features.kind} features "
+            "as for the training.",
             code="features_out_of_scale",
         )
 
-    def _inputs_of(self, subject: VideoInput | Segments) -> Sequence[Segments | EncodedVideo]:
-        """Return what the network takes of a video: its segments, or the encodings of its windows."""
-        if isinstance(subject, EncodedWindows):
-            return subject.parts
-        return [self.segments(subject) if isinstance(subject, Video) else subject]
+    def _network_inputs(self, video: VideoInput | Segments) -> Sequence[Segments | EncodedVideo]:
+        """Return the segments of a video, or the encodings of its windows."""
+        if isinstance(video, EncodedWindows):
+            return video.parts
+        return [self.segments(video) if isinstance(video, Video) else video]
 
     def check_fits(self, video: Video) -> None:
-        """Raise FeatureError unless this model can use the features of a video: width, clip timing, content."""
+        """Raise FeatureError unless the features of a video fit this model: width, clip timing and values."""
         check_argument("video", video, Video, "a Video", FeatureError)
         self.check_width(video)
         video.check(self.manifest.features.clock)
 
     def check_width(self, video: Video) -> None:
-        """Raise FeatureError unless the features of a video, (num_clips, D), are as wide as this model takes them."""
+        """Raise FeatureError unless the features of a video, (num_clips, D), have the width D of this model."""
         features = self.manifest.features
         if video.features.shape[1] != features.dim:
             raise FeatureError(
-                f"The features of {video.name} are {video.features.shape[1]} wide and this model takes {features.kind} "
-                f"features of width {features.dim}; extract them with the same network.",
+                f"Expected {features.kind} features of width {features.dim} for {video.name}, got width "
+                f"{video.features.shape[1]}. Extract them with the network that the model was trained on.",
                 code="feature_width_mismatch",
             )
 
     def _check_encodings(self, video: EncodedVideo | EncodedWindows) -> None:
-        """Raise FeatureError or ModelFileError unless this model can read the encodings of a video."""
+        """Raise FeatureError or ModelFileError unless this model accepts the encodings of a video."""
         for part in video.parts if isinstance(video, EncodedWindows) else (video,):
             self.network.check(part)

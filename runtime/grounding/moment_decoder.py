@@ -1,4 +1,4 @@
-"""Turn heads into moments: score, merge the windows of a video, suppress, convert to seconds."""
+"""Decode heads into moments: score proposals, merge the windows of a video, apply NMS, convert to seconds."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from runtime.grounding.requests import VideoInput
 
 
 class MomentDecoder:
-    """Decode the heads of N pairs of a video and a query, each as soon as those of all windows of its video are there.
+    """Decode the heads of N (video, query) pairs, each as soon as all windows of its video have been added.
 
     Args:
-        videos: N.
-        windows: N times the windows of the video; empty if it is one window.
+        videos: the video of each pair.
+        windows: the windows of the video of each pair; empty if the entire video is one window.
         manifest: of the model.
         top_k: maximum number of moments of each pair.
-        presence: whether a pair whose best score is below the model's threshold gets no moments.
+        presence: whether to drop the moments of a pair whose best score is below the model's presence threshold.
 
     Attributes:
-        moments: N lists, best first, in seconds of the video file.
+        moments: of each pair, best first, in seconds of the video file.
     """
 
     def __init__(
@@ -41,17 +41,17 @@ class MomentDecoder:
         self.moments: list[list[Moment]] = [[] for _ in videos]
         self._videos, self._windows, self._top_k = videos, windows, top_k
         self._decoding = manifest.decoding
-        # Scores are float32, and one that equals the threshold passes it.
+        # Scores are float32, so the threshold is rounded too: an equal score passes.
         self._threshold = float(np.float32(manifest.presence.threshold)) if presence and manifest.presence else None
         self._proposals = WindowProposals(windows)
 
     @marked("decode")
     def add(self, pairs: Sequence[int], window_index: Sequence[int], heads: Heads) -> None:
-        """Decode a batch of B rows.
+        """Decode the heads of B rows.
 
         Args:
-            pairs: index of the pair of each row.
-            window_index: index of the window of each row in its video.
+            pairs: index of the pair of each row, (B,).
+            window_index: index of the row's window in its video, (B,).
             heads: of the rows.
 
         Raises:
@@ -71,7 +71,7 @@ class MomentDecoder:
         if self._threshold is not None:
             return moments if moments and moments[0].score >= self._threshold else []
         if not moments and self._top_k:
-            # As published: where nothing is likely, the entire video with score 1.
+            # As in the published code: without a likely location, the entire video with score 1.
             start = float(video.offset)
             return [Moment(start, start + float(video.duration), 1.0)]
         return moments

@@ -1,4 +1,4 @@
-"""Check the videos, queries and sizes that a caller passes to a Grounder."""
+"""Check the arguments of a Grounder."""
 
 from __future__ import annotations
 
@@ -8,30 +8,25 @@ from typing import Union
 import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
-from runtime.core.errors import (
-    FeatureError,
-    GroundingError,
-    QueryError,
-    excerpt,
-)
+from runtime.core.errors import FeatureError, GroundingError, QueryError, excerpt
 from runtime.core.video import Video
 
 VideoInput = Union[Video, EncodedVideo, EncodedWindows]
 
 
 def check_request(pairs: Sequence[tuple[VideoInput, str]], top_k: int, batch_size: int) -> None:
-    """Raise GroundingError unless `pairs` are videos and sentences, and the sizes are integers in their ranges."""
-    for name, value, least in (("top_k", top_k, 0), ("batch_size", batch_size, 1)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+    """Raise GroundingError unless `pairs` are (video, sentence) pairs and the sizes are integers in range."""
+    for name, value, minimum in (("top_k", top_k, 0), ("batch_size", batch_size, 1)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < minimum:
             raise GroundingError(
-                f"Expected an integer of at least {least} for {name}, got {excerpt(value)}. Correct the argument.",
+                f"Expected an integer of at least {minimum} for {name}, got {excerpt(value)}. Correct the argument.",
                 code="invalid_argument",
             )
     if not isinstance(pairs, (list, tuple, Sequence)) or not all(
         isinstance(pair, (tuple, list, Sequence)) and len(pair) == 2 for pair in pairs
     ):
         raise GroundingError(
-            f"Expected a list of (video, query) pairs, got {_kind(pairs)}. Give one pair for each query.",
+            f"Expected a list of (video, query) pairs, got {describe_value(pairs)}. Give one pair for each query.",
             code="invalid_argument",
         )
     for video, query in pairs:
@@ -40,19 +35,21 @@ def check_request(pairs: Sequence[tuple[VideoInput, str]], top_k: int, batch_siz
 
 
 def check_video(video: object) -> None:
+    """Raise FeatureError unless `video` is a Video or an encoding of one."""
     if not isinstance(video, (Video, EncodedVideo, EncodedWindows)):
         raise FeatureError(
-            f"Expected a Video or its encoding, got {_kind(video)}. Read a feature file with Video.load.",
+            f"Expected a Video or its encoding, got {describe_value(video)}. Read a feature file with Video.load.",
             code="invalid_argument",
         )
 
 
 def check_query(query: object) -> None:
+    """Raise QueryError unless `query` is a str."""
     if not isinstance(query, str):
-        raise QueryError(f"Expected a sentence as text, got {_kind(query)}. Give one str for each query.")
+        raise QueryError(f"Expected a sentence as text, got {describe_value(query)}. Give one str for each query.")
 
 
-def _kind(value: object) -> str:
-    """Return the type of an argument and, where it is short, its value."""
+def describe_value(value: object) -> str:
+    """Return the type of an argument and, if it is a scalar or text, its value, for an error message."""
     text = excerpt(value) if isinstance(value, (str, bytes, int, float, type(None))) else ""
     return f"{text} ({type(value).__name__})" if text else f"a value of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Score the videos of a split for each query, pairs that match and pairs that do not."""
+"""Rank the videos of a split for each query by the score of their best moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from runtime.core.decoding import score_proposals
 from runtime.core.errors import GroundingError, ModelFileError
 from runtime.datasets.dataset import DataSet
-from runtime.grounding.evaluation import CHUNK, Chunk, run_chunk
+from runtime.grounding.evaluation import CHUNK_SIZE, Chunk, run_chunk
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
 RANKS = (1, 10)
@@ -19,10 +19,10 @@ RANKS = (1, 10)
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """The ranks of N queries' own videos among K videos.
+    """The rank of the correct video of each of N queries among K videos.
 
     Attributes:
-        ranks: (N,) from 1, the best, to K; equal scores share the mean of their places.
+        ranks: (N,) float64 in [1, K]; equal scores share the mean of their ranks.
         videos: K.
     """
 
@@ -31,41 +31,47 @@ class Ranking:
 
     @property
     def values(self) -> dict[str, float]:
-        """Shares of sentences whose own video is among the first, and the median rank."""
-        shares = {f"R@{rank}": float((self.ranks <= rank).mean()) for rank in RANKS}
-        return {**shares, "median rank": float(np.median(self.ranks))}
+        """Return R@1 and R@10 as fractions, and the median rank."""
+        recalls = {f"R@{rank}": float((self.ranks <= rank).mean()) for rank in RANKS}
+        return {**recalls, "median rank": float(np.median(self.ranks))}
 
     @property
     def chance(self) -> dict[str, float]:
-        """The same of scores that are drawn at random."""
+        """Return the expected `values` of random scores."""
         return {**{f"R@{r}": min(1.0, r / self.videos) for r in RANKS}, "median rank": (self.videos + 1) / 2}
 
 
 def rank(scores: np.ndarray) -> Ranking:
-    """Return the ranking of (N, K) scores, those of a sentence's own video first; -inf counts as the lowest."""
-    own = scores[:, :1]
-    above, equal = (scores > own).sum(axis=1), (scores == own).sum(axis=1)
+    """Return the ranking of (N, K) scores, whose first column belongs to the correct videos; -inf is the lowest."""
+    correct = scores[:, :1]
+    above, equal = (scores > correct).sum(axis=1), (scores == correct).sum(axis=1)
     return Ranking(above + (equal + 1) / 2, scores.shape[1])
 
 
-def draw_videos(own: np.ndarray, videos: int, count: int, seed: int) -> np.ndarray:
-    """Return for each sentence its own video and `count` others, (N, 1 + count), drawn by seed without repetition.
+def draw_videos(correct: np.ndarray, num_videos: int, count: int, seed: int) -> np.ndarray:
+    """Draw `count` other videos for each sentence without repetition.
 
     Args:
-        own: (N,) numbers of videos.
-        videos: how many there are.
-        count: others for each.
-        seed: of the draw.
+        correct: (N,) int, index of the video of each sentence.
+        num_videos: number of videos to draw from.
+        count: number of other videos for each sentence.
+        seed: of the random numbers.
+
+    Returns:
+        (N, 1 + count) indices of videos, the correct one first.
+
+    Raises:
+        GroundingError: there are not enough videos.
     """
-    if count > videos - 1:
+    if count > num_videos - 1:
         raise GroundingError(
-            f"Each sentence is to be asked of {count} other videos, and there are {max(videos - 1, 0)}; lower --videos "
+            f"Expected at least {count} other videos for each sentence, got {max(num_videos - 1, 0)}. Lower --videos "
             "of runtime.rank or --mismatched of train.fit_presence, or give more data.",
             code="too_few_videos",
         )
     rng = np.random.default_rng(seed)
-    others = np.stack([rng.choice(videos - 1, count, replace=False) for _ in own])
-    return np.concatenate((own[:, None], others + (others >= own[:, None])), axis=1)
+    others = np.stack([rng.choice(num_videos - 1, count, replace=False) for _ in correct])
+    return np.concatenate((correct[:, None], others + (others >= correct[:, None])), axis=1)
 
 
 def best_scores(
@@ -73,59 +79,62 @@ def best_scores(
     data_set: DataSet,
     sentences: Sequence[str],
     videos: Sequence[str],
-    asked: np.ndarray,
+    video_index: np.ndarray,
     *,
     batch_size: int = BATCH_SIZE,
     on_progress: Callable[[int], Any] = lambda pairs: None,
 ) -> np.ndarray:
-    """Return the score of the best moment of each sentence in each video that it asks.
+    """Return the score of the best moment of each sentence in K videos.
 
-    Every video is read once, encoded once by a model that was split, and taken whole.
+    Every video is read once, encoded once by a split model, and not split into windows.
 
     Args:
         grounder: the model.
-        data_set: where features and durations come from.
-        sentences: N.
-        videos: their names.
-        asked: (N, K) numbers of videos.
-        batch_size: pairs that go through the network together. Changes nothing but speed.
+        data_set: provides features and durations.
+        sentences: N sentences.
+        videos: names of videos.
+        video_index: (N, K) int, indices in `videos`.
+        batch_size: pairs in a batch; affects speed only.
         on_progress: called with the number of pairs scored since the last call.
 
     Returns:
-        (N, K) float32 in [0, 1]; -inf where no location is likely.
+        (N, K) float32 in [0, 1]; -inf if no location is likely.
+
+    Raises:
+        QueryError, FeatureError, ModelFileError: as `runtime.grounding.evaluation.evaluate`.
     """
-    read = {sentence: grounder.encode_query(sentence, check_content=False) for sentence in dict.fromkeys(sentences)}
-    tokens = [read[sentence] for sentence in sentences]
-    expected = asked.ravel()
-    scores = np.full(asked.size, -np.inf, np.float32)
-    for rows in _scores_of_videos(expected):
-        known = {number: data_set.video(videos[number]) for number in set(expected[rows].tolist())}
-        pooled = {number: grounder.segments(video) for number, video in known.items()}
-        numbers = expected[rows].tolist()
+    encoded = {sentence: grounder.encode_query(sentence, check_content=False) for sentence in dict.fromkeys(sentences)}
+    tokens = [encoded[sentence] for sentence in sentences]
+    flat_index, num_videos = video_index.ravel(), video_index.shape[1]
+    scores = np.full(flat_index.size, -np.inf, np.float32)
+    for rows in _rows_by_video(flat_index):
+        indices = flat_index[rows].tolist()
+        loaded = {index: data_set.video(videos[index]) for index in set(indices)}
+        segments = {index: grounder.segments(video) for index, video in loaded.items()}
         chunk = Chunk(
             rows,
-            [tokens[row // asked.shape[1]] for row in rows],
-            [pooled[number] for number in numbers],
-            [videos[number] for number in numbers],
-            [known[number].duration for number in numbers],
+            [tokens[row // num_videos] for row in rows],
+            [segments[index] for index in indices],
+            [videos[index] for index in indices],
+            [loaded[index].duration for index in indices],
         )
-        for location, heads in run_chunk(grounder, chunk, batch_size):
+        for batch_rows, heads in run_chunk(grounder, chunk, batch_size):
             try:
-                result = score_proposals(heads, grounder.manifest.decoding)
+                proposals = score_proposals(heads, grounder.manifest.decoding)
             except ModelFileError as error:
-                asked_here = [(pooled[expected[row]], tokens[row // asked.shape[1]]) for row in location]
-                raise grounder.cause_of(error, asked_here) from error
-            scores[location] = result.scores.max(axis=1)
-            on_progress(len(location))
-    return scores.reshape(asked.shape)
+                pairs = [(segments[flat_index[row]], tokens[row // num_videos]) for row in batch_rows]
+                raise grounder.cause_of(error, pairs) from error
+            scores[batch_rows] = proposals.scores.max(axis=1)
+            on_progress(len(batch_rows))
+    return scores.reshape(video_index.shape)
 
 
-def _scores_of_videos(expected: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield positions of a bounded number of pairs, unless one video is asked more often; each video in one part."""
-    order = np.argsort(expected, kind="stable")
-    ends = [*(np.flatnonzero(np.diff(expected[order])) + 1).tolist(), len(order)]
+def _rows_by_video(video_index: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield row indices in chunks that contain all rows of their videos; only a single video may exceed the limit."""
+    order = np.argsort(video_index, kind="stable")
+    ends = [*(np.flatnonzero(np.diff(video_index[order])) + 1).tolist(), len(order)]
     start = 0
-    for end, after in zip(ends, [*ends[1:], len(order) + CHUNK]):
-        if after - start > CHUNK:
+    for end, next_end in zip(ends, [*ends[1:], len(order) + CHUNK_SIZE]):
+        if next_end - start > CHUNK_SIZE:
             yield order[start:end]
             start = end

@@ -1,4 +1,4 @@
-"""Group the batches of a Grounder, halve those too large for a device, and cache the encodings of its last videos."""
+"""Group windows into batches, split batches that do not fit a device, and cache the encodings of recent videos."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Item = TypeVar("Item")
 
 @dataclasses.dataclass(frozen=True)
 class WindowGroup:
-    """Windows that are in memory together, one row for each query about each window.
+    """Windows that are in memory together, with one row for each pair of a window and a query.
 
     Attributes:
-        pairs: the pair of video and query that each row belongs to.
-        windows: the index of the row's window in its video.
-        encodings: of the rows' windows.
+        pairs: index of the (video, query) pair of each row.
+        windows: index of the row's window in its video.
+        encodings: of the window of each row.
     """
 
     pairs: list[int]
@@ -37,14 +37,14 @@ class WindowGroup:
 
 
 def distinct(items: Sequence[Item]) -> tuple[list[Item], np.ndarray]:
-    """Return each of B objects once, and for each its index among those, (B,) int32."""
+    """Return the distinct objects among B, compared by identity, and the index of each among them, (B,) int32."""
     objects = {id(item): item for item in items}
     index = {key: number for number, key in enumerate(objects)}
     return list(objects.values()), np.array([index[id(item)] for item in items], np.int32)
 
 
 class EncodingCache:
-    """Store the encodings of the last videos; safe to use from several threads.
+    """Store the encodings of the videos used last, by identity; safe to use from several threads.
 
     Args:
         size: maximum number of encodings.
@@ -55,20 +55,28 @@ class EncodingCache:
 
     def get(self, video: Video) -> Encoding | None:
         reference, encoding = self._encodings.get(id(video)) or (None, None)
-        # Another object may have the address of a video that was deleted.
+        # A new object may have the id of a deleted one.
         return encoding if reference is not None and reference() is video else None
 
     def put(self, video: Video, encoding: Encoding) -> None:
         self._encodings.put(id(video), (weakref.ref(video), encoding))
 
 
-def retry_in_halves(ask: Callable[[slice], Heads], rows: int) -> Heads:
-    """Return the answers to a batch of so many rows; where memory does not do, to its halves, one after the other."""
+def retry_in_halves(run: Callable[[slice], Heads], num_rows: int) -> Heads:
+    """Return the heads of a batch, run in two halves if the device has not enough memory for it.
+
+    Args:
+        run: returns the heads of some rows.
+        num_rows: of the batch.
+
+    Raises:
+        DeviceMemoryError: a half does not fit either.
+    """
     try:
-        return ask(slice(0, rows))
+        return run(slice(0, num_rows))
     except DeviceMemoryError:
-        if rows < 2:
+        if num_rows < 2:
             raise
-        log.warning("The device has no memory left for %d queries at once; asking them in halves.", rows)
-        halves = [ask(part) for part in (slice(0, rows // 2), slice(rows // 2, rows))]
+        log.warning("The device has no memory left for a batch of %d queries. Running it in two halves.", num_rows)
+        halves = [run(part) for part in (slice(0, num_rows // 2), slice(num_rows // 2, num_rows))]
         return Heads(*(np.concatenate(pair) for pair in zip(*(vars(half).values() for half in halves))))

@@ -1,4 +1,4 @@
-"""Open the video that the options name: a feature file, a video of a data set, or a video file."""
+"""Open a video that command-line options specify: a feature file, a video of a data set, or a video file."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from runtime.media.video_file import VideoFile, probe
 
 log = logging.getLogger("drn")
 
-# A film may be longer or shorter than the features' video by this many seconds, or this share of it: tables round
-# durations, and some count the sound.
-SAME_SECONDS = 1.0
-SAME_SHARE = 0.05
+# Accepted difference of the durations of a video file and its annotations, in seconds and as a fraction: published
+# tables round durations, and some include the audio track.
+DURATION_TOLERANCE_SECONDS = 1.0
+DURATION_TOLERANCE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoArguments:
-    """The options that name a video; `check` rejects combinations that exclude each other.
+    """The options that specify a video, in one of three combinations.
 
     Attributes:
-        features, duration, num_frames: a feature file, and what it does not contain.
-        data, video: the directory of a data set and a name in it.
-        video, extractor, partial: a video file, what makes its features, and whether a damaged one will do.
-        footage: the video file that features were made of.
+        features, duration, num_frames: a feature file, the duration of its video in seconds, and its frame count.
+        data, video: the directory of a data set, and the name of a video in it.
+        video, extractor, partial: a video file, the extractor of its features, and whether a damaged file is accepted.
+        footage: the video file that belongs to the features of the first two combinations.
     """
 
     features: Path | None = None
@@ -45,98 +45,87 @@ class VideoArguments:
     footage: Path | None = None
 
     def check(self) -> None:
-        """Raise GroundingError unless just one video was named, with all that it needs and nothing more."""
+        """Raise GroundingError unless exactly one combination of options is complete."""
+        has_length = self.duration is not None or self.num_frames is not None
+        conflict = ""
         if self.partial and self.extractor is None and self.footage is None:
-            raise GroundingError(
-                "--partial is about a video file; pass --video FILE --extractor FILE, or leave it out.",
-                code="conflicting_options",
-            )
-        if self.extractor is not None:
+            conflict = "--partial applies to video files only. Pass --video FILE --extractor FILE, or remove --partial."
+        elif self.extractor is not None:
             if self.video is None or self.features is not None or self.data is not None:
-                raise GroundingError(
-                    "--extractor makes features of a video file; pass --video FILE with it, and nothing else.",
-                    code="conflicting_options",
-                )
-            if self.footage is not None:
-                raise GroundingError(
-                    "--video FILE is the footage already; leave --footage out.", code="conflicting_options"
-                )
-            if self._tells_length:
-                raise GroundingError(
-                    "A video file contains its duration and frames; leave --duration and --num-frames out.",
-                    code="conflicting_options",
-                )
+                conflict = "--extractor needs --video FILE, without --features and --data. Change the options."
+            elif self.footage is not None:
+                conflict = "--footage does not apply to --extractor, which reads --video FILE. Remove --footage."
+            elif has_length:
+                conflict = "A video file contains its duration and frame count. Remove --duration and --num-frames."
         elif self.features is not None and self.data is None and self.video is None:
             if self.duration is None:
                 raise GroundingError(
-                    "--features needs --duration, the length of that video in seconds.", code="missing_option"
+                    "--features needs the duration of the video. Pass --duration SECONDS.", code="missing_option"
                 )
         elif self.data is not None and self.video is not None and self.features is None:
-            if self._tells_length:
-                raise GroundingError(
-                    "--data knows the duration and frames of its videos; leave --duration and --num-frames out.",
-                    code="conflicting_options",
-                )
+            if has_length:
+                conflict = "--data contains the duration and frame count. Remove --duration and --num-frames."
         else:
             raise GroundingError(
-                "Say which video: either --features FILE --duration SECONDS, or --data DIR --video NAME, or --video "
-                "FILE --extractor FILE.",
+                "No video was given. Pass either --features FILE --duration SECONDS, or --data DIR --video NAME, or "
+                "--video FILE --extractor FILE.",
                 code="missing_option",
             )
+        if conflict:
+            raise GroundingError(conflict, code="conflicting_options")
 
     @property
-    def film(self) -> Path | None:
-        """The video file, where there is one."""
+    def video_path(self) -> Path | None:
+        """Return the path of the video file; None without one."""
         return Path(self.video) if self.extractor is not None and self.video is not None else self.footage
-
-    @property
-    def _tells_length(self) -> bool:
-        return self.duration is not None or self.num_frames is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoSource:
-    """The video that is asked about.
+    """An open video.
 
     Attributes:
         video: its features.
-        truths: sentence to starts and ends in seconds from the first picture, where the data set knows them.
-        footage: its frames, where the file is at hand.
+        truths: annotated moments by sentence, start and end in seconds from the first frame; empty without a data set.
+        video_file: for reading frames; None without a video file.
     """
 
     video: Video
     truths: Mapping[str, Sequence[tuple[float, float]]] = dataclasses.field(default_factory=dict)
-    footage: VideoFile | None = None
+    video_file: VideoFile | None = None
 
     def truths_of(self, sentence: str) -> Sequence[tuple[float, float]]:
-        """Return what is known of a sentence, whatever stands around its words, in the time of players."""
+        """Return the ground truth of a sentence, in seconds of the video file; white space is normalized."""
         offset = self.video.offset
-        known = self.truths.get(" ".join(sentence.split()), ())
-        return [(start + offset, end + offset) for start, end in known]
+        moments = self.truths.get(" ".join(sentence.split()), ())
+        return [(start + offset, end + offset) for start, end in moments]
 
 
 def open_video_source(
     choice: VideoArguments, features: Features, device: Device = "auto", threads: int | None = None
 ) -> VideoSource:
-    """Return the video that a user named, with its features, which are extracted where they are not there yet.
+    """Open a video and its features, which are extracted and cached if necessary.
 
     Args:
-        choice: what `VideoArguments.check` let pass.
-        features: what the model takes.
-        device, threads: for the extractor.
+        choice: arguments that `VideoArguments.check` has accepted.
+        features: properties of the features that the model accepts.
+        device, threads: of the extractor.
 
     Raises:
-        VideoFileError: the film and the features are of different lengths.
+        VideoFileError: the video file cannot be decoded, or its duration differs from that of the features.
+        FeatureError: the features cannot be read, or do not fit the model.
+        AnnotationError: the data set cannot be read.
+        ModelFileError, DeviceError: the extractor cannot be opened.
     """
-    film = choice.film
+    path = choice.video_path
     if choice.extractor is not None:
-        assert film is not None
-        network = open_extractor(choice.extractor, device, threads)
-        network.manifest.check_fits(features)
-        opened = probe(film)
-        video = load_or_extract(film, network, partial=choice.partial, threads=threads, footage=opened)
-        return VideoSource(video, footage=opened)
-    video_file = probe(film) if film else None
+        assert path is not None
+        extractor = open_extractor(choice.extractor, device, threads)
+        extractor.manifest.check_fits(features)
+        opened = probe(path)
+        video = load_or_extract(path, extractor, partial=choice.partial, threads=threads, footage=opened)
+        return VideoSource(video, video_file=opened)
+    video_file = probe(path) if path else None
     if video_file:
         video_file.check_whole(choice.partial)
     truths: Mapping[str, Sequence[tuple[float, float]]] = {}
@@ -150,24 +139,27 @@ def open_video_source(
         data_set = DataSet(choice.data)
         data_set.check_clock(features.clock)
         video, truths = data_set.video(choice.video), _truths(data_set, choice.video)
-    if video_file and abs(video_file.duration - video.duration) > max(SAME_SECONDS, SAME_SHARE * video.duration):
-        raise VideoFileError(
-            f"{video_file.path} lasts {video_file.duration:.1f} s and {video.name} {video.duration:.1f} s; give the "
-            "video file that its features were made of.",
-            code="footage_mismatch",
-        )
-    if video_file and not video.offset:
-        video = dataclasses.replace(video, offset=video_file.offset)
+    if video_file:
+        tolerance = max(DURATION_TOLERANCE_SECONDS, DURATION_TOLERANCE * video.duration)
+        if abs(video_file.duration - video.duration) > tolerance:
+            raise VideoFileError(
+                f"Expected a video file of {video.duration:.1f} s for {video.name}, got {video_file.path} of "
+                f"{video_file.duration:.1f} s. Give the file that the features were extracted from.",
+                code="footage_mismatch",
+            )
+        if not video.offset:
+            video = dataclasses.replace(video, offset=video_file.offset)
     return VideoSource(video, truths, video_file)
 
 
 def _truths(data_set: DataSet, video: str) -> dict[str, list[tuple[float, float]]]:
-    """Return the moments that the data set gives for this video's sentences, cut off at its end, each once."""
+    """Return the distinct moments of each sentence about a video, clipped to its duration."""
     truths: dict[str, list[tuple[float, float]]] = {}
+    duration = data_set.durations[video]
     for split in data_set.splits:
         for annotation in data_set.annotations(split, invalid="keep", quiet=True):
             for start, end in annotation.moments if annotation.video == video else ():
-                known, moment = truths.setdefault(annotation.sentence, []), (start, min(end, data_set.durations[video]))
-                if moment[0] < moment[1] and moment not in known:
-                    known.append(moment)
+                moments, moment = truths.setdefault(annotation.sentence, []), (start, min(end, duration))
+                if moment[0] < moment[1] and moment not in moments:
+                    moments.append(moment)
     return truths

@@ -1,4 +1,4 @@
-"""Run a model once for the sizes that a program will ask, before it asks them."""
+"""Run a model once for the usual batch sizes and query lengths, so that later queries do not wait."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from runtime.grounding.grounder import Grounder
 
 log = logging.getLogger("drn")
 
-# Between two lines on progress.
+# Minimum time between two progress messages.
 PROGRESS_SECONDS = 2.0
 
 
 def warm_usual(grounder: Grounder, batch_size: int) -> int:
-    """Warm a model for batches of up to `batch_size` queries of usual lengths; progress goes to the log.
+    """Warm a model for the usual sizes, log the progress, and warn if the device has not enough memory for all.
 
-    Usual are lengths up to the 99 % quantile of the queries that the model was trained on, and the shortest query of
-    each plan of an engine, so that every plan has run. If the memory of the device is full, the other sizes are
-    prepared when they are asked, which a warning says.
+    Usual query lengths are those up to the 99 % quantile of the training queries, and the shortest query of each plan
+    of an engine, so that every plan has run.
 
     Args:
         grounder: the model.
-        batch_size: queries asked together at most; a network that takes fewer gets them in pieces.
+        batch_size: maximum number of queries in a batch.
 
     Returns:
-        The number of shapes that were run; 0 on a CPU.
+        The number of shapes that were run; 0 on a CPU, or if memory ran out.
     """
     batches, lengths = usual_sizes(grounder, batch_size)
     start = last = time.monotonic()
@@ -44,7 +43,7 @@ def warm_usual(grounder: Grounder, batch_size: int) -> int:
     try:
         count = grounder.warm(batches, lengths, progress=progress)
     except DeviceMemoryError as error:
-        log.warning("%s Sizes that are not warm yet are prepared when they are asked.", error)
+        log.warning("%s The other sizes are prepared at their first query.", error)
         return 0
     if count:
         log.info("Warmed the model for %d sizes in %.1f s.", count, time.monotonic() - start)
@@ -52,13 +51,12 @@ def warm_usual(grounder: Grounder, batch_size: int) -> int:
 
 
 def usual_sizes(grounder: Grounder, batch_size: int) -> tuple[list[int], list[int]]:
-    """Return the batch sizes and query lengths, in tokens, that are usual for a model; see `warm_usual`."""
+    """Return the usual batch sizes, and query lengths in tokens, of a model; see `warm_usual`."""
     training, backend = grounder.manifest.training, grounder.backend
     quantiles = length_quantiles_of(training)
-    longest = quantiles[0][1] if quantiles else query_length_of(training)[1]
-    largest = min(batch_size, getattr(backend, "largest_batch", batch_size))
-    batches = sorted({min(bucket(size), largest) for size in range(1, largest + 1)})
-    limit = min(grounder.manifest.max_query_length, getattr(backend, "longest_query", longest))
-    longest = min(longest, limit)
-    first = [length for length in getattr(backend, "first_lengths", ()) if length <= limit]
-    return batches, sorted({*range(1, longest + 1), *first})
+    usual_length = quantiles[0][1] if quantiles else query_length_of(training)[1]
+    max_batch = min(batch_size, getattr(backend, "largest_batch", batch_size))
+    batches = sorted({min(bucket(size), max_batch) for size in range(1, max_batch + 1)})
+    max_length = min(grounder.manifest.max_query_length, getattr(backend, "longest_query", usual_length))
+    first = [length for length in getattr(backend, "first_lengths", ()) if length <= max_length]
+    return batches, sorted({*range(1, min(usual_length, max_length) + 1), *first})

@@ -66,20 +66,20 @@ def test_evaluator_keeps_encodings_per_graph(evaluator: AccuracyEvaluator, model
 
 def test_cost_matches_hand_computed_values(evaluator: AccuracyEvaluator) -> None:
     expected = evaluator.reference
-    moved = {threshold: picks.copy() for threshold, picks in expected.picks.items()}
+    moved = {threshold: picks.copy() for threshold, picks in expected.detections.items()}
     truth = expected.truth.copy()
     # Query 0 becomes wrong by half a video; query 1 becomes right.
     for picks in moved.values():
         picks[0, 0, :2] = truth[0] + (0.5 if truth[0, 0] < 0.5 else -0.5)
         picks[1, 0, :2] = truth[1]
-    before = {threshold: picks.copy() for threshold, picks in expected.picks.items()}
+    before = {threshold: picks.copy() for threshold, picks in expected.detections.items()}
     for picks in before.values():
         picks[0, 0, :2] = truth[0]
         picks[1, 0, :2] = (0, 1) if truth[1, 1] - truth[1, 0] < 0.4 else (0, 0.01)
     kept = evaluator.reference
-    evaluator.reference = dataclasses.replace(kept, picks=before)
+    evaluator.reference = dataclasses.replace(kept, detections=before)
     try:
-        cost = evaluator.compare(dataclasses.replace(kept, picks=moved))
+        cost = evaluator.compare(dataclasses.replace(kept, detections=moved))
     finally:
         evaluator.reference = kept
     assert (cost.lost_50, cost.gained_50, cost.lost_70, cost.gained_70) == (1, 1, 1, 1)

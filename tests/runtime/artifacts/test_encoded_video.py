@@ -318,7 +318,7 @@ def test_split_evaluation_equals_full_and_encodes_once(
     monkeypatch.setattr(split.backend, "encode", lambda rows: encoded.append(len(rows)) or original(rows))
     found = evaluate(split, data_set, annotations, batch_size=2)
     assert found.report == wanted.report
-    np.testing.assert_array_equal(found.picks[0.5], wanted.picks[0.5])
+    np.testing.assert_array_equal(found.detections[0.5], wanted.detections[0.5])
     assert sum(encoded) == len({annotation.video for annotation in annotations})
 
 
@@ -344,10 +344,10 @@ def test_bound_tensors_equal_arrays_and_stay_on_device(
     split = Grounder.load(pair_files, "cpu")
     backend: Any = split.backend
     placed: list[int] = []
-    original = backend._query.resident
-    monkeypatch.setattr(backend._query, "resident", lambda array: placed.append(len(array)) or original(array))
+    original = backend._query.to_device
+    monkeypatch.setattr(backend._query, "to_device", lambda array: placed.append(len(array)) or original(array))
     for session in (backend._query, backend._video):
-        monkeypatch.setattr(session, "binds", True)
+        monkeypatch.setattr(session, "uses_io_binding", True)
     assert [split.ground(*pair) for pair in pairs] == wanted
     assert placed == [1, 1, 1]
     assert split.ground(*pairs[0]) == wanted[0]

@@ -42,16 +42,16 @@ def test_table_lists_ratios_failures_and_unsettled_cases(report: Report) -> None
     assert "2.50 (2.40 to 2.60)" in text
     assert "not measured: It takes 1." in text
     assert text.count("network *") == 1
-    assert "differently from slow.onnx" in text
+    assert "and slow.onnx return different moments" in text
     assert "SM clock 1200.0 of 1980.0 MHz" in text
-    assert "slowed by heat (software)" in text
+    assert "throttled by heat (software)" in text
     assert "Note: A note." in text
     assert "1 thread, numpy 2.4, 2026-11-23" in text
 
 
 def test_agreement_sentence_reports_equal_models() -> None:
     same = Agreement("b", 3, 1.0, 0.999, 0.001, 0, 0.05)
-    assert same.sentence("a").startswith("b answers as a (3 queries")
+    assert same.sentence("a").startswith("b and a return the same moments (3 queries")
 
 
 def test_environment_line_names_gpu_only_if_used(report: Report) -> None:

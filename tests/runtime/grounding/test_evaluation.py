@@ -82,7 +82,7 @@ def test_detections_keep_annotation_order_for_any_batch_size(
     seen: list[int] = []
     annotations = data_set.annotations("test")
     evaluation = evaluate(grounder, data_set, annotations, batch_size=batch_size, on_progress=seen.append)
-    assert evaluation.picks[0.5][:, 0, :2].tolist() == [[0.25, 0.5], [0, 0.125], [0.625, 1], [0.5, 1]]
+    assert evaluation.detections[0.5][:, 0, :2].tolist() == [[0.25, 0.5], [0, 0.125], [0.625, 1], [0.5, 1]]
     assert sum(seen) == 4
     assert max(seen) <= batch_size
 
@@ -92,9 +92,9 @@ def test_evaluation_does_not_depend_on_chunk_size(
 ) -> None:
     annotations = data_set.annotations("test")
     whole = evaluate(grounder, data_set, annotations)
-    monkeypatch.setattr("runtime.grounding.evaluation.CHUNK", 2)
+    monkeypatch.setattr("runtime.grounding.evaluation.CHUNK_SIZE", 2)
     chunked = evaluate(grounder, data_set, annotations)
-    np.testing.assert_array_equal(chunked.picks[0.5], whole.picks[0.5])
+    np.testing.assert_array_equal(chunked.detections[0.5], whole.detections[0.5])
     assert chunked.report == whole.report
 
 
@@ -112,7 +112,7 @@ def test_evaluate_uses_segments_given_by_caller(grounder: Grounder, data_set: Da
     dog = grounder.segments(data_set.video("BBBBB"))
     evaluation = evaluate(grounder, data_set, data_set.annotations("test"), segments_of=lambda name: dog)
     # Only the dog is in it now.
-    assert evaluation.picks[0.5][:, 0, 0].tolist() == [0.25, 0.5, 0.5, 0.5]
+    assert evaluation.detections[0.5][:, 0, 0].tolist() == [0.25, 0.5, 0.5, 0.5]
 
 
 def test_protocol_defaults_to_the_model(planted_backend: Any, data_set: DataSet) -> None:
@@ -139,10 +139,10 @@ def test_drn_protocol_applies_nms_per_threshold(planted_backend: Any, data_set: 
             return heads
 
     annotations = data_set.annotations("test")
-    authors = evaluate(Grounder(Doubled()), data_set, annotations, protocol="drn").picks
+    authors = evaluate(Grounder(Doubled()), data_set, annotations, protocol="drn").detections
     counts = {threshold: int((~np.isnan(rows[0, :, 0])).sum()) for threshold, rows in authors.items()}
     assert counts == {0.3: 1, 0.5: 1, 0.7: 2}
-    published = evaluate(Grounder(Doubled()), data_set, annotations, protocol="mmaction2").picks
+    published = evaluate(Grounder(Doubled()), data_set, annotations, protocol="mmaction2").detections
     np.testing.assert_array_equal(published[0.3], published[0.7])
     assert {int((~np.isnan(rows[0, :, 0])).sum()) for rows in published.values()} == {2}
 
@@ -202,7 +202,7 @@ def test_report_uses_thresholds_of_the_data_set(tmp_path: Path, planted_backend:
     backend = planted_backend(Decoding(num_segments=128))
     for protocol in ("mmaction2", "drn"):
         evaluation = evaluate(Grounder(backend), data_set, data_set.annotations("test"), protocol=protocol)
-        assert set(evaluation.picks) == {0.1, 0.3, 0.5, 0.7}
+        assert set(evaluation.detections) == {0.1, 0.3, 0.5, 0.7}
         assert tuple(evaluation.report.values) == metric_names((0.1, 0.3, 0.5, 0.7))
 
 

@@ -57,7 +57,7 @@ def test_too_many_videos_are_rejected() -> None:
 def test_retrieval_scores_equal_single_pairs_reading_once(
     tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(ranking_module, "CHUNK", chunk)
+    monkeypatch.setattr(ranking_module, "CHUNK_SIZE", chunk)
     grounder, data_set = Grounder.load(tiny_model), DataSet(mini)
     annotations = data_set.annotations("test")
     names = sorted({annotation.video for annotation in annotations})
