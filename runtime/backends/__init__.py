@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from runtime.backends.base import MAX_THREADS, Backend, Device
-from runtime.core.errors import DeviceError, ModelFileError, check_argument, check_path, excerpt
+from runtime.core.errors import DeviceError, ModelFileError, check_argument, check_option, check_path, excerpt
 from runtime.core.io.input_files import check_file
 
 # Packages that `runtime` must not import register a backend in this group, under the suffix of its files.
@@ -67,10 +67,7 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
         )
     if threads is not None:
         check_argument("threads", threads, numbers.Integral, "a number of threads", DeviceError)
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise DeviceError(
-            f"Expected 1 to {MAX_THREADS} for --threads, got {threads}. Correct the option.", code="invalid_option"
-        )
+    check_option("--threads", threads, 1, MAX_THREADS, DeviceError)
     check_model_path(path)
     if path.suffix == ".onnx":
         from runtime.backends.onnxruntime_backend import open_graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import Batch, Heads
+from runtime.core.errors import ModelFileError
 from runtime.core.moments import Moment
 from runtime.core.sliding_windows import Windows
 from runtime.core.video import Video
@@ -114,6 +116,37 @@ class QueryServer(Protocol):
             windows: how the video is split; "model" for the windows of the model, None for one window.
             always: whether moments below the model's presence threshold are returned too.
         """
+
+
+def recorded_video_part(path: Path, manifest: Manifest, suffix: str) -> tuple[Path, str]:
+    """Return the path and the SHA-256 of the video part that a query part records.
+
+    Args:
+        path: of the query part, in whose directory the video part is.
+        manifest: of the query part.
+        suffix: of the video part, which may have been converted since.
+
+    Raises:
+        ModelFileError: the manifest does not record one video part, or the file is missing.
+    """
+    if len(manifest.video_part) != 1:
+        raise ModelFileError(
+            f"Expected one video part in the manifest of {path}, got {len(manifest.video_part)}. Export it again.",
+            code="missing_part",
+        )
+    ((name, digest),) = manifest.video_part.items()
+    return sibling_file(path, Path(name).with_suffix(suffix).name), digest
+
+
+def sibling_file(path: Path, name: str) -> Path:
+    """Return the path of a model part in the directory of another part; ModelFileError if it is missing."""
+    sibling = path.with_name(Path(name).name)
+    if not sibling.is_file():
+        raise ModelFileError(
+            f"{path} needs {sibling.name} in the same directory, but the file is missing. Copy it there.",
+            code="missing_file",
+        )
+    return sibling
 
 
 def run_pair(pair: PairBackend, batch: Batch) -> Heads:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from runtime.core.batch import HEAD_NAMES, Heads
 from runtime.core.errors import ShapeError
 
 Shape = tuple[int, ...]
+# Ascending row indices, and the outputs of these rows by name.
+RowOutputs = tuple[np.ndarray, Mapping[str, np.ndarray]]
 
 # TensorRT requires the address of every tensor to be a multiple of this number of bytes.
 ALIGNMENT = 256
@@ -141,10 +144,16 @@ def choose_profile(
     return best
 
 
-def row_slices(num_rows: int, max_rows: int) -> Iterator[slice]:
-    """Yield slices of a batch of at most `max_rows` rows each, in order."""
+def row_slices(num_rows: int, max_rows: int) -> Iterator[np.ndarray]:
+    """Yield row indices of parts of a batch, each of at most `max_rows` rows, in order."""
     for start in range(0, num_rows, max_rows):
-        yield slice(start, min(start + max_rows, num_rows))
+        yield np.arange(start, min(start + max_rows, num_rows))
+
+
+def as_slice(rows: np.ndarray) -> slice | np.ndarray:
+    """Return row indices as a slice if they are consecutive, so that indexing does not copy."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
 def row_slices_by_video(
@@ -158,14 +167,35 @@ def row_slices_by_video(
         num_videos: number of videos, including those that no row refers to.
     """
     if num_videos <= max_videos:
-        for part in row_slices(len(video_index), max_rows):
-            yield np.arange(part.start, part.stop)
+        yield from row_slices(len(video_index), max_rows)
         return
     distinct, inverse = np.unique(video_index, return_inverse=True)
     for start in range(0, len(distinct), max_videos):
         (rows,) = np.nonzero((inverse >= start) & (inverse < start + max_videos))
         for part in row_slices(len(rows), max_rows):
             yield rows[part]
+
+
+def gather_rows(
+    num_rows: int, outputs: Sequence[RowOutputs], empty_outputs: Callable[[], Mapping[str, np.ndarray]]
+) -> Heads:
+    """Return the heads of a batch that ran in parts.
+
+    Args:
+        num_rows: of the batch.
+        outputs: row indices and outputs of each part.
+        empty_outputs: returns the outputs of an empty batch.
+    """
+    if len(outputs) == 1:
+        gathered = outputs[0][1]
+    elif num_rows:
+        gathered = {name: np.empty((num_rows, *values.shape[1:]), np.float32) for name, values in outputs[0][1].items()}
+        for rows, part in outputs:
+            for name in HEAD_NAMES:
+                gathered[name][rows] = part[name]
+    else:
+        gathered = empty_outputs()
+    return Heads(*[np.asarray(gathered[name], np.float32) for name in HEAD_NAMES])
 
 
 def referenced_videos(video_index: np.ndarray, num_videos: int, max_videos: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.backends.tensorrt_model import RowOutputs
-from runtime.core.batch import HEAD_NAMES, Heads
 from runtime.core.lru_cache import LruCache
 
 
@@ -47,25 +45,3 @@ class EncodingSlots:
                     self._slots.put(key, slot)
             slots = [self._slots.get(key) for key in keys]
         return np.array(slots, np.int32), missing
-
-
-def gather_rows(
-    num_rows: int, outputs: Sequence[RowOutputs], empty_outputs: Callable[[], Mapping[str, np.ndarray]]
-) -> Heads:
-    """Return the heads of a batch that ran in parts.
-
-    Args:
-        num_rows: of the batch.
-        outputs: rows and outputs of each part.
-        empty_outputs: returns the outputs of an empty batch.
-    """
-    if len(outputs) == 1:
-        gathered = outputs[0][1]
-    elif num_rows:
-        gathered = {name: np.empty((num_rows, *values.shape[1:]), np.float32) for name, values in outputs[0][1].items()}
-        for rows, values_of in outputs:
-            for name in HEAD_NAMES:
-                gathered[name][rows] = values_of[name]
-    else:
-        gathered = empty_outputs()
-    return Heads(*[np.asarray(gathered[name], np.float32) for name in HEAD_NAMES])

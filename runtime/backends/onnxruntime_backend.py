@@ -15,7 +15,7 @@ from runtime.artifacts import extractor_manifest
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH, check
-from runtime.backends.base import Device, run_pair
+from runtime.backends.base import Device, recorded_video_part, run_pair, sibling_file
 from runtime.backends.cuda_driver import disable_in_forked_children
 from runtime.backends.exact_int8 import precision_of_file
 from runtime.backends.onnxruntime_session import create_session
@@ -192,14 +192,7 @@ class OnnxRuntimePair:
         self._on_device: LruCache[str, Any] = LruCache(MAX_ENCODINGS_ON_DEVICE)
         if query.uses_io_binding:
             disable_in_forked_children(self)
-        recorded = self.manifest.video_part
-        if len(recorded) != 1:
-            raise ModelFileError(
-                f"Expected one video part in the manifest of {query.path}, got {len(recorded)}. Export it again.",
-                code="missing_part",
-            )
-        ((name, digest),) = recorded.items()
-        self._video = self._open_video_part(_existing_part(query.path, name), digest)
+        self._video = self._open_video_part(*recorded_video_part(query.path, self.manifest, ".onnx"))
         self._video.require(VIDEO_INPUTS, VIDEO_OUTPUTS)
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
@@ -280,20 +273,10 @@ def locate_part(query: Path, name: str, digest: str) -> Path:
     Raises:
         ModelFileError: the file is missing, or its content differs.
     """
-    path = _existing_part(query, name)
+    path = sibling_file(query, name)
     if sha256(path) != digest:
         raise _other_part(path, query)
     check(path)
-    return path
-
-
-def _existing_part(query: Path, name: str) -> Path:
-    path = query.with_name(Path(name).name)
-    if not path.is_file():
-        raise ModelFileError(
-            f"{query} needs {path.name} in the same directory, but the file is missing. Copy it there.",
-            code="missing_file",
-        )
     return path
 
 

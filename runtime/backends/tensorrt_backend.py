@@ -1,4 +1,4 @@
-"""Run models and feature extractors as TensorRT or TensorRT-RTX engines; split models keep encodings on the GPU.
+"""Run models and feature extractors as TensorRT or TensorRT-RTX engines; split models store encodings on the GPU.
 
 Threads may share a model, which runs one call at a time. `runtime.backends.engine_compatibility` and `batch_shapes`
 decide without a GPU; `tensorrt_engine` loads and runs an engine.
@@ -21,11 +21,12 @@ from runtime.artifacts.engine_metadata import EngineMetadata, Sidecar, metadata_
 from runtime.artifacts.extractor_manifest import ExtractorManifest, ExtractorSidecar
 from runtime.artifacts.manifest import Manifest
 from runtime.backends import engine_compatibility
-from runtime.backends.batch_shapes import referenced_videos, row_slices, row_slices_by_video
+from runtime.backends.base import recorded_video_part
+from runtime.backends.batch_shapes import as_slice, gather_rows, referenced_videos, row_slices, row_slices_by_video
 from runtime.backends.cuda_driver import Cuda, OutOfDeviceMemory
-from runtime.backends.encoding_cache import EncodingSlots, gather_rows
+from runtime.backends.encoding_cache import EncodingSlots
 from runtime.backends.tensorrt_engine import SPANS, TensorRTEngine
-from runtime.backends.tensorrt_model import PlanUse, TensorRTModel, as_slice
+from runtime.backends.tensorrt_model import PlanUse, TensorRTModel
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
 from runtime.core.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
@@ -118,19 +119,7 @@ def locate_video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
     Raises:
         ModelFileError: the file is missing, damaged, or of another build.
     """
-    recorded = sidecar.manifest.video_part
-    if len(recorded) != 1:
-        raise ModelFileError(
-            f"Expected one video part in the metadata of {path}, got {len(recorded)}. Build both parts again.",
-            code="missing_part",
-        )
-    ((name, digest),) = recorded.items()
-    plan = path.with_name(Path(name).name).with_suffix(".engine")
-    if not plan.is_file():
-        raise ModelFileError(
-            f"{path} needs {plan.name} in the same directory, but the file is missing. Copy it there.",
-            code="missing_file",
-        )
+    plan, digest = recorded_video_part(path, sidecar.manifest, ".engine")
     metadata = read_sidecar(plan)
     if digest not in metadata.content["sha256"].values():
         raise _other_build(plan, path, sidecar)
@@ -297,7 +286,7 @@ class _QueryModel(TensorRTModel):
     def _requests(
         self, batches: Sequence[int], lengths: Sequence[int]
     ) -> Iterator[tuple[TensorRTEngine, dict[str, int]]]:
-        """Yield networks and sizes to warm, large batches first, so that contexts of single queries are kept longest.
+        """Yield networks and sizes to warm, large batches first, so that contexts of single queries remain.
 
         A network stores `MAX_EXECUTION_STATES` contexts and releases the least recently used.
         """
@@ -308,7 +297,7 @@ class _QueryModel(TensorRTModel):
     @property
     def largest_batch(self) -> int:
         """Return the maximum number of queries that run together."""
-        return max(profile.ranges["batch"].max for profile in self._network.profiles)
+        return self._network.max_size("batch")
 
     @property
     def longest_query(self) -> int:
@@ -353,13 +342,12 @@ class TensorRTBackend(_QueryModel):
             }
             return network.run(inputs, {"batch": len(rows), "query_length": length})
 
-        max_rows = max(profile.ranges["batch"].max for profile in network.profiles)
-        parts = (np.arange(part.start, part.stop) for part in row_slices(len(batch), max_rows))
-        return gather_rows(len(batch), self._run_parts(parts, run), network.empty_outputs)
+        outputs = self._run_parts(row_slices(len(batch), network.max_size("batch")), run)
+        return gather_rows(len(batch), outputs, network.empty_outputs)
 
 
 class TensorRTPair(_QueryModel):
-    """Run a split model, whose query plans keep encodings on the device; see `PairBackend`.
+    """Run a split model, whose query plans store encodings on the device; see `PairBackend`.
 
     Args:
         manifest: of the query part.
@@ -432,8 +420,8 @@ class TensorRTPair(_QueryModel):
             }
             return network.run(inputs, sizes)
 
-        parts = row_slices_by_video(video_index, max_rows, max_videos, len(videos))
-        return gather_rows(len(query_length), self._run_parts(parts, run), network.empty_outputs)
+        outputs = self._run_parts(row_slices_by_video(video_index, max_rows, max_videos, len(videos)), run)
+        return gather_rows(len(query_length), outputs, network.empty_outputs)
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch, each row with a video of its own; raises as `TensorRTBackend.run`."""

@@ -261,6 +261,10 @@ class TensorRTEngine:
             *(self.path.name, message, hint),
         )
 
+    def max_size(self, axis: str) -> int:
+        """Return the maximum size of an axis over all profiles."""
+        return max(profile.ranges[axis].max for profile in self.profiles)
+
     @property
     def memory_bytes(self) -> tuple[int, int, int]:
         """Return the bytes of the plan, of buffers on the device, and of page-locked memory."""

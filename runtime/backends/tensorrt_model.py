@@ -6,11 +6,10 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
-from runtime.backends.batch_shapes import row_slices
+from runtime.backends.batch_shapes import RowOutputs, as_slice, row_slices
 from runtime.backends.cuda_driver import OutOfDeviceMemory
 from runtime.backends.tensorrt_engine import TensorRTEngine
 from runtime.core.errors import DeviceError
@@ -49,10 +48,6 @@ class PlanUse:
     name: str
     max_query_length: int
     queries: int
-
-
-# Ascending row indices, and the outputs of these rows.
-RowOutputs = tuple[np.ndarray, Mapping[str, np.ndarray]]
 
 
 class TensorRTModel:
@@ -148,15 +143,8 @@ class TensorRTModel:
         def run(rows: np.ndarray) -> Mapping[str, np.ndarray]:
             return network.run({name: array[as_slice(rows)]}, {axis: len(rows)})
 
-        max_rows = max(profile.ranges[axis].max for profile in network.profiles)
-        parts = (np.arange(part.start, part.stop) for part in row_slices(len(array), max_rows))
-        results = [values[output] for _, values in self._run_parts(parts, run)]
+        outputs = self._run_parts(row_slices(len(array), network.max_size(axis)), run)
+        results = [values[output] for _, values in outputs]
         if not results:
             return network.empty_outputs()[output]
         return results[0] if len(results) == 1 else np.concatenate(results)
-
-
-def as_slice(rows: np.ndarray) -> Any:
-    """Return row indices as a slice if they are consecutive, so that indexing does not copy."""
-    first, last = int(rows[0]), int(rows[-1])
-    return slice(first, last + 1) if last - first + 1 == len(rows) else rows

@@ -13,7 +13,7 @@ from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH
 from runtime.backends.base import run_pair
-from runtime.backends.batch_shapes import padded_length, row_slices, row_slices_by_video
+from runtime.backends.batch_shapes import as_slice, padded_length, row_slices, row_slices_by_video
 from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import ModelFileError, ShapeError, excerpt, reading
 from runtime.core.io.digests import json_digest
@@ -56,8 +56,7 @@ class FrontConfig:
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        content = {"format": FORMAT, **values, "files": dict(self.files), "manifest": self.manifest.to_dict()}
+        content = {"format": FORMAT, **vars(self), "files": dict(self.files), "manifest": self.manifest.to_dict()}
         return json.dumps({**content, "digest": json_digest(content)}, allow_nan=False)
 
     @classmethod
@@ -103,14 +102,15 @@ class TritonBackend:
         # Tensors of a batched Triton model have at least one axis besides the batch.
         lengths = batch.query_length[:, None]
         parts = []
-        for part in row_slices(len(batch), self._config.batch):
+        for rows in row_slices(len(batch), self._config.batch):
+            index = as_slice(rows)
             inputs = {
-                "query_tokens": tokens[part],
-                "query_length": lengths[part],
-                "segment_features": batch.segment_features[part],
-                "segment_spans": batch.segment_spans[part],
+                "query_tokens": tokens[index],
+                "query_length": lengths[index],
+                "segment_features": batch.segment_features[index],
+                "segment_spans": batch.segment_spans[index],
             }
-            parts.append((np.arange(part.start, part.stop), self._call(self._config.network, inputs, HEAD_NAMES)))
+            parts.append((rows, self._call(self._config.network, inputs, HEAD_NAMES)))
         return _gather_rows(len(batch), parts)
 
 
@@ -124,10 +124,10 @@ class TritonPair:
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
         """Return (V, D, T) encodings of (V, T, D) float32 segments."""
-        results = [
-            self._call(self._config.video_network, {"segment_features": segment_features[part]}, (ENCODED_FEATURES,))[0]
-            for part in row_slices(len(segment_features), self._config.encoded_together)
-        ]
+        name, results = self._config.video_network, []
+        for rows in row_slices(len(segment_features), self._config.encoded_together):
+            inputs = {"segment_features": segment_features[as_slice(rows)]}
+            results += self._call(name, inputs, (ENCODED_FEATURES,))
         return results[0] if len(results) == 1 else np.concatenate(results)
 
     def ask(

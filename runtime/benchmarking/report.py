@@ -264,12 +264,12 @@ class Report:
     interrupted: bool
 
     def to_dict(self) -> dict[str, Any]:
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {"format": FORMAT, **vars(self), "notes": list(self.notes)}
         for name in ("models", "agreements", "conditions"):
-            plain[name] = [dataclasses.asdict(value) for value in plain[name]]
+            values[name] = [dataclasses.asdict(value) for value in values[name]]
         for name in ("timings", "phases"):
-            plain[name] = [value.to_dict() for value in plain[name]]
-        return {"format": FORMAT, **plain, "notes": list(self.notes)}
+            values[name] = [value.to_dict() for value in values[name]]
+        return values
 
     def text(self) -> str:
         """Return the report for a terminal."""

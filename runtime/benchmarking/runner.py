@@ -28,7 +28,7 @@ from runtime.benchmarking.workload import (
     synthetic_workload,
 )
 from runtime.core import cpu_info
-from runtime.core.errors import DeviceError, GroundingError, ModelFileError, QueryError
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError, QueryError, check_option
 from runtime.core.io.input_files import check_file
 from runtime.core.repeat_filter import said_once
 from runtime.core.terminal import command_line
@@ -37,7 +37,7 @@ log = logging.getLogger("drn")
 
 SAMPLES = 500
 MAX_BATCH = 4096
-# Minimum number of calls of a sweep case, whatever they take.
+# Minimum number of calls of a sweep case, regardless of the time limit.
 MIN_CALLS = 10
 
 
@@ -63,19 +63,9 @@ class BenchmarkOptions:
         """
         if not self.models:
             raise ModelFileError("No model was given. Pass --model FILE or --compare FILE FILE.", code="missing_option")
-        if self.samples < 1:
-            raise GroundingError(
-                f"Expected at least 1 for --samples, got {self.samples}. Correct the option.", code="invalid_option"
-            )
-        if not 1 <= self.batch <= MAX_BATCH:
-            raise GroundingError(
-                f"Expected 1 to {MAX_BATCH} for --batch, got {self.batch}. Correct the option.", code="invalid_option"
-            )
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise DeviceError(
-                f"Expected 1 to {MAX_THREADS} for --threads, got {self.threads}. Correct the option.",
-                code="invalid_option",
-            )
+        check_option("--samples", self.samples, 1)
+        check_option("--batch", self.batch, 1, MAX_BATCH)
+        check_option("--threads", self.threads, 1, MAX_THREADS, DeviceError)
         if self.video is not None and self.data is None:
             raise GroundingError("--video needs a data set. Pass --data DIR too.", code="missing_option")
         if self.query and self.video is None:

@@ -161,6 +161,19 @@ def check_argument(
         )
 
 
+def check_option(
+    flag: str,
+    value: float | None,
+    minimum: float,
+    maximum: float | None = None,
+    error: type[GroundingError] = GroundingError,
+) -> None:
+    """Raise `error` (code `invalid_option`) unless the number of a command-line option is None or in range."""
+    if value is not None and not (minimum <= value and (maximum is None or value <= maximum)):
+        limits = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
+        raise error(f"Expected {limits} for {flag}, got {value}. Correct the option.", code="invalid_option")
+
+
 def check_path(path: object, error: type[GroundingError] = GroundingError) -> None:
     """Raise `error` (code `invalid_argument`) unless the argument `path` is a string or an `os.PathLike`."""
     check_argument("path", path, (str, os.PathLike), "a path", error)

@@ -473,9 +473,9 @@ class Grounder:
         self,
         query: str,
         unknown_words: collections.Counter[str] | None = None,
+        unheard: collections.Counter[str] | None = None,
         *,
         check_content: bool = True,
-        unheard: collections.Counter[str] | None = None,
     ) -> np.ndarray:
         """Return the word ids of a query.
 
@@ -483,9 +483,9 @@ class Grounder:
             query: a sentence.
             unknown_words: counts the unknown words instead of a warning, so that a caller can report those of many
                 queries together.
+            unheard: deprecated name of `unknown_words`.
             check_content: whether to reject queries without a known content word. Turn it off for sentences of data
                 sets, because the published code accepts them.
-            unheard: deprecated name of `unknown_words`.
 
         Returns:
             (L,) int32 word ids, L from 1 to the maximum query length of the model.

@@ -1303,7 +1303,7 @@ def test_slices_contain_each_row_once_and_limit_videos(which: list[int], largest
         needed, row_asks = referenced_videos(index[rows], videos, most)
         assert len(needed) <= most
         assert np.array_equal(needed[row_asks], index[rows])
-    plain = [row for part in row_slices(len(which), largest) for row in range(len(which))[part]]
+    plain = [row for part in row_slices(len(which), largest) for row in part.tolist()]
     assert plain == list(range(len(which)))
 
 

@@ -14,6 +14,7 @@ from runtime.core.errors import (
     MAX_VALUE_LENGTH,
     FeatureError,
     GroundingError,
+    check_option,
     excerpt,
     one_line,
     printable,
@@ -35,6 +36,17 @@ def test_code_given_to_an_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(FeatureError("too large", code="array_too_large")))
     assert (type(error), str(error), error.code) == (FeatureError, "too large", "array_too_large")
     assert FeatureError.code == "invalid_features"
+
+
+@pytest.mark.parametrize(("value", "maximum"), [(None, None), (1, None), (9, None), (1, 4), (4, 4)])
+def test_option_in_range_is_accepted(value: int | None, maximum: int | None) -> None:
+    check_option("--threads", value, 1, maximum)
+
+
+@pytest.mark.parametrize(("value", "maximum"), [(0, None), (-1, 4), (5, 4), (float("nan"), None)])
+def test_option_out_of_range_is_rejected_with_its_limits(value: float, maximum: int | None) -> None:
+    with raises(FeatureError, "invalid_option", "--threads", 1, value, *([4] if maximum else [])):
+        check_option("--threads", value, 1, maximum, FeatureError)
 
 
 HUGE = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,16 @@ def test_invalid_query_is_rejected_before_running(
     with raises(QueryError, code, *values):
         grounder.ground(QUARTER, query)
     assert not grounder.backend.batches  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["unknown_words", "unheard"])
+def test_encode_query_counts_unknown_words_without_warning(
+    grounder: Grounder, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts: Counter[str] = Counter()
+    assert grounder.encode_query("dog zorbs", **{name: counts}).tolist() == [CHANNELS["dog"]]  # type: ignore[arg-type]
+    assert counts == {"zorbs": 1}
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("windows", [None, Windows(40.0, 40.0, 10.0)])
