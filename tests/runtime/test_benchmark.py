@@ -57,11 +57,11 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., lis
 
 def measured(report: dict[str, Any]) -> dict[tuple[str, str, str], list[int]]:
     """Return the sizes that were measured of each group, boundary and case."""
-    found: dict[tuple[str, str, str], list[int]] = {}
+    actual: dict[tuple[str, str, str], list[int]] = {}
     for timing in report["timings"]:
         case = timing["case"]
-        found.setdefault((case["group"], case["boundary"], case["name"]), []).append(case["size"])
-    return found
+        actual.setdefault((case["group"], case["boundary"], case["name"]), []).append(case["size"])
+    return actual
 
 
 WHOLE = {
@@ -84,8 +84,8 @@ def test_benchmark_of_one_model_writes_complete_report(
     arguments = ("--model", tiny_model, "--samples", 20, "--batch", 3, "--threads", 1, "--output", output)
     outcome = run_command(benchmark, *arguments, "--plot", plot)
     assert outcome.code == 0, outcome.err
-    told = caplog.records[-1].getMessage()
-    assert told == f"\nNext:  python -m runtime.evaluate --model {tiny_model} --data DIR"
+    message = caplog.records[-1].getMessage()
+    assert message == f"\nNext:  python -m runtime.evaluate --model {tiny_model} --data DIR"
     report = json.loads(output.read_text())
     assert report["format"] == "drn-benchmark/1"
     assert report["interrupted"] is False
@@ -110,7 +110,7 @@ def test_benchmark_of_one_model_writes_complete_report(
     assert report["peak_rss_bytes"] > 2**20
     assert [moment["when"] for moment in report["conditions"]][:2] == ["before", "after one query"]
     assert any("20 samples were taken" in note for note in report["notes"])
-    assert any("no times of the GPU alone, since it runs on the CPU" in note for note in report["notes"])
+    assert any("no times of the GPU only, because it runs on the CPU" in note for note in report["notes"])
     assert report["inputs"]["made_up"] is True
     assert "Synthetic inputs" in outcome.out
     assert "overhead, known" in outcome.out
@@ -167,7 +167,7 @@ def test_models_are_interleaved_and_compared_with_the_first(
     paths = opened(**{name: Slower(planted_backend(), log, name) for name in "abc"})
     report = benchmark(compare=tuple(paths), samples=6, batch=1)
     assert [model.label for model in report.models] == ["a.onnx", "b.onnx", "c.onnx"]
-    assert [found.different for found in report.agreements] == [0, 0]
+    assert [agreement.different for agreement in report.agreements] == [0, 0]
     # Wherever the three are timed, every one is asked once before any is asked again.
     asked = "".join(log)
     assert "abcbcacababcbcacab" in asked
@@ -195,10 +195,10 @@ def test_benchmark_reports_models_with_different_answers(
             tensor.CopyFrom(onnx.numpy_helper.from_array(weights[:, ::-1].copy(), tensor.name))
     onnx.save(graph, other)
     report = benchmark(tiny_model, compare=(other,), samples=3, batch=1, threads=1)
-    (found,) = report.agreements
-    assert found.different > 10
-    assert found.iou_min < 0.9
-    assert found.shift_max_s > 0.1
+    (actual,) = report.agreements
+    assert actual.different > 10
+    assert actual.iou_min < 0.9
+    assert actual.shift_max_s > 0.1
     assert "and tiny.onnx return different moments" in capsys.readouterr().out
     assert report.models[0].sha256 != report.models[1].sha256
 
@@ -294,8 +294,8 @@ def test_out_of_memory_skips_only_its_case(
     sizes_measured = {(t.case.group, t.case.boundary, t.case.size) for t in report.timings if t.latency}
     assert {("batch size", "host", 1), ("queries per video", "end to end", 1)} <= sizes_measured
     assert [phases.queries for phases in report.phases] == [1]
-    told = " ".join([*report.notes, *(timing.failed for timing in report.timings)])
-    assert quotes(told, 2, "no memory left")
+    message = " ".join([*report.notes, *(timing.failed for timing in report.timings)])
+    assert quotes(message, 2, "no memory left")
 
 
 # Stopping
@@ -389,7 +389,7 @@ def test_invalid_input_is_rejected_before_loading_the_model(
 ) -> None:
     monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
     model = ("--model", tiny_model)
-    kept = tiny_model.read_bytes()
+    content = tiny_model.read_bytes()
     none = tmp_path / "none.onnx"
     wrong: list[tuple[tuple[Any, ...], str, list[object]]] = [
         ((), "missing_option", ["--model FILE"]),
@@ -410,7 +410,7 @@ def test_invalid_input_is_rejected_before_loading_the_model(
     ]
     for arguments, code, values in wrong:
         check_error(refused(benchmark, *arguments), code, *values)
-    assert tiny_model.read_bytes() == kept
+    assert tiny_model.read_bytes() == content
 
 
 def test_plot_without_matplotlib_is_rejected_before_loading(

@@ -80,15 +80,15 @@ def test_out_of_memory_messages_are_recognized(words: str) -> None:
     assert not is_out_of_memory("CUDA failure 900: operation not permitted when stream is capturing")
 
 
-@pytest.mark.parametrize(("told", "tf32"), [(None, "0"), ({}, "0"), ({"precision": {"tf32": True}}, "1")])
+@pytest.mark.parametrize(("training", "tf32"), [(None, "0"), ({}, "0"), ({"precision": {"tf32": True}}, "1")])
 def test_fp32_on_gpu_disables_tf32_unless_graph_allows_it(
-    told: dict[str, Any] | None, tf32: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    training: dict[str, Any] | None, tf32: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     graph, path = onnx.load(tiny_model), tmp_path / "drn.onnx"
-    if told is not None:
+    if training is not None:
         about = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == METADATA_KEY))
-        onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps({**about, "training": told})})
+        onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps({**about, "training": training})})
     onnx.save(graph, path)
     given: list[Any] = []
 
@@ -105,9 +105,9 @@ def test_fp32_on_gpu_disables_tf32_unless_graph_allows_it(
     assert options == {"use_tf32": tf32, "cudnn_conv_algo_search": "HEURISTIC"}
 
 
-@pytest.mark.parametrize(("device", "kept"), [("cpu", ["Pad_Fusion"]), ("cuda", None)])
+@pytest.mark.parametrize(("device", "disabled"), [("cpu", ["Pad_Fusion"]), ("cuda", None)])
 def test_pad_fusion_is_disabled_on_cpu_only(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, device: Device, kept: list[str] | None
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, device: Device, disabled: list[str] | None
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     given: list[Any] = []
@@ -122,7 +122,7 @@ def test_pad_fusion_is_disabled_on_cpu_only(
     )
     with raises(ModelFileError, "not_onnx", tiny_model, "It is only looked at"):
         open_backend(tiny_model, device)
-    assert given == [kept]
+    assert given == [disabled]
 
 
 def test_full_device_differs_from_invalid_batch_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,8 +95,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     model = export_model(lively(TINY), about)
     onnx.save(model, path)
     video, query = write_split_model(*split_graph(model), path)
-    told = {entry.key: entry.value for entry in onnx.load(query).metadata_props}
-    return Graphs(path, video, query, about, Manifest.from_json(told[METADATA_KEY]))
+    metadata = {entry.key: entry.value for entry in onnx.load(query).metadata_props}
+    return Graphs(path, video, query, about, Manifest.from_json(metadata[METADATA_KEY]))
 
 
 def batch_of(lengths: Sequence[int], seed: int = 0, width: int = 0) -> Batch:
@@ -131,7 +131,7 @@ def exactly(built: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 class Bench:
-    """A made-up machine, and engines opened on it."""
+    """A simulated machine, and engines that are open on it."""
 
     def __init__(self, directory: Path, graphs: Graphs, version: str = "10.16.1.11") -> None:
         self.directory, self.graphs = directory, graphs
@@ -220,9 +220,9 @@ def reference(graphs: Graphs, batch: Batch) -> Heads:
     return open_backend(graphs.whole, "cpu", 1).run(batch)
 
 
-def assert_same(found: Heads, expected: Heads, **close: float) -> None:
+def assert_same(actual: Heads, expected: Heads, **close: float) -> None:
     for name, values in vars(expected).items():
-        given_values = getattr(found, name)
+        given_values = getattr(actual, name)
         assert given_values.dtype == np.float32
         assert given_values.shape == values.shape
         np.testing.assert_allclose(given_values, values, **(close or CLOSE), err_msg=name)
@@ -238,10 +238,10 @@ def test_engine_gives_same_moments_as_graph(tmp_path: Path, graphs: Graphs, vers
     for seed in range(3):
         for lengths in ([5], [1], [12], [3, 7], [2, 5, 5, 9, 1], [4] * 8, [6] * 19):
             batch = batch_of(lengths, seed)
-            found, expected = backend.run(batch), model.run(batch)
-            assert_same(found, expected)
+            actual, expected = backend.run(batch), model.run(batch)
+            assert_same(actual, expected)
             decoding = backend.manifest.decoding
-            np.testing.assert_allclose(decode(found, decoding, 5), decode(expected, decoding, 5), atol=1e-4)
+            np.testing.assert_allclose(decode(actual, decoding, 5), decode(expected, decoding, 5), atol=1e-4)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -287,8 +287,8 @@ def test_grounder_with_engine_pair_equals_graph(bench: Bench, graphs: Graphs) ->
     for seen in (videos, encoded):
         ours = engine.ground_batch([(video, query) for video in seen for query in queries])
         theirs = graph.ground_batch([(video, query) for video in videos for query in queries])
-        for found, expected in zip(ours, theirs, strict=True):
-            for moment, other in zip(found, expected, strict=True):
+        for actual, expected in zip(ours, theirs, strict=True):
+            for moment, other in zip(actual, expected, strict=True):
                 assert (moment.start, moment.end) == pytest.approx((other.start, other.end), abs=1e-3)
     assert len(engine.ground(encoded[0], "word4")) == len(graph.ground(videos[0], "word4"))
 
@@ -317,10 +317,10 @@ def test_each_engine_caches_its_own_encodings(bench: Bench, graphs: Graphs) -> N
         # Short and long queries take turns, about videos that the other plan was asked about, or was not.
         for row, video in ((0, 0), (1, 0), (2, 1), (3, 2), (2, 2), (1, 3), (0, 3), (3, 1), (0, 0)):
             index = np.zeros(1, np.int32)
-            found = pair.ask(batch.query_tokens[[row]], batch.query_length[[row]], [videos[video]], index)
+            actual = pair.ask(batch.query_tokens[[row]], batch.query_length[[row]], [videos[video]], index)
             of_video = (batch.segment_features[[video]], batch.segment_spans[[video]])
             asked_of = Batch(batch.query_tokens[[row]], batch.query_length[[row]], *of_video)
-            assert_same(found, reference(graphs, asked_of))
+            assert_same(actual, reference(graphs, asked_of))
 
 
 def test_video_part_as_short_query_engine_is_rejected(bench: Bench, tmp_path: Path) -> None:
@@ -338,8 +338,8 @@ def test_short_query_engine_must_exist_and_match_the_build(bench: Bench, tmp_pat
     backend.close()
     plan, shorter = tmp_path / "drn.fp32.engine", tmp_path / "drn.fp32.6.engine"
     bench.open(plan).close()
-    kept = shorter.read_bytes(), metadata_path(shorter).read_text()
-    # One that another build made vouches for itself, and yet is not the one.
+    contents = shorter.read_bytes(), metadata_path(shorter).read_text()
+    # A plan of another build matches its own metadata file, but not the recorded hash.
     other = write_plan(shorter, bench.graphs.whole, PROFILES, bench.graphs.manifest, bench.version, note="another")
     other.write_bytes(other.read_bytes() + b" ")
     content = json.loads(metadata_path(other).read_text())
@@ -347,8 +347,8 @@ def test_short_query_engine_must_exist_and_match_the_build(bench: Bench, tmp_pat
     metadata_path(other).write_text(json.dumps(with_digest(content)))
     with raises(ModelFileError, "digest_mismatch", shorter, plan.name, "--unroll 6"):
         bench.open(plan)
-    shorter.write_bytes(kept[0])
-    metadata_path(shorter).write_text(kept[1])
+    shorter.write_bytes(contents[0])
+    metadata_path(shorter).write_text(contents[1])
     backend = bench.open(plan)
     assert bench.driver.held() == held
     backend.close()
@@ -413,9 +413,9 @@ def test_short_query_engine_over_memory_is_a_warning(
 def test_rebuild_command_includes_short_query_engines(bench: Bench, tmp_path: Path) -> None:
     bench.pair(unroll=(6, 3)).close()
     plan, shorter = (tmp_path / f"drn.query{tokens}.engine" for tokens in ("", ".6"))
-    wanted = engine_compatibility.rebuild_command(plan, read_sidecar(plan), 20)
-    assert f"--query-length 2 8 20 --unroll 3 6 --split --output {plan}" in wanted
-    assert engine_compatibility.rebuild_command(shorter, read_sidecar(shorter), 20) == wanted
+    expected = engine_compatibility.rebuild_command(plan, read_sidecar(plan), 20)
+    assert f"--query-length 2 8 20 --unroll 3 6 --split --output {plan}" in expected
+    assert engine_compatibility.rebuild_command(shorter, read_sidecar(shorter), 20) == expected
     # Alone it is all there is; and beside one that does not know it, it is one of its own.
     content = json.loads(metadata_path(plan).read_text())
     metadata_path(plan).write_text(json.dumps(with_digest({**content, "unrolled": {}})))
@@ -533,14 +533,14 @@ def test_similar_sizes_share_cuda_graph_up_to_limit(bench: Bench, monkeypatch: p
 
 
 def test_contexts_share_a_profile_if_version_allows(tmp_path: Path, graphs: Graphs) -> None:
-    for version, kept in (("8.6.1", 1), ("10.16.1.11", 2)):
+    for version, num_contexts in (("8.6.1", 1), ("10.16.1.11", 2)):
         bench = Bench(tmp_path, graphs, version)
         backend = bench.whole([profile((1, 4, 8))])
         for _ in range(3):
             for lengths in ([3, 3], [9, 9, 9]):
                 batch = batch_of(lengths)
                 assert_same(backend.run(batch), reference(graphs, batch))
-        assert len(backend._network.contexts.states) == kept
+        assert len(backend._network.contexts.states) == num_contexts
 
 
 def test_rtx_engine_skips_explicit_graph_capture(tmp_path: Path, graphs: Graphs) -> None:
@@ -634,8 +634,8 @@ def test_close_all_waits_for_running_calls(bench: Bench, monkeypatch: pytest.Mon
             synchronize(stream)
 
         monkeypatch.setattr(bench.cuda, "synchronize", slowly)
-        found: list[Heads] = []
-        asking = threading.Thread(target=lambda ask=ask, found=found: found.append(ask()))
+        actual: list[Heads] = []
+        asking = threading.Thread(target=lambda ask=ask, actual=actual: actual.append(ask()))
         asking.start()
         assert begun.wait(60)
         held = bench.driver.held()
@@ -650,7 +650,7 @@ def test_close_all_waits_for_running_calls(bench: Bench, monkeypatch: pytest.Mon
         ends.set()
         asking.join()
         closing.join()
-        assert_same(found[0], reference(bench.graphs, batch))
+        assert_same(actual[0], reference(bench.graphs, batch))
         assert bench.driver.held() == {}
         monkeypatch.undo()
 
@@ -706,9 +706,9 @@ def test_failed_capture_keeps_results_and_warns_once(bench: Bench, caplog: pytes
     with caplog.at_level(logging.WARNING, "drn"):
         for _ in range(3):
             written.run(batch_of([5]))
-    (said,) = [record.message for record in caplog.records]
-    assert quotes(said, "drn.fp32.6.engine", failure)
-    assert "--unroll" not in said
+    (warning,) = [record.message for record in caplog.records]
+    assert quotes(warning, "drn.fp32.6.engine", failure)
+    assert "--unroll" not in warning
 
 
 @pytest.mark.parametrize("kept_errors", [0, 1])
@@ -859,7 +859,7 @@ def test_full_memory_frees_caches_and_halves_the_batch(bench: Bench, unroll: Seq
         bench.library.runs.clear()
         assert_same(backend.run(batch), reference(bench.graphs, batch))
     assert [run["query_length"] for run in bench.library.runs] == [(4,), (4,)]
-    # What was kept for other shapes, and by other plans, was given back first.
+    # Contexts of other shapes and plans were released first.
     assert sum(len(each.contexts.states) for each in backend._networks) == len(network.contexts.states) == 1
 
 
@@ -893,17 +893,17 @@ def test_threads_can_share_an_engine(bench: Bench, unroll: Sequence[int]) -> Non
     backend = bench.whole(unroll=unroll)
     batches = [batch_of([3 + seed, 5], seed) for seed in range(4)]
     expected = [reference(bench.graphs, batch) for batch in batches]
-    found: list[list[Heads]] = [[] for _ in batches]
+    actual: list[list[Heads]] = [[] for _ in batches]
 
     def ask(index: int) -> None:
-        found[index] += [backend.run(batches[index]) for _ in range(10)]
+        actual[index] += [backend.run(batches[index]) for _ in range(10)]
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(batches))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for answers, heads in zip(found, expected, strict=True):
+    for answers, heads in zip(actual, expected, strict=True):
         assert len(answers) == 10
         for answer in answers:
             assert_same(answer, heads)
@@ -912,20 +912,20 @@ def test_threads_can_share_an_engine(bench: Bench, unroll: Sequence[int]) -> Non
 def test_threads_that_share_a_pair_get_their_own_videos(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = bench.pair()
     batches = [batch_of([5, 2], seed) for seed in range(2)]
-    encode, found = pair.encode, {}
+    encode, actual = pair.encode, {}
 
     def then_another(features: np.ndarray) -> np.ndarray:
         # While one call encodes, another begins, ends, and leaves its videos on the GPU.
         monkeypatch.setattr(pair, "encode", encode)
-        other = threading.Thread(target=lambda: found.update({1: pair.run(batches[1])}))
+        other = threading.Thread(target=lambda: actual.update({1: pair.run(batches[1])}))
         other.start()
         other.join()
         return encode(features)
 
     monkeypatch.setattr(pair, "encode", then_another)
-    found[0] = pair.run(batches[0])
+    actual[0] = pair.run(batches[0])
     for index, batch in enumerate(batches):
-        assert_same(found[index], reference(bench.graphs, batch))
+        assert_same(actual[index], reference(bench.graphs, batch))
 
 
 def test_closed_model_raises_without_driver_calls(bench: Bench) -> None:
@@ -1270,12 +1270,12 @@ def test_bucket_returns_few_sizes() -> None:
     assert sorted({bucket(size) for size in range(1, 65)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 
 
-def domains(*batches: tuple[int, int, int]) -> list[OptimizationProfile]:
-    made = []
+def profiles_of(*batches: tuple[int, int, int]) -> list[OptimizationProfile]:
+    profiles = []
     for index, batch in enumerate(batches):
         shapes = {name: [tuple(shape) for shape in trio] for name, trio in profile(batch)["shapes"].items()}
-        made.append(profile_from_shapes(index, AXES["whole"], shapes))
-    return made
+        profiles.append(profile_from_shapes(index, AXES["whole"], shapes))
+    return profiles
 
 
 @pytest.mark.parametrize(
@@ -1283,14 +1283,16 @@ def domains(*batches: tuple[int, int, int]) -> list[OptimizationProfile]:
     [(1, 1, 0, (1, 4)), (2, 5, 1, (2, 6)), (5, 9, 1, (6, 12)), (7, 12, 1, (8, 12)), (10, 11, 2, (12, 12))],
 )
 def test_profile_with_least_padding_is_chosen(batch: int, length: int, index: int, padded: tuple[int, int]) -> None:
-    chosen, sizes = choose_profile(domains((1, 1, 1), (2, 4, 8), (6, 16, 30)), {"batch": batch, "query_length": length})
+    chosen, sizes = choose_profile(
+        profiles_of((1, 1, 1), (2, 4, 8), (6, 16, 30)), {"batch": batch, "query_length": length}
+    )
     assert chosen.index == index
     assert (sizes["batch"], sizes["query_length"]) == padded
 
 
 def test_request_beyond_all_profiles_names_their_ranges() -> None:
     with raises(ShapeError, "shape_mismatch", "batch 1 to 1, query_length 2 to 12", "batch 2 to 8", "batch 9"):
-        choose_profile(domains((1, 1, 1), (2, 4, 8)), {"batch": 9, "query_length": 3})
+        choose_profile(profiles_of((1, 1, 1), (2, 4, 8)), {"batch": 9, "query_length": 3})
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 4))

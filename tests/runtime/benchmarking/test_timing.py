@@ -52,18 +52,18 @@ def clock() -> FakeClock:
 
 
 def test_percentiles_match_hand_computed_values() -> None:
-    found = Latency.from_samples([ms / 1e3 for ms in range(1, 101)])
-    assert found.samples == 100
-    values = (found.p50_ms, found.p90_ms, found.p95_ms, found.p99_ms, found.max_ms)
+    actual = Latency.from_samples([ms / 1e3 for ms in range(1, 101)])
+    assert actual.samples == 100
+    values = (actual.p50_ms, actual.p90_ms, actual.p95_ms, actual.p99_ms, actual.max_ms)
     assert values == pytest.approx((50, 90, 95, 99, 100))
-    assert found.mean_ms == pytest.approx(50.5)
+    assert actual.mean_ms == pytest.approx(50.5)
 
 
 def test_outliers_are_included_in_latency() -> None:
-    found = Latency.from_samples([0.001] * 999 + [5.0])
-    assert found.max_ms == 5000
-    assert found.mean_ms == pytest.approx(5.999)
-    assert found.p99_ms == 1
+    actual = Latency.from_samples([0.001] * 999 + [5.0])
+    assert actual.max_ms == 5000
+    assert actual.mean_ms == pytest.approx(5.999)
+    assert actual.p99_ms == 1
 
 
 @pytest.mark.parametrize(("q", "fewest"), [(50, 2), (90, 10), (95, 20), (99, 100)])
@@ -73,23 +73,23 @@ def test_percentile_needs_enough_samples(q: int, fewest: int) -> None:
 
 
 def test_single_sample_has_only_median_and_maximum() -> None:
-    found = Latency.from_samples([0.002])
-    assert (found.p50_ms, found.p90_ms, found.p99_ms, found.max_ms) == (2, None, None, 2)
+    actual = Latency.from_samples([0.002])
+    assert (actual.p50_ms, actual.p90_ms, actual.p99_ms, actual.max_ms) == (2, None, None, 2)
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=100, max_size=300), st.sampled_from([50, 90, 95, 99]))
 def test_percentile_is_a_sample_of_the_right_rank(values: list[float], q: int) -> None:
-    found = percentile(values, q)
-    assert found in values
-    assert sum(value <= found for value in values) * 100 >= q * len(values)
-    assert sum(value < found for value in values) * 100 < q * len(values)
+    actual = percentile(values, q)
+    assert actual in values
+    assert sum(value <= actual for value in values) * 100 >= q * len(values)
+    assert sum(value < actual for value in values) * 100 < q * len(values)
 
 
 # Warm-up
 
 
 @pytest.mark.parametrize(
-    ("medians", "wanted"),
+    ("medians", "expected"),
     [
         ([1.0, 1.0], False),
         ([1.0, 1.03, 1.0], True),
@@ -100,8 +100,8 @@ def test_percentile_is_a_sample_of_the_right_rank(values: list[float], q: int) -
         ([1.0, 1.0, 1.0, 2.0], False),
     ],
 )
-def test_windows_agree_within_three_percent(medians: list[float], wanted: bool) -> None:
-    assert is_stable(medians) is wanted
+def test_windows_agree_within_three_percent(medians: list[float], expected: bool) -> None:
+    assert is_stable(medians) is expected
 
 
 def test_window_size_stays_within_bounds() -> None:
@@ -110,22 +110,22 @@ def test_window_size_stays_within_bounds() -> None:
 
 def test_warm_up_ends_after_the_slow_start(clock: FakeClock) -> None:
     call = clock.call("a", lambda number: 0.02 if number > 25 else 0.05 - 0.001 * number)
-    (found,) = warm_up([call], clock)
-    assert found.settled
+    (actual,) = warm_up([call], clock)
+    assert actual.settled
     # The first call, then windows of 4 (0.2 s of 0.05 s): three of them must lie past call 25.
-    assert found.calls == 1 + 4 * len(found.windows_ms)
-    assert found.windows_ms[-3:] == pytest.approx((20, 20, 20))
-    assert found.windows_ms[-4] > 20.6
+    assert actual.calls == 1 + 4 * len(actual.windows_ms)
+    assert actual.windows_ms[-3:] == pytest.approx((20, 20, 20))
+    assert actual.windows_ms[-4] > 20.6
 
 
 def test_unsettled_warm_up_stops_and_is_reported(clock: FakeClock) -> None:
-    (found,) = warm_up([clock.call("a", lambda number: 0.001 * (1 + number // 100 % 2))], clock, max_seconds=1e9)
-    assert not found.settled
-    assert len(found.windows_ms) == timing.MAX_WINDOWS
+    (actual,) = warm_up([clock.call("a", lambda number: 0.001 * (1 + number // 100 % 2))], clock, max_seconds=1e9)
+    assert not actual.settled
+    assert len(actual.windows_ms) == timing.MAX_WINDOWS
     clock.now = 0.0
-    (found,) = warm_up([clock.call("a", lambda number: 1.0 + number)], clock, max_seconds=5)
-    assert not found.settled
-    assert len(found.windows_ms) == timing.WINDOWS
+    (actual,) = warm_up([clock.call("a", lambda number: 1.0 + number)], clock, max_seconds=5)
+    assert not actual.settled
+    assert len(actual.windows_ms) == timing.WINDOWS
 
 
 def test_warm_up_continues_until_all_models_settle(clock: FakeClock) -> None:
@@ -164,10 +164,10 @@ def test_setup_is_not_timed_and_device_time_is_used(clock: FakeClock) -> None:
 
 
 def test_time_limit_keeps_the_minimum_rounds(clock: FakeClock) -> None:
-    for most, fewest, wanted in ((3.5, 1, 4), (0.5, 3, 3), (1e9, 1, 50)):
+    for most, fewest, expected in ((3.5, 1, 4), (0.5, 3, 3), (1e9, 1, 50)):
         samples: list[list[float]] = [[]]
         run_interleaved([clock.call("a", lambda _: 1.0)], 50, samples, max_seconds=most, min_rounds=fewest, clock=clock)
-        assert len(samples[0]) == wanted
+        assert len(samples[0]) == expected
 
 
 def test_interruption_keeps_all_samples(clock: FakeClock) -> None:
@@ -189,17 +189,17 @@ def test_interruption_keeps_all_samples(clock: FakeClock) -> None:
 def test_speed_ratio_compares_samples_of_one_round() -> None:
     # The machine slows down tenfold half-way; the ratio of every round is 2 all the same.
     ours, theirs = [1.0] * 50 + [10.0] * 50, [2.0] * 50 + [20.0] * 50
-    found = speed_ratio(ours, theirs)
-    assert (found.median, found.low, found.high, found.rounds) == (2, 2, 2, 100)
+    actual = speed_ratio(ours, theirs)
+    assert (actual.median, actual.low, actual.high, actual.rounds) == (2, 2, 2, 100)
 
 
 def test_ratio_interval_shrinks_with_more_rounds() -> None:
     def spread(rounds: int) -> float:
         ours = [1 + 0.1 * ((7 * index) % 11) for index in range(rounds)]
-        found = speed_ratio(ours, [1.0] * rounds)
-        assert found.low <= found.median <= found.high
-        assert found.median == pytest.approx(statistics.median(1 / value for value in ours))
-        return found.high - found.low
+        actual = speed_ratio(ours, [1.0] * rounds)
+        assert actual.low <= actual.median <= actual.high
+        assert actual.median == pytest.approx(statistics.median(1 / value for value in ours))
+        return actual.high - actual.low
 
     assert spread(600) < spread(20)
 

@@ -178,15 +178,15 @@ def test_predictions_follow_public_qvhighlights_format(tmp_path: Path, planted_b
     assert {row["qid"] for row in rows} == {row["qid"] for row in truth}
     assert len({type(row["qid"]) for row in (*rows, *truth)}) == 1
     best = []
-    for row, wanted in zip(json.loads(json.dumps(rows, allow_nan=False)), truth, strict=True):
+    for row, expected in zip(json.loads(json.dumps(rows, allow_nan=False)), truth, strict=True):
         windows = row["pred_relevant_windows"]
         assert windows
-        assert all(len(window) == 3 and 0 <= window[0] <= window[1] <= wanted["duration"] for window in windows)
+        assert all(len(window) == 3 and 0 <= window[0] <= window[1] <= expected["duration"] for window in windows)
         scores = [window[2] for window in windows]
         assert scores == sorted(scores, reverse=True)
-        assert (row["vid"], row["query"]) == (wanted["vid"], wanted["query"])
-        best.append(max(overlap(windows[0], moment) for moment in wanted["relevant_windows"]))
-    assert any(len(wanted["relevant_windows"]) > 1 for wanted in truth)
+        assert (row["vid"], row["query"]) == (expected["vid"], expected["query"])
+        best.append(max(overlap(windows[0], moment) for moment in expected["relevant_windows"]))
+    assert any(len(expected["relevant_windows"]) > 1 for expected in truth)
     assert max(best) > 0
     for threshold in (0.3, 0.5, 0.7):
         recall = sum(value >= threshold for value in best) / len(best)
@@ -278,7 +278,7 @@ def test_evaluate_counts_fallback_answers(
     model = write_graph(tmp_path / "never.onnx", {METADATA_KEY: never.to_json()})
     outcome = run_command(evaluate_command, "--model", model, "--data", mini, "--predictions", tmp_path / "p.jsonl")
     windows = [json.loads(row)["pred_relevant_windows"] for row in (tmp_path / "p.jsonl").read_text().splitlines()]
-    whole = sum(found[0][0] == 0 and found[0][2] == 1 for found in windows)
+    whole = sum(actual[0][0] == 0 and actual[0][2] == 1 for actual in windows)
     assert 0 < whole < 5
     assert f"{whole} of them have no likely location and are answered by the whole video." in outcome.out
 

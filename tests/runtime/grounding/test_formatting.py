@@ -62,12 +62,12 @@ def bars(text: str) -> list[str]:
 def test_text_bars_mark_the_cells_of_the_moment() -> None:
     (bar,) = bars(format_answers([Answer("q", "v", 20.0, [Moment(5, 10, 1)])], "text", width=20))
     assert bar == "·" * 5 + "█" * 5 + "·" * 10
-    found = bars(format_answers(ANSWERS[:1], "text", width=20))
-    assert found[0] == "·" * 10 + "█" * 5 + "·" * 5
-    assert found[1] == "█" * 5 + "·" * 15
+    actual = bars(format_answers(ANSWERS[:1], "text", width=20))
+    assert actual[0] == "·" * 10 + "█" * 5 + "·" * 5
+    assert actual[1] == "█" * 5 + "·" * 15
     # Shorter than a cell, but to be seen.
-    assert found[2] == "·" * 19 + "█"
-    assert found[3] == "·" * 10 + "▒" * 10
+    assert actual[2] == "·" * 19 + "█"
+    assert actual[3] == "·" * 10 + "▒" * 10
 
 
 @given(st.floats(0, 50), st.floats(0, 50), st.integers(20, 200))

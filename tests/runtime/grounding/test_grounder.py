@@ -70,8 +70,8 @@ def test_ground_returns_top_k_moments_best_first(grounder: Grounder) -> None:
     assert grounder.ground(QUARTER, "dog", top_k=1) == everything[:1]
 
 
-@pytest.mark.parametrize(("top_k", "found"), [(1, 1), (5, 5), (6, 6), (20, 20), (99, 56)])
-def test_top_k_may_exceed_published_six(planted_backend: Any, top_k: int, found: int) -> None:
+@pytest.mark.parametrize(("top_k", "count"), [(1, 1), (5, 5), (6, 6), (20, 20), (99, 56)])
+def test_top_k_may_exceed_published_six(planted_backend: Any, top_k: int, count: int) -> None:
     backend = planted_backend()
 
     class Everywhere:
@@ -83,7 +83,7 @@ def test_top_k_may_exceed_published_six(planted_backend: Any, top_k: int, found:
             return heads
 
     moments = Grounder(Everywhere()).ground(QUARTER, "dog", top_k)
-    assert len(moments) == found
+    assert len(moments) == count
 
 
 def test_query_without_proposals_returns_full_video(grounder: Grounder) -> None:
@@ -300,7 +300,7 @@ def test_gpu_runs_next_batch_while_decoding(planted_backend: Any, device: str) -
     # Whoever holds the first answers has asked for nothing more.
     assert asked[1].wait(10 if device == "cuda" else 0) == (device == "cuda")
     assert not asked[2].is_set()
-    rows += [found for found, _ in answers]
+    rows += [row for row, _ in answers]
     assert np.concatenate(rows).tolist() == [0, 1, 2, 3, 4]
 
 

@@ -29,7 +29,7 @@ ANSWERS = [
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are drawn, kept instead of written."""
+    """Collect the drawn figures instead of writing them."""
     figures: list[Any] = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self))
     return figures
@@ -43,7 +43,7 @@ def rows(axes: Any) -> int:
     return len({bar.get_y() for bar in axes.patches if bar.get_gid() == "track"})
 
 
-def said(axes: Any) -> list[str]:
+def texts(axes: Any) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
@@ -68,7 +68,7 @@ def test_plot_of_one_query_has_rows_for_moments_and_truth(drawn: list[Any], tmp_
     assert bars(axes) == [(20.0, 30.5), (0.0, 10.0), (39.5, 40.0), (20.0, 40.0)]
     assert rows(axes) == 4
     assert axes.get_xlim() == (0, 40)
-    assert {"0:20.0 – 0:30.5  0.75", "0:39.5 – 0:40.0  0.06", "0:20.0 – 0:40.0  truth"} <= set(said(axes))
+    assert {"0:20.0 – 0:30.5  0.75", "0:39.5 – 0:40.0  0.06", "0:20.0 – 0:40.0  truth"} <= set(texts(axes))
 
 
 def test_plot_draws_several_ground_truths_in_one_row(drawn: list[Any], tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_plot_draws_several_ground_truths_in_one_row(drawn: list[Any], tmp_path:
     (axes,) = drawn[0].axes
     assert rows(axes) == 2
     assert bars(axes) == [(1.0, 2.0), (20.0, 22.0), (30.0, 40.0)]
-    assert "2 moments  truth" in said(axes)
+    assert "2 moments  truth" in texts(axes)
 
 
 def test_plot_of_several_queries_has_one_row_each(drawn: list[Any], tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_plot_of_several_queries_has_one_row_each(drawn: list[Any], tmp_path: Pa
     assert [colour in (BEST, TRUTH) for colour in colours] == [False, False, True, True, True]
     heights = [bar.get_height() for bar in axes.patches if bar.get_gid() == "bar"]
     assert heights[0] == heights[1] < heights[2]
-    assert "no moment found" in said(axes)
+    assert "no moment found" in texts(axes)
 
 
 def to_hex(bar: Any) -> str:
@@ -124,7 +124,7 @@ def test_plot_keeps_query_text_within_the_figure(tmp_path: Path, drawn: list[Any
     draw([Answer(query, "v", 10.0, [Moment(1, 2, 0.5)])], tmp_path / "plot.png")
     figure = drawn[0]
     renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
-    assert 1 <= len([line for line in said(figure.axes[0]) if line]) <= 5
+    assert 1 <= len([line for line in texts(figure.axes[0]) if line]) <= 5
     for text in figure.axes[0].texts:
         assert text.get_window_extent(renderer).x1 <= figure.bbox.x1
 

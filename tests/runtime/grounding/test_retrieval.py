@@ -25,18 +25,18 @@ from tests.raising import check_error, raises
 
 def test_rank_matches_hand_computed_values() -> None:
     scores = np.array([[0.9, 0.1, 0.2, 0.3], [0.2, 0.1, 0.3, 0.4], [0.2, 0.2, 0.1, 0.5], [-np.inf] * 4], np.float32)
-    found = rank(scores)
+    actual = rank(scores)
     # The second is third; of equal scores each gets the mean of their places.
-    assert found.ranks.tolist() == [1, 3, 2.5, 2.5]
-    assert found.values == {"R@1": 0.25, "R@10": 1.0, "median rank": 2.5}
-    assert found.chance == {"R@1": 0.25, "R@10": 1.0, "median rank": 2.5}
+    assert actual.ranks.tolist() == [1, 3, 2.5, 2.5]
+    assert actual.values == {"R@1": 0.25, "R@10": 1.0, "median rank": 2.5}
+    assert actual.chance == {"R@1": 0.25, "R@10": 1.0, "median rank": 2.5}
 
 
 def test_random_scores_rank_as_chance() -> None:
-    found = rank(np.random.default_rng(0).random((4000, 100)))
-    assert found.values["R@1"] == pytest.approx(found.chance["R@1"], abs=0.01)
-    assert found.values["R@10"] == pytest.approx(found.chance["R@10"], abs=0.02)
-    assert found.values["median rank"] == pytest.approx(found.chance["median rank"], abs=2)
+    actual = rank(np.random.default_rng(0).random((4000, 100)))
+    assert actual.values["R@1"] == pytest.approx(actual.chance["R@1"], abs=0.01)
+    assert actual.values["R@10"] == pytest.approx(actual.chance["R@10"], abs=0.02)
+    assert actual.values["median rank"] == pytest.approx(actual.chance["median rank"], abs=2)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.integers(1, 9), st.integers(0, 5))
