@@ -58,7 +58,7 @@ def long_video(seconds: float, dim: int = 8, **moments: tuple[float, float]) -> 
         features[int(np.ceil(start / CLIP)) : int(np.ceil(end / CLIP)), CHANNELS[word]] = 1
     if not moments:
         # Of constant features nothing is asked.
-        features[0, 0] = 1e-6
+        features[0, 0] = 1e-5
     return Video(features, num_frames, num_frames / RATE, "long")
 
 

@@ -33,8 +33,8 @@ def video(duration: float, dim: int = 8, **moments: tuple[int, int]) -> Video:
     for word, (first, last) in moments.items():
         features[8 * first + 1 : 8 * last + 8, CHANNELS[word]] = 1
     if not moments:
-        # Of constant features nothing is asked.
-        features[0, 0] = 1e-6
+        # Constant features are rejected.
+        features[0, 0] = 1e-5
     return Video(features, 8 * 256 + 1, duration, "-".join(moments) or "nothing")
 
 
