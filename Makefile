@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 # TensorRT-RTX comes as Linux x86-64 wheels; elsewhere its tests skip and say so.
-EXTRAS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo cpu,plot,video,hdf5,serve,corpus,triton,train,export,engine,rtx,dev || echo cpu,plot,video,hdf5,serve,corpus,triton,train,export,engine,dev)
+EXTRAS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo cpu,plot,video,hdf5,serve,corpus,triton,train,export,engine,rtx,docs,dev || echo cpu,plot,video,hdf5,serve,corpus,triton,train,export,engine,docs,dev)
 
 # The Python API of TensorRT 10 and 11 without its libraries: tests hold the names we use against it. Two versions of one
 # package cannot share a folder, nor constraints.txt, so each has its own and is pinned here.
@@ -13,7 +13,7 @@ BINDINGS_10.16 := 10.16.1.11
 BINDINGS_11.4 := 11.4.0.106
 BINDINGS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo $(VENV)/bindings/10.16/ready $(VENV)/bindings/11.4/ready)
 
-.PHONY: demo test test-portable fuzz lint wheel environment bindings pytriton clean
+.PHONY: demo docs test test-portable fuzz lint wheel environment bindings pytriton clean
 
 environment: $(VENV)/ready
 	@$(MAKE) --no-print-directory bindings || echo "TensorRT's bindings cannot be had; their tests will skip and say so."
@@ -71,6 +71,9 @@ lint: environment
 
 wheel: environment
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+docs: environment
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: environment
 	$(BIN)/python examples/demo.py $(DEMO)

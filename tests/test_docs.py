@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -69,3 +72,14 @@ def test_own_data_page_describes_a_data_set_that_can_be_prepared(tmp_path: Path)
     data = DataSet(prepare(directory, tmp_path / "common", clock=(16, 8)))
     windows = [(entry.sentence, list(map(list, entry.moments))) for entry in data.annotations("train")]
     assert windows == [(row["query"], row["relevant_windows"]) for row in map(json.loads, lines.splitlines())]
+
+
+def test_site_builds_without_broken_links(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the site needs the extra [docs]")
+    words = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "search" in (tmp_path / "site" / "index.html").read_text("utf-8")
+    assert (tmp_path / "site" / "example.png").is_file()
