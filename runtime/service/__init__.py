@@ -1,6 +1,6 @@
-"""Grounding over HTTP: requests that arrive together are answered in one batch, and nothing a client sends is run.
+"""Ground queries over HTTP. Queries that arrive together are batched, and uploaded content is never executed.
 
-`runtime.serve` is the command. Every answer of another status than 200, 201 and 204 is `refusals.Refusal`'s JSON.
+`runtime.serve` is the command. Every response with an error status has the JSON body of `http_errors.HttpError`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Define the routes: sentences in, moments out, videos, the page and metrics."""
+"""Define the routes: grounding, videos, health, metrics and the web page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.responses import FileResponse
 
 from runtime.core.errors import GroundingError, excerpt
 from runtime.core.io.input_files import open_inside
-from runtime.service.http_errors import HttpError, to_http_error
+from runtime.service.http_errors import HttpError, internal_error, to_http_error
 from runtime.service.middleware import ClientDisconnected, RequestGuard, cancel_on_disconnect
 from runtime.service.schemas import (
     Failure,
@@ -38,9 +38,8 @@ MULTIPART = "multipart/form-data"
 PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
-
 FAILURES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": Failure, "description": "The request cannot be served; the message says why and what to do."},
+    "4XX": {"model": Failure, "description": "The request is invalid; the message contains the reason and what to do."},
     "5XX": {"model": Failure, "description": "The service cannot answer now."},
 }
 
@@ -66,54 +65,53 @@ def _routes(service: Service) -> FastAPI:
     _add_videos(app, service)
     _add_status(app, service)
     _add_page(app)
-    for kind, refuse in _HANDLERS:
-        app.add_exception_handler(kind, _handler(refuse))
+    for error_class, convert in _CONVERSIONS:
+        app.add_exception_handler(error_class, _handler(convert))
     return app
 
 
 def _add_grounding(app: FastAPI, service: Service) -> None:
     """Serve queries about a video."""
     options = service.options
-    question, sent_question = request_models(options.most_queries, options.longest_query)
-    asked_so = {JSON: question.model_json_schema(), MULTIPART: form_schema(sent_question)}
+    json_model, form_model = request_models(options.max_queries, options.max_query_chars)
+    schemas = {JSON: json_model.model_json_schema(), MULTIPART: form_schema(form_model)}
 
     @app.post(
         "/v1/ground",
         response_model=list[Grounded],
-        openapi_extra={"requestBody": _body(asked_so)},
+        openapi_extra={"requestBody": _body(schemas)},
     )
     async def ground(request: Request) -> Response:
-        """Say when in a video each sentence happens: a video that is known here, or one that is sent along."""
-        kind = _kind(request)
-        if kind == MULTIPART:
-            return await service.ground_upload(request, sent_question)
-        if kind != JSON:
-            raise _wrong_kind(kind, JSON, MULTIPART)
-        requested = parse_body(question, await request.body())
-
+        """Ground queries in a video of the data set, an earlier upload, or a video in the same form."""
+        media_type = _media_type(request)
+        if media_type == MULTIPART:
+            return await service.ground_upload(request, form_model)
+        if media_type != JSON:
+            raise _unsupported_type(media_type, JSON, MULTIPART)
+        requested = parse_body(json_model, await request.body())
         answer = service.ground(
-            requested.video, lambda: service.subject(requested.video), requested.query, requested.top_k
+            requested.video, lambda: service.video_input(requested.video), requested.query, requested.top_k
         )
         return await cancel_on_disconnect(request.receive, answer, options.timeout_s)
 
 
 def _add_videos(app: FastAPI, service: Service) -> None:
-    """Serve the videos of the data set, and those that clients send."""
+    """Serve the videos of the data set and uploads."""
 
     @app.get("/v1/videos", response_model=VideoList)
     async def videos(
-        contains: Annotated[str, Query(max_length=200, description="a part of the name")] = "",
+        contains: Annotated[str, Query(max_length=200, description="part of the name")] = "",
         offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> Response:
-        """List the videos of the data set, by name."""
-        total, result = service.library.page(contains, offset, limit)
-        return json_response({"total": total, "videos": [service.shown(entry) for entry in result]})
+        """List the videos of the data set, sorted by name."""
+        total, entries = service.catalog.page(contains, offset, limit)
+        return json_response({"total": total, "videos": [service.to_dict(entry) for entry in entries]})
 
     @app.get("/v1/videos/{video}", response_model=VideoEntry)
     async def video_entry(video: str) -> Response:
-        """Tell of one video."""
-        return json_response(service.shown(service.entry(video)))
+        """Describe one video."""
+        return json_response(service.to_dict(service.entry(video)))
 
     @app.post(
         "/v1/videos",
@@ -122,54 +120,54 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         openapi_extra={"requestBody": _body({MULTIPART: form_schema(SentVideo)})},
     )
     async def send(request: Request) -> Response:
-        """Send a video, as features or as a file, to be asked by its id; it is kept for a while."""
-        if _kind(request) != MULTIPART:
-            raise _wrong_kind(_kind(request), MULTIPART)
+        """Upload clip features or a video file, and return its id for queries. Unused uploads expire."""
+        if _media_type(request) != MULTIPART:
+            raise _unsupported_type(_media_type(request), MULTIPART)
         with service.uploads.incoming() as upload:
             await service.receive(request, upload, SentVideo)
-            service.uploads.keep(upload)
-        return json_response(service.shown(upload.entry), 201)
+            service.uploads.add(upload)
+        return json_response(service.to_dict(upload.entry), 201)
 
     @app.delete("/v1/videos/{video}", status_code=204)
     async def forget(video: str) -> Response:
-        """Remove an upload before its time."""
-        if video in service.library:
-            raise HttpError(403, f"{excerpt(video)} belongs to the data set; only uploads can be removed.")
-        service.uploads.forget(service.upload(video))
+        """Delete an upload."""
+        if video in service.catalog:
+            raise HttpError(403, f"{excerpt(video)} belongs to the data set. Only uploads can be deleted.")
+        service.uploads.remove(service.upload(video))
         return Response(status_code=204)
 
     @app.get("/v1/videos/{video}/media", response_class=FileResponse)
     async def media(video: str) -> Response:
-        """The video itself, for a player; ranges are served."""
+        """Return the video file, for a player; range requests are supported."""
         path = service.entry(video).media
         try:
             handle = None if path is None else open_inside(path, path.parent)
         except OSError:
             handle = None
         if path is None or handle is None:
-            raise HttpError(404, f"The service has no file that plays {video[:80]!r}.", "no_media")
-        return _Opened(handle, MEDIA_TYPES[path.suffix.lower()])
+            raise HttpError(404, f"The service has no video file of {video[:80]!r}.", "no_media")
+        return _OpenFileResponse(handle, MEDIA_TYPES[path.suffix.lower()])
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
-    """Serve whether the service takes requests, and its metrics."""
+    """Serve the health check and the metrics."""
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=Health)
     async def healthz() -> Response:
         """Return whether the service accepts requests; 503 while it shuts down."""
         draining = service.draining
-        about = {"status": "draining" if draining else "ready", "model": service.model, "digest": service.digest}
-        return json_response(about, 503 if draining else 200)
+        health = {"status": "draining" if draining else "ready", "model": service.model, "digest": service.digest}
+        return json_response(health, 503 if draining else 200)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Counters, in Prometheus's text format."""
+        """Return the metrics in Prometheus's text format."""
         return Response(service.telemetry.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-class _Opened(FileResponse):
-    """The content of an open file, which is closed afterwards; its path is not looked at again."""
+class _OpenFileResponse(FileResponse):
+    """Send an open file and close it; its path is not resolved again."""
 
     def __init__(self, handle: int, media_type: str) -> None:
         super().__init__(f"/dev/fd/{handle}", media_type=media_type, stat_result=os.fstat(handle))
@@ -183,66 +181,73 @@ class _Opened(FileResponse):
 
 
 def _body(schemas: dict[str, Any]) -> dict[str, Any]:
-    """Return the OpenAPI description of a body of any of these types."""
-    return {"required": True, "content": {kind: {"schema": schema} for kind, schema in schemas.items()}}
+    """Return the OpenAPI description of a body with one of several media types."""
+    return {"required": True, "content": {media_type: {"schema": schema} for media_type, schema in schemas.items()}}
 
 
-def _kind(request: Request) -> str:
+def _media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _wrong_kind(kind: str, *expected: str) -> HttpError:
-    return HttpError(415, f"The body is {kind[:80] or 'of no type'}; send {' or '.join(expected)}.")
+def _unsupported_type(actual: str, *expected: str) -> HttpError:
+    return HttpError(415, f"Expected a body of type {' or '.join(expected)}, got {actual[:80] or 'no Content-Type'}.")
 
 
-def _of_http(error: Exception) -> HttpError:
+def _not_found() -> HttpError:
+    return HttpError(404, "This address does not exist. /docs lists all addresses.")
+
+
+def _from_http_exception(error: Exception) -> HttpError:
     assert isinstance(error, HTTPException)
-    said = {
-        404: "There is nothing at this address; /docs lists what there is.",
-        405: "This address does not take this method; /docs lists what it takes.",
-    }.get(error.status_code, str(error.detail))
-    return HttpError(error.status_code, said, headers=dict(error.headers or {}))
+    if error.status_code == 404:
+        return _not_found()
+    message = str(error.detail)
+    if error.status_code == 405:
+        message = "This address does not support the method. /docs lists the methods."
+    return HttpError(error.status_code, message, headers=dict(error.headers or {}))
 
 
-def _of_validation(error: Exception) -> HttpError:
+def _from_validation_error(error: Exception) -> HttpError:
     assert isinstance(error, RequestValidationError)
     return HttpError(422, format_validation_errors(error.errors()))
 
 
-def _of_grounding(error: Exception) -> HttpError:
-    return error if isinstance(error, HttpError) else to_http_error(error)  # type: ignore[arg-type]
+def _from_grounding_error(error: Exception) -> HttpError:
+    assert isinstance(error, GroundingError)
+    return to_http_error(error)
 
 
-def _of_anything(error: Exception) -> HttpError:
-    return HttpError(500, "The service failed on this request; report the time to its operator.")
+def _unchanged(error: Exception) -> HttpError:
+    assert isinstance(error, HttpError)
+    return error
 
 
-_HANDLERS: tuple[tuple[type[Exception], Callable[[Exception], HttpError]], ...] = (
-    (HTTPException, _of_http),
-    (RequestValidationError, _of_validation),
-    (HttpError, _of_grounding),
-    (GroundingError, _of_grounding),
-    (ClientDisconnected, lambda error: HttpError(499, "The client has left.", "gone")),
-    (Exception, _of_anything),
+_CONVERSIONS: tuple[tuple[type[Exception], Callable[[Exception], HttpError]], ...] = (
+    (HTTPException, _from_http_exception),
+    (RequestValidationError, _from_validation_error),
+    (HttpError, _unchanged),
+    (GroundingError, _from_grounding_error),
+    (ClientDisconnected, lambda error: HttpError(499, "The client closed the connection.", "gone")),
+    (Exception, lambda error: internal_error()),
 )
 
 
-def _handler(refuse: Callable[[Exception], HttpError]) -> Callable[[Request, Exception], Response]:
+def _handler(convert: Callable[[Exception], HttpError]) -> Callable[[Request, Exception], Response]:
     def handle(request: Request, error: Exception) -> Response:
-        refusal = refuse(error)
-        return Response(refusal.body(), refusal.status, refusal.headers, "application/json")
+        converted = convert(error)
+        return Response(converted.body(), converted.status, converted.headers, "application/json")
 
     return handle
 
 
 def _add_page(app: FastAPI) -> None:
-    """Serve the files of the page, read once: no path from a request ever meets the disk."""
+    """Serve the files of the web page from memory, so that no path from a request reaches the file system."""
     files = {path.name: path.read_bytes() for path in sorted(PAGE.iterdir()) if path.suffix in PAGE_TYPES}
 
     def file(name: str, request: Request) -> Response:
         content = files.get(name)
         if content is None:
-            raise HttpError(404, "There is nothing at this address; /docs lists what there is.")
+            raise _not_found()
         tag = f'"{hashlib.sha256(content).hexdigest()[:24]}"'
         headers = {"etag": tag, "cache-control": "no-cache"}
         if request.headers.get("if-none-match") == tag:

@@ -1,4 +1,4 @@
-"""Answer requests that fail: one JSON format for all errors."""
+"""Define the errors of the HTTP API and their one JSON format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from runtime.core.errors import DeviceError, GroundingError, QueryError, bounded
 
-# Status to the code that stands for it where nothing more exact is known.
+# The default code of each status.
 CODES = {
     400: "bad_request",
     401: "unauthorized",
@@ -30,13 +30,13 @@ CODES = {
 
 
 class HttpError(Exception):
-    """An answer that says what happened, what was expected and what to do.
+    """A response with an error status.
 
     Attributes:
-        status: of HTTP.
-        message: the sentence.
-        code: for programs.
-        headers: that go with it.
+        status: HTTP status.
+        message: what happened and what to do, bounded in length.
+        code: stable identifier for programs.
+        headers: additional response headers.
     """
 
     def __init__(
@@ -53,25 +53,35 @@ class HttpError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> bytes:
+        """Return the JSON body of the response."""
         return json.dumps({"error": {"code": self.code, "message": self.message}}).encode()
 
 
 def to_http_error(error: GroundingError) -> HttpError:
-    """Return the refusal for an error that a client can correct; faults of the service are not described to it.
+    """Return the HTTP error for a GroundingError; the message of a device error is not sent to clients.
 
-    Status and HTTP code depend on the class of the error alone: `error.code` may be more exact, but clients rely on
+    Status and HTTP code depend on the class of the error alone. `error.code` may be more exact, but clients rely on
     the HTTP codes.
     """
     if isinstance(error, DeviceError):
-        return HttpError(503, "The service cannot do this now; try again later, or report it to its operator.")
+        return HttpError(503, "The service cannot do this now. Try again later, or report it to its operator.")
     return HttpError(422, str(error), "invalid_query" if isinstance(error, QueryError) else None)
 
 
-def unknown_video(name: str, near: str = "") -> HttpError:
-    """Return the refusal for a video that is not here, or no longer; `near` is what `near_name` returns."""
+def internal_error() -> HttpError:
+    """Return the HTTP error for an unexpected exception, without its details."""
+    return HttpError(500, "The service failed on this request. Report the time to its operator.")
+
+
+def draining() -> HttpError:
+    """Return the HTTP error for a request that arrives during shutdown."""
+    return HttpError(503, "The service is shutting down. Use another one, or try again later.", "draining")
+
+
+def unknown_video(name: str, suggestion: str = "") -> HttpError:
+    """Return the HTTP error for a video that does not exist, or no longer; `suggestion` comes from `near_name`."""
     return HttpError(
         404,
-        f"There is no video {name[:80]!r} here; GET /v1/videos lists those that can be asked, and an upload is "
-        f"kept for a while only.{near}",
+        f"There is no video {name[:80]!r}.{suggestion} GET /v1/videos lists the data set; uploads expire.",
         "unknown_video",
     )

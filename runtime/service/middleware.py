@@ -1,4 +1,4 @@
-"""Check every request before its route: key, host, size and speed; add headers to every response."""
+"""Check key, host, size and speed of every request before its route, and add headers to every response."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from runtime.core.errors import GroundingError
-from runtime.service.http_errors import HttpError, to_http_error
+from runtime.service.http_errors import HttpError, draining, internal_error, to_http_error
 from runtime.service.prometheus import Telemetry
 
 log = logging.getLogger("drn.service")
@@ -23,16 +23,16 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-# Names that a browser on this machine calls it by.
+# Host names of this machine's loopback interface.
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-# Answered without a key: the page, which asks for it, and what a load balancer looks at.
+# Paths that need no key: the page, which prompts for it, the API's description, and the health check.
 OPEN = ("/", "/healthz", "/docs", "/openapi.json")
-# Of a request's address and headers.
+# Maximum size of a request's address and headers.
 HEADER_BYTES = 16 << 10
-# A body may pause this long, and must come this fast on the whole.
+# Longest pause within a body, and its minimum average rate.
 BODY_SECONDS = 10.0
 BODY_BYTES_PER_SECOND = 16 << 10
-# So long a client may leave a part of a streamed answer unread.
+# Maximum time until a client reads a chunk of a streamed response.
 SEND_SECONDS = 30.0
 TICKET_SECONDS = 6 * 3600
 
@@ -52,12 +52,12 @@ HEADERS = {
 
 @dataclasses.dataclass(frozen=True)
 class GateOptions:
-    """The limits and keys of requests.
+    """The API key and the limits of requests.
 
     Attributes:
-        api_key: what clients must show; None lets all in.
-        hosts: names that the service is called by, as in a Host header without its port; empty takes any.
-        json_bytes, upload_bytes: largest bodies.
+        api_key: key that clients must send; None accepts all clients.
+        hosts: accepted names of the Host header, without port, in lower case; empty accepts all names.
+        json_bytes, upload_bytes: maximum size of a JSON body and of a form.
     """
 
     api_key: str | None = None
@@ -67,25 +67,34 @@ class GateOptions:
 
 
 class ApiKeys:
-    """Check the keys of requests: everybody without a key, else the key itself or a ticket derived from it."""
+    """Check API keys, and sign tickets: time-limited addresses that need no key.
+
+    Args:
+        key: the key; None accepts every request.
+    """
 
     def __init__(self, key: str | None) -> None:
         self._key = key
 
     def ticket(self, path: str) -> str:
-        """Return a percent-encoded path so that a player, which sends no headers, can open it for some hours."""
+        """Add a ticket to a percent-encoded path, so that a video player, which sends no headers, can open it."""
         if self._key is None:
             return path
         until = str(int(time.time()) + TICKET_SECONDS)
-        # What is signed is the path as it arrives here, decoded.
+        # ASGI decodes the path of a request before `authorizes` gets it.
         return f"{path}?ticket={until}.{self._signature(unquote(path), until)}"
 
-    def let_in(self, scope: MutableMapping[str, Any], authorization: str) -> bool:
-        """Return whether a request may pass; comparisons take as long whatever is shown."""
+    def authorizes(self, scope: MutableMapping[str, Any], authorization: str) -> bool:
+        """Return whether a request has the key or a valid ticket; secrets are compared in constant time.
+
+        Args:
+            scope: of ASGI.
+            authorization: value of the Authorization header.
+        """
         if self._key is None:
             return True
-        scheme, _, shown = authorization.partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(shown.strip().encode("latin-1"), self._key.encode()):
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode("latin-1"), self._key.encode()):
             return True
         until, _, signature = _ticket_in(scope["query_string"]).partition(".")
         return (
@@ -100,18 +109,20 @@ class ApiKeys:
 
 
 class ClientDisconnected(Exception):
-    """The client has left; there is nobody to answer."""
+    """The client closed the connection before the response was complete."""
 
 
 class RequestGuard:
-    """An ASGI application around the routes.
+    """An ASGI application that checks and counts requests and passes them to the routes.
+
+    Starlette's `TrustedHostMiddleware` cannot replace the check of hosts: it answers 400 in plain text.
 
     Args:
         app: the routes.
-        options: who may ask, and how much.
-        keys: of `options`.
-        telemetry: records every answer.
-        draining: whether the service ends, and takes no more.
+        options: limits.
+        keys: keys of `options`.
+        telemetry: counts every response.
+        draining: returns whether the service is shutting down.
     """
 
     def __init__(
@@ -129,20 +140,19 @@ class RequestGuard:
             return
         started = time.perf_counter()
         status = 0
-
-        instead: HttpError | None = None
+        replacement: HttpError | None = None
 
         async def out(message: Message) -> None:
-            nonlocal status, instead
+            nonlocal status, replacement
             if message["type"] == "http.response.start":
                 status = message["status"]
-                instead = _in_plain_text(message)
-                head = response_start(instead) if instead else message
+                replacement = _plain_text_replacement(message)
+                head = response_start(replacement) if replacement else message
                 message = {**head, "headers": [*head.get("headers", ()), *_ENCODED]}
-            elif instead is not None:
+            elif replacement is not None:
                 if message.get("more_body"):
                     return
-                message = {"type": "http.response.body", "body": instead.body()}
+                message = {"type": "http.response.body", "body": replacement.body()}
             if message.get("more_body"):
                 await asyncio.wait_for(send(message), SEND_SECONDS)
             else:
@@ -156,14 +166,11 @@ class RequestGuard:
                 status = status or 499
                 raise ClientDisconnected from None
             except (HttpError, GroundingError) as error:
-                await self._refuse(error if isinstance(error, HttpError) else to_http_error(error), status, out)
+                await self._send_error(error if isinstance(error, HttpError) else to_http_error(error), status, out)
             except Exception as error:
                 log.error("%s %s failed.", scope["method"], scope["path"], exc_info=error)
-                await self._refuse(
-                    HttpError(500, "The service failed on this request; report the time to its operator."), status, out
-                )
+                await self._send_error(internal_error(), status, out)
         except ClientDisconnected:
-            # Nothing was said, or not all of it: the connection ends.
             if status == 499:
                 await send({"type": "http.response.start", "status": 499, "headers": [(b"connection", b"close")]})
                 await send({"type": "http.response.body"})
@@ -171,46 +178,47 @@ class RequestGuard:
             route = getattr(scope.get("route"), "path", "other")
             self._telemetry.answered(route, status, time.perf_counter() - started)
 
-    async def _refuse(self, refusal: HttpError, status: int, out: Send) -> None:
+    async def _send_error(self, error: HttpError, status: int, out: Send) -> None:
         if status:
-            # An answer was begun already; its connection can only be cut.
+            # The head of another response is sent already. Only closing the connection shows that it failed.
             raise ClientDisconnected
-        self._telemetry.refused(refusal.code)
-        await out(response_start(refusal))
-        await out({"type": "http.response.body", "body": refusal.body()})
+        self._telemetry.refused(error.code)
+        await out(response_start(error))
+        await out({"type": "http.response.body", "body": error.body()})
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
+        """Raise HttpError unless a request may pass to its route."""
         head = len(scope["raw_path"]) + len(scope["query_string"])
         if head + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > HEADER_BYTES:
-            raise HttpError(431, f"The address and headers are above {HEADER_BYTES >> 10} KiB; send shorter ones.")
+            raise HttpError(431, f"Address and headers exceed {HEADER_BYTES >> 10} KiB. Send shorter ones.")
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if self._options.hosts and name.lower() not in self._options.hosts:
-            # A web page elsewhere may have its own name lead to this machine, to read what it serves.
+            # DNS rebinding: the name of another site may resolve to this machine, so that its page reads the service.
             raise HttpError(
                 403,
-                f"This service is called {' or '.join(self._options.hosts)} and was asked for as {host[:80]!r}; use "
-                "one of these names, or start it with --allow-host.",
+                f"Expected the host {' or '.join(self._options.hosts)}, got {host[:80]!r}. Use one of these names, or "
+                "start the service with --allow-host.",
                 "wrong_host",
             )
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD") and origin is not None and _host_of(origin) != host:
             raise HttpError(
                 403,
-                f"A page of {origin[:80]!r} may not ask this service; ask from its own page, or not from a browser.",
+                f"Pages of {origin[:80]!r} may not use this service. Use its own page, or a client that is no browser.",
                 "wrong_origin",
             )
         path = scope["path"]
-        open_to_all = path in OPEN or path.startswith("/page/")
-        if not open_to_all and not self._keys.let_in(scope, headers.get("authorization", "")):
+        needs_key = path not in OPEN and not path.startswith("/page/")
+        if needs_key and not self._keys.authorizes(scope, headers.get("authorization", "")):
             raise HttpError(
                 401,
-                "This service needs a key; send it as `Authorization: Bearer KEY`.",
+                "This service needs a key. Send it as `Authorization: Bearer KEY`.",
                 headers={"www-authenticate": "Bearer"},
             )
         if self._draining() and path not in ("/healthz", "/metrics"):
-            raise HttpError(503, "The service is shutting down; ask another, or this one later.", "draining")
+            raise draining()
 
     def _limit(self, scope: MutableMapping[str, Any]) -> int:
         kinds = [value for name, value in scope["headers"] if name == b"content-type"]
@@ -219,89 +227,96 @@ class RequestGuard:
 
 
 class _Body:
-    """The request's body as it comes: Refusal once it is too much, or too slow."""
+    """Receive the body of a request; raise HttpError if it is too large (413) or too slow (408)."""
 
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive, limit: int) -> None:
         self._receive = receive
         self._limit = limit
-        self._came = 0
-        self._whole = False
+        self._received = 0
+        self._is_complete = False
         self._started = time.monotonic()
         for name, value in scope["headers"]:
             if name == b"content-length" and int(value) > limit:
                 raise self._too_large()
 
     async def __call__(self) -> Message:
-        if self._whole:
+        if self._is_complete:
             return await self._receive()
-        earned = BODY_SECONDS + self._came / BODY_BYTES_PER_SECOND
-        left = min(BODY_SECONDS, self._started + earned - time.monotonic())
+        allowed = BODY_SECONDS + self._received / BODY_BYTES_PER_SECOND
+        timeout = min(BODY_SECONDS, self._started + allowed - time.monotonic())
         try:
-            message = await asyncio.wait_for(self._receive(), max(left, 0.001))
+            message = await asyncio.wait_for(self._receive(), max(timeout, 0.001))
         except asyncio.TimeoutError:
             raise HttpError(
                 408,
-                f"The body came too slowly: {self._came} bytes, then nothing for long; send at least "
-                f"{BODY_BYTES_PER_SECOND >> 10} KiB a second.",
+                f"The body arrived too slowly: {self._received} bytes, then a pause. Send at least "
+                f"{BODY_BYTES_PER_SECOND >> 10} KiB per second.",
             ) from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnected
-        self._came += len(message.get("body", b""))
-        if self._came > self._limit:
+        self._received += len(message.get("body", b""))
+        if self._received > self._limit:
             raise self._too_large()
-        self._whole = not message.get("more_body", False)
+        self._is_complete = not message.get("more_body", False)
         return message
 
     def _too_large(self) -> HttpError:
-        return HttpError(413, f"The body is above the limit of {self._limit} bytes; send less.")
+        return HttpError(413, f"The body exceeds the limit of {self._limit} bytes. Send less at once.")
 
 
 async def cancel_on_disconnect(receive: Receive, work: Awaitable[Any], seconds: float) -> Any:
-    """Return what `work` does; once the client has left or time is up it is cancelled.
+    """Return the result of `work`, which is cancelled if the client disconnects or after a timeout.
+
+    Args:
+        receive: of ASGI, after the body is complete.
+        work: what to await.
+        seconds: timeout.
 
     Raises:
-        Gone: the client has left.
-        Refusal: 504, after `seconds`.
+        ClientDisconnected: the client closed the connection.
+        HttpError: 504, after the timeout.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(receive())
+    disconnected = asyncio.ensure_future(receive())
     try:
-        await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnected), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        if gone.done():
+        if disconnected.done():
             raise ClientDisconnected
         raise HttpError(
-            504, f"There was no answer in {seconds:g} s; ask again, or ask less at once.", headers={"retry-after": "1"}
+            504,
+            f"The answer took more than {seconds:g} s. Try again, or send fewer queries at once.",
+            headers={"retry-after": "1"},
         )
     finally:
-        gone.cancel()
+        disconnected.cancel()
         task.cancel()
 
 
-def response_start(refusal: HttpError) -> Message:
-    """Return the head of a refusal's answer."""
-    headers = {"content-type": "application/json", "content-length": str(len(refusal.body())), **refusal.headers}
+def response_start(error: HttpError) -> Message:
+    """Return the ASGI message that starts the response of an error."""
+    headers = {"content-type": "application/json", "content-length": str(len(error.body())), **error.headers}
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    return {"type": "http.response.start", "status": refusal.status, "headers": encoded}
+    return {"type": "http.response.start", "status": error.status, "headers": encoded}
 
 
-def _in_plain_text(start: Message) -> HttpError | None:
-    """Return what replaces a library's error in plain text: of files, and ranges of them."""
+def _plain_text_replacement(start: Message) -> HttpError | None:
+    """Return the JSON error that replaces a plain-text error of Starlette's FileResponse; None for other responses."""
     headers = {bytes(name).lower(): bytes(value) for name, value in start.get("headers", ())}
     if start["status"] < 400 or headers.get(b"content-type") == b"application/json":
         return None
     length = headers.get(b"content-range", b"").rpartition(b"/")[2].decode()
     return HttpError(
         start["status"],
-        f"The Range header asks for what the file does not have{f' in its {length} bytes' if length else ''}; send "
-        "`Range: bytes=FIRST-LAST` within its length, or none.",
+        f"The Range header is invalid{f' for a file of {length} bytes' if length else ''}. Send "
+        "`Range: bytes=FIRST-LAST` within the file, or no Range header.",
         headers={"content-range": f"bytes */{length}"} if length else None,
     )
 
 
 def _host_of(origin: str) -> str | None:
-    """Return host and port of an Origin header; None if it is no address."""
+    """Return host and port of an Origin header; None if it is not an address."""
     try:
         return urlsplit(origin).netloc or None
     except ValueError:

@@ -1,4 +1,8 @@
-"""A multipart body, read as it comes: fields stay in memory, files go to places that were chosen for them."""
+"""Read a multipart form from a stream: text fields into memory, files to paths that the caller chooses.
+
+Starlette's `request.form()` cannot replace it: it stores files in the system's temporary directory without a common
+limit, accepts a form that is cut off, and decodes text that is not UTF-8 as Latin-1.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,8 @@ class File:
     """A file of a form.
 
     Attributes:
-        path: where it was put.
-        name: what the client calls it; no more than a text.
+        path: path of the stored content.
+        name: file name that the client sent; it is not used as a path.
     """
 
     path: Path
@@ -32,21 +36,21 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A form: texts and files by the names of their fields, in the order they came."""
+    """Texts and files of a form by the names of their fields, in the order of the form."""
 
     fields: Mapping[str, list[str]]
     files: Mapping[str, File]
 
 
 class _Reader:
-    """Takes what the parser finds."""
+    """Receive the callbacks of python_multipart's parser."""
 
-    def __init__(self, location: Callable[[str], Path], spend: Callable[[int], None]) -> None:
+    def __init__(self, choose_path: Callable[[str], Path], reserve: Callable[[int], None]) -> None:
         self.fields: dict[str, list[str]] = {}
         self.files: dict[str, File] = {}
-        self.whole = False
-        self._place = location
-        self._spend = spend
+        self.is_complete = False
+        self._choose_path = choose_path
+        self._reserve = reserve
         self._parts = 0
         self._header: tuple[bytes, bytes] = (b"", b"")
         self._name = ""
@@ -60,7 +64,7 @@ class _Reader:
     def part_begin(self) -> None:
         self._parts += 1
         if self._parts > MAX_FIELDS:
-            raise HttpError(413, f"The form has more than {MAX_FIELDS} parts; send less at once.")
+            raise HttpError(413, f"The form has more than {MAX_FIELDS} parts. Send fewer fields.")
         self._header, self._name, self._text = (b"", b""), "", b""
 
     def header_field(self, data: bytes, start: int, end: int) -> None:
@@ -85,12 +89,12 @@ class _Reader:
 
     def part_data(self, data: bytes, start: int, end: int) -> None:
         if self._stream is not None:
-            self._spend(end - start)
+            self._reserve(end - start)
             self._stream.write(data[start:end])
             return
         self._text += data[start:end]
         if len(self._text) > FIELD_BYTES:
-            raise HttpError(413, f"The field {self._name[:80]!r} is above {FIELD_BYTES} bytes; send a shorter text.")
+            raise HttpError(413, f"The field {self._name[:80]!r} exceeds {FIELD_BYTES} bytes. Send a shorter text.")
 
     def part_end(self) -> None:
         if self._stream is not None:
@@ -99,11 +103,11 @@ class _Reader:
         try:
             text = self._text.decode()
         except UnicodeDecodeError:
-            raise _unreadable(f"the field {self._name[:80]!r} is no UTF-8") from None
+            raise _unreadable(f"the field {self._name[:80]!r} is not UTF-8") from None
         self.fields.setdefault(self._name, []).append(text)
 
     def end(self) -> None:
-        self.whole = True
+        self.is_complete = True
 
     def close(self) -> None:
         if self._stream is not None:
@@ -112,32 +116,33 @@ class _Reader:
 
     def _open(self, client_name: str) -> None:
         if self._name in self.files:
-            raise _unreadable(f"the file {self._name[:80]!r} is there twice")
+            raise _unreadable(f"it contains the file {self._name[:80]!r} twice")
         self.close()
-        path = self._place(self._name)
+        path = self._choose_path(self._name)
         self.files[self._name] = File(path, client_name)
         self._stream = open(path, "xb")  # noqa: SIM115 - closed at the end of its part, or of the form
 
 
 async def read_form(
-    content_type: str, chunks: AsyncIterator[bytes], location: Callable[[str], Path], spend: Callable[[int], None]
+    content_type: str, chunks: AsyncIterator[bytes], choose_path: Callable[[str], Path], reserve: Callable[[int], None]
 ) -> Form:
     """Read a form to its end.
 
     Args:
-        content_type: of the request, with the boundary.
+        content_type: Content-Type header of the request, with the boundary.
         chunks: the body.
-        location: returns where to put the file of a field; Refusal if there should be none of this name.
-        spend: called with the size of every part of a file before it is written; Refusal if there is no room.
+        choose_path: returns the path to store the file of a field at; raises HttpError for an unknown field.
+        reserve: called with the size of every piece of a file before it is written; raises HttpError if no space is
+            left.
 
     Raises:
-        Refusal: the form is malformed, or too large.
+        HttpError: the form is malformed (400) or has too many or too large fields (413), or a callback raised it.
     """
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if not boundary:
-        raise _unreadable("its Content-Type names no boundary")
-    reader = _Reader(location, spend)
+        raise _unreadable("its Content-Type has no boundary")
+    reader = _Reader(choose_path, reserve)
     with contextlib.closing(reader):
         try:
             parser = MultipartParser(boundary, reader.callbacks())  # type: ignore[arg-type]
@@ -146,13 +151,12 @@ async def read_form(
             parser.finalize()
         except FormParserError as error:
             raise _unreadable(str(error)) from error
-    if not reader.whole:
+    if not reader.is_complete:
         raise _unreadable("it ends before its last boundary")
     return Form(reader.fields, reader.files)
 
 
-def _unreadable(why: str) -> HttpError:
+def _unreadable(reason: str) -> HttpError:
     return HttpError(
-        400,
-        f"The form cannot be read: {why.rstrip('.')}; send it as multipart/form-data, as `curl -F` does.",
+        400, f"The form cannot be read: {reason.rstrip('.')}. Send it as multipart/form-data, as `curl -F` does."
     )

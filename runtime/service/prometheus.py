@@ -1,4 +1,4 @@
-"""Count requests, batches and videos of a service for Prometheus."""
+"""Count the requests, batches and videos of a service for Prometheus."""
 
 from __future__ import annotations
 
@@ -13,53 +13,59 @@ PAIRS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Telemetry:
-    """Counters of one service; nothing is shared between two in one process."""
+    """The metrics of one service, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self._requests = self._counter("requests", "Requests by route and status.", ("route", "code"))
-        self._request_seconds = self._histogram("request_seconds", "Seconds from request to answer.", SECONDS, "route")
-        self._batch_pairs = self._histogram("batch_pairs", "Sentences asked of the model at once.", PAIRS)
+        self._request_seconds = self._histogram("request_seconds", "Latency of requests.", SECONDS, "route")
+        self._batch_pairs = self._histogram("batch_pairs", "Query-video pairs per batch.", PAIRS)
         self._phase_seconds = self._histogram(
             "phase_seconds",
-            "Seconds: a sentence waits, the model answers a batch, a video is made ready.",
+            "Time of a query in the queue (wait), of a batch (model), and to prepare a video (ready).",
             SECONDS,
             "phase",
         )
-        self._looks = self._counter("video_cache", "Looks for a video that is ready, by what was found.", ("result",))
-        self._refused = self._counter("refused", "Requests that were refused, by the code of the error.", ("reason",))
-        self._model = Info("drn_model", "The model that answers.", registry=self.registry)
+        self._lookups = self._counter("video_cache", "Lookups in the cache of prepared videos.", ("result",))
+        self._refused = self._counter("refused", "Rejected requests by error code.", ("reason",))
+        self._model = Info("drn_model", "The model of the service.", registry=self.registry)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Tell of a value as it is when somebody looks."""
+        """Add a metric whose value is computed when it is read."""
         Gauge(f"drn_{name}", text, registry=self.registry).set_function(value)
 
-    def model(self, about: dict[str, str]) -> None:
-        self._model.info(about)
+    def model(self, labels: dict[str, str]) -> None:
+        """Record the model."""
+        self._model.info(labels)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count a response, and record the seconds since the request arrived."""
         self._requests.labels(route, str(status)).inc()
         self._request_seconds.labels(route).observe(seconds)
 
-    def refused(self, reason: str) -> None:
-        self._refused.labels(reason).inc()
+    def refused(self, code: str) -> None:
+        """Count a request that was rejected with an error code."""
+        self._refused.labels(code).inc()
 
-    def batch(self, pairs: int, waited: Sequence[float], took: float) -> None:
+    def batch(self, pairs: int, waited: Sequence[float], seconds: float) -> None:
+        """Record a batch: its pairs, the seconds that each waited, and the seconds that the model took."""
         self._batch_pairs.observe(pairs)
-        for seconds in waited:
-            self.phase("wait", seconds)
-        self.phase("model", took)
+        for wait in waited:
+            self.phase("wait", wait)
+        self.phase("model", seconds)
 
     def phase(self, name: str, seconds: float) -> None:
+        """Record the seconds of a phase: wait, model or ready."""
         self._phase_seconds.labels(name).observe(seconds)
 
-    def looked(self, result: str) -> None:
-        self._looks.labels(result).inc()
+    def lookup(self, result: str) -> None:
+        """Count a lookup in the video cache by its result: hit, joined or miss."""
+        self._lookups.labels(result).inc()
 
     def text(self) -> bytes:
-        """Return all of it in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:

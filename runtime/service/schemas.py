@@ -1,4 +1,4 @@
-"""Declare requests and answers, as OpenAPI describes them."""
+"""Declare the bodies of requests and responses for validation and OpenAPI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_MOMENTS = 100
 
 
 class Moment(BaseModel):
-    """A part of the video, in seconds as players of its file count them, and how well it fits."""
+    """Start and end in seconds, as players of the video file count them, and a score."""
 
     start: float
     end: float
@@ -22,7 +22,7 @@ class Moment(BaseModel):
 
 
 class Grounded(BaseModel):
-    """The moments of one sentence, best first."""
+    """The moments of one query, best first."""
 
     query: str
     video: str
@@ -30,8 +30,8 @@ class Grounded(BaseModel):
 
 
 class Problem(BaseModel):
-    code: str = Field(description="for programs", examples=["not_found"])
-    message: str = Field(description="what happened, what was expected, and what to do")
+    code: str = Field(description="stable identifier for programs", examples=["not_found"])
+    message: str = Field(description="what happened, and what to do")
 
 
 class Failure(BaseModel):
@@ -43,81 +43,88 @@ class Failure(BaseModel):
 class VideoEntry(BaseModel):
     id: str
     name: str
-    duration: float | None = Field(description="seconds, once known")
-    num_frames: int | None = Field(description="where it is known")
-    media: str | None = Field(description="where a player finds the video, if the service has its file")
-    state: Literal["ready", "extracting", "failed"] = Field(description="questions wait while it is extracting")
-    problem: str | None = Field(description="why it failed")
+    duration: float | None = Field(description="seconds; null until it is known")
+    num_frames: int | None = Field(description="number of frames, if known")
+    media: str | None = Field(description="address of the video file for a player, if the service has the file")
+    state: Literal["ready", "extracting", "failed"] = Field(description="queries wait while features are extracted")
+    problem: str | None = Field(description="reason of the failure")
 
 
 class VideoList(BaseModel):
-    total: int = Field(description="videos whose names contain the text")
+    total: int = Field(description="number of videos whose names contain the text")
     videos: list[VideoEntry]
 
 
 class Health(BaseModel):
-    status: str = Field(description="ready, or draining while it ends", examples=["ready"])
+    status: str = Field(description="ready, or draining during shutdown", examples=["ready"])
     model: str
     digest: str = Field(description="SHA-256 of the model file as it was loaded")
 
 
 class SentVideo(BaseModel):
-    """The fields of a form beside its file."""
+    """The text fields of a form with an uploaded file."""
 
     model_config = ConfigDict(extra="forbid")
 
-    name: Annotated[str, Field(max_length=200, description="what answers call it; the file's name when left out")] = ""
+    name: Annotated[str, Field(max_length=200, description="name in the answers; default: name of the file")] = ""
     duration: Annotated[
-        float | None, Field(gt=0, allow_inf_nan=False, description="seconds; of features, not of a video file")
+        float | None, Field(gt=0, allow_inf_nan=False, description="seconds; with features, not with a video file")
     ] = None
-    num_frames: Annotated[int | None, Field(ge=2, description="frames; from the number of clips when left out")] = None
-    partial: Annotated[bool, Field(description="use what can be decoded of a damaged video file")] = False
+    num_frames: Annotated[
+        int | None, Field(ge=2, description="number of frames; default: estimated from the number of clips")
+    ] = None
+    partial: Annotated[bool, Field(description="accept a damaged video file, and use what can be decoded")] = False
 
 
-def request_models(most_queries: int, longest_query: int) -> tuple[type[BaseModel], type[SentVideo]]:
-    """Return the models of a question about a known video and of one that brings its video, within these limits."""
-    sentence = Annotated[str, Field(min_length=1, max_length=longest_query)]
-    one = {"type": "string", "minLength": 1, "maxLength": longest_query}
-    several = {"type": "array", "items": one, "minItems": 1, "maxItems": most_queries}
+def request_models(max_queries: int, max_query_chars: int) -> tuple[type[BaseModel], type[SentVideo]]:
+    """Return the models of a JSON query about a known video, and of a form with its own video, within these limits."""
+    sentence = Annotated[str, Field(min_length=1, max_length=max_query_chars)]
+    one = {"type": "string", "minLength": 1, "maxLength": max_query_chars}
+    several = {"type": "array", "items": one, "minItems": 1, "maxItems": max_queries}
     queries = Annotated[
         list[sentence],
-        Field(min_length=1, max_length=most_queries),
+        Field(min_length=1, max_length=max_queries),
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     ]
-    count = Annotated[int, Field(ge=1, le=MAX_MOMENTS, description="most moments for each sentence")]
+    count = Annotated[int, Field(ge=1, le=MAX_MOMENTS, description="maximum number of moments per query")]
 
     class Question(BaseModel):
-        """One or more sentences about one video."""
+        """One or more queries about one video."""
 
         model_config = ConfigDict(extra="forbid", strict=True)
 
-        video: Annotated[str, Field(min_length=1, max_length=200, description="its id")]
-        query: Annotated[queries, WithJsonSchema({"description": "a sentence, or several", "anyOf": [one, several]})]
+        video: Annotated[str, Field(min_length=1, max_length=200, description="id of the video")]
+        query: Annotated[queries, WithJsonSchema({"description": "one query, or several", "anyOf": [one, several]})]
         top_k: count = 5
 
     class SentQuestion(SentVideo):
-        """One or more sentences about the video in the same form."""
+        """One or more queries about the video in the same form."""
 
-        query: Annotated[queries, WithJsonSchema({"description": "one field for each sentence", **several})]
+        query: Annotated[queries, WithJsonSchema({"description": "one field per query", **several})]
         top_k: count = 5
 
     return Question, SentQuestion
 
 
 def form_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the schema of a form with a file beside these fields."""
+    """Return the OpenAPI schema of a form with these text fields and one file."""
     schema = model.model_json_schema()
-    for name, what in (("features", "a .npy or .npz file of (num_clips, D) floats"), ("video", "a video file")):
-        schema["properties"][name] = {"type": "string", "format": "binary", "description": what}
+    for name, description in (("features", ".npy or .npz file of (num_clips, D) floats"), ("video", "video file")):
+        schema["properties"][name] = {"type": "string", "format": "binary", "description": description}
     schema["anyOf"] = [{"required": ["features", "duration"]}, {"required": ["video"]}]
     return schema
 
 
 def parse_body(model: type[BaseModel], body: bytes) -> Any:
+    """Return a validated JSON body.
+
+    Raises:
+        HttpError: 422 if it is not JSON, repeats a name or does not match the model.
+    """
     try:
         value = model.model_validate_json(body)
         # pydantic uses the last of several values of one name, without an error.
-        parse_json(body.decode(), "The request", advice="send every name once; see /docs for what is expected")
+        parse_json(body.decode(), "The request", advice="send every name once; /docs describes the body")
         return value
     except ValidationError as error:
         raise HttpError(422, format_validation_errors(error.errors(include_url=False, include_input=False))) from error
@@ -126,6 +133,7 @@ def parse_body(model: type[BaseModel], body: bytes) -> Any:
 
 
 def validate_form(model: type[BaseModel], fields: dict[str, Any]) -> Any:
+    """Return the validated text fields of a form; HttpError 422 if they do not match the model."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -133,9 +141,9 @@ def validate_form(model: type[BaseModel], fields: dict[str, Any]) -> Any:
 
 
 def format_validation_errors(problems: Any) -> str:
-    """Return what is wrong with a request, the first few places of it."""
-    places = [
+    """Return the first three validation errors of a request, from pydantic's `errors()`, as one message."""
+    shown = [
         f"{excerpt('.'.join(map(str, problem['loc'])))[1:-1] or 'the body'}: {excerpt(problem['msg'])[1:-1]}"
         for problem in problems[:3]
     ]
-    return f"The request cannot be read: {'; '.join(places)}. See /docs for what is expected."
+    return f"The request is invalid: {'; '.join(shown)}. /docs describes it."

@@ -1,4 +1,4 @@
-"""One model, its videos, and the queue before it: what the routes ask of."""
+"""Combine model, batcher, data set and uploads into the service behind the routes."""
 
 from __future__ import annotations
 
@@ -28,46 +28,59 @@ from runtime.service.middleware import ApiKeys, GateOptions, cancel_on_disconnec
 from runtime.service.multipart import read_form
 from runtime.service.prometheus import Telemetry
 from runtime.service.schemas import SentVideo, validate_form
-from runtime.service.uploads import Upload, UploadOptions, Uploads, shown_name, storing
+from runtime.service.uploads import Upload, UploadOptions, Uploads, display_name, storing
 from runtime.service.video_cache import Entry, VideoCache, VideoCatalog, check_windows
 
-# Of the header that names unknown words: proxies refuse responses whose headers exceed 4 to 8 KiB in all.
+# Maximum size of the header that lists unknown words: proxies reject responses with more than 4 to 8 KiB of headers.
 MAX_HEADER_BYTES = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class ServiceOptions:
-    """The limits of one request.
+    """The limits of a service.
 
     Attributes:
-        timeout_s: seconds until a request is given up.
-        most_queries: sentences of one request.
-        longest_query: characters of a sentence.
-        cache_bytes: of videos that stay ready.
-        batching: how sentences wait for each other.
-        gate: who may ask, and how much.
-        uploads: how much clients may leave here.
+        timeout_s: maximum time of a request, in seconds.
+        max_queries: maximum number of queries per request.
+        max_query_chars: maximum length of a query, in characters.
+        cache_bytes: memory for prepared videos.
+        batching: limits of batches and of the queue.
+        gate: API key, host names, and sizes of bodies.
+        uploads: limits of uploads.
     """
 
     timeout_s: float = 30.0
-    most_queries: int = 64
-    longest_query: int = 500
+    max_queries: int = 64
+    max_query_chars: int = 500
     cache_bytes: int = 512 << 20
     batching: BatchOptions = dataclasses.field(default_factory=BatchOptions)
     gate: GateOptions = dataclasses.field(default_factory=GateOptions)
     uploads: UploadOptions = dataclasses.field(default_factory=UploadOptions)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.most_queries <= self.batching.queue_size:
+        if not 1 <= self.max_queries <= self.batching.queue_size:
             raise GroundingError(
-                f"--queue-size must hold one whole request of {self.most_queries} sentences, and is "
-                f"{self.batching.queue_size}; choose a larger one.",
+                f"--queue-size must be at least {self.max_queries}, the queries of one request, got "
+                f"{self.batching.queue_size}.",
                 code="invalid_option",
             )
 
 
 class Service:
-    """One model, its videos, and the queue before it."""
+    """A model with the videos that clients can query.
+
+    Args:
+        grounder: the model.
+        data: data set whose videos clients can name.
+        model, digest: file name of the model and its SHA-256, for the health check and the metrics.
+        media: directory of the video files of `data`.
+        extractor: extractor of uploaded video files; None rejects them.
+        device, threads: device and CPU threads of the extractor.
+        options: limits.
+
+    Attributes:
+        draining: whether the service shuts down and rejects new requests.
+    """
 
     def __init__(
         self,
@@ -88,108 +101,113 @@ class Service:
         self.digest = digest
         self.options = options
         self.telemetry = Telemetry()
-        self.library = VideoCatalog(data, media)
+        self.catalog = VideoCatalog(data, media)
         self.batcher = Batcher(grounder, options.batching, self.telemetry.batch)
-        self.shelf = VideoCache(grounder, self.batcher, options.cache_bytes, self.telemetry)
+        self.cache = VideoCache(grounder, self.batcher, options.cache_bytes, self.telemetry)
         self.uploads = Uploads(
-            options.uploads, grounder.manifest.features.clock, extractor, device, threads, self.shelf.forget
+            options.uploads, grounder.manifest.features.clock, extractor, device, threads, self.cache.forget
         )
         self.keys = ApiKeys(options.gate.api_key)
         self.draining = False
         self.telemetry.model(
             {"name": model, "digest": digest, "precision": grounder.manifest.precision, "part": grounder.manifest.part}
         )
-        self.telemetry.gauge("queue_pairs", "Sentences that wait.", lambda: self.batcher.depth)
-        self.telemetry.gauge("video_cache_bytes", "Memory of videos that are ready.", lambda: self.shelf.bytes)
-        self.telemetry.gauge("upload_bytes", "Disk that uploads take.", lambda: self.uploads.bytes)
+        self.telemetry.gauge("queue_pairs", "Queries that wait.", lambda: self.batcher.depth)
+        self.telemetry.gauge("video_cache_bytes", "Memory of prepared videos.", lambda: self.cache.bytes)
+        self.telemetry.gauge("upload_bytes", "Disk space of uploads.", lambda: self.uploads.bytes)
 
     def close(self) -> None:
-        """Finish what was taken, and end; nothing stays on the disk."""
+        """Finish the accepted queries, and delete the uploads."""
         self.draining = True
         self.batcher.close()
-        self.shelf.close()
+        self.cache.close()
         self.uploads.close()
 
     async def sweep(self) -> None:
-        """Remove uploads that nobody asks any more."""
+        """Delete expired uploads."""
         self.uploads.sweep()
 
     async def ground(
-        self, name: str, ready: Callable[[], Awaitable[VideoInput]], queries: list[str], top_k: int
+        self, name: str, prepare: Callable[[], Awaitable[VideoInput]], queries: list[str], top_k: int
     ) -> Response:
-        """Answer as `infer --format json` prints it; a header names the words that the model does not know.
+        """Return the moments of queries as `infer --format json` prints them; a header lists unknown words.
 
         Args:
-            name: of the video, in the answer.
-            ready: returns the video as the model takes it.
+            name: name of the video in the answer.
+            prepare: returns the prepared video.
             queries: sentences.
-            top_k: most moments for each.
+            top_k: maximum number of moments per query.
 
         Raises:
-            Refusal: the model cannot take a sentence. That is seen before any is asked, so that it fails nobody else.
+            HttpError: 422 if the model cannot encode a query; this is checked before any query is batched. Also as
+                `prepare` and `Batcher.ground`.
         """
-        unheard = self._unheard(queries)
-        subject = await ready()
-        check_windows(len(self.grounder.cut(subject)), len(queries))
-        result = await self.batcher.ask([(subject, query) for query in queries], top_k)
+        unknown = self._count_unknown_words(queries)
+        video = await prepare()
+        check_windows(len(self.grounder.cut(video)), len(queries))
+        result = await self.batcher.ground([(video, query) for query in queries], top_k)
         answers = [
-            Answer(query, name, subject.duration + subject.offset, moments).to_dict()
+            Answer(query, name, video.duration + video.offset, moments).to_dict()
             for query, moments in zip(queries, result)
         ]
         response = json_response(answers)
-        if unheard:
-            shown, omitted = unknown_words(list(unheard))
-            response.headers["drn-unknown-words"] = shown
+        if unknown:
+            header, omitted = unknown_words(list(unknown))
+            response.headers["drn-unknown-words"] = header
             if omitted:
                 response.headers["drn-unknown-words-omitted"] = str(omitted)
         return response
 
-    def _unheard(self, queries: list[str]) -> Counter[str]:
-        unheard: Counter[str] = Counter()
+    def _count_unknown_words(self, queries: list[str]) -> Counter[str]:
+        unknown: Counter[str] = Counter()
         for number, query in enumerate(queries, 1):
             try:
-                self.grounder.encode_query(query, unheard)
+                self.grounder.encode_query(query, unknown)
             except QueryError as error:
-                which = f"Sentence {number}: " if len(queries) > 1 else ""
-                raise HttpError(422, which + str(error), "invalid_query") from error
-        return unheard
+                prefix = f"Query {number}: " if len(queries) > 1 else ""
+                raise HttpError(422, prefix + str(error), "invalid_query") from error
+        return unknown
 
-    async def subject(self, name: str) -> VideoInput:
-        """Return a video as the model takes it; Refusal if it is not known."""
-        if name in self.library:
-            return await self.shelf.subject(name, lambda: self.library.load(name), self.library.stamp(name))
+    async def video_input(self, name: str) -> VideoInput:
+        """Return a video of the data set or an upload, prepared for the model; HttpError 404 if it is unknown."""
+        if name in self.catalog:
+            return await self.cache.get(name, lambda: self.catalog.load(name), self.catalog.stamp(name))
         upload = self.upload(name)
         extraction = upload.extraction
         if extraction is not None:
             await asyncio.wait((extraction,))
-            # It may have been removed meanwhile, and its extraction cancelled.
+            # The upload may have been deleted meanwhile, which cancels its extraction.
             upload = self.upload(name)
             extraction.result()
-        return await self.shelf.subject(name, upload.load)
+        return await self.cache.get(name, upload.load)
 
     def upload(self, name: str) -> Upload:
-        """Return an upload by its id; Refusal if there is none."""
+        """Return an upload by its id; HttpError 404 if there is none."""
         upload = self.uploads.get(name)
         if upload is None:
-            raise unknown_video(name, near_name(self.library.folded_names, name))
+            raise unknown_video(name, near_name(self.catalog.folded_names, name))
         return upload
 
     def entry(self, name: str) -> Entry:
-        return self.library.entry(name) if name in self.library else self.upload(name).entry
+        """Return the description of a video; HttpError 404 if it is unknown."""
+        return self.catalog.entry(name) if name in self.catalog else self.upload(name).entry
 
     async def receive(self, request: Request, upload: Upload, form: type[SentVideo]) -> tuple[Any, Video | None]:
-        """Take a form with one file into an upload.
+        """Store a form with one file in an upload.
 
         Returns:
-            The fields, and the video if features came. If it was a video file, its extraction is under way.
+            The validated fields, and the video of features. For a video file the extraction is started instead.
+
+        Raises:
+            HttpError: the form, the features or the video file are invalid or too large.
         """
 
-        def place(field: str) -> Path:
+        def choose_path(field: str) -> Path:
             if field not in ("features", "video"):
-                raise HttpError(422, f"The form has a file {field[:80]!r}; send one called features or video.")
-            if field == "video" and not self.uploads.takes_videos:
+                raise HttpError(422, f"Expected a file called features or video, got {field[:80]!r}.")
+            if field == "video" and not self.uploads.accepts_videos:
                 raise HttpError(
-                    422, "This service takes no video files, as it was started without --extractor; send features."
+                    422, "This service accepts no video files, because it runs without --extractor. Send features."
                 )
             return upload.directory / f"{field}.sent"
 
@@ -197,51 +215,51 @@ class Service:
             sent = await read_form(
                 request.headers["content-type"],
                 request.stream(),
-                place,
-                lambda size: self.uploads.spend(upload, size),
+                choose_path,
+                lambda size: self.uploads.reserve(upload, size),
             )
         if len(sent.files) != 1:
-            raise HttpError(422, f"The form has {len(sent.files)} files; send one, called features or video.")
-        many = [name for name, values in sent.fields.items() if len(values) > 1 and name != "query"]
-        if many:
-            raise HttpError(422, f"The field {many[0][:80]!r} is there more than once; send it once.")
+            raise HttpError(422, f"Expected one file, called features or video, got {len(sent.files)}.")
+        repeated = [name for name, values in sent.fields.items() if len(values) > 1 and name != "query"]
+        if repeated:
+            raise HttpError(422, f"The form contains the field {repeated[0][:80]!r} more than once. Send it once.")
         ((field, file),) = sent.files.items()
         requested = validate_form(
             form, {name: values if name == "query" else values[0] for name, values in sent.fields.items()}
         )
-        upload.name = shown_name(requested.name or Path(file.name).stem)
+        upload.name = display_name(requested.name or Path(file.name).stem)
         if field == "video":
             if requested.duration is not None or requested.num_frames is not None:
                 raise HttpError(
-                    422, "A video file contains its duration and frames; leave duration and num_frames out."
+                    422, "The fields duration and num_frames apply to features. Leave them out with a video file."
                 )
             await self.uploads.check_extractor()
             self.uploads.take_video(upload, file.path, requested.partial)
             return requested, None
         if requested.partial:
-            raise HttpError(422, "The field partial applies to video files; leave it out when you send features.")
+            raise HttpError(422, "The field partial applies to video files. Leave it out with features.")
         if requested.duration is None:
-            raise HttpError(422, "Features need a duration, the length of their video in seconds; send it as a field.")
+            raise HttpError(422, "Features need the field duration. Send the duration of their video in seconds.")
         dim = self.grounder.manifest.features.dim
         return requested, await self.uploads.take_features(
             upload, file.path, dim, requested.duration, requested.num_frames
         )
 
     async def ground_upload(self, request: Request, form: type[SentVideo]) -> Response:
-        """Answer a form of a video and sentences, and forget the video."""
+        """Ground the queries of a form in the video of the same form, and delete the video."""
         with self.uploads.incoming() as upload:
             requested, video = await self.receive(request, upload, form)
 
-            async def ready() -> VideoInput:
+            async def prepare() -> VideoInput:
                 if upload.extraction is not None:
                     await upload.extraction
-                return await self.shelf.prepared(upload.load if video is None else lambda: video)
+                return await self.cache.prepare(upload.load if video is None else lambda: video)
 
-            answer = self.ground(upload.name, ready, requested.query, requested.top_k)
+            answer = self.ground(upload.name, prepare, requested.query, requested.top_k)
             return await cancel_on_disconnect(request.receive, answer, self.options.timeout_s)
 
-    def shown(self, entry: Entry) -> dict[str, Any]:
-        """Return a video as a list shows it."""
+    def to_dict(self, entry: Entry) -> dict[str, Any]:
+        """Return the JSON object that describes a video."""
         return {
             "id": entry.id,
             "name": entry.name,
@@ -254,16 +272,15 @@ class Service:
 
 
 def unknown_words(words: Sequence[str]) -> tuple[str, int]:
-    """Return words as a percent-encoded JSON list of at most 2,048 bytes, and how many of them are left out."""
-    room = MAX_HEADER_BYTES - len(quote("[]"))
+    """Return words as a percent-encoded JSON list of at most 2,048 bytes, and the number of omitted words."""
+    free = MAX_HEADER_BYTES - len(quote("[]"))
     for count, word in enumerate(words):
-        # The separator and the quotation marks are percent-encoded too.
-        room -= len(quote(json.dumps(word) + ", "))
-        if room < 0:
+        free -= len(quote(json.dumps(word) + ", "))
+        if free < 0:
             return quote(json.dumps(words[:count])), len(words) - count
     return quote(json.dumps(words)), 0
 
 
 def json_response(value: Any, status: int = 200) -> Response:
-    # NaN is an error: JSON has none.
+    """Return a JSON response; NaN, which JSON does not have, is an error."""
     return Response(json.dumps(value, allow_nan=False), status, media_type="application/json")

@@ -1,6 +1,6 @@
 """Store uploaded clip features and video files in one directory, with limits and an expiry time.
 
-Nothing of it names a file, nothing of it is unpickled, and a video is decoded in a process of its own.
+Paths do not depend on what clients send, pickles are never loaded, and videos are decoded in another process.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ from runtime.service.video_cache import MEDIA_TYPES, Entry
 
 log = logging.getLogger("drn.service")
 
-# A .npz of one array has one entry of some 100 bytes in its directory; a directory of millions would fill the memory.
+# A .npz file of one array has a directory entry of about 100 bytes; a directory of millions would fill the memory.
 ZIP_DIRECTORY_BYTES = 4 << 10
-# Beyond what a network and a video need, so that a file made to fill the memory ends its own process alone.
+# More than a network and a video need; a malicious file then ends only its own process.
 EXTRACTOR_MEMORY = 8 << 30
-# `python -m runtime.extract` within that memory.
+# `python -m runtime.extract` with a memory limit.
 EXTRACT = (
-    "import resource, runpy, sys; most = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_AS, (most, most)); "
+    "import resource, runpy, sys; size = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_AS, (size, size)); "
     "runpy.run_module('runtime.extract', run_name='__main__', alter_sys=True)"
 )
-NAME_LENGTH = 100
+MAX_NAME_LENGTH = 100
+ORIGIN = Origin("Correct the field num_frames, or send features with this clip timing.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,39 +52,39 @@ class UploadOptions:
     """The limits of uploads and their expiry time.
 
     Attributes:
-        directory: where; this service's own is made in it.
-        total_bytes: of all uploads; the oldest go first.
-        most: uploads.
-        keep_s: seconds an upload stays after it was last asked.
-        features_bytes: of an array, unpacked.
-        extract_s: seconds that extraction may take.
-        most_extractions: videos that are extracted or wait for it.
+        directory: parent of the service's own directory.
+        total_bytes: maximum size of all uploads; the least recently used are deleted first.
+        max_uploads: maximum number of uploads.
+        keep_s: time from the last query to the deletion of an upload, in seconds.
+        features_bytes: maximum size of an uncompressed array.
+        extract_s: maximum time of an extraction, in seconds.
+        max_extractions: maximum number of videos that are extracted or wait for it.
     """
 
     directory: Path = dataclasses.field(default_factory=lambda: cache_directory() / "uploads")
     total_bytes: int = 2 << 30
-    most: int = 256
+    max_uploads: int = 256
     keep_s: float = 3600.0
     features_bytes: int = 128 << 20
     extract_s: float = 900.0
-    most_extractions: int = 4
+    max_extractions: int = 4
 
 
 @dataclasses.dataclass(eq=False)
 class Upload:
-    """A video that a client has sent.
+    """An uploaded video.
 
     Attributes:
-        id: by which it is asked: nobody can guess it.
-        name: what answers call it.
-        directory: of its files.
-        features: a `.npy` file, once it is there.
-        media: the video file, if it is one.
-        duration, num_frames: once known.
-        offset: seconds from the start of a video file, as players count, to its first picture.
-        extraction: what makes the features, where a video file was sent.
-        used: when it was last asked.
-        bytes: of its files.
+        id: random identifier in requests.
+        name: name in answers.
+        directory: directory of its files.
+        features: `.npy` file, once it exists.
+        media: video file, if one was sent.
+        duration, num_frames: seconds and frames; 0 until they are known.
+        offset: seconds from the start of the video file, as players count, to its first frame.
+        extraction: task that extracts the features of a video file.
+        used: time of the last query, as `time.monotonic`.
+        bytes: size of its files.
     """
 
     id: str
@@ -100,29 +101,30 @@ class Upload:
 
     @property
     def entry(self) -> Entry:
+        """The description of the video."""
         state, problem = "ready", None
         if self.extraction is not None and not self.extraction.done():
             state = "extracting"
         elif self.features is None:
             state, error = "failed", self.extraction.exception() if self.extraction else None
-            problem = error.message if isinstance(error, HttpError) else "The video could not be extracted."
+            problem = error.message if isinstance(error, HttpError) else "The extraction of the video failed."
         end = self.duration + self.offset
         return Entry(self.id, self.name, end, self.num_frames, self.media, state, problem)
 
     def load(self) -> Video:
-        """Read the video, once its features are known. Refusal if it was removed meanwhile, in another thread."""
+        """Read the video, whose features exist; HttpError 404 if it was deleted meanwhile."""
         assert self.features is not None
         try:
             array = load_features(self.features)
         except (FeatureError, OSError) as error:
-            # The sentence names files of this machine.
+            # The message contains a path of this machine.
             raise unknown_video(self.id) from error
-        return Video(array, self.num_frames, self.duration, self.name, _origin(), offset=self.offset)
+        return Video(array, self.num_frames, self.duration, self.name, ORIGIN, offset=self.offset)
 
 
 @contextlib.contextmanager
 def storing() -> Iterator[None]:
-    """Refuse an upload that cannot be stored, because the disk is full for example.
+    """Reject an upload that cannot be stored, for example because the disk is full.
 
     Raises:
         HttpError: for every error of the file system in the block; its code is `no_room`.
@@ -131,26 +133,32 @@ def storing() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None:
-            # A time-out, not the file system.
+            # TimeoutError is an OSError too.
             raise
         log.error("An upload cannot be stored: %s", one_line(error))
         raise HttpError(
             503,
-            f"The service cannot store the upload ({error.strerror}). Try later.",
+            f"The service cannot store the upload ({error.strerror}). Try again later.",
             "no_room",
             {"retry-after": "60"},
         ) from error
 
 
 class Uploads:
-    """The uploads of one service. Its directory is removed at the end, and after a crash by the next service.
+    """The uploads of one service. Their directory is deleted at the end, and after a crash by the next service.
 
     Args:
-        options: how much, and for how long.
-        clock: how clips lie on frames, for features whose frames are not given.
-        extractor: file of what makes features of videos; without it no video is taken.
-        device, threads: for it.
-        forgotten: called with the id of every upload that is removed.
+        options: limits.
+        clock: clip timing of the model, for features that are sent without a frame count.
+        extractor: extractor of video files; None rejects video files.
+        device, threads: device and CPU threads of the extractor.
+        on_remove: called with the id of every upload that is deleted.
+
+    Attributes:
+        bytes: size of all uploads.
+
+    Raises:
+        OutputError: the directory cannot be written.
     """
 
     def __init__(
@@ -160,11 +168,11 @@ class Uploads:
         extractor: Path | None = None,
         device: Device = "auto",
         threads: int | None = None,
-        forgotten: Callable[[str], None] = lambda name: None,
+        on_remove: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._options = options
         self._clock = clock
-        self._forgotten = forgotten
+        self._on_remove = on_remove
         self._extractor = extractor
         self._extractor_stamp = None if extractor is None else file_stamp(extractor)
         self._extractor_digest = None if extractor is None else content_stamp(extractor)[2]
@@ -175,7 +183,7 @@ class Uploads:
         self._extractions = 0
         self.bytes = 0
         try:
-            # Another service that starts now must not take the new directory for a leftover before it is locked.
+            # Another service that starts now must not remove the new directory before it is locked.
             with locked(options.directory, wait=True):
                 self._clear_leftovers()
                 self._own = options.directory / f"service-{secrets.token_hex(8)}"
@@ -189,14 +197,15 @@ class Uploads:
             ) from error
 
     @property
-    def takes_videos(self) -> bool:
+    def accepts_videos(self) -> bool:
+        """Return whether video files can be extracted."""
         return self._extractor is not None
 
     def __len__(self) -> int:
         return len(self._uploads)
 
     def get(self, name: str) -> Upload | None:
-        """Return an upload by its id."""
+        """Return an upload by its id, and renew its expiry time; None if there is none."""
         upload = self._uploads.get(name)
         if upload is not None:
             upload.used = time.monotonic()
@@ -204,70 +213,92 @@ class Uploads:
 
     @contextlib.contextmanager
     def incoming(self) -> Iterator[Upload]:
-        """Yield an upload to fill; unless `keep` was called with it, its files are gone at the end of the block."""
+        """Yield an empty upload, which is deleted at the end of the block unless `add` was called with it."""
         self.sweep()
         token = f"upload-{secrets.token_hex(16)}"
         upload = Upload(token, "video", self._own / token, used=time.monotonic())
         with storing():
-            # Programs that clear temporary directories may have removed the service's own.
+            # Programs that clean temporary directories may have removed the service's directory.
             upload.directory.mkdir(mode=0o700, parents=True)
         try:
             yield upload
         finally:
             if token not in self._uploads:
-                self.forget(upload)
+                self.remove(upload)
 
-    def spend(self, upload: Upload, size: int) -> None:
-        """Make room for so many more bytes of an upload, at the expense of the oldest; Refusal if there is none."""
+    def reserve(self, upload: Upload, size: int) -> None:
+        """Count further bytes of an upload, and delete the least recently used uploads to make space.
+
+        Raises:
+            HttpError: 503 if the upload alone exceeds the limit.
+        """
         while self.bytes + size > self._options.total_bytes:
             others = [other for other in self._uploads.values() if other is not upload]
             if not others:
                 raise HttpError(
-                    503, "There is no room for this upload; try later, or send less.", "no_room", {"retry-after": "60"}
+                    503,
+                    "The service has no space for this upload. Try again later, or send less.",
+                    "no_room",
+                    {"retry-after": "60"},
                 )
-            self.forget(min(others, key=lambda other: other.used))
+            self.remove(min(others, key=lambda other: other.used))
         upload.bytes += size
         self.bytes += size
 
-    def keep(self, upload: Upload) -> None:
-        """Let an upload be asked by its id from now on, in place of the oldest where there are too many."""
-        if len(self._uploads) >= self._options.most:
-            self.forget(min(self._uploads.values(), key=lambda other: other.used))
+    def add(self, upload: Upload) -> None:
+        """Make an upload available by its id, and delete the least recently used one if there are too many."""
+        if len(self._uploads) >= self._options.max_uploads:
+            self.remove(min(self._uploads.values(), key=lambda other: other.used))
         self._uploads[upload.id] = upload
 
-    def forget(self, upload: Upload) -> None:
-        """Remove an upload and its files."""
+    def remove(self, upload: Upload) -> None:
+        """Delete an upload and its files."""
         self._uploads.pop(upload.id, None)
         if upload.extraction is not None:
             upload.extraction.cancel()
         self.bytes -= upload.bytes
         upload.bytes = 0
         shutil.rmtree(upload.directory, ignore_errors=True)
-        self._forgotten(upload.id)
+        self._on_remove(upload.id)
 
     def sweep(self) -> None:
-        """Remove what nobody asked for a while."""
-        before = time.monotonic() - self._options.keep_s
+        """Delete expired uploads."""
+        expired = time.monotonic() - self._options.keep_s
         for upload in list(self._uploads.values()):
-            if upload.used < before:
-                self.forget(upload)
+            if upload.used < expired:
+                self.remove(upload)
 
     def close(self) -> None:
-        """Remove all."""
+        """Delete all uploads and the directory of the service."""
         for upload in list(self._uploads.values()):
-            self.forget(upload)
+            self.remove(upload)
         shutil.rmtree(self._own, ignore_errors=True)
         self._lock.close()
 
     async def take_features(
         self, upload: Upload, sent: Path, dim: int, duration: float, num_frames: int | None
     ) -> Video:
-        """Return the video of features that were sent; they stay in the upload. Refusal if they are none."""
+        """Check uploaded features and store them in the upload.
+
+        Args:
+            upload: the upload.
+            sent: file of the features; it is deleted.
+            dim: D, feature width of the model.
+            duration: duration of the video, in seconds.
+            num_frames: number of frames of the video; None estimates it from the number of clips.
+
+        Returns:
+            The video.
+
+        Raises:
+            HttpError: the file or its array is invalid or too large.
+            FeatureError: frames, duration and clips contradict each other.
+        """
         array = await asyncio.to_thread(read_features, sent, self._options.features_bytes, dim)
         frames = self._clock.num_frames(len(array)) if num_frames is None else num_frames
-        video = Video(array, frames, duration, upload.name, _origin())
+        video = Video(array, frames, duration, upload.name, ORIGIN)
         video.check(self._clock)
-        self.spend(upload, max(0, array.nbytes - upload.bytes))
+        self.reserve(upload, max(0, array.nbytes - upload.bytes))
         upload.features = upload.directory / "features.npy"
         upload.duration, upload.num_frames = duration, frames
         await asyncio.to_thread(np.save, upload.features, array)
@@ -275,7 +306,7 @@ class Uploads:
         return video
 
     async def check_extractor(self) -> None:
-        """Raise Refusal (code `extractor_changed`) unless the extractor is the one that the service started with."""
+        """Raise HttpError 503 (code `extractor_changed`) if the extractor changed since the service started."""
         assert self._extractor is not None
         stamp = file_stamp(self._extractor)
         if stamp == self._extractor_stamp:
@@ -294,102 +325,104 @@ class Uploads:
         )
 
     def take_video(self, upload: Upload, sent: Path, partial: bool = False) -> None:
-        """Begin to extract a video that was sent; Refusal if it is none, or too many wait.
+        """Store an uploaded video file, and start to extract its features.
 
         Args:
-            upload, sent: the upload and its file.
-            partial: whether what can be decoded of a damaged file is enough.
+            upload: the upload.
+            sent: the video file; it is renamed.
+            partial: whether to accept a damaged file, and use what can be decoded.
+
+        Raises:
+            HttpError: 415 if the format is not supported; 429 if too many videos wait.
         """
         suffix = sniff_container(sent)
-        if self._extractions >= self._options.most_extractions:
+        if self._extractions >= self._options.max_extractions:
             raise HttpError(
                 429,
-                f"{self._extractions} videos are being extracted, and no more may wait; try again later.",
+                f"{self._extractions} videos are being extracted or wait, which is the limit. Try again later.",
                 "queue_full",
                 {"retry-after": "30"},
             )
         upload.media = sent.rename(upload.directory / f"video{suffix}")
         self._extractions += 1
         upload.extraction = asyncio.get_running_loop().create_task(self._extract(upload, partial))
-        upload.extraction.add_done_callback(self._extracted)
+        upload.extraction.add_done_callback(self._finish_extraction)
 
-    def _extracted(self, task: asyncio.Task[None]) -> None:
+    def _finish_extraction(self, task: asyncio.Task[None]) -> None:
         self._extractions -= 1
+        # asyncio logs an exception that is never retrieved.
         if not task.cancelled():
             task.exception()
 
     async def _extract(self, upload: Upload, partial: bool) -> None:
         """Extract the features of an upload in another process."""
         assert upload.media is not None
-        created = upload.directory / "extracted"
-        words = ["--extractor", str(self._extractor), "--output", str(created), "--device", self._device]
+        output = upload.directory / "extracted"
+        arguments = ["--extractor", str(self._extractor), "--output", str(output), "--device", self._device]
         if self._threads is not None:
-            words += ["--threads", str(self._threads)]
+            arguments += ["--threads", str(self._threads)]
         if partial:
-            words.append("--partial")
+            arguments.append("--partial")
         async with self._extracting:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-c", EXTRACT, str(EXTRACTOR_MEMORY), str(upload.media), *words),
+                *("-c", EXTRACT, str(EXTRACTOR_MEMORY), str(upload.media), *arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
             try:
-                _, said = await asyncio.wait_for(process.communicate(), self._options.extract_s)
+                _, stderr = await asyncio.wait_for(process.communicate(), self._options.extract_s)
             except asyncio.TimeoutError:
                 raise HttpError(
-                    422, f"The video took more than {self._options.extract_s:g} s to extract; send a shorter one."
+                    422, f"The extraction took more than {self._options.extract_s:g} s. Send a shorter video."
                 ) from None
             finally:
                 if process.returncode is None:
                     process.kill()
                     await process.wait()
         await self.check_extractor()
+        messages = stderr.decode("utf-8", "replace")
         if process.returncode != 0:
-            raise _cannot_extract(process.returncode, said.decode("utf-8", "replace"), upload.media)
-        for line in said.decode("utf-8", "replace").splitlines():
+            raise _extraction_error(process.returncode, messages, upload.media)
+        for line in messages.splitlines():
             if upload.media.name in line:
-                # What is odd about the video, such as time stamps that restart.
+                # Warnings about the video, for example time stamps that restart.
                 log.warning("Upload %s: %s", upload.id, line.replace(str(upload.media), "the video")[:500])
-        tables = DataSet(created)
+        tables = DataSet(output)
         upload.duration, upload.num_frames = tables.durations["video"], tables.frames("video")
         upload.offset = tables.offset("video")
         upload.features = tables.feature_path("video").rename(upload.directory / "features.npy")
-        shutil.rmtree(created, ignore_errors=True)
-        self.spend(upload, upload.features.stat().st_size)
+        shutil.rmtree(output, ignore_errors=True)
+        self.reserve(upload, upload.features.stat().st_size)
 
     def _clear_leftovers(self) -> None:
-        """Remove directories of services that were killed: nobody holds their locks."""
-        for location in self._options.directory.glob("service-*"):
-            with contextlib.suppress(OutputError), locked(location):
-                shutil.rmtree(location, ignore_errors=True)
+        """Delete the directories of services that were killed, whose locks are free."""
+        for path in self._options.directory.glob("service-*"):
+            with contextlib.suppress(OutputError), locked(path):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _origin() -> Origin:
-    return Origin("Correct the field num_frames, or send features with this clip timing.")
+def display_name(name: str, fallback: str = "video") -> str:
+    """Return the last path component of a client's name for a video, in printable characters and bounded length."""
+    stem = name.replace("\\", "/").rsplit("/", 1)[-1]
+    return "".join(letter if letter.isprintable() else " " for letter in stem).strip()[:MAX_NAME_LENGTH] or fallback
 
 
-def shown_name(given: str, fallback: str = "video") -> str:
-    """Return a text that a client calls a video by, as one line of readable characters."""
-    stem = given.replace("\\", "/").rsplit("/", 1)[-1]
-    return "".join(letter if letter.isprintable() else " " for letter in stem).strip()[:NAME_LENGTH] or fallback
-
-
-def read_features(path: Path, most_bytes: int, dim: int) -> np.ndarray:
+def read_features(path: Path, max_bytes: int, dim: int) -> np.ndarray:
     """Return the (num_clips, dim) floats of a `.npy` file, or of a `.npz` file of one array.
 
-    Sizes are checked before anything is unpacked, and no more is read than was announced.
+    Sizes are checked before anything is decompressed, and no more is read than the header declares.
 
     Raises:
-        Refusal: it is another kind of file, or of another shape, or too large.
+        HttpError: 415 for another kind of file, 413 if it is too large, 422 if it is damaged or has another shape.
     """
-    check = functools.partial(_check_header, max_bytes=most_bytes, dim=dim)
+    check = functools.partial(_check_header, max_bytes=max_bytes, dim=dim)
     with open(path, "rb") as stream:
         start = stream.read(512)
         stream.seek(0)
-        # torch writes an archive whose first member is this.
+        # torch.save writes a zip archive with this as its first member.
         torch = b"/data.pkl" in start
         try:
             if start.startswith(b"\x93NUMPY"):
@@ -399,7 +432,7 @@ def read_features(path: Path, most_bytes: int, dim: int) -> np.ndarray:
                     return _native(read_member(archive, _array_of(archive), "The features", check))
         except HttpError:
             raise
-        # On damaged files NumPy, zipfile and zlib raise what their parsers do, without a common base.
+        # On damaged files NumPy, zipfile and zlib raise exceptions without a common base class.
         except Exception as error:
             reason = one_line(error)[:200] or type(error).__name__
             raise HttpError(
@@ -408,18 +441,21 @@ def read_features(path: Path, most_bytes: int, dim: int) -> np.ndarray:
     if start.startswith(b"\x89HDF"):
         kind = "an HDF5 file"
     elif torch:
-        kind = "a torch file, which is a pickle and never opened here"
+        kind = "a torch file, which is a pickle and never loaded"
     elif start.startswith(b"\x80"):
-        kind = "a pickle, which is never opened here"
+        kind = "a pickle, which is never loaded"
     else:
-        kind = "no NumPy file"
-    raise HttpError(415, f"The features are {kind}; send one array, as numpy.save or numpy.savez writes it.")
+        kind = "not a NumPy file"
+    raise HttpError(415, f"The features are {kind}. Send one array, as numpy.save or numpy.savez writes it.")
 
 
 def sniff_container(path: Path) -> str:
-    """Return the ending of a video file by its first bytes; Refusal if it is none that is taken.
+    """Return the suffix of a video file by its first bytes.
 
-    FFmpeg would open more, among it play lists that name other files.
+    FFmpeg would open further formats, among them playlists that refer to other files.
+
+    Raises:
+        HttpError: 415 for a format that is not supported.
     """
     with open(path, "rb") as stream:
         start = stream.read(64)
@@ -429,8 +465,8 @@ def sniff_container(path: Path) -> str:
         return ".webm" if b"webm" in start else ".mkv"
     if start.startswith(b"RIFF") and start[8:12] == b"AVI ":
         return ".avi"
-    known = ", ".join(suffix[1:] for suffix in MEDIA_TYPES if suffix not in (".m4v", ".ogv"))
-    raise HttpError(415, f"The video is of no kind that is taken ({known}); convert it to one of them.")
+    formats = ", ".join(suffix[1:] for suffix in MEDIA_TYPES if suffix not in (".m4v", ".ogv"))
+    raise HttpError(415, f"Expected a video file of one of these formats: {formats}. Convert the video to one of them.")
 
 
 def _check_header(header: ArrayHeader, num_bytes: int, *, max_bytes: int, dim: int) -> None:
@@ -439,23 +475,23 @@ def _check_header(header: ArrayHeader, num_bytes: int, *, max_bytes: int, dim: i
     if dtype.kind != "f" or dtype.itemsize > 8 or len(shape) != 2 or min(shape) < 1 or shape[1] != dim:
         raise HttpError(
             422,
-            f"The features should be floats of shape (num_clips, {dim}), and are {dtype!s:.40} of shape "
-            f"{str(shape)[:60]}; extract them with the network that the model was trained with.",
+            f"Expected floats of shape (num_clips, {dim}), got {dtype!s:.40} of shape {str(shape)[:60]}. Extract the "
+            "features with the network that the model was trained with.",
         )
     if size > max_bytes:
-        raise HttpError(413, f"The features have {size} bytes and at most {max_bytes} are taken; send fewer clips.")
+        raise HttpError(413, f"Expected at most {max_bytes} bytes of features, got {size}. Send fewer clips.")
     if size != num_bytes:
         raise HttpError(
-            422, f"The features should be {size} bytes by their header, and are {num_bytes}; write the file again."
+            422, f"The header of the features declares {size} bytes, got {num_bytes}. Write the file again."
         )
 
 
 def _array_of(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    """Return the only array of a `.npz` file, or the one that is called features."""
+    """Return the only array of a `.npz` file, or the one with the name features."""
     arrays = [member for member in archive.infolist() if member.filename.endswith(".npy")]
     named = [member for member in arrays if member.filename == "features.npy"] or arrays
     if len(named) != 1:
-        raise ValueError(f"the .npz file holds {len(arrays)} arrays, and one, or one called features, is expected")
+        raise ValueError(f"expected a .npz file of one array, or of one called features, got {len(arrays)} arrays")
     return named[0]
 
 
@@ -463,12 +499,12 @@ def _native(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
-def _cannot_extract(code: int | None, said: str, media: Path) -> HttpError:
-    """Return the refusal for a video that could not be extracted, without paths of this machine."""
-    (*_, line) = ["", *said.strip().splitlines()]
-    if code == 2 and line.startswith("error: "):
+def _extraction_error(exit_code: int | None, stderr: str, media: Path) -> HttpError:
+    """Return the HTTP error for a failed extraction, without paths of this machine."""
+    (*_, line) = ["", *stderr.strip().splitlines()]
+    if exit_code == 2 and line.startswith("error: "):
         reason = line.removeprefix("error: ").replace(str(media), "The video")
         if "/" not in reason:
             return HttpError(422, reason.replace("pass --partial", "send the field partial=true"))
-    log.error("Extraction ended with %s: %s", code, said[-2000:])
-    return HttpError(422, "The video could not be extracted; convert it to an mp4 file of H.264 and send that.")
+    log.error("Extraction ended with exit code %s: %s", exit_code, stderr[-2000:])
+    return HttpError(422, "The extraction of the video failed. Convert it to an mp4 file with H.264.")

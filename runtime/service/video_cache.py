@@ -1,4 +1,4 @@
-"""The videos a service knows by name: read and encoded once, however many ask, and kept while there is room."""
+"""List the videos of a data set, and cache the videos that are loaded and encoded for queries."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from runtime.service.prometheus import Telemetry
 
 log = logging.getLogger("drn.service")
 
-# What browsers play; a data set's own videos are found by these endings.
+# Video files that browsers play, best support first.
 MEDIA_TYPES = {
     ".mp4": "video/mp4",
     ".m4v": "video/mp4",
@@ -43,24 +43,24 @@ MEDIA_TYPES = {
     ".ogv": "video/ogg",
 }
 READERS = 2
-# Codes of errors about the numbers of a video, whose messages name no file of this machine.
-CONTRADICTIONS = ("clip_timing_mismatch", "frame_rate_out_of_range", "constant_features")
-# Of a long video, times the sentences of one request.
+# Codes of errors whose messages contain no path of this machine, so that clients may get them.
+PUBLIC_CODES = ("clip_timing_mismatch", "frame_rate_out_of_range", "constant_features")
+# Maximum product of a video's windows and the queries of one request.
 MAX_WINDOWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A video as a list shows it.
+    """The description of a video.
 
     Attributes:
-        id: what it is asked by.
-        name: what answers call it.
+        id: identifier in requests.
+        name: name in answers.
         duration: seconds, as players count.
-        num_frames: frames, where the data set has them.
-        media: the file that plays it, where there is one.
+        num_frames: number of frames, if known.
+        media: video file, if there is one.
         state: ready, extracting, or failed.
-        problem: what failed.
+        problem: reason of the failure.
     """
 
     id: str
@@ -76,8 +76,8 @@ class VideoCatalog:
     """The videos of a data set.
 
     Args:
-        data: the data set; None knows no video.
-        media: directory of its video files, named after the videos.
+        data: the data set; None for an empty catalog.
+        media: directory of the video files, named after the videos.
     """
 
     def __init__(self, data: DataSet | None, media: Path | None = None) -> None:
@@ -95,164 +95,170 @@ class VideoCatalog:
         return name in self._known
 
     def entry(self, name: str) -> Entry:
-        """Return a video of the data set, whose features were not looked at."""
+        """Return the description of a video; its features are not read."""
         assert self._data is not None
         end = self._data.durations[name] + self._data.offset(name)
         return Entry(name, name, end, self._data.num_frames.get(name), self._media.get(name))
 
     def page(self, contains: str, offset: int, limit: int) -> tuple[int, list[Entry]]:
-        """Return how many names contain a text, in whatever case, and so many of them from `offset` on."""
-        expected = contains.lower()
-        result = [name for name in self.names if expected in name.lower()] if expected else self.names
-        return len(result), [self.entry(name) for name in result[offset : offset + limit]]
+        """Return the number of names that contain a text, ignoring case, and a page of their descriptions."""
+        lowered = contains.lower()
+        names = [name for name in self.names if lowered in name.lower()] if lowered else self.names
+        return len(names), [self.entry(name) for name in names[offset : offset + limit]]
 
     def load(self, name: str) -> Video:
-        """Read a video. Refusal if it cannot be used: that is not for the client to put right."""
+        """Read a video.
+
+        Raises:
+            FeatureError, AnnotationError: with one of `PUBLIC_CODES`.
+            HttpError: 404 for all other errors of its files.
+        """
         assert self._data is not None
         try:
             video = self._data.video(name)
-            return video if video.offset else dataclasses.replace(video, offset=self._film_offset(name))
+            return video if video.offset else dataclasses.replace(video, offset=self._media_offset(name))
         except (FeatureError, AnnotationError) as error:
-            if error.code in CONTRADICTIONS:
+            if error.code in PUBLIC_CODES:
                 raise
-            # The sentence names files of this machine.
+            # The message may contain paths of this machine.
             raise HttpError(
                 404,
-                f"The features of {excerpt(name)} are missing or cannot be used; ask about another video.",
+                f"The features of {excerpt(name)} are missing or invalid. Use another video.",
                 "no_features",
             ) from error
 
     def stamp(self, name: str) -> object:
-        """Return what changes when the features or the film of a video are written or replaced."""
+        """Return a value that changes when the features or the video file of a video are written or replaced."""
         assert self._data is not None
-        film = self._media.get(name)
-        # What is wrong with the features is reported when they are read.
+        media = self._media.get(name)
+        # Errors of the features are reported when they are read.
         with contextlib.suppress(FeatureError):
-            return self._data.store.file_stamp(name), film and file_stamp(film)
+            return self._data.store.file_stamp(name), media and file_stamp(media)
         return None
 
-    def _film_offset(self, name: str) -> float:
-        """Return the seconds from the start of a video's film to its first picture; 0 where that cannot be known."""
-        film = self._media.get(name)
-        if film is None:
+    def _media_offset(self, name: str) -> float:
+        """Return the seconds from the start of a video file to its first frame; 0 if they are unknown."""
+        media = self._media.get(name)
+        if media is None:
             return 0.0
         try:
-            return offset_of(film)
+            return offset_of(media)
         except (VideoFileError, DeviceError) as error:
-            log.warning("The times of %r count from its first picture: %s", name, error)
+            log.warning("The times of %r count from its first frame: %s", name, error)
             return 0.0
 
 
 class VideoCache:
-    """Videos ready to be asked, the last few of them: whoever comes while one is made ready waits for the same.
+    """Cache prepared videos: checked, pooled and, by a split model, encoded. Concurrent requests share one preparation.
 
     Args:
-        grounder: the model; one that was split encodes them.
-        batcher: the thread that owns it.
-        capacity: bytes; the videos asked last stay.
-        telemetry: counts every look: `hit`, `joined` (another is making it ready) or `miss`.
+        grounder: the model.
+        batcher: runs the model.
+        capacity: maximum size in bytes; the least recently used videos are evicted.
+        telemetry: counts lookups: `hit`, `joined` (another request is preparing the video) or `miss`.
     """
 
     def __init__(self, grounder: Grounder, batcher: Batcher, capacity: int, telemetry: Telemetry) -> None:
         self._grounder = grounder
         self._batcher = batcher
         self._telemetry = telemetry
-        self._ready: LruCache[str, tuple[VideoInput, object]] = LruCache(capacity)
-        self._coming: dict[tuple[str, object], asyncio.Task[VideoInput]] = {}
+        self._prepared: LruCache[str, tuple[VideoInput, object]] = LruCache(capacity)
+        self._pending: dict[tuple[str, object], asyncio.Task[VideoInput]] = {}
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "drn-reader")
-
-    def __len__(self) -> int:
-        return len(self._ready)
 
     @property
     def bytes(self) -> int:
-        """Memory of the videos that are ready."""
-        return self._ready.weight
+        """Memory of the prepared videos."""
+        return self._prepared.weight
 
-    async def subject(self, key: str, load: Callable[[], Video], stamp: object = None) -> VideoInput:
-        """Return the video of this key as the model takes it.
+    async def get(self, key: str, load: Callable[[], Video], stamp: object = None) -> VideoInput:
+        """Return a prepared video.
 
         Args:
-            key: of the video.
-            load: reads it, in another thread, if it is not ready.
-            stamp: of its files, taken now; a video with another stamp is read again.
+            key: identifier of the video.
+            load: reads the video, in another thread, if it is not cached.
+            stamp: current stamp of its files; a cached video with another stamp is read again.
 
-        Raises what `load` does, and Refusal if the features do not fit the model.
+        Raises:
+            FeatureError, HttpError: as `load`, or the features do not fit the model.
         """
-        ready = self._ready.get(key)
-        if ready is not None and ready[1] == stamp:
-            self._telemetry.looked("hit")
-            return ready[0]
+        cached = self._prepared.get(key)
+        if cached is not None and cached[1] == stamp:
+            self._telemetry.lookup("hit")
+            return cached[0]
         self.forget(key)
-        task = self._coming.get((key, stamp))
-        self._telemetry.looked("joined" if task else "miss")
+        task = self._pending.get((key, stamp))
+        self._telemetry.lookup("joined" if task else "miss")
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._make_ready(key, load, stamp))
-            self._coming[key, stamp] = task
-            task.add_done_callback(functools.partial(self._arrived, (key, stamp)))
-        # One who leaves does not take it from the others.
+            task = asyncio.get_running_loop().create_task(self._load(key, load, stamp))
+            self._pending[key, stamp] = task
+            task.add_done_callback(functools.partial(self._finish, (key, stamp)))
+        # A request that is cancelled must not cancel the preparation for the others.
         return await asyncio.shield(task)
 
     def forget(self, key: str) -> None:
         """Remove a video."""
-        self._ready.pop(key)
+        self._prepared.pop(key)
 
     def close(self) -> None:
+        """End the threads that read videos."""
         self._readers.shutdown(cancel_futures=True)
 
-    async def prepared(self, load: Callable[[], Video]) -> VideoInput:
-        """Return a video as the model takes it, without keeping it. Raises as `subject`."""
+    async def prepare(self, load: Callable[[], Video]) -> VideoInput:
+        """Return a prepared video that is not cached. Raises as `get`."""
 
         def read() -> Video:
             video = load()
-            check_windows(len(self._grounder.cut(video)), 1)
-            if not self._grounder.cut(video):
-                # Checked and pooled here, so that the model's thread finds it done.
+            windows = self._grounder.cut(video)
+            check_windows(len(windows), 1)
+            if not windows:
+                # The result is stored in the video, so that the thread of the model does not pool it again.
                 self._grounder.segments(video)
             return video
 
         video = await asyncio.get_running_loop().run_in_executor(self._readers, read)
         if self._grounder.is_pair:
-            return await self._batcher.do(lambda: self._grounder.encode(video))
+            return await self._batcher.run(lambda: self._grounder.encode(video))
         return video
 
-    async def _make_ready(self, key: str, load: Callable[[], Video], stamp: object) -> VideoInput:
+    async def _load(self, key: str, load: Callable[[], Video], stamp: object) -> VideoInput:
         started = time.perf_counter()
-        subject = await self.prepared(load)
+        video = await self.prepare(load)
         self._telemetry.phase("ready", time.perf_counter() - started)
-        self._ready.put(key, (subject, stamp), _bytes(subject))
-        return subject
+        self._prepared.put(key, (video, stamp), _bytes(video))
+        return video
 
-    def _arrived(self, key: tuple[str, object], task: asyncio.Task[VideoInput]) -> None:
-        self._coming.pop(key, None)
-        # Read, so that a failure whose askers have all left is no warning of the loop's.
+    def _finish(self, key: tuple[str, object], task: asyncio.Task[VideoInput]) -> None:
+        self._pending.pop(key, None)
+        # asyncio logs an exception that is never retrieved, for example if all clients disconnected.
         if not task.cancelled():
             task.exception()
 
 
-def _bytes(subject: VideoInput) -> int:
-    if isinstance(subject, EncodedWindows):
-        return sum(map(_bytes, subject.parts))
-    if isinstance(subject, EncodedVideo):
-        return subject.features.nbytes + subject.spans.nbytes
-    segments = sum(part.features.nbytes for part in subject._segments.values())
-    # What is mapped from a file takes no memory that the system could not have back.
-    return segments if isinstance(subject.features, np.memmap) else segments + subject.features.nbytes
+def _bytes(video: VideoInput) -> int:
+    """Return the memory that a prepared video takes."""
+    if isinstance(video, EncodedWindows):
+        return sum(map(_bytes, video.parts))
+    if isinstance(video, EncodedVideo):
+        return video.features.nbytes + video.spans.nbytes
+    segments = sum(part.features.nbytes for part in video._segments.values())
+    # The system can reclaim the pages of a mapped file at any time.
+    return segments if isinstance(video.features, np.memmap) else segments + video.features.nbytes
 
 
 def check_windows(windows: int, queries: int) -> None:
-    """Raise Refusal if so many sentences about a video of so many windows would keep the model from others for long."""
+    """Raise HttpError 422 if queries in the windows of a video would block the model for too long."""
     if windows * queries > MAX_WINDOWS:
         raise HttpError(
             422,
-            f"The video is as long as {windows} windows, and windows times sentences may be at most {MAX_WINDOWS}; "
-            "ask less at once, or about a shorter video.",
+            f"{windows} windows times {queries} queries exceed the limit of {MAX_WINDOWS}. Send fewer queries at once, "
+            "or a shorter video.",
             "too_long",
         )
 
 
 def is_inside(path: Path) -> bool:
-    """Return whether a path is a regular file that can be read and lies in its directory, links followed."""
+    """Return whether a path is a readable regular file inside its directory, after links are resolved."""
     try:
         os.close(open_inside(path, path.parent))
     except OSError:
@@ -261,10 +267,10 @@ def is_inside(path: Path) -> bool:
 
 
 def _media_files(directory: Path) -> dict[str, Path]:
-    """Return the video files of a directory by the names of their videos, without links that lead out of it."""
+    """Return the video files of a directory by the names of their videos, without links to files outside it."""
     check_directory(directory, "The directory of video files", GroundingError, "check --media")
     files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and is_inside(path))
     order = list(MEDIA_TYPES)
-    # Of several of one name, what browsers play best.
+    # The last of several files of one name is used: the format that browsers support best.
     files.sort(key=lambda path: -order.index(path.suffix.lower()))
     return {path.stem: path for path in files}

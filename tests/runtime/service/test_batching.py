@@ -74,7 +74,7 @@ def test_callers_get_answers_to_their_own_queries(held: Held, pairs: list[Any]) 
     async def ask() -> list[Any]:
         held.let.clear()
         batcher = Batcher(held, BatchOptions(batch_size=8))
-        tasks = [asyncio.create_task(batcher.ask(group, 5)) for group in groups]
+        tasks = [asyncio.create_task(batcher.ground(group, 5)) for group in groups]
         await asyncio.sleep(0)
         held.let.set()
         try:
@@ -95,9 +95,9 @@ def test_requests_with_different_top_k_share_a_batch(held: Held, pairs: list[Any
         held.let.clear()
         held.busy.clear()
         batcher = Batcher(held, BatchOptions())
-        first = asyncio.create_task(batcher.ask(pairs[1:2], 5))
+        first = asyncio.create_task(batcher.ground(pairs[1:2], 5))
         await asyncio.to_thread(held.busy.wait, 30)
-        later = [asyncio.create_task(batcher.ask(pairs[:1], count)) for count in (1, 3, 50)]
+        later = [asyncio.create_task(batcher.ground(pairs[:1], count)) for count in (1, 3, 50)]
         await asyncio.sleep(0)
         held.asked.clear()
         held.let.set()
@@ -117,7 +117,7 @@ def test_failing_pair_does_not_fail_others_in_its_batch(offline: Grounder, pairs
 
     async def ask() -> list[Any]:
         batcher = Batcher(held, BatchOptions(batch_size=8))
-        tasks = [asyncio.create_task(batcher.ask([pair], 5)) for pair in pairs[:4]]
+        tasks = [asyncio.create_task(batcher.ground([pair], 5)) for pair in pairs[:4]]
         await asyncio.to_thread(held.busy.wait, 30)
         held.let.set()
         found = await asyncio.gather(*tasks, return_exceptions=True)
@@ -136,16 +136,16 @@ def test_failing_pair_does_not_fail_others_in_its_batch(offline: Grounder, pairs
 def test_full_queue_returns_429_with_retry_after(held: Held, pairs: list[Any]) -> None:
     async def ask() -> HttpError:
         batcher = Batcher(held, BatchOptions(batch_size=2, queue_size=4))
-        await batcher.ask(pairs[:1], 5)
+        await batcher.ground(pairs[:1], 5)
         held.let.clear()
         held.busy.clear()
-        running = asyncio.create_task(batcher.ask(pairs[:1], 5))
+        running = asyncio.create_task(batcher.ground(pairs[:1], 5))
         await asyncio.to_thread(held.busy.wait, 30)
-        waiting = asyncio.create_task(batcher.ask(pairs[:3], 5))
+        waiting = asyncio.create_task(batcher.ground(pairs[:3], 5))
         await asyncio.sleep(0)
         assert batcher.depth == 3
         with raises(HttpError, "queue_full", 3, 4, 2) as refused:
-            await batcher.ask(pairs[:2], 5)
+            await batcher.ground(pairs[:2], 5)
         held.let.set()
         assert len(await waiting) == 3
         assert len(await running) == 1
@@ -161,9 +161,9 @@ def test_canceled_request_is_not_run(held: Held, pairs: list[Any]) -> None:
     async def ask() -> None:
         held.let.clear()
         batcher = Batcher(held, BatchOptions())
-        running = asyncio.create_task(batcher.ask(pairs[:1], 5))
+        running = asyncio.create_task(batcher.ground(pairs[:1], 5))
         await asyncio.to_thread(held.busy.wait, 30)
-        given_up = asyncio.create_task(batcher.ask(pairs[1:4], 5))
+        given_up = asyncio.create_task(batcher.ground(pairs[1:4], 5))
         await asyncio.sleep(0)
         given_up.cancel()
         await asyncio.gather(given_up, return_exceptions=True)
@@ -180,14 +180,14 @@ def test_closed_batcher_finishes_accepted_requests_only(held: Held, pairs: list[
     async def ask() -> None:
         held.let.clear()
         batcher = Batcher(held, BatchOptions(batch_size=2))
-        tasks = [asyncio.create_task(batcher.ask([pair], 5)) for pair in pairs[:5]]
+        tasks = [asyncio.create_task(batcher.ground([pair], 5)) for pair in pairs[:5]]
         await asyncio.to_thread(held.busy.wait, 30)
         closing = asyncio.create_task(asyncio.to_thread(batcher.close))
         held.let.set()
         await closing
         assert [len(answer) for answer in await asyncio.gather(*tasks)] == [1] * 5
         with raises(HttpError, "draining"):
-            await batcher.ask(pairs[:1], 5)
+            await batcher.ground(pairs[:1], 5)
 
     asyncio.run(ask())
 
@@ -197,7 +197,7 @@ def test_single_requests_do_not_wait_for_a_batch(held: Held, pairs: list[Any]) -
     async def ask() -> None:
         batcher = Batcher(held, BatchOptions(wait_ms=1000))
         for pair in pairs[:40]:
-            await batcher.ask([pair], 5)
+            await batcher.ground([pair], 5)
         batcher.close()
 
     asyncio.run(asyncio.wait_for(ask(), 20))
@@ -207,14 +207,14 @@ def test_concurrent_requests_are_batched_together(held: Held, pairs: list[Any]) 
     async def ask() -> None:
         batcher = Batcher(held, BatchOptions(wait_ms=1000))
         held.let.clear()
-        first = [asyncio.create_task(batcher.ask([pair], 5)) for pair in pairs[:3]]
+        first = [asyncio.create_task(batcher.ground([pair], 5)) for pair in pairs[:3]]
         await asyncio.sleep(0.05)
         held.let.set()
         await asyncio.gather(*first)
         held.asked.clear()
-        late = [asyncio.create_task(batcher.ask([pairs[0]], 5))]
+        late = [asyncio.create_task(batcher.ground([pairs[0]], 5))]
         await asyncio.sleep(0.02)
-        late += [asyncio.create_task(batcher.ask([pair], 5)) for pair in pairs[1:3]]
+        late += [asyncio.create_task(batcher.ground([pair], 5)) for pair in pairs[1:3]]
         await asyncio.gather(*late)
         batcher.close()
 
@@ -226,9 +226,9 @@ def test_concurrent_requests_are_batched_together(held: Held, pairs: list[Any]) 
 def test_batcher_do_runs_in_the_model_thread(held: Held) -> None:
     async def ask() -> tuple[str, BaseException]:
         batcher = Batcher(held, BatchOptions())
-        name = await batcher.do(lambda: threading.current_thread().name)
+        name = await batcher.run(lambda: threading.current_thread().name)
         with pytest.raises(ZeroDivisionError) as error:
-            await batcher.do(lambda: 1 // 0)
+            await batcher.run(lambda: 1 // 0)
         batcher.close()
         return name, error.value
 

@@ -1,4 +1,4 @@
-"""`runtime.service.middleware` and `connection`: who may ask, how much, and how slowly."""
+"""Keys, hosts, sizes and timeouts of requests (`runtime.service.middleware` and `h11_protocol`)."""
 
 from __future__ import annotations
 
@@ -232,15 +232,15 @@ def test_media_ticket_is_valid_for_one_video_and_time(locked: Running, monkeypat
     locked.request("DELETE", f"/v1/videos/SIM00001?ticket={ticket}").refused(401)
     keys = middleware.ApiKeys(KEY)
     scope = {"method": "GET", "path": path, "query_string": f"ticket={ticket}".encode()}
-    assert keys.let_in(scope, "")
+    assert keys.authorizes(scope, "")
     monkeypatch.setattr(time, "time", lambda: int(until) + 1)
-    assert not keys.let_in(scope, "")
+    assert not keys.authorizes(scope, "")
 
 
 def test_media_ticket_matches_the_decoded_path() -> None:
     keys = middleware.ApiKeys(KEY)
     path, _, query = keys.ticket(f"/v1/videos/{quote('50% of é', safe='')}/media").partition("?")
-    assert keys.let_in({"method": "GET", "path": unquote(path), "query_string": query.encode()}, "")
+    assert keys.authorizes({"method": "GET", "path": unquote(path), "query_string": query.encode()}, "")
 
 
 def test_disconnected_clients_free_their_connections(hurried: int, offline: Grounder) -> None:

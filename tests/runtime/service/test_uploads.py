@@ -1,4 +1,4 @@
-"""`runtime.service.uploads` and `forms`: what clients send is bounded, never run, and gone after a while."""
+"""Uploads are bounded in size, never executed, and expire (`runtime.service.uploads` and `multipart`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from runtime.core.video import ClipTiming
 from runtime.datasets.dataset import DataSet
 from runtime.service.http_errors import HttpError
 from runtime.service.multipart import read_form
-from runtime.service.uploads import UploadOptions, Uploads, read_features, shown_name, sniff_container, storing
+from runtime.service.uploads import UploadOptions, Uploads, display_name, read_features, sniff_container, storing
 from tests.raising import raises
 from tests.runtime.service.conftest import Running, form, npy
 from tests.runtime.service.test_app import alike
@@ -239,8 +239,8 @@ def test_sniff_container_rejects_playlists(start: bytes, tmp_path: Path) -> None
     ("given_name", "shown"),
     [("a.b", "a.b"), ("../../x", "x"), ("C:\\films\\x", "x"), ("a\nb\0", "a b"), ("", "video"), ("é" * 300, "é" * 100)],
 )
-def test_shown_name_is_one_short_line(given_name: str, shown: str) -> None:
-    assert shown_name(given_name) == shown
+def test_display_name_is_one_short_line(given_name: str, shown: str) -> None:
+    assert display_name(given_name) == shown
 
 
 def parse(body: bytes, kind: str, tmp_path: Path, step: int = 7) -> Any:
@@ -291,14 +291,14 @@ def test_malformed_form_is_rejected(body: bytes, kind: str, code: str, values: l
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Any:
-    return Uploads(UploadOptions(tmp_path / "uploads", total_bytes=1000, most=3, keep_s=60), ClipTiming())
+    return Uploads(UploadOptions(tmp_path / "uploads", total_bytes=1000, max_uploads=3, keep_s=60), ClipTiming())
 
 
 def fill(kept: Uploads, size: int, age: float = 0) -> Any:
     with kept.incoming() as upload:
-        kept.spend(upload, size)
+        kept.reserve(upload, size)
         (upload.directory / "file").write_bytes(bytes(size))
-        kept.keep(upload)
+        kept.add(upload)
     upload.used -= age
     return upload
 
@@ -339,7 +339,7 @@ def test_upload_removed_while_reading_is_unknown_video(kept: Uploads, tmp_path: 
     np.save(upload.features, FEATURES)
     upload.duration, upload.num_frames = 12.5, 328
     assert upload.load().duration == 12.5
-    kept.forget(upload)
+    kept.remove(upload)
     with raises(HttpError, "unknown_video", repr(upload.id)) as refused:
         upload.load()
     assert refused.value.status == 404
