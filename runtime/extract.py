@@ -1,4 +1,4 @@
-"""`python -m runtime.extract`: video files become clip features in the published layout."""
+"""`python -m runtime.extract`: extract clip features of video files into a data set directory."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from runtime.media.container import check_one_file
 from runtime.media.extraction import (
     BATCH_SIZE,
     FORMAT,
-    Extracted,
+    ExtractionRecord,
     check_length,
     extract_if_needed,
     extractor_key,
     hash_of,
-    read_note,
+    read_record,
 )
 from runtime.media.extractors import Extractor, open_extractor
 from runtime.media.video_file import VideoFile, probe
 
 log = logging.getLogger("drn")
 
-# Control characters of Unicode, and its line and paragraph separators.
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# Control characters, and the line and paragraph separators of Unicode.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def extract(
@@ -72,37 +72,36 @@ def extract(
         threads: number of CPU threads.
     """
     if not videos:
-        raise VideoFileError("No video was given; name the files to extract.", code="missing_option")
+        raise VideoFileError("No video was given. Name the video files to extract.", code="missing_option")
     if batch_size < 1:
-        raise GroundingError(f"--batch-size must be at least 1, and {batch_size} was given.", code="invalid_option")
+        raise GroundingError(f"Expected --batch-size of at least 1, got {batch_size}.", code="invalid_option")
     _check_names(videos, output)
     network = open_extractor(extractor, device, threads)
-    maker = extractor_key(network)
+    extractor_hash = extractor_key(network)
     check_writable(output / NOTES)
-    notes, names = _notes(output), {path.stem for path in videos}
-    _check_extractors(output, notes, names, maker)
-    hashes, footages = _probe_all(videos, output, notes, network, maker, partial)
+    records, names = _records(output), {path.stem for path in videos}
+    _check_extractors(output, records, names, extractor_hash)
+    hashes, video_files = _probe_all(videos, output, records, network, extractor_hash, partial)
     for path in videos:
-        target = output / FEATURE_DIRECTORY / f"{path.stem}.npy"
-        result = extract_if_needed(
+        record = extract_if_needed(
             path,
             network,
-            target,
+            output / FEATURE_DIRECTORY / f"{path.stem}.npy",
             hashes[path],
-            maker,
-            known=notes.get(path.stem),
+            extractor_hash,
+            known=records.get(path.stem),
             partial=partial,
             batch_size=batch_size,
             threads=threads,
-            footage=footages.get(path),
+            video_file=video_files.get(path),
         )
-        _note(output, path.stem, result, names)
+        _add_record(output, path.stem, record, names)
         print(
-            f"{path.stem}  {result.num_clips} clips of {network.manifest.dim} channels, {result.num_frames} frames, "
-            f"{result.duration:.2f} s"
+            f"{path.stem}  {record.num_clips} clips of {network.manifest.dim} channels, {record.num_frames} frames, "
+            f"{record.duration:.2f} s"
         )
     first = videos[0].stem
-    # A name that begins with a hyphen would be read as an option.
+    # As a separate word, a name that starts with a hyphen would be an option.
     video = (f"--video={first}",) if first.startswith("-") else ("--video", first)
     suggest_next_command("runtime.infer", "--model", "drn.onnx", "--data", output, *video, "--query", "a sentence")
     return output
@@ -111,12 +110,12 @@ def extract(
 def _probe_all(
     videos: Sequence[Path],
     output: Path,
-    notes: Mapping[str, Extracted],
+    records: Mapping[str, ExtractionRecord],
     network: Extractor,
-    maker: str,
+    extractor_hash: str,
     partial: bool,
 ) -> tuple[dict[Path, str], dict[Path, VideoFile]]:
-    """Look at every file before the first is extracted, which may take hours.
+    """Check every file before the first is extracted, which may take hours.
 
     Returns:
         The hash of each file, and the video files to extract.
@@ -126,115 +125,113 @@ def _probe_all(
     """
     hashes = {path: hash_of(path) for path in videos}
     clock = ClipTiming(network.manifest.window, network.manifest.stride)
-    footages: dict[Path, VideoFile] = {}
-    for path, content in hashes.items():
-        known = notes.get(path.stem)
-        if known is not None and known.video != content:
+    video_files: dict[Path, VideoFile] = {}
+    for path, video_hash in hashes.items():
+        known = records.get(path.stem)
+        if known is not None and known.video != video_hash:
             raise VideoFileError(
-                f"{output} holds another video called {excerpt(path.stem)} already; rename {path}, or choose "
+                f"{output} already contains another video with the name {excerpt(path.stem)}. Rename {path}, or choose "
                 "another --output.",
                 code="ambiguous_video_name",
             )
-        if known is None or not known.serves(content, maker, partial):
-            footages[path] = video_file = probe(path)
-            # A video that was cut off is short because of that.
-            video_file.check_whole(partial)
+        if known is None or not known.is_valid_for(video_hash, extractor_hash, partial):
+            video_files[path] = video_file = probe(path)
+            # A truncated video may be too short, so its damage is reported first.
+            video_file.check_undamaged(partial)
             check_length(video_file, clock)
         else:
             check_one_file(path)
-    return hashes, footages
+    return hashes, video_files
 
 
-def _notes(directory: Path) -> dict[str, Extracted]:
-    """Return what is known of the videos in a directory."""
+def _records(directory: Path) -> dict[str, ExtractionRecord]:
+    """Return the records of the videos in a directory."""
     path = directory / NOTES
     if not path.is_file():
         return {}
-    value = read_json(path, "notes on extracted videos")
+    value = read_json(path, "records of extracted videos")
     videos = value.get("videos") if isinstance(value, dict) and value.get("format") == FORMAT else None
     if not isinstance(videos, dict):
-        raise VideoFileError(f"{path} was changed since it was written; remove it.", code="digest_mismatch")
-    notes = {name: read_note(note, path) for name, note in videos.items()}
-    return {name: note for name, note in notes.items() if note is not None}
+        raise VideoFileError(f"{path} changed since it was written. Remove it.", code="digest_mismatch")
+    records = {name: read_record(item, path) for name, item in videos.items()}
+    return {name: record for name, record in records.items() if record is not None}
 
 
 def _check_names(videos: Sequence[Path], output: Path) -> None:
-    """Raise VideoFileError if a data set in `output` could not hold the names of the videos.
-
-    The code is `invalid_video_name`, or `ambiguous_video_name` where the features of two videos would be one file.
-    """
+    """Raise VideoFileError if a name is invalid (`invalid_video_name`) or not unique (`ambiguous_video_name`)."""
     fold = folded if merges_names(output) else str
-    called: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in videos:
-        if not is_file_name(path.stem) or _CONTROLS.search(path.stem):
+        if not is_file_name(path.stem) or _CONTROL_CHARACTERS.search(path.stem):
             raise VideoFileError(
-                f"The file {excerpt(path.name)} cannot give its video a name. Rename it, with at most "
-                f"{MAX_NAME_BYTES} bytes of UTF-8 before the ending, and no control character or line break.",
+                f"The file name {excerpt(path.name)} is not a valid name of a video. Rename the file, with at most "
+                f"{MAX_NAME_BYTES} bytes of UTF-8 before the suffix, and without control characters.",
                 code="invalid_video_name",
             )
         stem = fold(file_stem(path.stem))
-        if stem in called:
+        if stem in paths:
             raise VideoFileError(
-                f"{called[stem]} and {path} would both be called {excerpt(stem)} in {output}; rename one of them.",
+                f"{paths[stem]} and {path} would have the same name {excerpt(stem)} in {output}. Rename one of them.",
                 code="ambiguous_video_name",
             )
-        called[stem] = path
+        paths[stem] = path
     for name in _table(output / DURATIONS):
-        same = called.get(fold(file_stem(name)))
-        if same is not None and same.stem != name:
+        conflict = paths.get(fold(file_stem(name)))
+        if conflict is not None and conflict.stem != name:
             raise VideoFileError(
-                f"{output} holds a video called {excerpt(name)}, from which {excerpt(same.stem)} could not be "
-                f"distinguished. Rename {same}, or choose another --output.",
+                f"{output} contains a video {excerpt(name)}, whose files would be the same as those of "
+                f"{excerpt(conflict.stem)}. Rename {conflict}, or choose another --output.",
                 code="ambiguous_video_name",
             )
 
 
-def _check_extractors(directory: Path, notes: Mapping[str, Extracted], names: Set[str], maker: str) -> None:
-    """Raise VideoFileError (code `mixed_extractors`) if features of another extractor would stay in the directory.
+def _check_extractors(
+    directory: Path, records: Mapping[str, ExtractionRecord], names: Set[str], extractor_hash: str
+) -> None:
+    """Raise VideoFileError (code `mixed_extractors`) if features of another extractor would remain in the directory.
 
     Args:
-        directory: of the notes, for the message.
-        notes: by video.
+        directory: directory of the records, for the message.
+        records: records by video.
         names: videos whose features are replaced.
-        maker: `extractor_key`.
+        extractor_hash: `extractor_key`.
     """
-    others = sorted(name for name, note in notes.items() if note.extractor != maker and name not in names)
+    others = sorted(
+        name for name, record in records.items() if record.extractor != extractor_hash and name not in names
+    )
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise VideoFileError(
-            f"{directory} holds features of {excerpt(others[0])}{more} by another extractor, or by an earlier version "
-            "of this package. Choose another --output, remove the directory, or give the files of all its videos to "
-            "extract them again.",
+            f"{directory} contains features of {excerpt(others[0])}{more} from another extractor or an earlier version "
+            "of this package. Choose another --output, or give the files of all its videos to extract them again.",
             code="mixed_extractors",
         )
 
 
-def _note(directory: Path, name: str, found: Extracted, names: Set[str]) -> None:
-    """Add a video to the tables of the directory. The note comes last: with it, all the rest is there."""
-    # Several processes may fill one directory.
+def _add_record(directory: Path, name: str, record: ExtractionRecord, names: Set[str]) -> None:
+    """Add a video to the tables of the directory. The record is written last, when all other files are complete."""
+    # Several processes may write to one directory.
     with locked(directory, wait=True):
-        noted = _notes(directory)
-        _check_extractors(directory, noted, names, found.extractor)
+        records = _records(directory)
+        _check_extractors(directory, records, names, record.extractor)
         for table, value in (
-            (DURATIONS, found.duration),
-            ("Charades_fps_dict.json", f"{found.frame_rate:.6g}"),
-            (FRAMES, found.num_frames),
+            (DURATIONS, record.duration),
+            ("Charades_fps_dict.json", f"{record.frame_rate:.6g}"),
+            (FRAMES, record.num_frames),
         ):
             _merge(directory / table, name, value)
-        notes = {**noted, name: found}
+        records[name] = record
         write_json(
             directory / NOTES,
-            {"format": FORMAT, "videos": {key: note.to_dict() for key, note in sorted(notes.items())}},
+            {"format": FORMAT, "videos": {key: item.to_dict() for key, item in sorted(records.items())}},
         )
 
 
 def _table(path: Path) -> dict[str, Any]:
-    """Return a table of the directory, empty where there is none."""
+    """Return a table of the directory; empty if there is none."""
     table = read_json(path, "table of videos") if path.is_file() else {}
     if not isinstance(table, dict):
-        raise VideoFileError(
-            f"{path} should be a table of videos and is not; choose another --output.", code="unexpected_structure"
-        )
+        raise VideoFileError(f"{path} is not a table of videos. Choose another --output.", code="unexpected_structure")
     return table
 
 

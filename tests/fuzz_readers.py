@@ -50,7 +50,7 @@ from runtime.datasets.presets import PRESETS
 from runtime.datasets.qvhighlights import FORMAT as DATASET_FORMAT
 from runtime.grounding.grounder import Grounder
 from runtime.media.extraction import FORMAT as NOTE_FORMAT
-from runtime.media.extraction import Extracted, read_note
+from runtime.media.extraction import ExtractionRecord, read_record
 from runtime.triton import front
 from tests.fuzzing import Reader
 
@@ -106,7 +106,9 @@ def _plain() -> list[Reader]:
             lambda directory, path: FrontConfig.from_json(path.read_text("utf-8", "replace"), str(path)),
         ),
         Reader("benchmark-report", _report, lambda directory, path: read_report(path)),
-        Reader("extraction-note", _note, lambda directory, path: read_note(read_json(path, "note on features"), path)),
+        Reader(
+            "extraction-note", _note, lambda directory, path: read_record(read_json(path, "note on features"), path)
+        ),
         Reader("glove", _glove, _read_glove),
         Reader("engine-layers", _layers, _read_layers),
         Reader("triton-request", _triton_request, _read_triton_request),
@@ -459,7 +461,7 @@ def _report(directory: Path) -> list[Path]:
 
 
 def _note(directory: Path) -> list[Path]:
-    note = Extracted("0" * 64, "1" * 64, 12, 104, 24.0)
+    note = ExtractionRecord("0" * 64, "1" * 64, 12, 104, 24.0)
     (directory / "note.json").write_text(json.dumps({"format": NOTE_FORMAT, **dataclasses.asdict(note)}))
     return [directory / "note.json"]
 

@@ -1,3 +1,3 @@
-"""A corpus: millions of sentences and videos, grounded shard by shard on however many processes there are."""
+"""Ground millions of queries and videos in shards, on any number of processes."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read the clip features of a corpus: a data set, a directory of feature files, or Parquet."""
+"""Read the clip features of a corpus from a data set, a directory of feature files, or Parquet files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Union
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,18 +19,22 @@ from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import is_number
 from runtime.core.video import ClipTiming, Origin, Video, check_frame_rate
 from runtime.corpus.parquet_check import check_metadata
-from runtime.corpus.parquet_pages import unfolded_bytes
+from runtime.corpus.parquet_pages import decompressed_bytes
 from runtime.datasets.dataset import COUNTED_VIDEOS, DataSet, median_rate
 from runtime.datasets.feature_stores import HDF5_SUFFIXES, FeatureArchive, FeatureFiles
 from runtime.datasets.validation import check_distinct_names
 
 DURATIONS = "durations.json"
 PARQUET_SUFFIXES = (".parquet", ".pq")
-# Rows of a Parquet file that are unfolded at a time: more are not faster.
+# Rows of a Parquet file that are decoded at a time; larger batches are not faster.
 ROWS_AT_ONCE = 1
 
-# File, row group and row, of what lies in Parquet.
-Place = Union[tuple[int, int, int], None]
+# Columns of a Parquet file.
+REQUIRED_COLUMNS = ("video", "duration", "features")
+COLUMNS = ("duration", "num_frames", "features", "shape", "dtype")
+
+# File, row group and row of a video in Parquet files.
+Location = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,61 +42,63 @@ class VideoRef:
     """A video of a corpus.
 
     Attributes:
-        name: as queries call it.
-        place: where it lies; None where its name says so.
+        name: name in the queries.
+        location: location in Parquet files; None in other sources.
     """
 
     name: str
-    place: Place = None
+    location: Location | None = None
 
 
 class FeatureSource(Protocol):
-    """The features of many videos. Every process that grounds opens its own.
+    """The features of many videos. Every worker process opens its own source.
 
     Attributes:
-        kind: what it is, for people.
+        kind: name of the kind of source, for the manifest.
     """
 
     kind: str
 
     def listing(self) -> list[VideoRef]:
-        """Return every video, in the order in which they are best read."""
+        """Return every video, in the fastest order to read them."""
 
     def digest(self) -> str:
-        """Return what changes when other videos, lengths or files are listed; the features themselves are not read."""
+        """Return a digest of the listed videos, their durations and files, but not of the features."""
 
     def stamp(self, video: VideoRef) -> str:
-        """Return what changes when the features of a video do, 16 hexadecimal digits; of samples, so that a million
-        videos can be compared. Empty where there are no features."""
+        """Return 16 hexadecimal digits that change with the features of a video; empty if there are no features.
+
+        Stamps are computed from samples of the files, so that the stamps of a million videos can be compared.
+        """
 
     def shared_file(self, video: VideoRef) -> Path | None:
-        """Return the file that holds the features of this video and of others, whose stamp is that of all of them;
-        None if a video has a file of its own."""
+        """Return the file that contains the features of this and other videos, which then have one stamp; else None."""
 
     def load(self, videos: Sequence[VideoRef], clock: ClipTiming) -> Iterator[Video | str]:
-        """Yield each video when it is asked for, or a sentence that says why it cannot be had."""
+        """Yield each video, or the reason why it cannot be loaded. Videos are read when they are consumed."""
 
 
 def open_source(path: Path) -> FeatureSource:
-    """Return the features in a data set, a directory of feature files with `durations.json`, or in Parquet.
+    """Open the features of a corpus: a data set, a directory of feature files with `durations.json`, or Parquet.
 
     Raises:
-        AnnotationError, FeatureError: it is none of these, or its tables are malformed.
+        AnnotationError, FeatureError: the path is none of these, or its tables are malformed.
+        DeviceError: pyarrow is not installed.
     """
     if path.suffix in PARQUET_SUFFIXES and path.is_file():
         return ParquetSource([path])
     if not path.is_dir():
-        wrong = "cannot be the features of a corpus" if path.exists() else "does not exist"
         raise FeatureError(
-            f"{path} {wrong}; give a data set, a directory of feature files with {DURATIONS}, or Parquet.",
+            f"{path} {'is not a source of features' if path.exists() else 'does not exist'}. Give a data set, a "
+            f"directory of feature files with {DURATIONS}, or Parquet files.",
             code="unknown_feature_store" if path.exists() else "missing_file",
         )
-    parquet = sorted(result for suffix in PARQUET_SUFFIXES for result in path.glob(f"*{suffix}"))
-    archives = sorted(result for suffix in HDF5_SUFFIXES for result in path.glob(f"*{suffix}"))
+    parquet = sorted(file for suffix in PARQUET_SUFFIXES for file in path.glob(f"*{suffix}"))
+    archives = sorted(file for suffix in HDF5_SUFFIXES for file in path.glob(f"*{suffix}"))
     if (path / DURATIONS).is_file() and (parquet or archives):
         raise FeatureError(
-            f"{path} holds features in {(parquet or archives)[0].name} and lengths of feature files in {DURATIONS}. "
-            "Move one of them to a directory of its own.",
+            f"{path} contains features in {(parquet or archives)[0].name} and durations of feature files in "
+            f"{DURATIONS}. Move one of them to another directory.",
             code="ambiguous_features",
         )
     if parquet:
@@ -116,7 +122,7 @@ class DataSetSource:
     def digest(self) -> str:
         data = self._data_set
         parts: list[Any] = [data.durations, data.num_frames]
-        # What else decides the times of moments, where it does.
+        # Clip timing is added only if times depend on it, so that digests of earlier versions stay valid.
         clock, spread = data.preset.features.clock, data.preset.spread
         if spread or data.durations.keys() - data.num_frames.keys():
             parts.append({"window": clock.window, "stride": clock.stride, "spread": spread})
@@ -137,8 +143,11 @@ class DataSetSource:
 
 
 class DirectorySource:
-    """`VIDEO.npy`, `.npz` or `.pt` files and `durations.json`, which maps each to seconds, or to `{"duration": seconds,
-    "num_frames": N}`; frames that are not given are counted from the clips."""
+    """`VIDEO.npy`, `.npz` or `.pt` files with `durations.json`.
+
+    The table maps each video to its duration in seconds, or to `{"duration": seconds, "num_frames": N}`. Missing frame
+    counts are estimated from the number of clips.
+    """
 
     kind = "directory"
 
@@ -147,19 +156,19 @@ class DirectorySource:
         table = read_json(root / DURATIONS, "lengths of the videos")
         if not isinstance(table, dict) or not table:
             raise AnnotationError(
-                f'{root / DURATIONS} should map videos to seconds, {{"VIDEO": 30.96}}, and does not.',
+                f'{root / DURATIONS} is not a table of durations. Write seconds by video, {{"VIDEO": 30.96}}.',
                 code="unexpected_structure",
             )
         check_distinct_names(table, str(root / DURATIONS))
-        self._table, self._lengths = root / DURATIONS, table
+        self._path, self._table = root / DURATIONS, table
         self._usual_rate: float | None = None
         self._origin = Origin(f"Correct num_frames in {DURATIONS}, or use features with this clip timing.")
 
     def listing(self) -> list[VideoRef]:
-        return [VideoRef(name) for name in sorted(self._lengths)]
+        return [VideoRef(name) for name in sorted(self._table)]
 
     def digest(self) -> str:
-        return json_digest(self._lengths)
+        return json_digest(self._table)
 
     def stamp(self, video: VideoRef) -> str:
         return _stamp(functools.partial(self._store.stamp, video.name))
@@ -180,22 +189,25 @@ class DirectorySource:
         return video
 
     def _length(self, name: str) -> tuple[float, int | None]:
-        return _length(self._lengths[name], f"{self._table}: {excerpt(name)}")
+        return _length(self._table[name], f"{self._path}: {excerpt(name)}")
 
     def _rates(self, clock: ClipTiming) -> Iterator[float]:
-        """Yield the frames per second of the videos that can be read."""
-        for name in self._lengths:
+        """Yield the frame rates of the videos that can be read."""
+        for name in self._table:
             with contextlib.suppress(GroundingError, ZeroDivisionError):
                 duration, num_frames = self._length(name)
                 yield (num_frames or clock.num_frames(self._store.num_clips(name))) / duration
 
 
 class ParquetSource:
-    """Parquet files, a row for each video: `video`, `duration`, perhaps `num_frames`, and `features`.
+    """Parquet files with one row per video: `video`, `duration`, optionally `num_frames`, and `features`.
 
-    Features are a list of clips, each a list of D floats; or D floats after D floats in one list or in bytes (little
-    endian), with a column `shape`, [num_clips, D], and for bytes perhaps `dtype` (float32 where it is not given); or a
-    tensor as Ray Data writes it.
+    Features are a list of clips, each a list of D floats; or all floats in one list or in little-endian bytes, with a
+    column `shape`, [num_clips, D], and for bytes optionally `dtype` (default: float32); or a tensor as Ray Data writes
+    it.
+
+    Args:
+        files: the files, in order.
     """
 
     kind = "Parquet"
@@ -205,8 +217,8 @@ class ParquetSource:
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise DeviceError(
-                f"Parquet needs pyarrow, which cannot be imported ({error}); "
-                "run `pip install '.[corpus]'` in the drn-deploy directory.",
+                f"pyarrow, which reads Parquet, cannot be imported ({error}). Run `pip install '.[corpus]'` in the "
+                "drn-deploy directory.",
                 code="missing_library",
             ) from error
         check_metadata(files)
@@ -223,7 +235,7 @@ class ParquetSource:
                 kind = file.schema_arrow.field("video").type
                 if pa.types.is_nested(kind):
                     raise AnnotationError(
-                        f"{path}: the column video holds values of type {kind}. Write the names of the videos as text.",
+                        f"{path}: expected text in the column video, got {kind}. Write the names of the videos.",
                         code="invalid_video_name",
                     )
                 for group in range(file.num_row_groups):
@@ -231,46 +243,46 @@ class ParquetSource:
                     for row, name in enumerate(self._names(number, group)):
                         if not isinstance(name, str) or not name:
                             raise AnnotationError(
-                                f"{path}: a video is called {excerpt(name)}; every row names its video.",
+                                f"{path}: expected the name of a video in every row, got {excerpt(name)}.",
                                 code="invalid_video_name",
                             )
                         if name in seen:
                             raise AnnotationError(
-                                f"{path}: {excerpt(name)} is in two rows; remove one of them.",
+                                f"{path}: two rows have the video {excerpt(name)}. Remove one of them.",
                                 code="ambiguous_video_name",
                             )
                         seen.add(name)
                         listed.append(VideoRef(name, (number, group, row)))
         if not listed:
-            raise AnnotationError(f"{self._files[0]} holds no row.", code="empty_file")
+            raise AnnotationError(f"{self._files[0]} has no rows. Give a file with videos.", code="empty_file")
         return listed
 
     def digest(self) -> str:
-        listed: list[Any] = []
+        files: list[Any] = []
         for number, path in enumerate(self._files):
             with self._opened(number) as file:
-                listed.append([path.name, path.stat().st_size, file.metadata.num_rows])
-        return json_digest([listed, [video.name for video in self.listing()]])
+                files.append([path.name, path.stat().st_size, file.metadata.num_rows])
+        return json_digest([files, [video.name for video in self.listing()]])
 
     def stamp(self, video: VideoRef) -> str:
-        return _stamp(functools.partial(content_stamp, self._files[_part(video.place)[0]]))
+        return _stamp(functools.partial(content_stamp, self._files[_location(video)[0]]))
 
     def shared_file(self, video: VideoRef) -> Path | None:
-        return self._files[_part(video.place)[0]]
+        return self._files[_location(video)[0]]
 
     def load(self, videos: Sequence[VideoRef], clock: ClipTiming) -> Iterator[Video | str]:
-        for (number, group), chosen in itertools.groupby(videos, key=lambda video: _part(video.place)):
-            names = {_row(video.place): video.name for video in chosen}
+        for (number, group), chosen in itertools.groupby(videos, key=lambda video: _location(video)[:2]):
+            names = {_location(video)[2]: video.name for video in chosen}
             try:
                 rows = self._rows(number, group, sorted(names))
                 for row, values in rows:
-                    yield _load_or_error(functools.partial(_unfolded, values, names.pop(row), clock, self._origin))
-            # A page holds many rows, and a damaged one leaves none of them.
+                    yield _load_or_error(functools.partial(_video_of_row, values, names.pop(row), clock, self._origin))
+            # A page contains many rows, so that damage affects all rows that follow.
             except FeatureError as error:
                 yield from (f"{excerpt(name)} cannot be read: {error}" for _, name in sorted(names.items()))
 
     def _rows(self, number: int, group: int, rows: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the values of rows of a row group by column, in order; FeatureError where the file is damaged."""
+        """Yield the values of rows of a row group by column, in order; FeatureError if the file is damaged."""
         with self._opened(number) as file:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
             self._check_group(file, number, group, columns)
@@ -290,26 +302,26 @@ class ParquetSource:
         return reading(self._files[number], "a Parquet file", FeatureError, "copy it or write it again")
 
     def _check_group(self, file: Any, number: int, group: int, columns: Sequence[str]) -> None:
-        """Raise FeatureError unless what these columns of a row group unfold to is in proportion to their size."""
+        """Raise FeatureError if columns of a row group decompress to far more bytes than they take in the file."""
         path = self._files[number]
         with self._reading(number), open(path, "rb") as stream:
-            about = file.metadata.row_group(group)
-            for index in range(about.num_columns if about.num_rows else 0):
-                column = about.column(index)
+            metadata = file.metadata.row_group(group)
+            for index in range(metadata.num_columns if metadata.num_rows else 0):
+                column = metadata.column(index)
                 if column.path_in_schema.split(".")[0] in columns:
-                    unfolded = unfolded_bytes(stream, column)
-                    check_unfolded(f"{path}: {column.path_in_schema}", unfolded, column.total_compressed_size)
+                    size = decompressed_bytes(stream, column)
+                    check_unfolded(f"{path}: {column.path_in_schema}", size, column.total_compressed_size)
 
     @contextlib.contextmanager
     def _opened(self, number: int) -> Iterator[Any]:
         with self._reading(number):
             file = self._file(number)
         with file:
-            missing = [name for name in NEEDED if name not in file.schema_arrow.names]
+            missing = [name for name in REQUIRED_COLUMNS if name not in file.schema_arrow.names]
             if missing:
                 raise AnnotationError(
-                    f"{self._files[number]} lacks the column {excerpt(missing[0])}; video, duration and features are "
-                    "expected, and perhaps num_frames, shape and dtype.",
+                    f"{self._files[number]} lacks the column {excerpt(missing[0])}. Write the columns video, duration "
+                    "and features, and optionally num_frames, shape and dtype.",
                     code="missing_columns",
                 )
             yield file
@@ -320,17 +332,14 @@ class ParquetSource:
         )
 
     def _names(self, number: int, group: int) -> Iterator[Any]:
-        """Yield the names in a row group, which stay indices until then: a dictionary repeats long ones for nothing."""
+        """Yield the names in a row group. As a dictionary column, repeated names take memory only once."""
         with self._reading(number), self._file(number, read_dictionary=["video"]) as file:
             names = file.read_row_group(group, columns=["video"]).column("video")
             yield from (name.as_py() for name in names)
 
 
-NEEDED = ("video", "duration", "features")
-COLUMNS = ("duration", "num_frames", "features", "shape", "dtype")
-
-
 def _stamp(stamp: Callable[[], tuple[Any, ...]]) -> str:
+    """Return a digest of a stamp; empty if the features cannot be read."""
     try:
         return json_digest(stamp())[:16]
     except DeviceError:
@@ -339,22 +348,17 @@ def _stamp(stamp: Callable[[], tuple[Any, ...]]) -> str:
         return ""
 
 
-def _part(location: Place) -> tuple[int, int]:
-    assert location is not None
-    return location[0], location[1]
+def _location(video: VideoRef) -> Location:
+    assert video.location is not None
+    return video.location
 
 
-def _row(location: Place) -> int:
-    assert location is not None
-    return location[2]
-
-
-def _unfolded(values: dict[str, Any], name: str, clock: ClipTiming, origin: Origin) -> Video:
+def _video_of_row(values: dict[str, Any], name: str, clock: ClipTiming, origin: Origin) -> Video:
     row = f"The row of {excerpt(name)}"
     with reading(row, "a video with its features", FeatureError, "write the row again"):
-        length, frames = _length({key: _plain(values, key) for key in ("duration", "num_frames")}, row)
+        duration, frames = _length({key: _plain(values, key) for key in ("duration", "num_frames")}, row)
         features = _features(values, name)
-    return Video(features, clock.num_frames(len(features)) if frames is None else frames, length, name, origin)
+    return Video(features, clock.num_frames(len(features)) if frames is None else frames, duration, name, origin)
 
 
 def _features(values: dict[str, Any], name: str) -> np.ndarray:
@@ -363,31 +367,32 @@ def _features(values: dict[str, Any], name: str) -> np.ndarray:
 
     cell = values["features"]
     if not cell.is_valid:
-        raise FeatureError(f"The row of {excerpt(name)} has no features.")
+        raise FeatureError(f"The row of {excerpt(name)} has no features. Write the row again.", code="missing_features")
     shape, dtype = _plain(values, "shape"), _plain(values, "dtype")
-    # Tensors are known by their extension where it is loaded, and by what they are stored as elsewhere.
+    # Without their extension, tensors have the type that they are stored as.
     if isinstance(cell.type, pa.BaseExtensionType):
         shape, cell = getattr(cell.type, "shape", shape), cell.value
     if pa.types.is_struct(cell.type) and {"data", "shape"} <= {field.name for field in cell.type}:
         cell, shape = cell["data"], _plain(cell, "shape")
     try:
         numbers, clips = _numbers(cell, dtype)
-        return numbers.reshape(clips, -1) if shape is None and clips else numbers.reshape(_two(shape))
+        return numbers.reshape(clips, -1) if shape is None and clips else numbers.reshape(_checked_shape(shape))
     except (TypeError, ValueError) as error:
         raise FeatureError(
-            f"The features of {excerpt(name)} are no (num_clips, D) floats: {one_line(error)}.", code="wrong_array"
+            f"Expected (num_clips, D) floats as features of {excerpt(name)}: {one_line(error)}. Write the row again.",
+            code="wrong_array",
         ) from error
 
 
 def _plain(values: Any, key: str) -> Any:
-    """Return the number, text or short list under a name; None where there is none."""
+    """Return the number, text or short list of a column; None if it has no value."""
     try:
         cell = values[key]
     except KeyError:
         return None
     items = _items(cell)
     if items is not None and len(items) > MAX_AXES:
-        raise ValueError(f"{key} holds {len(items)} values")
+        raise ValueError(f"{key} has {len(items)} values")
     return cell.as_py()
 
 
@@ -397,45 +402,47 @@ def _items(cell: Any) -> Any:
     return None if callable(items) else items
 
 
-def _two(shape: Any) -> tuple[int, int]:
+def _checked_shape(shape: Any) -> tuple[int, int]:
     if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
-        raise ValueError(f"a column `shape` should hold [num_clips, D], and holds {shape}")
+        raise ValueError(f"expected [num_clips, D] in the column shape, got {shape}")
     return shape[0], shape[1]
 
 
 def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
-    """Return all numbers of a cell, and how many clips they are, 0 where the cell does not say."""
+    """Return all numbers of a cell, and the number of clips; 0 if the cell has no structure."""
     import pyarrow as pa
 
     if pa.types.is_binary(cell.type) or pa.types.is_large_binary(cell.type):
         kind = dtype or "float32"
         if kind not in ("float16", "float32", "float64"):
-            raise ValueError(f"bytes are of float16, float32 or float64, and {excerpt(kind)} was given")
+            raise ValueError(f"expected a dtype of float16, float32 or float64, got {excerpt(kind)}")
         return np.frombuffer(cell.as_buffer(), np.dtype(kind).newbyteorder("<")), 0
     inner, clips = _items(cell), 0
     if inner is not None and hasattr(inner.type, "value_type"):
-        lengths = inner.value_lengths().unique()
-        if len(lengths) != 1 or lengths.null_count:
-            raise ValueError(f"all clips should have as many features, and have {lengths[:5].to_pylist()}")
+        widths = inner.value_lengths().unique()
+        if len(widths) != 1 or widths.null_count:
+            raise ValueError(f"expected clips of one feature width, got {widths[:5].to_pylist()}")
         inner, clips = inner.flatten(), len(inner)
     if inner is None or not pa.types.is_floating(inner.type):
         raise ValueError(f"they are {cell.type}")
     return inner.to_numpy(zero_copy_only=False), clips
 
 
-def _length(value: Any, location: str) -> tuple[float, int | None]:
-    """Return a duration in seconds and a frame count, None where it is not given; checked by `Video`."""
+def _length(value: Any, source: str) -> tuple[float, int | None]:
+    """Return a duration in seconds, and a frame count or None; `Video` checks their range."""
     row: Any = value if isinstance(value, dict) else {"duration": value}
     duration, num_frames = row.get("duration"), row.get("num_frames")
     if not is_number(duration) or not (num_frames is None or (is_number(num_frames) and num_frames == int(num_frames))):
         raise AnnotationError(
-            f"{location} should have seconds and perhaps frames, and has {excerpt(duration)} and {excerpt(num_frames)}."
+            f"{source}: expected a duration in seconds and optionally a frame count, got {excerpt(duration)} and "
+            f"{excerpt(num_frames)}.",
+            code="malformed_row",
         )
     return float(duration), None if num_frames is None else int(num_frames)
 
 
 def _load_or_error(load: functools.partial[Video]) -> Video | str:
-    """Return a video, or why it cannot be had. What the machine lacks is no fault of the video's."""
+    """Return a video, or the reason why it cannot be loaded. Errors of the machine are raised."""
     try:
         return load()
     except DeviceError:

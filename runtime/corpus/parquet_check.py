@@ -1,8 +1,7 @@
-"""Walk the metadata of Parquet files in a process of its own, because damaged metadata makes libarrow abort.
+"""Read the metadata of Parquet files in another process first, because libarrow aborts on some damaged metadata.
 
-Of 6,000 damaged files five ended the process with an uncaught C++ exception in `row_group(...).column(...)`
-(pyarrow 26.0; `python -m tests.fuzzing --reader parquet-flat --seed 1044`). The check costs one start of pyarrow for
-each source, and the metadata is read once more.
+Five of 6,000 damaged files ended the process with an uncaught C++ exception in `row_group(...).column(...)`
+(pyarrow 26.0; `python -m tests.fuzzing --reader parquet-flat --seed 1044`). The check starts pyarrow once per source.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from typing import Any
 
 from runtime.core.errors import FeatureError
 
-# For the start of pyarrow, and for each file: metadata is read in milliseconds.
+# Time to start pyarrow, and time per file, whose metadata is read in milliseconds.
 START_TIMEOUT_S, FILE_TIMEOUT_S = 60.0, 2.0
 
 
 def check_metadata(files: Sequence[Path]) -> None:
     """Raise FeatureError if reading the metadata of a Parquet file ends the process that reads it.
 
-    Python exceptions are left to the caller, who meets them again and reports them.
+    Files that raise a Python exception pass, because the caller gets the same exception and reports it.
     """
     timeout = START_TIMEOUT_S + FILE_TIMEOUT_S * len(files)
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "runtime.corpus.parquet_check"],
             input=json.dumps([os.fsencode(path).hex() for path in files]).encode(),
             stdout=subprocess.PIPE,
@@ -38,20 +37,21 @@ def check_metadata(files: Sequence[Path]) -> None:
             timeout=timeout,
             check=False,
         )
-        begun, ended = done.stdout.split(), f"exit status {done.returncode}"
-        if done.returncode == 0:
+        started, end = result.stdout.split(), f"exit status {result.returncode}"
+        if result.returncode == 0:
             return
     except subprocess.TimeoutExpired as error:
-        begun, ended = (error.stdout or b"").split(), f"no end after {timeout:g} s"
-    file = files[int(begun[-1])] if begun else files[0]
+        started, end = (error.stdout or b"").split(), f"a timeout after {timeout:g} s"
+    file = files[int(started[-1])] if started else files[0]
     raise FeatureError(
-        f"{file} should be a Parquet file, and reading its metadata ended with {ended}; copy it or write it again."
+        f"Reading the metadata of {file} ended with {end}. Copy the Parquet file or write it again.",
+        code="damaged_file",
     )
 
 
-def _walk() -> None:
+def _read_all() -> None:
     """Read the metadata of the files named on standard input; print the index of each before it is opened."""
-    # What is expected here leaves no core file. Not every system has such limits.
+    # An abort is expected here and must not leave a core file. Some systems have no such limit.
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -73,4 +73,4 @@ def _read_metadata(file: Any) -> None:
 
 
 if __name__ == "__main__":
-    _walk()
+    _read_all()

@@ -11,19 +11,19 @@ from runtime.core.io.input_files import check_file
 from runtime.core.io.text_files import parse_json, read_lines
 
 Qid = Union[int, str]
-# Integers of a Parquet column.
-LARGEST_INTEGER = 2**63 - 1
+# Largest integer of a Parquet column.
+MAX_INTEGER = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A sentence of the file of queries.
+    """A row of the file of queries.
 
     Attributes:
-        line: its number in the file, from 1.
-        qid: its own name, or the line.
-        query: the sentence, as written.
-        video: which video it is about; None for every video.
+        line: line number, from 1.
+        qid: identifier of the query; by default its line number.
+        query: the sentence.
+        video: name of its video; None for all videos.
     """
 
     line: int
@@ -33,13 +33,14 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Return the rows of a JSONL file: `{"query", "vid", "qid"}`, of which the sentence alone is needed.
+    """Read a JSONL file with the keys `query`, `vid` and `qid`.
 
-    Without `vid` a sentence is asked of every video, and without `qid` it is called by its line. Other keys are left
-    alone, so that the annotations of QVHighlights are such a file.
+    A query without `vid` is grounded in all videos, and the default of `qid` is the line number. Other keys are
+    ignored, so that the annotations of QVHighlights are a valid file.
 
     Raises:
-        AnnotationError: the file is missing or empty, or a row is malformed or named as another one.
+        AnnotationError: the file is missing, a row is malformed, or two rows have the same `qid`.
+        QueryError: the file is empty.
     """
     check_file(path, "The file of queries", AnnotationError)
     questions: list[Question] = []
@@ -48,39 +49,40 @@ def read_questions(path: Path) -> list[Question]:
         question = _question(text, number, f"{path}, line {number}")
         if seen.setdefault(question.qid, number) != number:
             raise AnnotationError(
-                f"{path}, line {number}: the qid {excerpt(question.qid)} is that of line {seen[question.qid]} too; "
-                "every query has its own (a row without one is called by its line).",
+                f"{path}, line {number}: line {seen[question.qid]} has the same qid {excerpt(question.qid)}. Use "
+                "unique qids; the default of a row without one is its line number.",
                 code="duplicate_query",
             )
         questions.append(question)
     if not questions:
         raise QueryError(
-            f'{path} is empty; a row a line is expected: {{"query": "person opens the door"}}.', code="empty_file"
+            f'{path} is empty. Write one JSON object per line, {{"query": "person opens the door"}}.', code="empty_file"
         )
     return questions
 
 
-def _question(text: str, number: int, location: str) -> Question:
-    row: Any = parse_json(text, location, advice="correct the line")
+def _question(text: str, number: int, source: str) -> Question:
+    row: Any = parse_json(text, source, advice="correct the line")
     if not isinstance(row, dict) or not isinstance(row.get("query"), str):
         raise AnnotationError(
-            f'{location}: a JSON object with a sentence is expected, {{"query": "person opens the door"}}.',
+            f'{source}: expected a JSON object with a query, {{"query": "person opens the door"}}.',
             code="malformed_row",
         )
     if "video" in row and "vid" not in row:
-        # As the HTTP API calls it: left alone, the sentence would be asked of every video.
+        # The HTTP API has the key `video`. If it were ignored, the query would be grounded in all videos.
         raise AnnotationError(
-            f"{location}: the video of a sentence is called vid here, not video; rename the key.", code="malformed_row"
+            f"{source}: expected the name of the video as vid, got video. Rename the key.", code="malformed_row"
         )
     video, qid = row.get("vid"), row.get("qid", number)
     if video is not None and not isinstance(video, str):
         raise AnnotationError(
-            f"{location}: vid should be the name of a video, or be left out, and is {excerpt(video)}.",
+            f"{source}: expected the name of a video as vid, got {excerpt(video)}. Correct it, or leave it out for all "
+            "videos.",
             code="malformed_row",
         )
     if not isinstance(qid, (int, str)) or isinstance(qid, bool):
         raise AnnotationError(
-            f"{location}: qid should be a number or text, and is {excerpt(qid)}.", code="malformed_row"
+            f"{source}: expected an integer or text as qid, got {excerpt(qid)}.", code="malformed_row"
         )
     return Question(number, qid, row["query"], video)
 
@@ -90,10 +92,10 @@ def check_one_kind(questions: list[Question]) -> None:
     kinds = {type(question.qid) for question in questions}
     if len(kinds) > 1:
         raise GroundingError(
-            "A Parquet column holds numbers or text, and these queries have qids of both kinds; write --format jsonl.",
+            "The queries have integers and texts as qids, which a Parquet column cannot store. Pass --format jsonl.",
             code="unsupported_query_ids",
         )
-    if kinds == {int} and max(abs(int(question.qid)) for question in questions) > LARGEST_INTEGER:
+    if kinds == {int} and max(abs(int(question.qid)) for question in questions) > MAX_INTEGER:
         raise GroundingError(
-            "A qid is larger than a Parquet column can hold; write --format jsonl.", code="unsupported_query_ids"
+            "A qid exceeds the range of a Parquet column. Pass --format jsonl.", code="unsupported_query_ids"
         )

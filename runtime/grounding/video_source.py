@@ -123,11 +123,11 @@ def open_video_source(
         extractor = open_extractor(choice.extractor, device, threads)
         extractor.manifest.check_fits(features)
         opened = probe(path)
-        video = load_or_extract(path, extractor, partial=choice.partial, threads=threads, footage=opened)
+        video = load_or_extract(path, extractor, partial=choice.partial, threads=threads, video_file=opened)
         return VideoSource(video, video_file=opened)
     video_file = probe(path) if path else None
     if video_file:
-        video_file.check_whole(choice.partial)
+        video_file.check_undamaged(choice.partial)
     truths: Mapping[str, Sequence[tuple[float, float]]] = {}
     if choice.features is not None:
         assert choice.duration is not None

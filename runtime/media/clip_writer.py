@@ -1,9 +1,10 @@
-"""Moments as video files of their own: encoded again, so that they begin and end at a frame, not at a key frame."""
+"""Write moments of a video as mp4 files, encoded again so that they start and end at any frame."""
 
 from __future__ import annotations
 
 import contextlib
 import heapq
+import itertools
 import logging
 import os
 import re
@@ -24,65 +25,65 @@ from runtime.media.video_file import ROUNDING, VideoFile, frames_from
 
 log = logging.getLogger("drn")
 
-# The first that is there is taken. Quality before size: a clip is looked at, and is short. No B-frames: mp4 takes a
-# film's length from the order of decoding, which they shift by some frames, and where the rate varies these may last
-# seconds.
+# Encoders by preference, with options for high quality. B-frames are off: mp4 derives the duration from the decoding
+# order, which B-frames delay by some frames, and at a variable rate these may last seconds.
 ENCODERS = {
     "libx264": {"crf": "18", "preset": "fast", "bf": "0"},
     "libopenh264": {"rc_mode": "quality"},
     "mpeg4": {"qmin": "2", "qmax": "4"},
 }
-# Ticks a second, of every common frame rate a multiple to 10 microseconds; MPEG-4 takes no more than 65535.
+# Time base, a multiple of every common frame rate up to 10 microseconds; MPEG-4 supports at most 1/65535.
 CLOCK = Fraction(1, 60000)
-# Rates that AAC has, in samples a second; others become the first.
+# Sample rates of AAC in Hz. Audio of another rate is resampled to the first.
 AAC_RATES = (48000, 44100, 96000, 88200, 64000, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
-# Bits a second of a channel, at most so many of a sample: low rates have no use for more, and AAC refuses it.
+# Bit rate per channel, and maximum bits per sample, above which AAC encoders fail.
 AAC_BITS, AAC_SAMPLE_BITS = 96_000, 4
-# Sound whose time stamps differ by less than this many seconds from where the last ended goes on without a gap.
+# Maximum difference in seconds between a time stamp and the end of the previous samples that is not a gap.
 JITTER = 0.02
-# Sound is sought so much before where it is needed.
+# Audio is sought so many seconds before the start of a clip.
 LEAD = 0.5
-LONGEST_SLUG, LONGEST_SLUG_BYTES = 60, 160
-# File systems take names of up to 255 bytes, and a file that is being written has a longer one.
-MAX_NAME_LENGTH = 240
+MAX_SLUG_CHARS, MAX_SLUG_BYTES = 60, 160
+# File systems allow names of 255 bytes, and temporary names are longer than the final ones.
+MAX_NAME_BYTES = 240
+COLOR_PROPERTIES = ("colorspace", "color_primaries", "color_trc", "color_range")
 
 
 def clip_names(video: str, queries: Sequence[str]) -> list[str]:
-    """Return the file name of each query's clip: video, number, and the words that a name can contain."""
+    """Return the file name of each query's clip: name of the video, number, and words of the query."""
     digits = len(str(len(queries)))
     endings = [f"-{number:0{digits}}-{_slug(query)}.mp4" for number, query in enumerate(queries, 1)]
-    return [_shortened(video, MAX_NAME_LENGTH - len(ending.encode())) + ending for ending in endings]
+    return [_shortened(video, MAX_NAME_BYTES - len(ending.encode())) + ending for ending in endings]
 
 
 def _shortened(text: str, size: int) -> str:
-    """Return the first characters of a text, those that fit into `size` bytes."""
+    """Return the first characters of a text that fit into `size` bytes of UTF-8."""
     if len(os.fsencode(text)) <= size:
         return text
     return text.encode(errors="ignore")[:size].decode(errors="ignore")
 
 
 def _slug(text: str) -> str:
-    """Return letters and digits of any script, in lower case, with a hyphen between words."""
+    """Return letters and digits of any script in lower case, with a hyphen between words."""
     plain = unicodedata.normalize("NFC", text).lower()
     words = re.sub(r"[^\w]+|_", "-", re.sub(r"(?<=\w)['’](?=\w)", "", plain)).strip("-")
-    return _shortened(words[:LONGEST_SLUG], LONGEST_SLUG_BYTES).rstrip("-") or "moment"
+    return _shortened(words[:MAX_SLUG_CHARS], MAX_SLUG_BYTES).rstrip("-") or "moment"
 
 
 def check_encoder() -> str:
-    """Return the name of the video encoder that clips are written with.
+    """Return the name of the video encoder for clips.
 
     Raises:
-        DeviceError: PyAV is missing, or has none of `ENCODERS`, or no AAC.
+        DeviceError: PyAV is not installed, or has none of `ENCODERS`, or no AAC.
     """
-    there = load_av().codec.codecs_available
-    result = next((name for name in ENCODERS if name in there), None)
-    if result is None or "aac" not in there:
+    available = load_av().codec.codecs_available
+    encoder = next((name for name in ENCODERS if name in available), None)
+    if encoder is None or "aac" not in available:
         raise DeviceError(
-            f"Clips are written as {' or '.join(ENCODERS)} with AAC, and this PyAV was built without; install PyAV "
-            "from PyPI: `pip install '.[video]'` in the drn-deploy directory.",
+            f"Expected PyAV with AAC and {' or '.join(ENCODERS)}, but this build lacks them. Install PyAV from PyPI: "
+            "`pip install '.[video]'` in the drn-deploy directory.",
             code="missing_codec",
         )
-    return result
+    return encoder
 
 
 def write_clips(
@@ -93,26 +94,26 @@ def write_clips(
     *,
     partial: bool = True,
 ) -> None:
-    """Write parts of a video as mp4 files, all of them or none: H.264 and AAC, upright, at the frames' own times.
+    """Write spans of a video as mp4 files, all of them or none: H.264 and AAC, upright, with the original frame times.
 
-    A part begins with the frame that is on at its start and ends with the last that begins before its end, at least
-    one.
+    A clip starts with the frame displayed at the start of its span and ends with the last frame that starts before its
+    end; it has at least one frame.
 
     Args:
-        video_file: what `probe` returned.
+        video_file: from `probe`.
         spans: starts and ends in seconds after the first frame.
-        outputs: the file of each.
-        threads: CPU threads; as many as FFmpeg likes when None.
-        partial: whether damaged frames are written as they are decoded.
+        outputs: one path per span.
+        threads: CPU threads; None leaves the number to FFmpeg.
+        partial: whether to accept damaged frames.
 
     Raises:
         DeviceError: there is no encoder.
-        VideoFileError: a part holds no frame that can be decoded, or a damaged one and `partial` is not set.
+        VideoFileError: a span has no frame that can be decoded, or a damaged one and `partial` is not set.
         OutputError: a file cannot be written.
     """
     encoder = check_encoder()
     if not encoder.endswith("264"):
-        log.warning("This PyAV has no H.264 encoder; clips are written as %s.", encoder)
+        log.warning("This PyAV has no H.264 encoder. Clips are written as %s.", encoder)
     with contextlib.ExitStack() as stack:
         for (start, end), output in zip(spans, outputs):
             temporary = stack.enter_context(atomic_write(output))
@@ -127,45 +128,42 @@ def _write(
     first = next(frames, None)
     if first is None:
         raise VideoFileError(
-            f"No frame of {video_file.path} can be decoded from {start:.1f} s on; copy or download it again."
+            f"No frame of {video_file.path} can be decoded from {start:.1f} s on. Copy or download it again.",
+            code="no_frames",
         )
-    sound = _AudioTrack(video_file, start, end)
+    audio = _AudioTrack(video_file, start, end)
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as clip:
-        pictures = _video_stream(clip, encoder, video_file, first, threads)
-        streams = [_timed(pictures, _chained(first, frames))]
-        if sound.rate:
-            voices = clip.add_stream("aac", rate=sound.rate)
-            voices.layout = sound.layout
-            voices.bit_rate = min(AAC_BITS, AAC_SAMPLE_BITS * sound.rate) * sound.channels
-            streams.append(_timed(voices, sound.frames()))
+        video_stream = _add_video_stream(clip, encoder, video_file, first, threads)
+        streams = [_timed(video_stream, itertools.chain([first], frames))]
+        if audio.rate:
+            audio_stream = clip.add_stream("aac", rate=audio.rate)
+            audio_stream.layout = audio.layout
+            audio_stream.bit_rate = min(AAC_BITS, AAC_SAMPLE_BITS * audio.rate) * audio.channels
+            streams.append(_timed(audio_stream, audio.frames()))
         for _, stream, frame in heapq.merge(*streams, key=lambda entry: entry[0]):
             clip.mux(stream.encode(frame))
         for stream in clip.streams:
             clip.mux(stream.encode())
 
 
-def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
-
-
 def _timed(stream: Any, frames: Iterator[Any]) -> Iterator[tuple[float, Any, Any]]:
+    """Yield the time of each frame in seconds, its stream, and the frame."""
     for frame in frames:
         yield float(frame.pts * frame.time_base), stream, frame
 
 
-def _video_stream(clip: Any, encoder: str, video_file: VideoFile, first: Any, threads: int | None) -> Any:
-    """Add a stream of pictures like `first`, with its colours and the shape of its pixels."""
+def _add_video_stream(clip: Any, encoder: str, video_file: VideoFile, first: Any, threads: int | None) -> Any:
+    """Add a stream for frames of the size and the colors of `first`."""
     rate = Fraction(video_file.frame_rate).limit_denominator(1001)
     stream = clip.add_stream(encoder, rate=rate, options=ENCODERS[encoder])
     stream.width, stream.height, stream.pix_fmt = first.width, first.height, "yuv420p"
     context = stream.codec_context
     context.time_base = CLOCK
-    # How long each frame stays on, without which the last has no end.
+    # Without durations of frames, the last frame has no end.
     context.flags |= load_av().codec.context.Flags.frame_duration
     if threads is not None:
         context.thread_count = threads
-    for name in ("colorspace", "color_primaries", "color_trc", "color_range"):
+    for name in COLOR_PROPERTIES:
         setattr(context, name, getattr(first, name))
     aspect = Fraction(video_file.pixel_aspect).limit_denominator(255)
     context.sample_aspect_ratio = 1 / aspect if video_file.quarter_turns % 2 else aspect
@@ -175,79 +173,80 @@ def _video_stream(clip: Any, encoder: str, video_file: VideoFile, first: Any, th
 def _frames_in_span(
     video_file: VideoFile, start: float, end: float, threads: int | None, partial: bool
 ) -> Iterator[tuple[float, float, Any]]:
-    """Yield seconds from `start` at which each frame comes on and goes off, and the frame."""
-    shown = None
-    last_off = max(end - start, 1 / video_file.frame_rate)
+    """Yield the times in seconds from `start` at which the display of each frame starts and ends, and the frame."""
+    current = None
+    last_end = max(end - start, 1 / video_file.frame_rate)
     for time, frame in frames_from(video_file, start, threads, partial=partial):
-        # Of those that come on before the start the last is on at it.
-        if shown is not None and time > start + ROUNDING:
-            over = time >= end - ROUNDING
-            yield max(shown[0] - start, 0.0), last_off if over else time - start, shown[1]
-            if over:
+        # The last frame before the start is displayed at the start.
+        if current is not None and time > start + ROUNDING:
+            is_last = time >= end - ROUNDING
+            yield max(current[0] - start, 0.0), last_end if is_last else time - start, current[1]
+            if is_last:
                 return
-        shown = time, frame
-    if shown is not None:
-        yield max(shown[0] - start, 0.0), last_off, shown[1]
+        current = time, frame
+    if current is not None:
+        yield max(current[0] - start, 0.0), last_end, current[1]
 
 
-def _upright(video_file: VideoFile, seen: Iterator[tuple[float, float, Any]]) -> Iterator[Any]:
-    """Yield frames as encoders take them: yuv420p of one even size, turned upright, with their times on `CLOCK`."""
+def _upright(video_file: VideoFile, timed_frames: Iterator[tuple[float, float, Any]]) -> Iterator[Any]:
+    """Yield upright yuv420p frames of one even size for the encoder, with their times on `CLOCK`."""
     av = load_av()
     size: dict[str, int] = {}
     last = -1
-    for on, off, frame in seen:
-        # Colours are in pairs of pixels.
+    for start, end, frame in timed_frames:
+        # yuv420p stores one color per 2 x 2 pixels.
         size = size or {"width": max(2, frame.width & ~1), "height": max(2, frame.height & ~1)}
         plain = frame.reformat(**size, format="yuv420p", interpolation="BICUBIC")
         if video_file.quarter_turns or video_file.mirrored:
-            planes = _turned(plain.to_ndarray(), video_file.quarter_turns, video_file.mirrored)
-            turned = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-            for name in ("colorspace", "color_primaries", "color_trc", "color_range"):
-                setattr(turned, name, getattr(plain, name))
-            plain = turned
+            planes = _rotated(plain.to_ndarray(), video_file.quarter_turns, video_file.mirrored)
+            rotated = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            for name in COLOR_PROPERTIES:
+                setattr(rotated, name, getattr(plain, name))
+            plain = rotated
         # The encoder chooses its own key frames.
         plain.pict_type = av.video.frame.PictureType.NONE
-        pts = max(round(on / CLOCK), last + 1)
+        pts = max(round(start / CLOCK), last + 1)
         plain.pts, plain.time_base, last = pts, CLOCK, pts
-        plain.duration = max(1, round(off / CLOCK) - pts)
+        plain.duration = max(1, round(end / CLOCK) - pts)
         yield plain
 
 
-def _turned(planes: np.ndarray, quarter_turns: int, mirrored: bool) -> np.ndarray:
-    """Return a yuv420p picture, (height * 3 / 2, width) uint8, mirrored and turned as by `upright`."""
+def _rotated(planes: np.ndarray, quarter_turns: int, mirrored: bool) -> np.ndarray:
+    """Return a yuv420p image, (height * 3 / 2, width) uint8, mirrored and rotated as by `upright`."""
     height, width = planes.shape[0] * 2 // 3, planes.shape[1]
     parts = planes[:height], *planes[height:].reshape(2, height // 2, width // 2)
-    turned = [upright(part, quarter_turns, mirrored) for part in parts]
-    return np.ascontiguousarray(np.concatenate([part.reshape(-1, turned[0].shape[1]) for part in turned]))
+    rotated = [upright(part, quarter_turns, mirrored) for part in parts]
+    return np.ascontiguousarray(np.concatenate([part.reshape(-1, rotated[0].shape[1]) for part in rotated]))
 
 
 class _AudioTrack:
-    """The sound of a part of a video, from its first sample to its last without a gap.
+    """The audio of a span of a video, without gaps.
 
     Attributes:
-        rate: samples a second as they will be encoded; 0 where there is no sound.
+        rate: sample rate of the output in Hz; 0 if there is no audio.
         layout: mono or stereo.
     """
 
     def __init__(self, video_file: VideoFile, start: float, end: float) -> None:
-        self._footage, self._start, self._end = video_file, start, end
+        self._video_file, self._start, self._end = video_file, start, end
         self.rate, self.layout = 0, ""
         with opened_container(video_file.path) as container:
             for stream in container.streams.audio[:1]:
                 if stream.codec_context is None or not stream.codec_context.sample_rate:
-                    log.warning("The sound of %s cannot be decoded here, and is left out.", video_file.path)
+                    log.warning("The audio of %s cannot be decoded and is omitted.", video_file.path)
                     continue
                 rate = stream.codec_context.sample_rate
                 self.rate = rate if rate in AAC_RATES else AAC_RATES[0]
-                # Surround is mixed down: a clip is for watching anywhere.
+                # Surround audio is mixed down, so that every player supports the clip.
                 self.layout = "mono" if stream.codec_context.layout.nb_channels == 1 else "stereo"
 
     @property
     def channels(self) -> int:
+        """Number of channels of the output."""
         return 1 if self.layout == "mono" else 2
 
     def frames(self) -> Iterator[Any]:
-        """Yield what is heard, with its times from the start of the part."""
+        """Yield audio frames for the encoder, with times from the start of the span."""
         av = load_av()
         done = 0
         for samples in self._joined():
@@ -257,48 +256,48 @@ class _AudioTrack:
             yield frame
 
     def _joined(self) -> Iterator[np.ndarray]:
-        """Yield (channels, samples) pieces that follow each other; silence fills what is missing."""
+        """Yield consecutive (channels, samples) pieces; gaps are filled with silence."""
         done, total = 0, round((self._end - self._start) * self.rate)
         for time, samples in self._decoded():
-            begin = round((time - self._start) * self.rate)
-            if done and abs(begin - done) < JITTER * self.rate:
-                begin = done
-            while done < min(begin, total):
-                # A long silence in pieces of a second.
-                piece = min(begin, total, done + self.rate) - done
-                yield np.zeros((self.channels, piece), np.float32)
-                done += piece
-            retained = samples[:, max(done - begin, 0) : max(total - begin, 0)]
-            if retained.shape[1]:
-                yield retained
-                done += retained.shape[1]
+            start = round((time - self._start) * self.rate)
+            if done and abs(start - done) < JITTER * self.rate:
+                start = done
+            while done < min(start, total):
+                # Long silence is yielded in pieces of a second.
+                silence = min(start, total, done + self.rate) - done
+                yield np.zeros((self.channels, silence), np.float32)
+                done += silence
+            piece = samples[:, max(done - start, 0) : max(total - start, 0)]
+            if piece.shape[1]:
+                yield piece
+                done += piece.shape[1]
             if done >= total:
                 return
 
     def _decoded(self) -> Iterator[tuple[float, np.ndarray]]:
-        """Yield seconds after the first picture, and (channels, samples) float32."""
+        """Yield seconds after the first video frame, and (channels, samples) float32."""
         av = load_av()
         resampler = av.AudioResampler(format="fltp", layout=self.layout, rate=self.rate)
-        with opened_container(self._footage.path) as container:
+        with opened_container(self._video_file.path) as container:
             stream = container.streams.audio[0]
             with contextlib.suppress(av.FFmpegError):
-                if self._start > LEAD and not self._footage.is_continued:
-                    clock = self._footage.start + self._start - LEAD
+                if self._start > LEAD and not self._video_file.is_continued:
+                    clock = self._video_file.start + self._start - LEAD
                     container.seek(int(clock / float(stream.time_base)), stream=stream)
             try:
                 for frame in self._frames(container, stream):
                     for plain in resampler.resample(frame):
                         if plain.pts is not None:
-                            yield float(plain.pts * plain.time_base) - self._footage.start, plain.to_ndarray()
+                            yield float(plain.pts * plain.time_base) - self._video_file.start, plain.to_ndarray()
             except av.FFmpegError as error:
-                log.warning("The sound of %s ends early: %s.", self._footage.path, error.strerror or error)
+                log.warning("The audio of %s ends early: %s.", self._video_file.path, error.strerror or error)
 
     def _frames(self, container: Any, stream: Any) -> Iterator[Any]:
-        """Yield the frames of a stream of sound, their time stamps corrected as those of the pictures are."""
-        correction = SoundShift(self._footage.parts, self._footage.tick)
+        """Yield the frames of an audio stream, with the time stamps corrected as those of the video stream."""
+        correction = SoundShift(self._video_file.parts, self._video_file.tick)
         for packet in container.demux(stream):
-            if self._footage.is_continued and packet.pts is not None:
-                shift = correction.of(packet.pts * float(packet.time_base))
+            if self._video_file.is_continued and packet.pts is not None:
+                shift = correction.shift_at(packet.pts * float(packet.time_base))
                 packet.pts += round(shift / float(packet.time_base))
                 packet.dts = packet.pts
             yield from packet.decode()

@@ -1,4 +1,4 @@
-"""Clip features of a video file, written as they come, so that a video of any length fits into memory."""
+"""Extract the clip features of video files batch by batch, so that a video of any length fits into memory."""
 
 from __future__ import annotations
 
@@ -29,26 +29,25 @@ from runtime.media.video_file import VideoFile, probe, read_frames
 log = logging.getLogger("drn")
 
 FORMAT = "drn-extracted/1"
-# Increase it with every change of this package that changes features: those of before are extracted again.
+# Increase it with every change of this package that changes features, so that existing features are extracted again.
 REVISION = 2
 BATCH_SIZE = 4
-# Decoded while the network is at work: one to take next, and one in the making.
+# Batches that are decoded while the network runs.
 BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Extracted:
+class ExtractionRecord:
     """The record of one video's extraction, without the features.
 
     Attributes:
-        video: SHA-256 of the file.
+        video: SHA-256 of the video file.
         extractor: `extractor_key`.
-        num_clips: features.
-        num_frames, frame_rate: of the video, as `VideoFile` counts them.
-        whole: whether the file was seen to be: what `partial` let pass may lack frames.
-        features: SHA-256 of the `.npy` file; empty in notes of before, whose features are extracted again.
-        offset: seconds from the start of the file, as players count, to the first picture.
-        length: seconds of the pictures where the file ends before the last frame does; 0 where it does not.
+        num_clips: number of features.
+        num_frames, frame_rate: as of `VideoFile`.
+        whole: whether the file was checked for damage; with `partial` frames may be missing.
+        features: SHA-256 of the `.npy` file; empty in records of earlier versions.
+        offset, length: as of `VideoFile`, in seconds.
     """
 
     video: str
@@ -63,21 +62,21 @@ class Extracted:
 
     @property
     def duration(self) -> float:
-        """Length in seconds, from the first picture."""
+        """Duration in seconds from the first frame."""
         return self.length or self.num_frames / self.frame_rate
 
-    def serves(self, video: str, extractor: str, partial: bool) -> bool:
-        """Return whether these features equal those of a new extraction."""
+    def is_valid_for(self, video: str, extractor: str, partial: bool) -> bool:
+        """Return whether a new extraction of a video, by its hash and `extractor_key`, would give the same features."""
         return (self.video, self.extractor) == (video, extractor) and (self.whole or partial) and self.features != ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the note as it is written, with a `digest` of all the rest of it."""
+        """Return the JSON object of the record, with a `digest` of its other fields."""
         content = dataclasses.asdict(self)
         return {**content, "digest": json_digest(content)}
 
 
 def extractor_key(extractor: Extractor) -> str:
-    """Return a digest of all that decides features besides the video: the extractor's, and the code around it."""
+    """Return a digest of everything but the video that determines features: the extractor and this package."""
     return json_digest({"revision": REVISION, "extractor": extractor.identity})
 
 
@@ -86,14 +85,14 @@ def check_length(video_file: VideoFile, clock: ClipTiming) -> None:
     if video_file.num_frames < max(2, clock.window):
         frames = "1 frame" if video_file.num_frames == 1 else f"{video_file.num_frames} frames"
         raise VideoFileError(
-            f"{video_file.path} has {frames} and a clip sees {clock.window}; give a video of at least "
+            f"{video_file.path} has {frames}, but a clip needs {clock.window}. Give a video of at least "
             f"{max(2, clock.window)} frames.",
             code="video_too_short",
         )
 
 
 def extract(
-    footage: VideoFile,
+    video_file: VideoFile,
     extractor: Extractor,
     output: str | os.PathLike[str],
     *,
@@ -101,69 +100,78 @@ def extract(
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
 ) -> tuple[int, int]:
-    """Write the features of a video to a `.npy` file, (num_clips, D) float32, whole or not at all.
+    """Write the features of a video to a `.npy` file, (num_clips, D) float32.
 
-    Only one batch of clips is held in memory.
+    Memory holds a few batches of clips only. The file is written completely or not at all.
+
+    Args:
+        video_file: from `probe`.
+        extractor: the network.
+        output: path of the `.npy` file.
+        partial: whether to accept a damaged file, and use what can be decoded.
+        batch_size: clips per batch.
+        threads: CPU threads for decoding; None leaves the number to FFmpeg.
 
     Returns:
         The number of clips, and of frames.
 
     Raises:
         VideoFileError: the video is damaged and `partial` is not set, or is too short for one clip.
-        ModelFileError: the extractor gives features that are not finite.
+        ModelFileError: the extractor returns features that are not finite.
         OutputError: `output` cannot be written.
     """
     from tqdm import tqdm
 
-    about = extractor.manifest
-    clock = ClipTiming(about.window, about.stride)
-    check_length(footage, clock)
-    # An image encoder needs no more than the frames it looks at.
+    manifest = extractor.manifest
+    clock = ClipTiming(manifest.window, manifest.stride)
+    check_length(video_file, clock)
+    # An image encoder needs only one frame per clip.
     every = clock.stride if clock.window == 1 else 1
-    seen = num_clips = 0
+    num_read = num_clips = 0
     progress = tqdm(
-        total=footage.num_frames,
-        desc=f"Extracting {printable_line(footage.path.name)}",
+        total=video_file.num_frames,
+        desc=f"Extracting {printable_line(video_file.path.name)}",
         unit="frame",
         leave=False,
         disable=None,
     )
 
     def counted() -> Iterator[np.ndarray]:
-        nonlocal seen
-        for picture in read_frames(footage, about.framing, every=every, partial=partial, threads=threads):
-            seen += 1
+        nonlocal num_read
+        for frame in read_frames(video_file, manifest.framing, every=every, partial=partial, threads=threads):
+            num_read += 1
             progress.update(every)
-            yield picture
+            yield frame
 
     windows = clips(counted(), clock.window, 1 if every > 1 else clock.stride)
     decoded = contextlib.closing(prefetch(_batches(windows, batch_size), BATCHES_AHEAD))
     with atomic_write(output) as temporary, open(temporary, "wb") as stream, progress, decoded as batches:
-        _write_header(stream, 0, about.dim)
+        _write_header(stream, 0, manifest.dim)
         for batch in batches:
             features = np.ascontiguousarray(extractor.extract(batch), np.float32)
             if not np.isfinite(features).all():
                 raise ModelFileError(
-                    f"The extractor gives features of {footage.path} that are not finite, among clips {num_clips} to "
-                    f"{num_clips + len(batch) - 1}. Correct its description, or use one of precision fp32.",
+                    f"The extractor returns features of {video_file.path} that are not finite, in clips {num_clips} to "
+                    f"{num_clips + len(batch) - 1}. Correct its description, or use an extractor of precision fp32.",
                     code=NON_FINITE,
                 )
             stream.write(features.data)
             num_clips += len(batch)
-        # Of every second frame, say, the last may stand for one or for two.
-        num_frames = seen if every == 1 else min(footage.num_frames, seen * every)
+        # With a step of two, for example, the last frame that was read stands for one or two frames.
+        num_frames = num_read if every == 1 else min(video_file.num_frames, num_read * every)
         if not num_clips:
             raise VideoFileError(
-                f"{footage.path} decodes to {num_frames} frames and a clip sees {clock.window}; give a longer video.",
+                f"{video_file.path} decodes to {num_frames} frames, but a clip needs {clock.window}. Give a longer "
+                "video.",
                 code="video_too_short",
             )
         stream.seek(0)
-        _write_header(stream, num_clips, about.dim)
+        _write_header(stream, num_clips, manifest.dim)
     return num_clips, num_frames
 
 
 def _write_header(stream: Any, rows: int, dim: int) -> None:
-    """Write the head of a `.npy` file; NumPy leaves room in it for any number of rows, so that it never moves."""
+    """Write the header of a `.npy` file. NumPy pads it for any number of rows, so that its length is constant."""
     np.lib.format.write_array_header_1_0(
         stream,
         {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": (rows, dim)},
@@ -185,43 +193,48 @@ def extract_if_needed(
     video_hash: str,
     extractor_hash: str,
     *,
-    known: Extracted | None = None,
+    known: ExtractionRecord | None = None,
     partial: bool = False,
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
-    footage: VideoFile | None = None,
-) -> Extracted:
-    """Return what is known of a video if `output` still holds just that, else extract it and return that.
+    video_file: VideoFile | None = None,
+) -> ExtractionRecord:
+    """Extract a video unless `output` still contains the features of an earlier extraction.
 
     Args:
         path: the video file.
-        extractor: what makes the features.
-        output: the `.npy` file.
+        extractor: the network.
+        output: path of the `.npy` file.
         video_hash: SHA-256 of the video file.
         extractor_hash: `extractor_key`.
-        known: what an earlier run noted of `output`.
+        known: record of an earlier extraction to `output`.
         partial, batch_size, threads: see `extract`.
-        footage: of the video, where it was looked at already.
+        video_file: from `probe`; None probes the file if it must be extracted.
+
+    Returns:
+        The record of the extraction, `known` if its features are still valid. Raises as `extract`.
     """
-    if known is not None and output.is_file() and known.serves(video_hash, extractor_hash, partial):
+    if known is not None and output.is_file() and known.is_valid_for(video_hash, extractor_hash, partial):
         if sha256(output) == known.features:
-            log.info("%s: features are there already, in %s.", path.name, output)
+            log.info("%s: %s already contains the features.", path.name, output)
             return known
-        log.warning("%s is damaged: it does not match the digest of its note; extracting again.", output)
-    footage = footage or probe(path)
-    if footage.damage and partial:
-        log.warning("%s %s; what can be decoded is used.", path, footage.damage)
-    num_clips, num_frames = extract(footage, extractor, output, partial=partial, batch_size=batch_size, threads=threads)
-    return Extracted(
+        log.warning("%s does not match its recorded digest. The features are extracted again.", output)
+    video_file = video_file or probe(path)
+    if video_file.damage and partial:
+        log.warning("%s %s. The frames that can be decoded are used.", path, video_file.damage)
+    num_clips, num_frames = extract(
+        video_file, extractor, output, partial=partial, batch_size=batch_size, threads=threads
+    )
+    return ExtractionRecord(
         video_hash,
         extractor_hash,
         num_clips,
         num_frames,
-        footage.frame_rate,
+        video_file.frame_rate,
         not partial,
         sha256(output),
-        footage.offset,
-        footage.length if num_frames >= footage.num_frames else 0.0,
+        video_file.offset,
+        video_file.length if num_frames >= video_file.num_frames else 0.0,
     )
 
 
@@ -232,82 +245,96 @@ def load_or_extract(
     partial: bool = False,
     batch_size: int = BATCH_SIZE,
     threads: int | None = None,
-    footage: VideoFile | None = None,
+    video_file: VideoFile | None = None,
 ) -> Video:
-    """Return a video file as its clip features, extracted once and kept in `cache_directory`.
+    """Return the clip features of a video file, from the cache in `cache_directory` if possible.
 
-    The key is the content of the video, and everything that decides the features of an extractor (`extractor_key`). An
-    entry that is damaged is made again. Raises as `extract`.
+    Cache keys are digests of the video's content and of everything that determines the features (`extractor_key`).
+    Damaged entries are extracted again.
+
+    Args:
+        path: the video file.
+        extractor: the network.
+        partial, batch_size, threads, video_file: see `extract_if_needed`.
+
+    Raises:
+        VideoFileError, ModelFileError, OutputError: as `extract`.
     """
-    video, maker = hash_of(path), extractor_key(extractor)
-    output = cache_directory() / f"{video[:24]}-{maker[:24]}.npy"
-    note = output.with_suffix(".json")
-    known = _cached_note(note)
-    result = extract_if_needed(
+    video_hash, extractor_hash = hash_of(path), extractor_key(extractor)
+    output = cache_directory() / f"{video_hash[:24]}-{extractor_hash[:24]}.npy"
+    record_path = output.with_suffix(".json")
+    known = _cached_record(record_path)
+    record = extract_if_needed(
         path,
         extractor,
         output,
-        video,
-        maker,
+        video_hash,
+        extractor_hash,
         known=known,
         partial=partial,
         batch_size=batch_size,
         threads=threads,
-        footage=footage,
+        video_file=video_file,
     )
-    if result != known:
-        write_json(note, {"format": FORMAT, **result.to_dict()})
-    return Video(load_features(output), result.num_frames, result.duration, path.stem, offset=result.offset)
+    if record != known:
+        write_json(record_path, {"format": FORMAT, **record.to_dict()})
+    return Video(load_features(output), record.num_frames, record.duration, path.stem, offset=record.offset)
 
 
 def hash_of(path: Path) -> str:
-    """Return the SHA-256 of a video file; VideoFileError if there is none, or it cannot be read."""
+    """Return the SHA-256 of a video file; VideoFileError if it is missing or cannot be read."""
     check_file(path, "The video", VideoFileError)
     try:
         return sha256(path)
     except OSError as error:
-        raise VideoFileError(f"The video {path} cannot be read: {error.strerror}.", code="unreadable_file") from error
+        raise VideoFileError(
+            f"The video {path} cannot be read: {error.strerror}. Correct its permissions.", code="unreadable_file"
+        ) from error
 
 
 def cache_directory() -> Path:
-    """Return where features of videos are kept: DRN_CACHE, else drn-deploy in the user's cache directory."""
+    """Return the directory of cached features: DRN_CACHE, or else drn-deploy in the user's cache directory."""
     configured = os.environ.get("DRN_CACHE")
     if configured:
         return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drn-deploy"
 
 
-def _cached_note(path: Path) -> Extracted | None:
-    """Return a note of the cache; None where there is none, or it is damaged."""
+def _cached_record(path: Path) -> ExtractionRecord | None:
+    """Return a record of the cache; None if there is none, or it is damaged."""
     if not path.is_file():
         return None
     try:
-        return read_note(read_json(path, "note on features", VideoFileError), path)
+        return read_record(read_json(path, "record of extracted features", VideoFileError), path)
     except VideoFileError as error:
         log.warning("%s The features are extracted again.", error)
         return None
 
 
-def read_note(value: Any, source: Path) -> Extracted | None:
-    """Return what a note says that `Extracted.to_dict` made, None where it does not match its own digest.
+def read_record(value: Any, source: Path) -> ExtractionRecord | None:
+    """Return the record of a JSON object from `ExtractionRecord.to_dict`; None if it does not match its digest.
+
+    Args:
+        value: the parsed JSON.
+        source: its file, for messages.
 
     Raises:
-        VideoFileError: it is no such note.
+        VideoFileError: the object has another structure.
     """
-    with reading(source, "a note on extracted features", VideoFileError, "remove it"):
+    with reading(source, "a record of extracted features", VideoFileError, "remove it"):
         fields = {name: item for name, item in value.items() if name not in ("format", "digest")}
-        note = Extracted(**fields)
-        texts, counts = (note.video, note.extractor, note.features), (note.num_clips, note.num_frames)
-        if not all(isinstance(text, str) for text in texts) or not isinstance(note.whole, bool):
+        record = ExtractionRecord(**fields)
+        texts, counts = (record.video, record.extractor, record.features), (record.num_clips, record.num_frames)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(record.whole, bool):
             raise ValueError("it lacks the digests of the files")
-        if not all(type(count) is int and count > 0 for count in counts) or not is_number(note.frame_rate):
+        if not all(type(count) is int and count > 0 for count in counts) or not is_number(record.frame_rate):
             raise ValueError("its counts are not numbers")
-        if not 0 < note.frame_rate <= MAX_FRAME_RATE:
-            raise ValueError(f"its frame rate is {excerpt(note.frame_rate)}")
+        if not 0 < record.frame_rate <= MAX_FRAME_RATE:
+            raise ValueError(f"its frame rate is {excerpt(record.frame_rate)}")
     if "digest" not in value:
-        # Of before there were digests. What cannot be checked is not served.
-        return dataclasses.replace(note, features="")
+        # Earlier versions wrote no digests, so their features cannot be verified.
+        return dataclasses.replace(record, features="")
     if value["digest"] != json_digest(fields):
-        log.warning("A note in %s is damaged: it does not match its own digest.", source)
+        log.warning("A record in %s does not match its digest. The features are extracted again.", source)
         return None
-    return note
+    return record

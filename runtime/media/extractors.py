@@ -1,4 +1,4 @@
-"""Networks that turn frames into clip features: C3D on runs of frames, an image encoder on frames one by one."""
+"""Open and run the networks that extract clip features: C3D on clips, or an image encoder on single frames."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from runtime.core.io.text_files import parse_json
 
 
 class Extractor(Protocol):
-    """Something that turns clips of frames into features.
+    """A network that extracts features of clips.
 
     Attributes:
-        identity: digest of all that decides its features: every file of the network, and the manifest as it was read.
+        identity: digest of everything that determines its features: all files of the network, and its manifest.
     """
 
     identity: str
@@ -38,11 +38,11 @@ class Extractor(Protocol):
         """Return the manifest of the extractor."""
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
-        """Return (N, D) float32 features of (N, window, height, width, 3) uint8 clips in RGB, of the size of `crop`."""
+        """Return (N, D) float32 features of (N, window, height, width, 3) uint8 RGB clips of the manifest's crop."""
 
 
 class ClipExtractor:
-    """An ONNX graph that takes clips as they are, (N, window, height, width, 3) uint8: C3D of `export.to_onnx`."""
+    """An ONNX graph on (N, window, height, width, 3) uint8 clips: C3D of `export.to_onnx`."""
 
     def __init__(self, session: Any, manifest: ExtractorManifest, identity: str) -> None:
         self.manifest = manifest
@@ -55,13 +55,13 @@ class ClipExtractor:
 
 
 class ImageExtractor:
-    """An ONNX image encoder, (N, 3, height, width) float32 in and (N, D) out, on the middle frame of each clip."""
+    """An ONNX image encoder from (N, 3, height, width) float32 to (N, D), on the middle frame of each clip."""
 
     def __init__(self, session: Any, manifest: ExtractorManifest, identity: str) -> None:
         self.manifest = manifest
         self.identity = identity
         self._session = session
-        # One multiplication and one addition for scaling, mean and deviation together.
+        # Scaling and normalization are one multiplication and one addition.
         self._factor = (1 / np.array(manifest.std, np.float32) / (255 / manifest.white)).astype(np.float32)
         self._offset = (-np.array(manifest.mean) / np.array(manifest.std)).astype(np.float32)
 
@@ -72,19 +72,24 @@ class ImageExtractor:
 
 
 def open_extractor(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Extractor:
-    """Open an extractor: an `.onnx` file that carries its manifest or has it in NAME.onnx.json beside it, or an engine.
+    """Open an extractor: an `.onnx` file with its manifest inside or in NAME.onnx.json, or an engine.
 
-    What goes into a graph says of which kind it is: clips in uint8, or one picture a clip in float32.
+    The input of a graph determines its kind: uint8 clips, or one float32 image per clip.
+
+    Args:
+        path: the file.
+        device: auto, cpu or cuda.
+        threads: number of CPU threads.
 
     Raises:
-        ModelFileError: there is no such file, or it is no extractor.
+        ModelFileError: the file is missing or is not an extractor.
         DeviceError: ONNX Runtime or the device is missing.
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".engine"):
         raise ModelFileError(
-            f"An extractor is an .onnx or .engine file, and {excerpt(path.name)} is none; a c3d.pt becomes one by "
-            "`python -m export.to_onnx`, as docs/your-own-video.md shows.",
+            f"Expected an .onnx or .engine file as extractor, got {excerpt(path.name)}. Convert c3d.pt with `python -m "
+            "export.to_onnx`; docs/your-own-video.md shows the steps.",
             code="wrong_suffix",
         )
     check_file(path, "The extractor", ModelFileError)
@@ -97,14 +102,15 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
     session, _, content = create_session(path, device, threads)
     manifest = _manifest(session, path, content)
     identity = json_digest([manifest.to_dict(), content.sha256, content.external])
-    taken = [(entry.type, len(entry.shape)) for entry in session.get_inputs()]
-    if taken == [("tensor(uint8)", 5)]:
+    inputs = [(entry.type, len(entry.shape)) for entry in session.get_inputs()]
+    if inputs == [("tensor(uint8)", 5)]:
         return ClipExtractor(session, manifest, identity)
-    if taken == [("tensor(float)", 4)]:
+    if inputs == [("tensor(float)", 4)]:
         return ImageExtractor(session, manifest, identity)
+    actual = ", ".join(f"{kind} of {axes} axes" for kind, axes in inputs) or "none"
     raise ModelFileError(
-        f"{path} takes {', '.join(f'{kind} of {axes} axes' for kind, axes in taken) or 'nothing'}; an extractor takes "
-        "clips (uint8, 5 axes) or images (float, 4 axes) alone.",
+        f"Expected one input of {path}, clips (uint8, 5 axes) or images (float, 4 axes), got {actual}. Give an "
+        "extractor.",
         code="unexpected_tensors",
     )
 
@@ -113,8 +119,7 @@ def _manifest(session: Any, path: Path, content: Content) -> ExtractorManifest:
     metadata = session.get_modelmeta().custom_metadata_map
     if drn_manifest.METADATA_KEY in metadata:
         raise ModelFileError(
-            f"{path} grounds sentences and makes no clip features. Give it as --model, and an extractor as "
-            "--extractor.",
+            f"{path} is a DRN model, not an extractor. Give it as --model, and an extractor as --extractor.",
             code="wrong_model_kind",
         )
     text = metadata.get(METADATA_KEY)
@@ -127,37 +132,36 @@ def _manifest(session: Any, path: Path, content: Content) -> ExtractorManifest:
 
 
 def description_path(path: Path) -> Path:
-    """Return where the description of an image encoder is: NAME.onnx.json."""
+    """Return the path of the description of an image encoder: NAME.onnx.json."""
     return path.with_name(f"{path.name}.json")
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Return the description beside an image encoder; ModelFileError where there is none."""
-    siblings = description_path(path)
-    if not siblings.is_file():
+    """Return the description of an image encoder; ModelFileError if there is none."""
+    description = description_path(path)
+    if not description.is_file():
         raise ModelFileError(
-            f"{path} does not say which frames it takes: export C3D with `python -m export.to_onnx`, or describe your "
-            f"own encoder in {siblings.name} as docs/your-own-video.md shows.",
+            f"{path} contains no description of its input. Export C3D with `python -m export.to_onnx`, or describe "
+            f"your own encoder in {description.name} as docs/your-own-video.md shows.",
             code="missing_manifest",
         )
-    value = read_json(siblings, "description of an extractor", ModelFileError)
-    ExtractorManifest.from_dict(value, str(siblings))
+    value = read_json(description, "description of an extractor", ModelFileError)
+    ExtractorManifest.from_dict(value, str(description))
     return value
 
 
 def check_description(value: Mapping[str, Any], path: Path, content: Content) -> None:
-    """Raise ModelFileError if a description records a digest, and the files of the encoder have another."""
+    """Raise ModelFileError if a description records a digest that differs from the digest of the files."""
     if DIGEST in value and value[DIGEST] != _description_digest(value, content):
         raise ModelFileError(
-            f"{path} and {description_path(path).name} do not match the digest that is recorded there: one of them is "
-            "damaged or was changed. Copy them again; `python -m export.seal` records the digest of files that were "
-            "changed on purpose.",
+            f"{path} or {description_path(path).name} changed since the digest was recorded. Copy both again, or "
+            "record intended changes with `python -m export.seal`.",
             code=MISMATCH,
         )
 
 
 def description_with_digest(path: Path) -> dict[str, Any]:
-    """Return the description beside an image encoder with a digest of it, of the graph and of its external data."""
+    """Return the description of an image encoder with a digest of it, of the graph and of its external data."""
     value = read_description(path)
     return {**value, DIGEST: _description_digest(value, read_content(path))}
 
@@ -172,19 +176,20 @@ def _run(session: Any, batch: np.ndarray, manifest: ExtractorManifest) -> np.nda
         result = session.run(None, {session.get_inputs()[0].name: batch})[0]
     # ONNX Runtime's exceptions share no base class below Exception.
     except Exception as error:
-        said = str(error).strip().splitlines()[0]
-        if is_out_of_memory(said):
+        reason = str(error).strip().splitlines()[0]
+        if is_out_of_memory(reason):
             raise DeviceMemoryError(
-                f"The device has no memory left for {len(batch)} clips ({said}); pass a smaller --batch-size."
+                f"The device has not enough memory for {len(batch)} clips ({reason}). Pass a smaller --batch-size."
             ) from error
         raise ModelFileError(
-            f"The extractor does not take pictures as its manifest says: {said}.", code="shape_mismatch"
+            f"The extractor rejects the input that its manifest describes: {reason}. Correct the manifest.",
+            code="shape_mismatch",
         ) from error
     features = np.asarray(result, np.float32)
     if features.shape != (len(batch), manifest.dim):
         raise ModelFileError(
-            f"The extractor's manifest says features of {manifest.dim} channels, and it gave {features.shape} for "
-            f"{len(batch)} clips; correct the manifest.",
+            f"Expected features of shape {(len(batch), manifest.dim)} by the manifest of the extractor, got "
+            f"{features.shape}. Correct the manifest.",
             code="output_shape_mismatch",
         )
     return features

@@ -11,7 +11,7 @@ import pytest
 from runtime.core.errors import FeatureError
 from runtime.core.video import ClipTiming
 from runtime.corpus.feature_sources import ParquetSource
-from runtime.corpus.parquet_pages import unfolded_bytes
+from runtime.corpus.parquet_pages import decompressed_bytes
 from tests.raising import quotes
 
 pa = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
@@ -39,13 +39,15 @@ def answers(path: Path) -> list[Any]:
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
 @pytest.mark.parametrize("dictionary", [True, False])
-def test_unfolded_bytes_covers_valid_files(tmp_path: Path, version: str, compression: str, dictionary: bool) -> None:
+def test_decompressed_bytes_covers_valid_files(
+    tmp_path: Path, version: str, compression: str, dictionary: bool
+) -> None:
     features = [np.random.default_rng(row).normal(size=(40, 8)).astype(np.float32).tolist() for row in range(30)]
     options = {"data_page_version": version, "compression": compression, "use_dictionary": dictionary}
     path = rows(tmp_path / "a.parquet", features, data_page_size=1000, **options)
     with open(path, "rb") as stream:
         for column in columns(path):
-            assert unfolded_bytes(stream, column) >= column.num_values
+            assert decompressed_bytes(stream, column) >= column.num_values
     found = answers(path)
     np.testing.assert_array_equal(found[7].features, np.float32(features[7]))
 

@@ -167,5 +167,5 @@ def test_sound_shift_matches_its_video_part() -> None:
     parts = [Part(0, 0, 0, 5000), Part(125, 5040, 0, 5000), Part(250, -25_000, 36_000, 41_000)]
     shift = SoundShift(parts, UNIT)
     # Sound of each part in turn, that of the second begins before the last of the first is read.
-    found = [shift.of(time) for time in (-0.1, 2.0, 4.9, 5.3, 0.0, 3.0, 5.2, 35.9, 40.0)]
+    found = [shift.shift_at(time) for time in (-0.1, 2.0, 4.9, 5.3, 0.0, 3.0, 5.2, 35.9, 40.0)]
     assert found == pytest.approx([0, 0, 0, 0, 5.04, 5.04, 5.04, -25, -25])

@@ -55,7 +55,7 @@ def with_spare_byte(frame: np.ndarray) -> np.ndarray:
 def test_frame_resizer_crops_center_of_resized_frame(height: int, width: int) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     wanted = bilinear(frame, 30, 41)[3:27, 8:32]
-    found = FrameResizer(height, width, ResizeCrop((30, 41), (24, 24))).of(with_spare_byte(frame))
+    found = FrameResizer(height, width, ResizeCrop((30, 41), (24, 24))).resize(with_spare_byte(frame))
     assert found.shape == (24, 24, 3)
     assert np.abs(found - wanted).max() <= 1
 
@@ -63,17 +63,17 @@ def test_frame_resizer_crops_center_of_resized_frame(height: int, width: int) ->
 def test_resizing_keeps_white_and_black() -> None:
     for value in (0, 255):
         frame = np.full((37, 53, 4), value, np.uint8)
-        assert (FrameResizer(37, 53, ResizeCrop()).of(frame) == value).all()
+        assert (FrameResizer(37, 53, ResizeCrop()).resize(frame) == value).all()
 
 
 def test_c3d_crop_matches_caffe() -> None:
     # Of 128 x 171, rows 8 to 119 and columns 29 to 140: halves are rounded down.
     frame = np.zeros((128, 171, 4), np.uint8)
     frame[8:120, 29:141] = 255
-    assert (FrameResizer(128, 171, ResizeCrop()).of(frame) == 255).all()
+    assert (FrameResizer(128, 171, ResizeCrop()).resize(frame) == 255).all()
     frame[7, :], frame[120, :], frame[:, 28], frame[:, 141] = 255, 255, 255, 255
     frame[8, 29], frame[119, 140] = 1, 2
-    found = FrameResizer(128, 171, ResizeCrop()).of(frame)
+    found = FrameResizer(128, 171, ResizeCrop()).resize(frame)
     assert (found[0, 0, 0], found[-1, -1, 0]) == (1, 2)
 
 

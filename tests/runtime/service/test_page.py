@@ -372,7 +372,7 @@ def test_uploaded_video_can_be_played_and_queried(seen: Seen, tmp_path: Path) ->
     page.get_by_label("File").set_input_files(tmp_path / "bad.npy")
     page.get_by_label("Duration").fill("3")
     page.get_by_role("button", name="Send", exact=True).click()
-    expect(page.locator("#sending-problem")).to_contain_text("no NumPy file")
+    expect(page.locator("#sending-problem")).to_contain_text("NumPy")
     page.get_by_role("button", name="Cancel").click()
 
 
