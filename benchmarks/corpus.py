@@ -29,7 +29,7 @@ from runtime.core.io.atomic_files import check_writable, write_json
 from runtime.core.io.digests import json_digest
 from runtime.corpus.feature_sources import open_source
 from runtime.corpus.queries import Question, read_questions
-from runtime.corpus.ray_runner import ALONE, OBJECT_STORE_BYTES, QUIET, run_on_ray
+from runtime.corpus.ray_runner import LOOPBACK_ONLY, NO_STATISTICS, OBJECT_STORE_BYTES, run_on_ray
 from runtime.corpus.sharding import Settings, Shard, plan
 from runtime.corpus.worker import CorpusJob, Worker
 from train.c3d import CROP, STRIDE, WINDOW, C3DConfig
@@ -201,7 +201,7 @@ def _without_network(worker: Worker, config: DRNConfig) -> Worker:
 
 def _rates(job: CorpusJob, shards: list[Shard], rounds: int) -> dict[str, float]:
     """Return pairs per second against processes, once each has made its first shard: medians over rounds."""
-    for name, value in {**QUIET, **ALONE}.items():
+    for name, value in {**NO_STATISTICS, **LOOPBACK_ONLY}.items():
         os.environ.setdefault(name, value)
     ray.init(
         "local", num_cpus=2, include_dashboard=False, logging_level="error", object_store_memory=OBJECT_STORE_BYTES

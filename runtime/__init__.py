@@ -1,4 +1,4 @@
-"""From a video and a sentence to moments and a report, in NumPy; a backend runs the network.
+"""Ground sentences in videos, in NumPy; a backend runs the network.
 
 from runtime import Grounder, Video
 grounder = Grounder.load("drn.onnx")
@@ -13,9 +13,8 @@ import os
 import sys
 
 if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") == "drn":
-    # Started as a command and still importing, which takes seconds with torch: neither Ctrl-C nor a package that is not
-    # installed should print a traceback. Once imported, `runtime.core.cli` answers both. As the first process of a
-    # container, it would not even end at SIGTERM without a handler.
+    # While a command imports, which takes seconds with torch, Ctrl-C and missing packages must not print a traceback.
+    # `runtime.core.cli` handles both afterwards. As process 1 of a container it would ignore SIGTERM without a handler.
     from runtime.core.interrupts import install as _install
     from runtime.core.interrupts import interrupted_by as _interrupted_by
     from runtime.core.terminal import replace_closed_streams as _replace_closed_streams
@@ -23,7 +22,7 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") =
     _replace_closed_streams()
     _install()
     _excepthook = sys.excepthook
-    # What commands import before they begin, and the extra that brings it.
+    # Packages that commands import at their start, with the extra that installs them.
     _extras = {"torch": "train", "onnx": "engine"}
 
     def _quiet(kind, error, traceback):  # type: ignore[no-untyped-def]
@@ -33,8 +32,8 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") =
             sys.exit(interrupted.exit_code)
         elif issubclass(kind, ModuleNotFoundError) and error.name in _extras:
             print(
-                f"error: This command needs {error.name}, which is not installed; "
-                f"run `pip install '.[{_extras[error.name]}]'` in the drn-deploy directory.",
+                f"error: This command needs {error.name}, which is not installed. "
+                f"Run `pip install '.[{_extras[error.name]}]'` in the drn-deploy directory.",
                 file=sys.stderr,
             )
             sys.exit(2)

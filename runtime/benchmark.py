@@ -1,4 +1,4 @@
-"""`python -m runtime.benchmark`: measure the latency and throughput of models, and what takes the time."""
+"""`python -m runtime.benchmark`: measure the latency and throughput of models, by batch size and phase."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""`python -m runtime.describe`: what a model file is."""
+"""`python -m runtime.describe`: print the content of a model file."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +32,9 @@ def describe(
     """Print what a model file contains: network, features, decoding, vocabulary and origin.
 
     Args:
-        model: .onnx, .pt or .engine file of a model, or .onnx or .engine file of an extractor. An engine is
-            described by its metadata file, after a check that both belong together.
-        json_output: print the whole manifest as JSON, vocabulary included.
+        model: .onnx, .pt or .engine file of a model, or .onnx or .engine file of an extractor. An engine must match
+            its metadata file.
+        json_output: print the complete manifest as JSON, including the vocabulary.
     """
     extractor = _extractor(model)
     if extractor:
@@ -53,20 +53,31 @@ def describe(
         rows += _engine_rows(model, sidecar.content)
     elif model.suffix == ".onnx":
         recorded = check(model).recorded
-        rows.append(("digest", "of weights, graph and manifest: checked" if recorded else "not recorded"))
-    width = max(len(label) for label, _ in rows)
-    print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
-    # Where no GPU runs an engine, the twin beside it answers alike.
-    runs = model if not sidecar or gpus()[0].works else engine_compatibility.source_onnx(model, sidecar.content)
-    if runs.suffix == ".onnx" and manifest.precision == "bf16":
+        rows.append(("digest", "of weights, graph and manifest: valid" if recorded else "not recorded"))
+    _print_rows(rows)
+    runnable = _runnable(model, sidecar.content if sidecar else None)
+    if runnable.suffix == ".onnx" and manifest.precision == "bf16":
         suggest_next_command("runtime.doctor")
         return content
-    suggest_next_command("runtime.infer", "--model", runs, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
+    words = ("--model", runnable, "--data", "DIR", "--video", "NAME", "--query", "a sentence")
+    suggest_next_command("runtime.infer", *words)
     return content
 
 
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(label) for label, _ in rows)
+    print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
+
+
+def _runnable(model: Path, engine_content: Mapping[str, Any] | None) -> Path:
+    """Return the model, or the ONNX model that an engine was built from if this machine has no GPU."""
+    if engine_content is None or gpus()[0].works:
+        return model
+    return engine_compatibility.source_onnx(model, engine_content)
+
+
 def _model_rows(model: Path, manifest: Manifest) -> list[tuple[str, str]]:
-    """Return labels and texts of what the manifest of a model records."""
+    """Return labels and texts of the manifest of a model."""
     features, decoding = manifest.features, manifest.decoding
     nms = {"mmaction2": "soft-NMS", "drn": "hard NMS"}[decoding.protocol]
     score = "matching x IoU" if decoding.use_iou_scores else "matching"
@@ -74,9 +85,9 @@ def _model_rows(model: Path, manifest: Manifest) -> list[tuple[str, str]]:
         ("file", f"{model.name}, {model.stat().st_size / 2**20:.1f} MiB"),
         ("network", f"DRN after training stage {manifest.stage}, {manifest.precision}"),
         (
-            "takes",
+            "input",
             f"{features.kind} features of width {features.dim}, "
-            f"{features.window} frames a clip, one every {features.stride}",
+            f"{features.window} frames per clip, one clip every {features.stride} frames",
         ),
         ("segments", f"{decoding.num_segments}, pooled as in {features.pooling}; {decoding.num_locations} locations"),
         (
@@ -85,10 +96,10 @@ def _model_rows(model: Path, manifest: Manifest) -> list[tuple[str, str]]:
             f"unknown words: {manifest.vocabulary.unknown}",
         ),
         ("decoding", f"{score} above {decoding.score_threshold:g}, {nms} ({decoding.protocol} protocol)"),
-        ("long videos", str(manifest.windows or "grounded whole")),
-        ("no moment found", str(manifest.presence or "never said: it always answers")),
+        ("long videos", str(manifest.windows or "grounded without windows")),
+        ("no match", str(manifest.presence or "not detected: every query gets moments")),
         *((f"source {name}", digest) for name, digest in manifest.sources.items()),
-        ("made with", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()) or "-"),
+        ("created with", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()) or "-"),
         ("training", json.dumps({key: value for key, value in manifest.training.items() if key != "validation"})),
     ]
     validation = manifest.training.get("validation")
@@ -105,24 +116,25 @@ def _model_rows(model: Path, manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _extractor(path: Path) -> tuple[ExtractorManifest, Mapping[str, Any]] | None:
-    """Return what is said of an extractor, in it or beside it, alone and with other metadata; None for other files."""
+    """Return the manifest of an extractor and the content of its file to print; None for other files."""
     content: Mapping[str, Any] | None = None
-    about: Any = None
+    manifest: Any = None
     if path.suffix == ".engine" and path.is_file():
         content = read_verified(path)
-        about = content["manifest"]
+        manifest = content["manifest"]
     elif path.suffix == ".onnx" and path.is_file():
-        siblings, metadata = path.with_name(f"{path.name}.json"), {METADATA_KEY: ""}
+        description, metadata = extractors.description_path(path), {METADATA_KEY: ""}
         with contextlib.suppress(ModelFileError):
             metadata = read_metadata(path)
-            about = parse_json(metadata.get(extractor_manifest.METADATA_KEY, "null"), str(path), ModelFileError)
-        if not {METADATA_KEY, extractor_manifest.METADATA_KEY} & metadata.keys() and siblings.is_file():
-            about = read_json(siblings, "description of an extractor", ModelFileError)
-    if not isinstance(about, dict) or about.get("format") != extractor_manifest.FORMAT:
+            manifest = parse_json(metadata.get(extractor_manifest.METADATA_KEY, "null"), str(path), ModelFileError)
+        if not {METADATA_KEY, extractor_manifest.METADATA_KEY} & metadata.keys() and description.is_file():
+            manifest = read_json(description, "description of an extractor", ModelFileError)
+    if not isinstance(manifest, dict) or manifest.get("format") != extractor_manifest.FORMAT:
         return None
     if path.suffix == ".onnx":
-        extractors.check_description({} if extractor_manifest.METADATA_KEY in metadata else about, path, check(path))
-    return ExtractorManifest.from_dict(about, str(path)), content or about
+        described = {} if extractor_manifest.METADATA_KEY in metadata else manifest
+        extractors.check_description(described, path, check(path))
+    return ExtractorManifest.from_dict(manifest, str(path)), content or manifest
 
 
 def _describe_extractor(
@@ -135,23 +147,22 @@ def _describe_extractor(
     rows = [
         ("file", f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB"),
         ("network", f"{manifest.kind}, an extractor of clip features, {manifest.precision}"),
-        ("takes", f"{manifest.window} frames a clip, one every {manifest.stride}"),
-        ("frames", f"resized to {resized}, the middle {' x '.join(map(str, manifest.crop))} cut out, RGB"),
-        ("gives", f"features of width {manifest.dim}"),
+        ("input", f"{manifest.window} frames per clip, one clip every {manifest.stride} frames"),
+        ("frames", f"resized to {resized}, center crop of {' x '.join(map(str, manifest.crop))}, RGB"),
+        ("output", f"features of width {manifest.dim}"),
         *((f"source {name}", digest) for name, digest in manifest.sources.items()),
     ]
-    runs = path
-    if path.suffix == ".engine":
+    is_engine = path.suffix == ".engine"
+    if is_engine:
         rows += _engine_rows(path, content)
-        runs = path if gpus()[0].works else engine_compatibility.source_onnx(path, content)
-    width = max(len(label) for label, _ in rows)
-    print("\n".join(f"{label:<{width}}  {value}" for label, value in rows))
-    suggest_next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
+    _print_rows(rows)
+    extractor = _runnable(path, content if is_engine else None)
+    suggest_next_command("runtime.extract", "VIDEO", "--extractor", extractor, "--output", "DIR")
     return dict(content)
 
 
 def _manifest(model: Path) -> Manifest:
-    """Return what a model file says of itself, also of a graph in a precision that ONNX Runtime has no kernels for."""
+    """Return the manifest of a model, also of a bf16 graph, for which ONNX Runtime has no kernels."""
     try:
         return open_backend(model, "cpu").manifest
     except ModelFileError as error:
@@ -165,13 +176,13 @@ def _manifest(model: Path) -> Manifest:
 
 
 def _engine_rows(engine: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what an engine's metadata contains beyond the manifest, and what its layers file shows."""
+    """Return labels and texts of an engine's metadata beyond the manifest, and of its layers file."""
     shares = content.get("census", {}).get("twin", {}).get("shares", {})
     counted = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in shares.items())
     built_for = ", ".join(content.get("compute_capabilities", ())) or content.get("gpu") or "unknown"
     rows = [
         ("built with", f"{content.get('library')}, for {built_for}"),
-        ("precision", f"{counted} of the multiply-adds of its twin"),
+        ("precision", f"{counted} of the multiply-adds of its ONNX model"),
     ]
     stats = content.get("census", {})
     if "verdict" in stats:
@@ -179,18 +190,15 @@ def _engine_rows(engine: Path, content: Mapping[str, Any]) -> list[tuple[str, st
     rows += _layer_rows(engine, content)
     for profile in content.get("profiles", ()):
         sizes = [" ".join(map(str, profile[name])) for name in ("batch", "query_length")]
-        rows.append(
-            (f"profile: {profile['name']}", f"batch {sizes[0]}, query length {sizes[1]} (smallest best largest)")
-        )
+        rows.append((f"profile: {profile['name']}", f"batch {sizes[0]}, query length {sizes[1]} (min opt max)"))
     steps = engine_compatibility.unrolled_steps(content)
     if steps:
-        rows.append(("unrolled", f"queries of at most {' and '.join(map(str, steps))} tokens have a plan of their own"))
+        rows.append(("unrolled", f"separate engines for queries of at most {' and '.join(map(str, steps))} tokens"))
     return rows
 
 
 def _layer_rows(engine: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what the inspector's JSON beside an engine shows, a row for each profile; none where there is no such
-    file."""
+    """Return a row per profile of the layers file, the inspector's JSON; no rows without the file."""
     path = layers_path(engine)
     if not path.is_file():
         return []
@@ -199,7 +207,7 @@ def _layer_rows(engine: Path, content: Mapping[str, Any]) -> list[tuple[str, str
     except ModelFileError as error:
         return [("layers", str(error))]
     if layers.get("sha256") != content["sha256"].get(engine.name):
-        return [("layers", f"{path.name} is of another build of {engine.name}")]
+        return [("layers", f"{path.name} belongs to another build of {engine.name}")]
     return [
         (f"layers: {name}", f"that multiply: {counted}" if counted else f"not described in {path.name}")
         for name, counted in layer_stats_of_file(layers)

@@ -1,4 +1,4 @@
-"""`python -m runtime.doctor`: what this machine can run, and why not."""
+"""`python -m runtime.doctor`: report which parts of the toolkit this machine can run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ from runtime.core.errors import DeviceError
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing looked at: whether it works, what was seen, and what to do about it."""
+    """The result of one check.
+
+    Attributes:
+        subject: what was checked.
+        works: whether it works.
+        details: versions, or the reason of the failure.
+        remedy: command or advice that repairs it.
+    """
 
     subject: str
     works: bool
-    seen: str
+    details: str
     remedy: str = ""
 
 
@@ -43,7 +50,7 @@ def doctor() -> list[Finding]:
     ]
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
-        print(f"{'yes' if finding.works else 'no ':<4}{finding.subject:<{width}}  {finding.seen}")
+        print(f"{'yes' if finding.works else 'no ':<4}{finding.subject:<{width}}  {finding.details}")
         if finding.remedy:
             print(f"{'':<{width + 4}}  -> {finding.remedy}")
     suggest_next_command("train.simulate", "--output", "data/simulated")
@@ -57,31 +64,24 @@ def _python() -> Finding:
 
 def _cpu() -> Finding:
     features = cpu_info.cpu_features()
-    listed = "features unknown" if features is None else ", ".join(features) or "none of the features that matter"
-    kernels = "uint8 weights: no VNNI, so sums of int8 weights would saturate" if saturates() else "int8 weights"
-    return Finding("CPU", True, f"{cpu_info.cpu_name()}: {listed}; multiplies INT8 models with {kernels}")
+    listed = "features unknown" if features is None else ", ".join(features) or "none of the relevant features"
+    kernels = "uint8 weights, because without VNNI sums of int8 weights saturate" if saturates() else "int8 weights"
+    return Finding("CPU", True, f"{cpu_info.cpu_name()}: {listed}; INT8 models run with {kernels}")
 
 
 def gpus() -> list[Finding]:
-    """Return what nvidia-smi reports of every GPU: name, driver, memory, compute capability."""
+    """Return the name, driver, memory and compute capability of every GPU from nvidia-smi."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return [Finding("NVIDIA GPU", False, "no nvidia-smi: no driver, so everything runs on the CPU")]
+        return [Finding("NVIDIA GPU", False, "nvidia-smi is not installed: no driver, so everything runs on the CPU")]
     query = [tool, "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
     try:
         result = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [Finding("NVIDIA GPU", False, f"nvidia-smi does not answer: {error}")]
     if result.returncode or not result.stdout.strip():
-        seen = (result.stdout + result.stderr).strip().splitlines()[:1]
-        return [
-            Finding(
-                "NVIDIA GPU",
-                False,
-                f"nvidia-smi fails: {seen[0] if seen else 'no output'}",
-                "install or repair the NVIDIA driver",
-            )
-        ]
+        (message, *_) = [*(result.stdout + result.stderr).strip().splitlines(), "no output"]
+        return [Finding("NVIDIA GPU", False, f"nvidia-smi fails: {message}", "install or repair the NVIDIA driver")]
     return [Finding("NVIDIA GPU", True, line.strip()) for line in result.stdout.strip().splitlines()]
 
 
@@ -107,7 +107,7 @@ def _torch() -> Finding:
     version = _version("torch")
     if version is None:
         return Finding(subject, False, "torch is not installed", "pip install '.[train]'")
-    # In a process of its own: importing torch takes seconds and must not be a habit of `runtime`.
+    # `runtime` must not import torch, so another process does it.
     code = "import torch; print(torch.cuda.is_available(), torch.version.cuda)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if result.returncode:
@@ -131,33 +131,33 @@ def _tensorrt() -> Finding:
     version = next((f"{name} {_version(name)}" for name in names if _version(name)), None)
     if version is None:
         remedy = (
-            "pip install tensorrt  (10 and 11: the wheels on PyPI fetch their libraries from NVIDIA's own index, "
-            "so the install fails where only PyPI is reached; use NVIDIA's container or package there)"
+            "pip install tensorrt  (the wheels of 10 and 11 on PyPI download their libraries from NVIDIA's index; "
+            "without access to it, use NVIDIA's container or package)"
         )
         return Finding(subject, False, "not installed", remedy)
     return _engines(subject, version)
 
 
 def _engines(subject: str, installed: str) -> Finding:
-    """Return whether engines run here. CUDA is asked, not TensorRT, which may die without a GPU."""
+    """Return whether engines run here, by CUDA's driver; TensorRT itself may crash without a GPU."""
     from runtime.backends.cuda_driver import Cuda
 
     try:
         gpu = Cuda()
     except DeviceError as error:
         return Finding(
-            subject, False, f"{installed} is installed; it builds and runs engines on a GPU only", str(error)
+            subject, False, f"{installed} is installed, but needs a GPU to build and run engines", str(error)
         )
-    seen = f"{installed} builds and runs engines on {gpu.name} ({gpu.capability}), CUDA {gpu.driver}"
-    return Finding(subject, True, seen)
+    details = f"{installed} builds and runs engines on {gpu.name} ({gpu.capability}), CUDA {gpu.driver}"
+    return Finding(subject, True, details)
 
 
 def _tensorrt_rtx() -> Finding:
     version = _version("tensorrt-rtx-cu13") or _version("tensorrt-rtx")
     if version is None:
         return Finding("TensorRT-RTX", False, "not installed", "pip install '.[rtx]'")
-    seen = f"{version}: parses and builds graphs ahead of time, without a GPU; runs engines on an RTX GPU"
-    return Finding("TensorRT-RTX", True, seen)
+    details = f"{version}: builds engines on a CPU or GPU, and runs them on an RTX GPU"
+    return Finding("TensorRT-RTX", True, details)
 
 
 def _plots() -> Finding:

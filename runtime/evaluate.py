@@ -1,4 +1,4 @@
-"""`python -m runtime.evaluate`: R@n IoU=m and mIoU of a model on a data set, beside what not looking would score."""
+"""`python -m runtime.evaluate`: compute R@n IoU=m and mIoU of a model, and of the best constant moments."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def run(options: Options) -> Result:
     """
     if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
         raise GroundingError(
-            f"--limit and --batch-size must be at least 1, and {options.limit} and {options.batch_size} were given.",
+            f"Expected --limit and --batch-size of at least 1, got {options.limit} and {options.batch_size}.",
             code="invalid_option",
         )
     data_set = DataSet(options.data)
@@ -144,7 +144,7 @@ def run(options: Options) -> Result:
 
 
 def _prior(data_set: DataSet, evaluation: Evaluation) -> Report | None:
-    """Return the report of the best constant moments of the training split; None without such a split."""
+    """Return the report of the best constant moments of the training split; None without a training split."""
     if "train" not in data_set.splits:
         return None
     training = data_set.annotations("train", invalid="drop", quiet=True)
@@ -176,21 +176,21 @@ def _print(options: Options, result: Result) -> None:
     if result.prior:
         rows.append(("prior (constant moments)", result.prior))
     print(format_table(rows))
-    print(f"{scored.queries} queries of {options.split}, protocol {scored.protocol}, percent.")
+    print(f"{scored.queries} queries of {options.split}, protocol {scored.protocol}, in percent.")
     if result.published:
         print(result.published.sentence())
     if count := used_fallback(next(iter(result.evaluation.detections.values()))).sum():
-        print(f"{count} of them have no likely location and are answered by the whole video.")
+        print(f"{count} of them have no location above the threshold; their moment is the complete video.")
     if result.data_set.simulated:
-        print("Features are simulated: not comparable with published numbers.")
+        print("The features are simulated: the results are not comparable with published numbers.")
 
 
 def _ablated(
     grounder: Grounder, data_set: DataSet, videos: list[str], ablation: Ablation
 ) -> Callable[[str], Segments] | None:
-    """Return how to get a video's segments when not as they are; None for as they are.
+    """Return a function that gives the ablated segments of a video; None without ablation.
 
-    Queries of one video come one after the other, so a few videos are kept.
+    The queries of a video are consecutive, so that a small cache suffices.
     """
     if ablation == "none":
         return None
@@ -205,9 +205,10 @@ def _ablated(
     names = sorted(set(videos))
     if len(names) < 2:
         raise GroundingError(
-            "Shuffling needs at least two videos, and these queries are all about one.", code="too_few_videos"
+            "--ablation shuffled needs queries about at least two videos, got one. Use a larger --limit.",
+            code="too_few_videos",
         )
-    # A cycle through a seeded order: every video gets another's features, never its own.
+    # In a cyclic order no video gets its own features.
     order = [names[index] for index in np.random.default_rng(0).permutation(len(names))]
     other = dict(zip(order, order[1:] + order[:1]))
 

@@ -1,4 +1,4 @@
-"""`python -m runtime.ground_corpus`: millions of pairs, on all GPUs or cores of a laptop or a cluster."""
+"""`python -m runtime.ground_corpus`: ground queries in many videos, on all cores or GPUs of a machine or cluster."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def ground_corpus(
             merged; 0 turns windows off. Default: set by the model.
         overlap: overlap of adjacent windows, in seconds. Default: set by the model, or half a window.
     """
-    for option, value, least in (
+    for option, value, minimum in (
         ("--actors", actors, 0), ("--threads", threads, 1), ("--shard-pairs", shard_pairs, 1), ("--top-k", top_k, 1),
         ("--batch-size", batch_size, 1),
     ):  # fmt: skip
-        if value is not None and value < least:
-            raise GroundingError(f"{option} must be at least {least}, and {value} was given.", code="invalid_option")
+        if value is not None and value < minimum:
+            raise GroundingError(f"Expected {option} of at least {minimum}, got {value}.", code="invalid_option")
     settings = Settings(format, shard_pairs, top_k, batch_size, window, overlap, device, threads)
     result = ground(model, features, queries, output, settings, actors=actors, address=address)
     print(result)

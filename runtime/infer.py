@@ -1,4 +1,4 @@
-"""`python -m runtime.infer`: when in this video does this sentence happen?"""
+"""`python -m runtime.infer`: ground queries in one video."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def infer(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The arguments of `infer` without the output format; `source` are those that name the video."""
+    """The arguments of `infer` except the output format; `source` contains the arguments that select the video."""
 
     model: str | Path
     query: tuple[str, ...]
@@ -108,13 +108,13 @@ def run(options: Options) -> list[Answer]:
     The caller prints the answers last: if a frame for the plot or a clip is damaged, the command fails without output.
     """
     clips = _check(options)
-    # Where the model is a server's, device and threads are about what extracts the features here.
-    local = options.source.extractor is not None and is_address(options.model)
-    arguments = () if local else (options.device, options.threads)
+    # With a model on a server and a local extractor, device and threads apply to the extractor only.
+    extracts_only = options.source.extractor is not None and is_address(options.model)
+    arguments = () if extracts_only else (options.device, options.threads)
     grounder = Grounder.load(options.model, *arguments)
     grounder.windows = resolve_windows(grounder.windows, options.window, options.overlap)
     _warn_of_single_words(options.query)
-    # Before features are extracted, which may take hours; unknown words are reported when the queries are grounded.
+    # Queries are checked before the extraction, which may take hours. Unknown words are reported by `ground_batch`.
     for sentence in options.query:
         grounder.encode_query(sentence, Counter())
     source = open_video_source(options.source, grounder.manifest.features, options.device, options.threads)
@@ -128,9 +128,9 @@ def run(options: Options) -> list[Answer]:
 def _check(options: Options) -> list[Path]:
     """Raise GroundingError for arguments that cannot be used, and return the files for the best moments."""
     if options.top_k < 1:
-        raise GroundingError(f"--top-k must be at least 1, and {options.top_k} was given.", code="invalid_option")
+        raise GroundingError(f"Expected --top-k of at least 1, got {options.top_k}.", code="invalid_option")
     if not options.query:
-        raise QueryError('Nothing was asked; pass --query "a sentence".', code="missing_option")
+        raise QueryError('No query was given. Pass --query "a sentence".', code="missing_option")
     source = options.source
     source.check()
     data_files = DataSet(source.data).files if source.data and options.plot else ()
@@ -149,7 +149,7 @@ def _ground(grounder: Grounder, source: VideoSource, options: Options) -> list[A
     windows = grounder.cut(video)
     if len(windows) > 1:
         log.info(
-            "%s lasts %.1f s and is grounded in %d windows of %.1f s, each of which shares %.1f s with the next.",
+            "%s lasts %.1f s and is grounded in %d windows of %.1f s with an overlap of %.1f s.",
             *(video.name, video.duration, len(windows), windows[0].duration, windows[0].end - windows[1].start),
         )
     pairs = [(video, sentence) for sentence in options.query]
@@ -175,21 +175,21 @@ def _write_best(source: VideoSource, answers: Sequence[Answer], clips: Sequence[
 
 
 def _warn_of_single_words(queries: Sequence[str]) -> None:
-    """Warn where a sentence without quotes became a query for each of its words."""
+    """Warn if a sentence without quotes became one query per word."""
     if len(queries) > 1 and all(len(query.split()) == 1 for query in queries):
         log.warning(
-            "Each of the %d words is a query of its own; for one sentence write --query %s.",
+            "Each of the %d words is a separate query. For one sentence, write --query %s.",
             *(len(queries), excerpt(" ".join(queries)).replace("'", '"')),
         )
 
 
 def _clips(choice: VideoArguments, directory: Path | None, queries: tuple[str, ...]) -> list[Path]:
-    """Return the file of each query's best moment; none where nothing is to be cut."""
+    """Return the file of each query's best moment; none without --cut."""
     if directory is None:
         return []
     if choice.video_path is None:
         raise GroundingError(
-            "--cut needs the video itself; pass --video FILE --extractor FILE, or --footage FILE beside the features.",
+            "--cut needs a video file. Pass --video FILE --extractor FILE, or --footage FILE with the features.",
             code="missing_option",
         )
     check_encoder()

@@ -1,4 +1,4 @@
-"""`python -m runtime.rank`: does a sentence find its video among many?"""
+"""`python -m runtime.rank`: rank videos for each query by their best moment."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def rank(
     """
     if videos < 2 or seed < 0 or batch_size < 1 or (limit is not None and limit < 1):
         raise GroundingError(
-            "--videos is at least 2, --seed 0 or more, --limit and --batch-size at least 1, and "
-            f"{videos}, {seed}, {limit} and {batch_size} were given.",
+            "Expected --videos of at least 2, --seed of at least 0, and --limit and --batch-size of at least 1, got "
+            f"{videos}, {seed}, {limit} and {batch_size}.",
             code="invalid_option",
         )
     data_set = DataSet(data)
@@ -85,13 +85,22 @@ def rank(
     for label, values in rows.items():
         cells = (f"{value if name == 'median rank' else 100 * value:>11.2f}" for name, value in values.items())
         print(f"{label:<{width}}  " + "  ".join(cells))
-    print(f"{len(annotations)} sentences of {split}, each among {videos} of {len(names)} videos, percent.")
+    print(f"{len(annotations)} queries of {split}, each with {videos} of {len(names)} videos, in percent.")
     if data_set.simulated:
-        print("Features are simulated: not comparable with published numbers.")
+        print("The features are simulated: the results are not comparable with published numbers.")
     if output:
-        figures = {**ranking.values, "chance": ranking.chance, "sentences": len(annotations), "videos": videos}
-        about = {"split": split, "seed": seed, "simulated_features": data_set.simulated, "model": model.name}
-        write_json(output, {**figures, **about, "ranks": ranking.ranks.tolist()})
+        content = {
+            **ranking.values,
+            "chance": ranking.chance,
+            "sentences": len(annotations),
+            "videos": videos,
+            "split": split,
+            "seed": seed,
+            "simulated_features": data_set.simulated,
+            "model": model.name,
+            "ranks": ranking.ranks.tolist(),
+        }
+        write_json(output, content)
     suggest_next_command("runtime.evaluate", "--model", model, "--data", data)
     return ranking
 

@@ -1,4 +1,4 @@
-"""`python -m runtime.serve`: ground sentences over HTTP, with a page to do it by hand."""
+"""`python -m runtime.serve`: ground queries over HTTP, with a web page."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("drn")
 
-NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+REQUIRED_MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 MIB = 1 << 20
-# Videos of a data set that are opened at the start, unless one of them can be used.
+# At the start, videos of the data set are checked until one is valid or so many are invalid.
 CHECKED_VIDEOS = 8
 
 
@@ -149,30 +149,29 @@ class ServeOptions:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
     def validate(self) -> None:
-        """Raise GroundingError if an option is out of range or needs another; reads no file."""
+        """Raise GroundingError if an option is out of range or requires another; no file is read."""
         if not self.is_local and self.api_key is None:
             raise GroundingError(
-                f"At {self.host} others than this machine can ask; pass --api-key (or DRN_API_KEY), or keep to "
-                "127.0.0.1.",
+                f"--host {self.host} accepts requests from other machines, which requires --api-key (or DRN_API_KEY). "
+                "Pass a key, or use 127.0.0.1.",
                 code="missing_option",
             )
         if not 0 <= self.port <= 65535:
-            raise GroundingError(f"--port must be 0 to 65535, and {self.port} was given.", code="invalid_option")
+            raise GroundingError(f"Expected --port from 0 to 65535, got {self.port}.", code="invalid_option")
         if not (0 < self.timeout <= 3600 and 0 <= self.grace <= 3600):
             raise GroundingError(
-                f"--timeout is above 0, --grace 0 or more, and both at most 3600 s; {self.timeout:g} and {self.grace} "
-                "were given.",
+                f"Expected 0 < --timeout <= 3600 and 0 <= --grace <= 3600 s, got {self.timeout:g} and {self.grace}.",
                 code="invalid_option",
             )
         if not (self.cache_mib >= 0 and 0 < self.upload_mib <= self.uploads_mib and self.keep_minutes > 0):
             raise GroundingError(
-                f"--cache-mib is 0 or more, --upload-mib above 0 and at most --uploads-mib, and --keep-minutes above "
-                f"0; {self.cache_mib}, {self.upload_mib}, {self.uploads_mib} and {self.keep_minutes:g} were given.",
+                "Expected --cache-mib of at least 0, 0 < --upload-mib <= --uploads-mib and --keep-minutes above 0, got "
+                f"{self.cache_mib}, {self.upload_mib}, {self.uploads_mib} and {self.keep_minutes:g}.",
                 code="invalid_option",
             )
 
     def service_options(self) -> ServiceOptions:
-        """Return what the service itself reads; GroundingError if an option is out of range."""
+        """Return the limits of the service; GroundingError if an option is out of range."""
         from runtime.service.batching import BatchOptions
         from runtime.service.middleware import LOOPBACK, GateOptions
         from runtime.service.service import ServiceOptions
@@ -195,10 +194,10 @@ class ServeOptions:
 
 def run(options: ServeOptions) -> None:
     """Open the model, check its data, and serve until SIGTERM or Ctrl-C; see `serve`."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in REQUIRED_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise DeviceError(
-            f"{', '.join(missing)} cannot be imported; run `pip install '.[serve]'` in the drn-deploy directory.",
+            f"{', '.join(missing)} cannot be imported. Run `pip install '.[serve]'` in the drn-deploy directory.",
             code="missing_library",
         )
     from runtime.service import server
@@ -214,9 +213,8 @@ def run(options: ServeOptions) -> None:
         _check_features(grounder, data_set)
     digest = sha256(options.model)
     if options.extractor is not None:
-        # Opened once, to see that it is one whose features the model takes.
         open_extractor(options.extractor, device, threads).manifest.check_fits(grounder.manifest.features)
-    # Before requests are taken: the service's own thread owns the model from then on.
+    # Later only the batcher's thread may use the model.
     warm_usual(grounder, options.batch_size)
     create = functools.partial(
         Service,
@@ -234,10 +232,7 @@ def run(options: ServeOptions) -> None:
 
 
 def _check_features(grounder: Grounder, data: DataSet) -> None:
-    """Raise FeatureError if the model cannot take the features of the first few usable videos of a data set.
-
-    A clock that is not the model's is warned of.
-    """
+    """Raise FeatureError if the first videos of a data set do not fit the model; warn about its clip timing."""
     data.check_clock(grounder.manifest.features.clock)
     problems: list[GroundingError] = []
     for name in sorted(data.durations):
@@ -247,13 +242,13 @@ def _check_features(grounder: Grounder, data: DataSet) -> None:
         except MissingFeatures:
             continue
         except GroundingError as error:
-            # One odd file among good ones is an error of its own when it is asked.
+            # A single invalid file is reported when a client requests its video.
             problems.append(error)
             if len(problems) == CHECKED_VIDEOS:
                 break
     if problems:
         raise problems[0]
-    log.warning("%s holds usable features of none of its videos; only what is sent can be asked.", data.root)
+    log.warning("%s has no features. Clients can query uploads only.", data.root)
 
 
 if __name__ == "__main__":

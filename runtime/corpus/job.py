@@ -1,4 +1,4 @@
-"""Plan a corpus, ground or resume its shards, and report the progress."""
+"""Plan the shards of a corpus, ground or resume them, and report the progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from runtime.corpus.worker import ATTEMPTS, DIGESTS, CorpusJob, ShardResult, Wor
 
 log = logging.getLogger("drn")
 
-# Where no bar can be drawn, a line reports the progress at this interval.
+# Interval of the log lines that report the progress if stderr is not a terminal.
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -34,9 +34,10 @@ class Result:
 
     Attributes:
         output: the directory.
-        shards, pairs: of the corpus; a row for each pair.
-        made, errors: the pairs that this run made rows of, and those of them that have no answer.
-        seconds: that the run took, without planning.
+        shards, pairs: numbers of shards and of pairs of the corpus; each pair is one row.
+        made: number of pairs that this run grounded.
+        errors: number of pairs of this run that have an error instead of moments.
+        seconds: time of the run without planning.
     """
 
     output: Path
@@ -47,12 +48,12 @@ class Result:
     seconds: float
 
     def __str__(self) -> str:
-        whole = f"{self.pairs} pairs in {self.shards} shards in {self.output}"
+        corpus = f"{self.pairs} pairs in {self.shards} shards in {self.output}"
         if not self.made:
-            return f"{whole}: all were there already."
-        before = f"; {self.pairs - self.made} were there before" if self.made < self.pairs else ""
+            return f"{corpus}: all were grounded already."
+        before = f"; {self.pairs - self.made} were grounded before" if self.made < self.pairs else ""
         return (
-            f"{whole}: {self.made} made in {self.seconds:.1f} s, {self.made / self.seconds:.1f} a second, "
+            f"{corpus}: {self.made} grounded in {self.seconds:.1f} s, {self.made / self.seconds:.1f} per second, "
             f"{self.errors} of them with an error instead of moments{before}."
         )
 
@@ -67,11 +68,20 @@ def ground(
     actors: int | None = None,
     address: str | None = None,
 ) -> Result:
-    """Ground a corpus, or what is left of it; arguments as of `python -m runtime.ground_corpus`.
+    """Ground a corpus, or resume it.
+
+    Args:
+        model: model file.
+        features: source of the features; see `open_source`.
+        queries: JSONL file; see `read_questions`.
+        output: directory of the shards.
+        settings: everything else that determines the rows.
+        actors: number of worker processes; 0 grounds in this process, None uses all free resources of the cluster.
+        address: address of a Ray cluster; see `run_on_ray`.
 
     Raises:
-        GroundingError: the inputs are wrong, are not those that `output` was begun with, or a shard could not be made.
-            Shards that are whole stay.
+        GroundingError: the inputs are invalid or differ from those of the shards in `output`, or a shard failed.
+            Complete shards remain.
     """
     check_model_path(model)
     require_corpus_dir(output)
@@ -80,13 +90,13 @@ def ground(
         check_one_kind(questions)
     source = open_source(features)
     if everywhere := sum(question.video is None for question in questions):
-        log.info("%d of %d sentences name no video (vid) and are asked of every one.", everywhere, len(questions))
+        log.info("%d of %d queries have no video (vid) and are grounded in all videos.", everywhere, len(questions))
     common, shards = plan(source.listing(), questions, settings.shard_pairs)
     details = describe(model, queries, len(questions), source, settings)
     pairs = sum(map(len, shards))
     with locked(output):
         check_writable(output / MANIFEST, model, queries)
-        # Looked at before the lock was had, another job could have put its shards there meanwhile.
+        # Before the lock was acquired, another job could still write its shards.
         check_same(output, details)
         manifest = {**details, "pairs": pairs, "shards": len(shards)}
         write_json(output / MANIFEST, manifest)
@@ -95,14 +105,14 @@ def ground(
         left = [shard for shard in shards if not is_finished(job, shard, source)]
         missing = sum(map(len, left))
         if missing < pairs:
-            log.info("%d of %d shards are there already.", len(shards) - len(left), len(shards))
+            log.info("%d of %d shards are complete already.", len(shards) - len(left), len(shards))
         started, errors = time.monotonic(), 0
         with _cleaned(job.output), contextlib.closing(_run(job, left, actors, address)) as run:
-            for done in _shown(run, pairs, missing):
-                errors += done.errors
+            for result in _shown(run, pairs, missing):
+                errors += result.errors
         if errors == missing > 0:
             log.warning(
-                "No pair was answered: do model and features belong together? Each row's `error` says why not.",
+                "All pairs failed. Check that model and features belong together; each row contains its `error`.",
                 extra={"code": "no_answers"},
             )
         return Result(output, len(shards), pairs, missing, errors, time.monotonic() - started)
@@ -120,43 +130,39 @@ def _run(
 
 
 def _shown(run: Iterator[ShardResult], pairs: int, missing: int) -> Iterator[ShardResult]:
-    """Yield what becomes of each shard while progress is shown; raise what ends the job."""
+    """Yield the result of each shard, and show the progress; raise GroundingError for a failed shard."""
     num_grounded = errors = 0
-    began = last_report = time.monotonic()
+    started = last_report = time.monotonic()
     with tqdm(total=pairs, initial=pairs - missing, desc="grounding", unit="pair", leave=False, disable=None) as bar:
-        for done in run:
-            if done.problem:
+        for result in run:
+            if result.problem:
                 raise GroundingError(
-                    f"{done.problem} What is whole stays; run the same command again to go on.", code="shard_failed"
+                    f"{result.problem} Complete shards remain; run the same command again to resume.",
+                    code="shard_failed",
                 )
-            if done.attempts > 1:
+            if result.attempts > 1:
                 log.warning(
-                    "Shard %d was begun %d times: the process that made it ended before it was done.",
-                    done.number,
-                    done.attempts,
+                    "Shard %d took %d attempts, because its process ended before it was complete.",
+                    result.number,
+                    result.attempts,
                 )
-            yield done
-            num_grounded, errors = num_grounded + done.pairs, errors + done.errors
+            yield result
+            num_grounded, errors = num_grounded + result.pairs, errors + result.errors
             bar.set_postfix_str(f"{errors} errors", refresh=False)
-            bar.update(done.pairs)
+            bar.update(result.pairs)
             if bar.disable and time.monotonic() - last_report >= SECONDS_BETWEEN_LINES:
                 last_report = time.monotonic()
-                rate = num_grounded / (last_report - began)
+                rate = num_grounded / (last_report - started)
+                remaining = bar.format_interval((missing - num_grounded) / rate)
                 log.info(
-                    "%d of %d pairs, %.1f a second, %d errors; %s left.",
-                    *(
-                        pairs - missing + num_grounded,
-                        pairs,
-                        rate,
-                        errors,
-                        bar.format_interval((missing - num_grounded) / rate),
-                    ),
+                    "%d of %d pairs, %.1f per second, %d errors; %s remaining.",
+                    *(pairs - missing + num_grounded, pairs, rate, errors, remaining),
                 )
 
 
 @contextlib.contextmanager
 def _cleaned(output: Path) -> Iterator[None]:
-    """Remove, before and after, what shards leave behind whose process was killed."""
+    """Remove, before and after the block, files of processes that were killed."""
     _clean(output)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Shards on the processes of a Ray cluster, or of a Ray that is started here for them."""
+"""Ground shards in the processes of a Ray cluster, or of a local Ray that is started for the job."""
 
 from __future__ import annotations
 
@@ -19,95 +19,95 @@ from runtime.corpus.worker import CorpusJob, ShardResult, Worker
 
 log = logging.getLogger("drn")
 
-# Shards travel through Ray as plans of some kilobytes, and back as a line.
+# Ray's object store holds only plans of shards, some kilobytes each, and their results.
 OBJECT_STORE_BYTES = 1 << 27
 SECONDS_TO_END = 1.0
-# Nothing is reported to Ray's makers.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
-# A Ray that is started here listens to this machine alone. The name is Ray's: it speaks of systems on which it always
-# does so.
-ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Usage statistics are not sent to the makers of Ray.
+NO_STATISTICS = {"RAY_USAGE_STATS_ENABLED": "0"}
+# With this variable a local Ray binds to the loopback address on Linux too.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 class Actor:
-    """The object that Ray Data creates once per process: a worker and its model."""
+    """A worker and its model. Ray Data creates one actor per process."""
 
     def __init__(self, job: CorpusJob) -> None:
         self._worker = Worker(job)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        return {"done": [pickle.dumps(self._worker(pickle.loads(item))) for item in batch["shard"]]}
+        return {"result": [pickle.dumps(self._worker(pickle.loads(item))) for item in batch["shard"]]}
 
 
 def run_on_ray(
     job: CorpusJob, shards: Sequence[Shard], actors: int | None, address: str | None
 ) -> Iterator[ShardResult]:
-    """Yield what becomes of each shard, in the order in which they end.
+    """Yield the result of each shard, in order of completion.
 
     Args:
-        job, shards: what is to be done.
-        actors: processes; as many as the cluster has room for when None.
-        address: of a cluster, or auto; None for the one this process is in or, without it, one that is started.
+        job: values that all workers share.
+        shards: shards to ground.
+        actors: number of processes; None uses all free resources of the cluster.
+        address: address of a cluster, or auto; None for the cluster that this process is in, or else a local Ray.
 
     Raises:
-        DeviceError: Ray is not installed, there is no such cluster, or it has gone.
+        DeviceError: Ray is not installed, or the cluster is not available.
     """
     settings = job.settings
     with _ray(address, actors, settings) as ray:
-        room = _room(ray, settings)
-        expected = actors or max(1, room)
-        if expected > room:
+        available = _available(ray, settings)
+        requested = actors or max(1, available)
+        if requested > available:
             log.warning(
-                "The cluster has room for %d processes of %s now, and %d were asked for; the others wait for it.",
-                room,
+                "The cluster has resources for %d processes of %s now, and %d are requested. The others wait.",
+                available,
                 "one GPU" if settings.device == "cuda" else f"{settings.threads} CPU cores",
-                expected,
+                requested,
             )
-        size = min(expected, len(shards))
+        size = min(requested, len(shards))
         items = [{"shard": pickle.dumps(shard)} for shard in shards]
-        needs: dict[str, Any] = {"num_gpus": 1} if settings.device == "cuda" else {"num_cpus": settings.threads}
-        # A block for each shard: what ends with a process is made again by itself.
+        resources: dict[str, Any] = {"num_gpus": 1} if settings.device == "cuda" else {"num_cpus": settings.threads}
+        # With one block per shard, only the shard of a process that ended is repeated.
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             Actor,
             fn_constructor_args=(job,),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
-            **needs,
+            **resources,
         )
         dataset.context.enable_progress_bars = False
         dataset.context.print_on_execution_start = False
         try:
             for row in dataset.iter_rows():
-                yield pickle.loads(row["done"])
+                yield pickle.loads(row["result"])
         except ray.exceptions.RayError as error:
             raise DeviceError(
-                f"Ray could not go on ({type(error).__name__}: {one_line(error)[:300]}). What is whole stays; run the "
-                "same command again to go on."
+                f"Ray failed ({type(error).__name__}: {one_line(error)[:300]}). Complete shards remain; run the same "
+                "command again to resume.",
+                code="ray_failed",
             ) from error
 
 
 @contextlib.contextmanager
 def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterator[Any]:
-    """Yield Ray, connected to a cluster; one that was started for it is gone afterwards."""
-    for name, value in {**QUIET, **(ALONE if address is None else {})}.items():
+    """Yield Ray, connected to a cluster; disconnect it, or end a local Ray, after the block."""
+    for name, value in {**NO_STATISTICS, **(LOOPBACK_ONLY if address is None else {})}.items():
         os.environ.setdefault(name, value)
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise DeviceError(
-            f"Ray cannot be imported ({error}); "
-            "run `pip install '.[corpus]'` in the drn-deploy directory, or pass --actors 0 to ground "
-            "in this process.",
+            f"Ray cannot be imported ({error}). Run `pip install '.[corpus]'` in the drn-deploy directory, or pass "
+            "--actors 0 to ground in this process.",
             code="missing_library",
         ) from error
-    # It logs plans and progress bars of its own.
+    # Ray Data logs its plans and progress bars.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield ray
         return
     try:
-        # Ray would end the process at SIGTERM without a word.
+        # Ray installs a handler that ends the process at SIGTERM without a message.
         with preserved():
             if address is None:
                 ray.init(
@@ -119,22 +119,27 @@ def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterato
                 )
             else:
                 ray.init(address, logging_level=logging.ERROR)
-    # Ray's own errors, ConnectionError, ValueError for what is no address, RuntimeError for a token that is missing.
+    # Ray raises its own errors, ConnectionError, ValueError for a malformed address, and RuntimeError for a missing
+    # token.
     except Exception as error:
-        where = "here" if address is None else f"at --address {address}"
-        raise DeviceError(f"No Ray can be had {where}: {one_line(error)[:300]}.") from error
+        action = "start on this machine" if address is None else f"connect to --address {address}"
+        raise DeviceError(
+            f"Ray cannot {action}: {one_line(error)[:300]}. Check the cluster, or pass --actors 0 to ground in this "
+            "process.",
+            code="ray_failed",
+        ) from error
     try:
         yield ray
     finally:
-        ended = sys.exc_info()[0] is not None
+        failed = sys.exc_info()[0] is not None
         ray.shutdown()
-        if ended and address is not None:
-            # A cluster ends our processes a moment later; what they leave is cleaned up after that.
+        if failed and address is not None:
+            # The cluster ends the workers a moment later, and their files can be removed only after that.
             time.sleep(SECONDS_TO_END)
 
 
-def _room(ray: Any, settings: Settings) -> int:
-    """Return how many processes the cluster has room for now."""
+def _available(ray: Any, settings: Settings) -> int:
+    """Return the number of processes that the resources of the cluster suffice for."""
     resources = ray.cluster_resources()
     if settings.device == "cuda":
         return int(resources.get("GPU", 0))

@@ -1,4 +1,4 @@
-"""Assign pairs to shards and describe the inputs of a corpus, before anything is grounded."""
+"""Assign pairs to shards, and describe the inputs of a corpus, before it is grounded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from runtime.corpus.queries import Question
 
 FORMAT = "drn-corpus/1"
 MANIFEST = "corpus.json"
-# What runs the network, by the suffix of a model file.
+# Distributions that run the network, by the suffix of a model file.
 LIBRARIES = {
     ".onnx": ("onnxruntime", "onnxruntime-gpu"),
     ".pt": ("torch",),
@@ -35,55 +35,55 @@ Form = Literal["jsonl", "parquet"]
 
 @dataclasses.dataclass(frozen=True)
 class VideoQueries:
-    """A video and some of what it is asked.
+    """A video with queries of one shard.
 
     Attributes:
-        video: where its features are.
-        known: whether the corpus has such a video at all.
-        own: the questions that are about it alone.
-        first, last: of its questions, its own and those of every video in the order of their lines: from the one, up to
-            the other, last excluded. All of them, but for a video that is split over shards.
+        video: the video.
+        known: whether the source of features has the video.
+        own: queries about this video only.
+        start, end: range of the video's queries, own and common, in the order of their lines. It is smaller than the
+            whole only for a video that is split over shards.
     """
 
     video: VideoRef
     known: bool
     own: tuple[Question, ...]
-    first: int
-    last: int
+    start: int
+    end: int
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return self.end - self.start
 
     def questions(self, common: Sequence[Question]) -> list[Question]:
-        """Return what is asked here, given what is asked of every video."""
+        """Return the queries in the range, given the queries that are common to all videos."""
         if not self.own:
-            return list(common[self.first : self.last])
+            return list(common[self.start : self.end])
         merged = sorted((*common, *self.own), key=lambda question: question.line) if self.known else self.own
-        return list(merged[self.first : self.last])
+        return list(merged[self.start : self.end])
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A part of the corpus that becomes one file; `number` counts from 1."""
+    """A part of the corpus that is written to one file; `number` counts from 1."""
 
     number: int
-    asked: tuple[VideoQueries, ...]
+    videos: tuple[VideoQueries, ...]
 
     def __len__(self) -> int:
-        return sum(map(len, self.asked))
+        return sum(map(len, self.videos))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that decides what the rows of a corpus are, besides its model, queries and features.
+    """Everything besides model, queries and features that determines the rows of a corpus.
 
     Attributes:
-        form: of the shards.
-        shard_pairs: most pairs of a shard.
-        top_k: most moments of a pair.
-        batch_size: most pairs that go through the network at a time.
-        window, overlap: how long videos are cut, in seconds; the model's own when None.
-        device, threads: of each process.
+        form: file format of the shards.
+        shard_pairs: maximum number of pairs per shard.
+        top_k: maximum number of moments per pair.
+        batch_size: maximum number of pairs per batch.
+        window, overlap: window length and overlap in seconds; None uses the values of the model.
+        device, threads: device and CPU threads of each process.
     """
 
     form: Form = "jsonl"
@@ -99,10 +99,15 @@ class Settings:
 def plan(
     listing: Sequence[VideoRef], questions: Iterable[Question], shard_pairs: int
 ) -> tuple[list[Question], list[Shard]]:
-    """Return what is asked of every video, and the shards.
+    """Return the queries that are common to all videos, and the shards.
 
-    Videos come in the order of the listing, and after them those that are asked about and not listed. A video is split
-    over shards only if it has more pairs than one holds. The same corpus always has the same shards.
+    Shards contain the videos in the order of the listing, and then the videos of queries that are not listed. A video
+    is split over shards only if it has more pairs than a shard. The same inputs always give the same shards.
+
+    Args:
+        listing: videos of the source.
+        questions: queries in the order of their lines.
+        shard_pairs: maximum number of pairs per shard.
     """
     common: list[Question] = []
     own: dict[str, list[Question]] = {}
@@ -126,32 +131,33 @@ def plan(
 
 
 def _video_queries(
-    listing: Sequence[VideoRef], common: Sequence[Question], own: dict[str, list[Question]], most: int
+    listing: Sequence[VideoRef], common: Sequence[Question], own: dict[str, list[Question]], max_pairs: int
 ) -> Iterator[VideoQueries]:
-    """Yield each video that is asked anything, in parts of at most so many pairs."""
+    """Yield each video that has queries, in parts of at most `max_pairs`."""
     unknown = (VideoRef(name) for name in own.keys() - {video.name for video in listing})
     unlisted = sorted(unknown, key=lambda video: own[video.name][0].line)
-    for number, video in enumerate((*listing, *unlisted)):
-        mine = tuple(own.get(video.name, ()))
-        known = number < len(listing)
-        count = len(mine) + (len(common) if known else 0)
-        for first in range(0, count, most):
-            yield VideoQueries(video, known, mine, first, min(first + most, count))
+    for index, video in enumerate((*listing, *unlisted)):
+        own_queries = tuple(own.get(video.name, ()))
+        known = index < len(listing)
+        count = len(own_queries) + (len(common) if known else 0)
+        for start in range(0, count, max_pairs):
+            yield VideoQueries(video, known, own_queries, start, min(start + max_pairs, count))
 
 
 def shard_name(number: int, count: int, form: Form) -> str:
-    """Return how the file of a shard is called."""
+    """Return the file name of a shard."""
     return f"shard-{number:05d}-of-{count:05d}.{form}"
 
 
 def describe(model: Path, queries: Path, count: int, source: FeatureSource, settings: Settings) -> dict[str, Any]:
-    """Return what a corpus is made of, as `corpus.json` keeps it: whatever could change a row of it.
+    """Return the inputs of a corpus for `corpus.json`: everything that could change a row.
 
     Args:
-        model: its file.
-        queries, count: the file, and how many rows it has.
-        source: of the features.
-        settings: all else.
+        model: model file.
+        queries: file of queries.
+        count: number of its rows.
+        source: source of the features.
+        settings: all other settings.
     """
     return {
         "format": FORMAT,
@@ -164,13 +170,13 @@ def describe(model: Path, queries: Path, count: int, source: FeatureSource, sett
 
 
 def _files(model: Path) -> list[Path]:
-    """Return all files of a model that decide its answers and that no other of them names by SHA-256.
+    """Return all files of a model that determine its answers and whose SHA-256 no other of them records.
 
-    The query part of a graph names its other parts; that of an engine names the graph that its video part was built of.
+    The query part of a graph records its other parts, but that of an engine records only the graph of its video part.
     """
     files = [model]
     if model.suffix == ".onnx":
-        # What is no graph is refused where it is opened.
+        # Invalid graphs are reported when they are opened.
         with contextlib.suppress(ModelFileError):
             files += external_data(model)
     if model.suffix == ".engine":
@@ -185,53 +191,58 @@ def _files(model: Path) -> list[Path]:
 
 
 def require_corpus_dir(output: Path) -> None:
-    """Raise OutputError if something else than a corpus lies there: nothing is put beside it, not even a lock."""
+    """Raise OutputError if `output` exists and is neither empty nor a corpus, before a lock file is written to it."""
     if not output.exists() or (output / LOCK).exists():
         return
     if not output.is_dir():
         raise OutputError(
-            f"{output} is not a directory; name a new or empty directory with --output.", code="output_is_file"
+            f"{output} is not a directory. Name a new or empty directory with --output.", code="output_is_file"
         )
     if content_names(output) and not (output / MANIFEST).exists():
         raise _not_a_corpus(output)
 
 
 def check_same(output: Path, recorded: dict[str, Any]) -> None:
-    """Raise OutputError if a directory holds shards of other inputs, or something else; for who holds its lock."""
+    """Raise OutputError if a directory contains shards of other inputs, or is not a corpus. The caller holds its lock.
+
+    Args:
+        output: the directory.
+        recorded: inputs of this run, from `describe`.
+    """
     path = output / MANIFEST
     if not path.exists():
         if content_names(output):
             raise _not_a_corpus(output)
         return
-    result = read_json(path, "what a corpus was made of", OutputError)
-    check_format(result, FORMAT, f"{path}", OutputError, "name another directory")
+    manifest = read_json(path, "a manifest of a corpus", OutputError)
+    check_format(manifest, FORMAT, f"{path}", OutputError, "name another directory")
     if not any(output.glob("shard-*")):
         return
-    # As it is read from a file: tuples are lists there.
+    # JSON turns tuples into lists.
     changes = [
         f"{' '.join(map(str, key))} was {excerpt(before)} and is {excerpt(now)}"
-        for key, before, now in differences(result, json.loads(json.dumps(recorded)))
+        for key, before, now in differences(manifest, json.loads(json.dumps(recorded)))
         if key[0] in recorded
     ]
     if changes:
         raise OutputError(
-            f"{output} was begun with other inputs, whose rows would not go with these ({'; '.join(changes)}). "
-            "Take those again, or name another directory. Ground added videos from features of their own.",
+            f"{output} contains shards of other inputs ({'; '.join(changes)}). Use the same inputs, or name another "
+            "directory with --output; ground additional videos from a separate source of features.",
             code="settings_mismatch",
         )
 
 
 def _not_a_corpus(output: Path) -> OutputError:
     return OutputError(
-        f"{output} is there and holds no {MANIFEST}; name a new or empty directory.", code="output_not_empty"
+        f"{output} is not empty and has no {MANIFEST}. Name a new or empty directory.", code="output_not_empty"
     )
 
 
 def _versions(model: Path, form: Form) -> dict[str, str]:
-    """Return the packages whose arithmetic or writing a row depends on."""
+    """Return the versions of the packages that the values or the encoding of a row depend on."""
     names = ["drn-deploy", "numpy", *LIBRARIES.get(model.suffix, ()), *(["pyarrow"] if form == "parquet" else [])]
-    results = {}
+    versions = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            results[name] = importlib.metadata.version(name)
-    return results
+            versions[name] = importlib.metadata.version(name)
+    return versions

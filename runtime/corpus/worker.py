@@ -1,4 +1,4 @@
-"""A shard is grounded and becomes a file, whole or not at all."""
+"""Ground the shards of a corpus, and write each to a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runtime.core.io.input_files import read_json
 from runtime.core.names import by_fold, near_name
 from runtime.core.repeat_filter import RepeatFilter, said_once
 from runtime.core.sliding_windows import resolve_windows
-from runtime.core.video import ClipTiming, Video
+from runtime.core.video import Video
 from runtime.corpus.feature_sources import FeatureSource, VideoRef, open_source
 from runtime.corpus.queries import Question
 from runtime.corpus.sharding import MANIFEST, Form, Settings, Shard, VideoQueries, shard_name
@@ -31,23 +31,22 @@ from runtime.grounding.warm_up import warm_usual
 
 log = logging.getLogger("drn")
 
-# A video, or a sentence that says why there is none.
-Found = Union[VideoInput, str]
+# A video for the model, or the reason why it cannot be grounded.
+VideoOrError = Union[VideoInput, str]
 
-# Where processes note that they have begun a shard.
+# Directory of files that count the attempts of a shard.
 ATTEMPTS = ".attempts"
-# Where the digests of shards are.
+# Directory of the digests of shards.
 DIGESTS = ".digests"
-# A shard that ended the process it was in so often is not begun again.
+# Maximum number of attempts of a shard that ends its process.
 MAX_ATTEMPTS = 3
-# Videos wait for each other until their questions fill so many batches, or they take so much memory.
-BATCHES_TOGETHER = 8
+# Videos are grouped until their queries fill so many batches, or they take so much memory.
+BATCHES_PER_GROUP = 8
 MAX_WAITING_BYTES = 1 << 28
-# Rows of a row group in Parquet.
-ROWS_OF_GROUP = 4096
-# Sentences of which a process remembers whether they can be asked.
-KNOWN_SENTENCES = 1 << 16
-# A process says the like of one warning so often: a corpus has a million sentences with an unknown word.
+PARQUET_GROUP_ROWS = 4096
+# Queries whose validity a process caches.
+CACHED_QUERIES = 1 << 16
+# Maximum repetitions of a warning per process: a corpus may have a million queries with an unknown word.
 MAX_WARNINGS = 5
 
 
@@ -57,10 +56,10 @@ class CorpusJob:
 
     Attributes:
         model, features, output: absolute paths.
-        common: what is asked of every video.
-        count: how many shards there are.
-        settings: all else.
-        manifest: digest of what the `corpus.json` says that the job wrote into `output`.
+        common: queries about all videos.
+        count: number of shards.
+        settings: all other settings.
+        manifest: digest of the content of `corpus.json`.
     """
 
     model: Path
@@ -72,7 +71,7 @@ class CorpusJob:
     manifest: str
 
     def path(self, shard: Shard) -> Path:
-        """Return the file that a shard becomes."""
+        """Return the path of a shard's file."""
         return self.output / shard_name(shard.number, self.count, self.settings.form)
 
 
@@ -81,10 +80,10 @@ class ShardResult:
     """The outcome of one shard.
 
     Attributes:
-        number: which.
-        pairs, errors: its rows, and those of them that say why they have no answer.
-        attempts: how often it was begun, this time included.
-        problem: a sentence that says why it was given up; None where its file is there.
+        number: number of the shard.
+        pairs, errors: number of rows, and number of rows with an error instead of moments.
+        attempts: number of attempts.
+        problem: error message of a failed shard; None if its file is complete.
     """
 
     number: int
@@ -95,50 +94,51 @@ class ShardResult:
 
 
 def digest_path(job: CorpusJob, shard: Shard) -> Path:
-    """Return the file that holds the digests of a shard and of the features that it was made of."""
+    """Return the path of the file with the digests of a shard and the stamps of its features."""
     return job.output / DIGESTS / f"{shard.number:05d}.json"
 
 
 def stamps_of(shard: Shard, stamp: Callable[[VideoRef], str]) -> dict[str, str]:
-    """Return the stamp of the features of each video of a shard."""
-    return {requested.video.name: stamp(requested.video) for requested in shard.asked if requested.known}
+    """Return the stamp of the features of each known video of a shard."""
+    return {queries.video.name: stamp(queries.video) for queries in shard.videos if queries.known}
 
 
 def is_finished(job: CorpusJob, shard: Shard, source: FeatureSource) -> bool:
-    """Return whether a shard is there as it was written; a damaged one is removed, since it can be made again.
+    """Return whether the file of a shard is complete; a damaged file is deleted, so that it is written again.
 
     Args:
-        source: the features of the corpus.
+        job, shard: the shard.
+        source: current features of the corpus.
 
     Raises:
-        OutputError: the features of one of its videos have changed since, or it is not known of which it was made.
+        OutputError: the features of a video changed since the shard was written, or its digests are missing.
     """
-    path, siblings = job.path(shard), digest_path(job, shard)
+    path, digests = job.path(shard), digest_path(job, shard)
     if not path.is_file():
         return False
-    if not siblings.is_file():
+    if not digests.is_file():
         raise OutputError(
-            f"{path} has no digests in {siblings}, so it is not known which features it was made of. Remove the shard, "
-            "or name another --output.",
+            f"{path} has no digests in {digests}, so its features are unknown. Remove the shard, or name another "
+            "--output.",
             code="unknown_features",
         )
     try:
-        record = read_json(siblings, "digests of a shard", OutputError)
-        whole = record["digest"] == json_digest({**record, "digest": ""}) and record["sha256"] == sha256(path)
+        record = read_json(digests, "digests of a shard", OutputError)
+        is_intact = record["digest"] == json_digest({**record, "digest": ""}) and record["sha256"] == sha256(path)
     except (OutputError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        log.warning("%s is damaged: it does not match its digest in %s; it is made again.", path, siblings)
+        is_intact = False
+    if not is_intact:
+        log.warning("%s does not match its digest in %s. It is grounded again.", path, digests)
         path.unlink()
         return False
     now = stamps_of(shard, source.stamp)
-    shared = {requested.video.name: source.shared_file(requested.video) for requested in shard.asked if requested.known}
     before = record["features"]
     changed = [video for video in before if now.get(video) != before[video]]
     if changed:
-        # Of a file of many videos it is not known which of them changed, apart from those that came or went.
+        # The stamp of a file of many videos does not show which video changed, except for added and removed ones.
         video = next((video for video in changed if not (before[video] and now.get(video))), "")
-        file = None if video else shared.get(changed[0])
+        refs = {queries.video.name: queries.video for queries in shard.videos if queries.known}
+        file = None if video or changed[0] not in refs else source.shared_file(refs[changed[0]])
         subject = (
             f"The features of {excerpt(video or changed[0])}" if file is None else f"{file}, a file of many videos,"
         )
@@ -152,32 +152,33 @@ def is_finished(job: CorpusJob, shard: Shard, source: FeatureSource) -> bool:
 
 
 class Worker:
-    """Grounds shards of one job, one after the other. The model is opened for the first of them."""
+    """Ground the shards of one job, one after the other. The model is opened with the first shard."""
 
     def __init__(self, job: CorpusJob) -> None:
         self.job = job
-        self._problem = functools.lru_cache(KNOWN_SENTENCES)(self._problem_of)
+        self._query_error = functools.lru_cache(CACHED_QUERIES)(self._check_query)
         self._repeats = RepeatFilter(MAX_WARNINGS, by_template=True)
 
     def __call__(self, shard: Shard) -> ShardResult:
-        """Ground a shard, unless its file is there. What is wrong with it as a whole is returned, not raised."""
+        """Ground a shard unless its file exists. The error of a failed shard is returned, not raised."""
         path = self.job.path(shard)
         try:
             self._check_manifest()
             if path.is_file():
                 return ShardResult(shard.number, len(shard))
-            with _attempt(self._note(shard)) as attempts:
+            attempts_path = self.job.output / ATTEMPTS / f"{shard.number:05d}"
+            with _attempt(attempts_path) as attempts:
                 if attempts > MAX_ATTEMPTS:
                     raise OutputError(
-                        f"It was begun {attempts - 1} times, and each time the process ended before it was done "
-                        f"(out of memory?), the last of them {_last_line(self._note(shard))}."
+                        f"The process ended in each of {attempts - 1} attempts, the last of them "
+                        f"{_previous_attempt(attempts_path)}. Check its memory."
                     )
                 with said_once(self._repeats):
                     errors = self._write(shard, path)
                 return ShardResult(shard.number, len(shard), errors, attempts)
         except GroundingError as error:
             return ShardResult(shard.number, len(shard), problem=f"{path.name}: {error}")
-        # The report names the shard and the error; the traceback is logged here.
+        # The result contains the message, and the log of the process the traceback.
         except Exception as error:
             log.exception("%s failed.", path.name)
             return ShardResult(shard.number, len(shard), problem=f"{path.name}: {type(error).__name__}: {error}.")
@@ -195,57 +196,58 @@ class Worker:
         return open_source(self.job.features)
 
     def _check_manifest(self) -> None:
-        """Raise OutputError where the directory is not seen, or is another job's by now.
+        """Raise OutputError if the directory is not visible here, or was given to another job meanwhile.
 
-        A job that is killed may leave processes behind for a moment, which would put their shards there.
+        Workers may outlive a killed job for a moment, and must not write their shards to the next one.
         """
         try:
-            result = json_digest(json.loads((self.job.output / MANIFEST).read_bytes()))
+            digest = json_digest(json.loads((self.job.output / MANIFEST).read_bytes()))
         except (OSError, ValueError) as error:
             raise OutputError(
-                f"{self.job.output} holds no {MANIFEST} here, on {platform.node()}; corpora are written to a file "
-                "system that all machines see under the same path."
+                f"{self.job.output} has no {MANIFEST} on {platform.node()}. Write to a file system that all machines "
+                "mount at the same path."
             ) from error
-        if result != self.job.manifest:
-            raise OutputError(f"{self.job.output} belongs to a job of other inputs by now; name another directory.")
-
-    def _note(self, shard: Shard) -> Path:
-        return self.job.output / ATTEMPTS / f"{shard.number:05d}"
+        if digest != self.job.manifest:
+            raise OutputError(
+                f"{self.job.output} belongs to a job of other inputs now. Name another directory.",
+                code="settings_mismatch",
+            )
 
     def _write(self, shard: Shard, path: Path) -> int:
-        """Write the rows of a shard, and return how many of them are errors."""
+        """Write the rows of a shard, and return the number of rows with an error."""
         errors = 0
-        # Before they are read: what changes meanwhile is noticed when the job is resumed.
+        # Stamps are taken first, so that a resumed job detects features that change while they are read.
         stamps = stamps_of(shard, self._source.stamp)
         with atomic_write(path) as temporary, open(temporary, "wb") as stream:
             with WRITERS[self.job.settings.form](stream) as write:
                 for group in self._groups(shard):
-                    for row in self._answered(group):
+                    for row in self._rows(group):
                         write(row)
                         errors += row["error"] is not None
-            # Whole also if the machine stops now: a shard that is there is not made again.
+            # The file must be complete after a power failure too, because a resumed job does not write it again.
             stream.flush()
             os.fsync(stream.fileno())
             self._check_manifest()
-            # First, so that a shard that is there has its digests.
+            # The digests are written before the shard, so that every shard has them.
             record = {"sha256": sha256(temporary), "features": stamps, "digest": ""}
             write_json(digest_path(self.job, shard), {**record, "digest": json_digest(record)})
         return errors
 
-    def _groups(self, shard: Shard) -> Iterator[list[tuple[VideoQueries, Found]]]:
-        """Yield videos that are asked together. Who they are follows from the shard alone, and so do their batches."""
-        result = self._source.load([requested.video for requested in shard.asked if requested.known], self._clock)
-        group: list[tuple[VideoQueries, Found]] = []
+    def _groups(self, shard: Shard) -> Iterator[list[tuple[VideoQueries, VideoOrError]]]:
+        """Yield groups of videos to ground together. Groups and batches depend on the shard only."""
+        clock = self._grounder.manifest.features.clock
+        loaded = self._source.load([queries.video for queries in shard.videos if queries.known], clock)
+        group: list[tuple[VideoQueries, VideoOrError]] = []
         pairs, waiting = 0, 0
-        for requested in shard.asked:
-            if requested.known:
-                subject = self._subject(next(result))
+        for queries in shard.videos:
+            if queries.known:
+                video = self._prepare(next(loaded))
             else:
-                subject = f"There is no video {excerpt(requested.video.name)} in {self.job.features}; check the name."
-                subject += near_name(self._names, requested.video.name)
-            group.append((requested, subject))
-            pairs, waiting = pairs + len(requested), waiting + _bytes(subject)
-            if pairs >= BATCHES_TOGETHER * self.job.settings.batch_size or waiting >= MAX_WAITING_BYTES:
+                video = f"There is no video {excerpt(queries.video.name)} in {self.job.features}. Check the name."
+                video += near_name(self._names, queries.video.name)
+            group.append((queries, video))
+            pairs, waiting = pairs + len(queries), waiting + _bytes(video)
+            if pairs >= BATCHES_PER_GROUP * self.job.settings.batch_size or waiting >= MAX_WAITING_BYTES:
                 yield group
                 group, pairs, waiting = [], 0, 0
         if group:
@@ -256,49 +258,45 @@ class Worker:
         """Names of the videos of the corpus, for `near_name`."""
         return by_fold(video.name for video in self._source.listing())
 
-    @property
-    def _clock(self) -> ClipTiming:
-        return self._grounder.manifest.features.clock
-
-    def _subject(self, found: Video | str) -> Found:
-        """Return a video as it is best asked: encoded, if the model is split."""
+    def _prepare(self, video: Video | str) -> VideoOrError:
+        """Return a video checked and, for a split model, encoded; errors are passed through."""
         grounder = self._grounder
-        if isinstance(found, str):
-            return found
+        if isinstance(video, str):
+            return video
         try:
             if not grounder.is_pair:
-                grounder.check_fits(found)
-                return found
-            return grounder.encode(found)
+                grounder.check_fits(video)
+                return video
+            return grounder.encode(video)
         except FeatureError as error:
             return str(error)
 
-    def _answered(self, group: list[tuple[VideoQueries, Found]]) -> list[dict[str, Any]]:
-        """Return a row for each question of a group, in order."""
-        rows, waiting, pairs = [], [], []
-        for requested, subject in group:
-            for question in requested.questions(self.job.common):
-                problem = subject if isinstance(subject, str) else self._problem(question.query)
+    def _rows(self, group: list[tuple[VideoQueries, VideoOrError]]) -> list[dict[str, Any]]:
+        """Return a row for each query of a group, in order."""
+        rows, valid_rows, pairs = [], [], []
+        for queries, video in group:
+            for question in queries.questions(self.job.common):
+                problem = video if isinstance(video, str) else self._query_error(question.query)
                 row: dict[str, Any] = {
                     "qid": question.qid,
                     "query": question.query,
-                    "vid": requested.video.name,
+                    "vid": queries.video.name,
                     "pred_relevant_windows": [],
                     "error": problem,
                 }
                 rows.append(row)
-                if not isinstance(subject, str) and problem is None:
-                    waiting.append(row)
-                    pairs.append((subject, question.query))
+                if not isinstance(video, str) and problem is None:
+                    valid_rows.append(row)
+                    pairs.append((video, question.query))
         if pairs:
             settings = self.job.settings
             result = self._grounder.ground_batch(pairs, settings.top_k, settings.batch_size)
-            for row, moments in zip(waiting, result):
+            for row, moments in zip(valid_rows, result):
                 row["pred_relevant_windows"] = [[moment.start, moment.end, moment.score] for moment in moments]
         return rows
 
-    def _problem_of(self, query: str) -> str | None:
-        """Return why a sentence cannot be asked, or None."""
+    def _check_query(self, query: str) -> str | None:
+        """Return the error of a query that cannot be encoded, or None."""
         try:
             self._grounder.encode_query(query)
         except QueryError as error:
@@ -306,35 +304,35 @@ class Worker:
         return None
 
 
-def _bytes(subject: Found) -> int:
-    """Return the memory that a video takes while it waits."""
-    if isinstance(subject, str):
+def _bytes(video: VideoOrError) -> int:
+    """Return the memory that a video takes, in bytes."""
+    if isinstance(video, str):
         return 0
-    parts = subject.parts if isinstance(subject, EncodedWindows) else (subject,)
+    parts = video.parts if isinstance(video, EncodedWindows) else (video,)
     return sum(part.features.nbytes for part in parts)
 
 
 @contextlib.contextmanager
-def _attempt(note: Path) -> Iterator[int]:
-    """Note that a shard is begun, and yield how often it was. The note stays only if the process ends within."""
+def _attempt(path: Path) -> Iterator[int]:
+    """Record an attempt in a file, and yield the number of attempts. The file remains only if the process dies."""
     try:
-        note.parent.mkdir(exist_ok=True)
-        with open(note, "a+", encoding="utf-8") as stream:
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as stream:
             stream.write(f"process {os.getpid()} on {platform.node()}\n")
             stream.seek(0)
             attempts = len(stream.readlines())
     except OSError as error:
-        raise OutputError(f"{note} cannot be written: {error.strerror or error}.") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}. Choose another --output.") from error
     try:
         yield attempts
     finally:
         with contextlib.suppress(OSError):
-            note.unlink()
+            path.unlink()
 
 
-def _last_line(note: Path) -> str:
-    # The line before is the last that ended.
-    return note.read_text(encoding="utf-8").splitlines()[-2]
+def _previous_attempt(path: Path) -> str:
+    # The last line is the current attempt.
+    return path.read_text(encoding="utf-8").splitlines()[-2]
 
 
 Write = Callable[[dict[str, Any]], None]
@@ -360,7 +358,7 @@ def _parquet(stream: BinaryIO) -> Iterator[Write]:
         nonlocal writer
         schema = pa.schema(
             {
-                # All qids of a corpus are of one kind.
+                # `check_one_kind` requires that all qids have one type.
                 "qid": pa.string() if isinstance(rows[0]["qid"], str) else pa.int64(),
                 "query": pa.string(),
                 "vid": pa.string(),
@@ -375,7 +373,7 @@ def _parquet(stream: BinaryIO) -> Iterator[Write]:
 
     def write(row: dict[str, Any]) -> None:
         rows.append(row)
-        if len(rows) == ROWS_OF_GROUP:
+        if len(rows) == PARQUET_GROUP_ROWS:
             flush()
 
     yield write

@@ -1,9 +1,8 @@
-"""A model behind Triton Inference Server: the front that runs inside it, and the client that asks it.
+"""Run inside Triton Inference Server, in front of the networks of a DRN model.
 
     text and clip features -> front -> query tokens and segments -> network(s) -> heads -> front -> moments
 
-`export.triton` writes the models. `networks` speaks to the networks from either side: the front by calls within the
-server, the client over the wire.
+`export.triton` writes the model repository. `runtime.backends.triton_client` is the client.
 """
 
 from __future__ import annotations

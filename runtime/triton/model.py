@@ -1,4 +1,4 @@
-"""The front of a DRN model in Triton: sentences and clip features in, moments out. Needs drn-deploy installed."""
+"""Load the front of a DRN model in Triton, from queries and clip features to moments. It needs drn-deploy installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runtime.triton.front import Front
 
 
 class TritonPythonModel:
-    """The class that Triton's Python backend loads from model.py."""
+    """The model that Triton's Python backend loads from model.py."""
 
     def initialize(self, args):  # type: ignore[no-untyped-def]
         self.front = Front(pb_utils, args, Path(__file__).parent)

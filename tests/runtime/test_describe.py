@@ -23,7 +23,7 @@ def test_describe_prints_model_facts(tiny_model: Path, run_command: Callable[...
     rows = {label.strip(): text.strip() for label, text in rows.items()}
     assert rows["file"].startswith("tiny.onnx, ")
     assert rows["network"] == "DRN after training stage 3, fp32"
-    assert "features of width 16, 16 frames a clip, one every 8" in rows["takes"]
+    assert "features of width 16, 16 frames per clip, one clip every 8 frames" in rows["input"]
     assert rows["segments"] == "32, pooled as in mmaction2; 56 locations"
     assert rows["queries"] == "1 to 13 tokens of 21 words; unknown words: skip"
     assert "soft-NMS" in rows["decoding"]
@@ -54,7 +54,7 @@ def test_describe_reads_image_encoder_metadata_file(
     outcome = run_command(describe, graphs.write_images(tmp_path / "clip.onnx"))
     assert outcome.code == 0
     assert "encoder, an extractor of clip features" in outcome.out
-    assert "1 frames a clip, one every 8" in outcome.out
+    assert "1 frames per clip, one clip every 8" in outcome.out
     (tmp_path / "clip.onnx.json").write_text("{")
     check_error(refused(describe, tmp_path / "clip.onnx"), "invalid_json", tmp_path / "clip.onnx.json")
 

@@ -68,8 +68,8 @@ def test_doctor_reports_installed_packages_as_working(
     pytest.importorskip("onnxruntime")
     found = findings()
     assert all(found[subject].works for subject in found if subject not in ("NVIDIA GPU", "TensorRT"))
-    assert found["train, run .pt models"].seen == "torch 2.13.0, CPU only"
-    assert "CPU" in found["run .onnx models"].seen
+    assert found["train, run .pt models"].details == "torch 2.13.0, CPU only"
+    assert "CPU" in found["run .onnx models"].details
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -83,8 +83,8 @@ def test_tensorrt_works_only_with_a_gpu(installed: dict[str, str], monkeypatch: 
     monkeypatch.setattr("runtime.backends.cuda_driver.Cuda", cuda)
     finding = findings()["TensorRT"]
     assert finding.works is gpu
-    assert finding.seen.startswith("tensorrt 11.4")
-    assert ("NVIDIA H100 (9.0), CUDA 13.0" in finding.seen) is gpu
+    assert finding.details.startswith("tensorrt 11.4")
+    assert ("NVIDIA H100 (9.0), CUDA 13.0" in finding.details) is gpu
     assert ("no CUDA driver" in finding.remedy) is not gpu
 
 
@@ -100,14 +100,14 @@ def test_cpu_finding_shows_int8_weight_form(
     monkeypatch.setattr(exact_int8.platform, "machine", lambda: "x86_64")
     finding = findings()["CPU"]
     assert finding.works
-    assert shown in finding.seen
+    assert shown in finding.details
 
 
 def test_two_onnxruntime_packages_are_reported(installed: dict[str, str]) -> None:
     installed.update({"onnxruntime": "1", "onnxruntime-gpu": "1"})
     finding = findings()["run .onnx models"]
     assert not finding.works
-    assert quotes(finding.seen, "onnxruntime", "onnxruntime-gpu")
+    assert quotes(finding.details, "onnxruntime", "onnxruntime-gpu")
     assert finding.remedy.startswith("pip uninstall")
 
 
@@ -117,7 +117,7 @@ def test_failing_torch_import_shows_its_last_line(installed: dict[str, str], mon
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
     finding = findings()["train, run .pt models"]
     assert not finding.works
-    assert finding.seen.endswith("ImportError: libcudart.so")
+    assert finding.details.endswith("ImportError: libcudart.so")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_nvidia_smi_output_is_shown(
     found = [finding for finding in doctor() if finding.subject == "NVIDIA GPU"]
     assert len(found) == (2 if works else 1)
     assert found[0].works is works
-    assert seen in found[0].seen
+    assert seen in found[0].details
 
 
 def test_hanging_nvidia_smi_times_out(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_hanging_nvidia_smi_times_out(installed: dict[str, str], monkeypatch: py
     monkeypatch.setattr(module.shutil, "which", lambda name: name)
     monkeypatch.setattr(module.subprocess, "run", hang)
     assert not findings()["NVIDIA GPU"].works
-    assert quotes(findings()["NVIDIA GPU"].seen, "nvidia-smi", 20)
+    assert quotes(findings()["NVIDIA GPU"].details, "nvidia-smi", 20)
 
 
 def test_doctor_exits_with_0(installed: dict[str, str], run_command: Callable[..., Any]) -> None:

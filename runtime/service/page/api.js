@@ -1,11 +1,11 @@
-// What the page asks of the service. Every problem is an Error whose message can be shown as it stands.
+// Send the requests of the page. Every failure is an Error whose message the page can show.
 
 let key = sessionStorage.getItem("key") ?? "";
-let wantKey = async () => "";
+let promptForKey = async () => "";
 
-/** Say how a key is asked for, once the service wants one. */
-export function onKeyWanted(ask) {
-  wantKey = ask;
+/** Set the function that prompts for an API key. */
+export function onKeyRequired(prompt) {
+  promptForKey = prompt;
 }
 
 export class Problem extends Error {
@@ -26,7 +26,7 @@ async function request(path, options = {}) {
       response = await fetch(path, { ...options, headers: headers(options.headers) });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new Problem("The service cannot be reached; it may have ended. Try again.", "unreachable");
+      throw new Problem("The service cannot be reached. Check that it runs, and try again.", "unreachable");
     }
     if (response.status === 401) {
       await newKey();
@@ -38,7 +38,7 @@ async function request(path, options = {}) {
 }
 
 async function newKey() {
-  key = await wantKey();
+  key = await promptForKey();
   sessionStorage.setItem("key", key);
 }
 
@@ -47,7 +47,7 @@ function problemOf(body, status) {
     const { error } = JSON.parse(body);
     return new Problem(error.message, error.code);
   } catch {
-    return new Problem(`The service answered with status ${status}; try again.`);
+    return new Problem(`The service responded with status ${status}. Try again.`);
   }
 }
 
@@ -55,7 +55,7 @@ export async function health() {
   return (await request("/healthz")).json();
 }
 
-/** Videos whose names contain a text. */
+/** Return the videos whose names contain a text. */
 export async function videos(contains, signal) {
   return (await request(`/v1/videos?limit=50&contains=${encodeURIComponent(contains)}`, { signal })).json();
 }
@@ -64,7 +64,7 @@ export async function video(id) {
   return (await request(`/v1/videos/${encodeURIComponent(id)}`)).json();
 }
 
-/** The moments of one sentence, best first, and the words that the model does not know. */
+/** Return the moments of one query, best first, and its unknown words. */
 export async function ground(id, query, count) {
   const response = await request("/v1/ground", {
     method: "POST",
@@ -76,23 +76,23 @@ export async function ground(id, query, count) {
   return { moments: answer.moments, unknown };
 }
 
-/** Send a file; `told` hears the share that has gone. Only XMLHttpRequest tells of it. */
-export function send(fields, told, signal) {
+/** Upload a file. `onProgress` gets the fraction that was sent, which only XMLHttpRequest reports. */
+export function send(fields, onProgress, signal) {
   const form = new FormData();
   for (const [name, value] of Object.entries(fields)) form.append(name, value);
   return new Promise((resolve, reject) => {
-    const asked = new XMLHttpRequest();
-    asked.open("POST", "/v1/videos");
-    for (const [name, value] of Object.entries(headers())) asked.setRequestHeader(name, value);
-    asked.upload.onprogress = (event) => event.lengthComputable && told(event.loaded / event.total);
-    asked.onload = async () => {
-      if (asked.status === 201) resolve(JSON.parse(asked.responseText));
-      else if (asked.status === 401) await newKey().then(() => resolve(send(fields, told, signal)), reject);
-      else reject(problemOf(asked.responseText, asked.status));
+    const upload = new XMLHttpRequest();
+    upload.open("POST", "/v1/videos");
+    for (const [name, value] of Object.entries(headers())) upload.setRequestHeader(name, value);
+    upload.upload.onprogress = (event) => event.lengthComputable && onProgress(event.loaded / event.total);
+    upload.onload = async () => {
+      if (upload.status === 201) resolve(JSON.parse(upload.responseText));
+      else if (upload.status === 401) await newKey().then(() => resolve(send(fields, onProgress, signal)), reject);
+      else reject(problemOf(upload.responseText, upload.status));
     };
-    asked.onerror = () => reject(new Problem("The file could not be sent; the service may have ended, or it is too large."));
-    asked.onabort = () => reject(new DOMException("Given up.", "AbortError"));
-    signal.addEventListener("abort", () => asked.abort());
-    asked.send(form);
+    upload.onerror = () => reject(new Problem("The upload failed. The service may have ended, or the file is too large."));
+    upload.onabort = () => reject(new DOMException("Canceled.", "AbortError"));
+    signal.addEventListener("abort", () => upload.abort());
+    upload.send(form);
   });
 }

@@ -1,19 +1,19 @@
-// The OpenAPI document, readable: every operation with what it takes and what it answers.
+// Show the OpenAPI document: the parameters, bodies and responses of every operation.
 
 const root = document.querySelector("main");
 
 function element(name, className, ...children) {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  made.append(...children);
-  return made;
+  const node = document.createElement(name);
+  if (className) node.className = className;
+  node.append(...children);
+  return node;
 }
 
 function resolve(document, schema) {
   return schema?.$ref ? schema.$ref.slice(2).split("/").reduce((at, part) => at[part], document) : schema ?? {};
 }
 
-/** A schema in a few words: "text of 1 to 500 characters", "list of Grounded". */
+/** Describe a schema in a few words: "text, up to 500 characters", "list of Grounded". */
 function words(document, schema) {
   const name = schema.$ref?.split("/").pop();
   if (name) return name;
@@ -38,7 +38,7 @@ function table(document, rows) {
       element(
         "tr",
         "",
-        element("td", "", element("code", "", name), required ? " (needed)" : ""),
+        element("td", "", element("code", "", name), required ? " (required)" : ""),
         element("td", "", words(document, schema)),
         element("td", "quiet", about ?? schema.description ?? ""),
       ),
@@ -47,9 +47,9 @@ function table(document, rows) {
 }
 
 function fields(document, schema) {
-  const whole = resolve(document, schema.type === "array" ? schema.items : schema);
-  const needed = new Set(whole.required ?? []);
-  return Object.entries(whole.properties ?? {}).map(([name, one]) => [name, one, needed.has(name)]);
+  const target = resolve(document, schema.type === "array" ? schema.items : schema);
+  const required = new Set(target.required ?? []);
+  return Object.entries(target.properties ?? {}).map(([name, field]) => [name, field, required.has(name)]);
 }
 
 function operation(document, path, method, about) {
@@ -63,7 +63,7 @@ function operation(document, path, method, about) {
   for (const [status, answer] of Object.entries(about.responses)) {
     if (!status.startsWith("2")) continue;
     const [kind, content] = Object.entries(answer.content ?? {})[0] ?? ["nothing", {}];
-    made.append(element("h3", "", `Answer ${status}: ${kind}${content.schema?.type === "array" ? ", a list of" : ""}`));
+    made.append(element("h3", "", `Response ${status}: ${kind}${content.schema?.type === "array" ? ", a list of" : ""}`));
     if (content.schema) made.append(table(document, fields(document, content.schema)));
   }
   return made;
@@ -79,8 +79,8 @@ root.append(
   element(
     "article",
     "",
-    element("h2", "", "Every other answer"),
-    element("p", "", "is JSON of one shape: {\"error\": {\"code\": …, \"message\": …}}."),
+    element("h2", "", "Errors"),
+    element("p", "", "Every error has a JSON body: {\"error\": {\"code\": …, \"message\": …}}."),
     table(document_, fields(document_, failure)),
   ),
 );

@@ -1,19 +1,19 @@
-// The page: a video, sentences, and where they happen.
+// The page: select a video, enter queries, and show their moments.
 
 import * as api from "./api.js";
 import { Picker } from "./picker.js";
 import { Timeline, clock } from "./timeline.js";
 
-const MOST_SENTENCES = 8;
+const MAX_QUERIES = 8;
 const $ = (id) => document.getElementById(id);
 const player = $("player");
 
 let video = null;
-/** `{query, number, colour, moments, unknown}` each; moments are missing while they are asked for. */
+/** Objects `{query, number, color, moments, unknown}`; moments are null until the response arrives. */
 let answers = [];
 let chosen = null;
 let stopAt = Infinity;
-let asked = 0;
+let pending = 0;
 
 const timeline = new Timeline($("timeline"), { seek, choose: (row, rank) => play(row, rank) });
 const picker = new Picker($("picker"), $("options"), {
@@ -37,10 +37,10 @@ function say(text) {
   $("said").textContent = text;
 }
 
-/** Colours and numbers that no other sentence has now. */
+/** Return the smallest number that no shown query has. */
 function freeNumber() {
   const taken = new Set(answers.map((answer) => answer.number));
-  return [...Array(MOST_SENTENCES + 1).keys()].slice(1).find((number) => !taken.has(number));
+  return [...Array(MAX_QUERIES + 1).keys()].slice(1).find((number) => !taken.has(number));
 }
 
 async function open(found, queries = []) {
@@ -50,7 +50,7 @@ async function open(found, queries = []) {
   stopAt = Infinity;
   unshow();
   $("picker").value = found.name;
-  film(found.media);
+  showMedia(found.media);
   timeline.show(found.duration);
   draw();
   say(`${found.name}, ${found.duration ? clock(found.duration) : "not yet extracted"}.`);
@@ -58,7 +58,7 @@ async function open(found, queries = []) {
   remember();
 }
 
-function film(source) {
+function showMedia(source) {
   player.pause();
   if (source) player.src = source;
   else player.removeAttribute("src");
@@ -68,11 +68,11 @@ function film(source) {
   $("screen").classList.toggle("empty", !source);
   $("local").hidden = !video;
   $("blank-text").textContent = video
-    ? "The service has no film of this video. The time line works without it."
+    ? "The service has no video file of this video. The timeline works without it."
     : "Choose a video to begin.";
 }
 
-/** Keep what is shown in the address, so that it can be shared and comes back. */
+/** Store video and queries in the address, so that it can be shared and reloaded. */
 function remember() {
   const parts = new URLSearchParams();
   if (video) parts.append("video", video.id);
@@ -83,19 +83,19 @@ function remember() {
 async function ask(query) {
   unshow();
   if (!video) {
-    show(new Error("Choose a video first, or send one."));
+    show(new Error("Choose a video first, or upload one."));
     $("picker").focus();
     return;
   }
   const known = answers.find((answer) => answer.query === query);
   if (known) answers.splice(answers.indexOf(known), 1);
-  if (answers.length >= MOST_SENTENCES) answers.shift();
+  if (answers.length >= MAX_QUERIES) answers.shift();
   const number = freeNumber();
-  const answer = { query, number, colour: `var(--c${number - 1})`, moments: null, unknown: [] };
+  const answer = { query, number, color: `var(--c${number - 1})`, moments: null, unknown: [] };
   answers.push(answer);
   chosen = null;
   draw();
-  asked += 1;
+  pending += 1;
   $("go").disabled = true;
   try {
     Object.assign(answer, await api.ground(video.id, query, Number($("count").value)));
@@ -109,8 +109,8 @@ async function ask(query) {
     answers = answers.filter((other) => other !== answer);
     show(error);
   } finally {
-    asked -= 1;
-    $("go").disabled = asked > 0;
+    pending -= 1;
+    $("go").disabled = pending > 0;
   }
   draw();
   remember();
@@ -124,15 +124,15 @@ function draw() {
 }
 
 function element(name, className, text) {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
+  const node = document.createElement(name);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
 function card(answer, row) {
   const item = element("li");
-  item.style.setProperty("--colour", answer.colour);
+  item.style.setProperty("--color", answer.color);
   const head = element("p", "sentence");
   const away = element("button", "", "×");
   away.type = "button";
@@ -141,9 +141,9 @@ function card(answer, row) {
   head.append(element("b", "", answer.number), element("span", "", answer.query), away);
   item.append(head);
   if (answer.unknown.length) {
-    item.append(element("p", "left-out", `The model does not know ${answer.unknown.join(", ")}; left out.`));
+    item.append(element("p", "left-out", `Unknown words, ignored: ${answer.unknown.join(", ")}.`));
   }
-  if (!answer.moments) item.append(element("p", "waiting", video.state === "extracting" ? "Waiting for the video" : "Looking"));
+  if (!answer.moments) item.append(element("p", "waiting", video.state === "extracting" ? "Waiting for the video" : "Searching"));
   else if (!answer.moments.length) item.append(element("p", "nothing", "No moment found."));
   else {
     const list = element("ol", "moments");
@@ -160,7 +160,7 @@ function entry(answer, moment, row, rank) {
   button.id = `moment-${row}-${rank}`;
   const here = chosen ? chosen[0] === row && chosen[1] === rank : false;
   button.setAttribute("aria-current", String(here));
-  // One of all can be reached by Tab; arrows go on from there.
+  // Tab reaches one moment, and arrow keys the others.
   button.tabIndex = here || (!chosen && row === 0 && rank === 0) ? 0 : -1;
   const from = `${clock(moment.start)} – ${clock(moment.end)}`;
   button.setAttribute("aria-label", `${rank + 1}: from ${clock(moment.start)} to ${clock(moment.end)}, score ${moment.score.toFixed(2)}`);
@@ -174,7 +174,7 @@ function entry(answer, moment, row, rank) {
   return item;
 }
 
-/** Mark a moment, and move the focus to it if it was among the moments. */
+/** Select a moment, and move the focus to it if a moment has the focus. */
 function choose(row, rank) {
   const focused = document.activeElement?.classList.contains("moment");
   chosen = [row, rank];
@@ -223,7 +223,7 @@ player.addEventListener("playing", function frame() {
   follow();
   if (!player.paused) requestAnimationFrame(frame);
 });
-// A film that begins before its first picture, or ends after its last, is longer than its features.
+// A video file that starts before its first frame, or ends after its last, is longer than its features.
 player.addEventListener("durationchange", () => {
   if (timeline.duration > 0 && Number.isFinite(player.duration) && player.duration > timeline.duration) {
     timeline.show(player.duration);
@@ -232,8 +232,8 @@ player.addEventListener("durationchange", () => {
 });
 player.addEventListener("error", () => {
   if (player.getAttribute("src")) {
-    film(null);
-    $("blank-text").textContent = "This browser cannot play the film. The time line works without it.";
+    showMedia(null);
+    $("blank-text").textContent = "This browser cannot play the video file. The timeline works without it.";
   }
 });
 
@@ -243,9 +243,9 @@ $("answers").addEventListener("keydown", (event) => {
   let [row, rank] = [Number(at[1]), Number(at[2])];
   const ranks = (of) => answers[of]?.moments?.length ?? 0;
   const flat = answers.flatMap((_, of) => [...Array(ranks(of)).keys()].map((other) => [of, other]));
-  const place = flat.findIndex(([of, other]) => of === row && other === rank);
-  if (event.key === "ArrowDown" || event.key === "ArrowRight") [row, rank] = flat[Math.min(flat.length - 1, place + 1)];
-  else if (event.key === "ArrowUp" || event.key === "ArrowLeft") [row, rank] = flat[Math.max(0, place - 1)];
+  const index = flat.findIndex(([of, other]) => of === row && other === rank);
+  if (event.key === "ArrowDown" || event.key === "ArrowRight") [row, rank] = flat[Math.min(flat.length - 1, index + 1)];
+  else if (event.key === "ArrowUp" || event.key === "ArrowLeft") [row, rank] = flat[Math.max(0, index - 1)];
   else if (event.key === "Home") [row, rank] = flat[0];
   else if (event.key === "End") [row, rank] = flat[flat.length - 1];
   else if (event.key === "Delete") {
@@ -258,7 +258,7 @@ $("answers").addEventListener("keydown", (event) => {
   seek(moment.start);
 });
 
-// Space plays and pauses, but where it means something else.
+// Space plays and pauses, except in controls that use it.
 document.addEventListener("keydown", (event) => {
   const busy = event.target.closest("input, select, textarea, button, a, video, dialog, [role=listbox]");
   if (event.key !== " " || busy || player.hidden) return;
@@ -274,7 +274,7 @@ $("ask").addEventListener("submit", (event) => {
     $("query").focus();
     return;
   }
-  // What is asked while the video of the address is still on its way is asked about that one.
+  // A query that is entered while the video of the address loads applies to that video.
   begun.then(() => ask(query)).then(() => $("problem").hidden && $("query").select());
 });
 $("clear").addEventListener("click", () => {
@@ -288,11 +288,11 @@ $("local").addEventListener("click", () => {
   const file = element("input");
   file.type = "file";
   file.accept = "video/*";
-  file.addEventListener("change", () => file.files.length && film(URL.createObjectURL(file.files[0])));
+  file.addEventListener("change", () => file.files.length && showMedia(URL.createObjectURL(file.files[0])));
   file.click();
 });
 
-// Sending a video.
+// Uploads.
 
 let sending = new AbortController();
 const isVideo = (file) => file.type.startsWith("video/") || /\.(mp4|m4v|mov|webm|mkv|avi)$/i.test(file.name);
@@ -349,7 +349,7 @@ $("sending").querySelector("form").addEventListener("submit", async (event) => {
   }
 });
 
-/** Wait until the service has the features of a video that was sent. */
+/** Wait until the features of an upload are extracted. */
 async function extracted(id) {
   say("The features of the video are being extracted.");
   $("problem").hidden = true;
@@ -386,7 +386,7 @@ for (const name of ["dragover", "dragleave", "drop"]) {
   });
 }
 
-api.onKeyWanted(
+api.onKeyRequired(
   () =>
     new Promise((resolve) => {
       const dialog = $("locked");
@@ -402,15 +402,15 @@ function about() {
 }
 
 async function begin() {
-  const told = await api.health();
-  service = `${told.model} · ${told.digest.slice(0, 12)}`;
+  const health = await api.health();
+  service = `${health.model} · ${health.digest.slice(0, 12)}`;
   about();
   $("sending-about").textContent =
-    "A video file, where the service was started with an extractor, or its clip features (.npy, .npz).";
-  const wanted = new URLSearchParams(location.hash.slice(1));
-  film(null);
+    "A video file, if the service has an extractor, or clip features (.npy, .npz).";
+  const parameters = new URLSearchParams(location.hash.slice(1));
+  showMedia(null);
   draw();
-  if (wanted.get("video")) await open(await api.video(wanted.get("video")), wanted.getAll("q").slice(0, MOST_SENTENCES));
+  if (parameters.get("video")) await open(await api.video(parameters.get("video")), parameters.getAll("q").slice(0, MAX_QUERIES));
 }
 
 const begun = begin().catch(show);

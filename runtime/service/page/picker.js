@@ -1,4 +1,4 @@
-// A text field that finds videos by name: a combobox with a list, as screen readers and keyboards know it.
+// Search for videos by name in a combobox with a list, by the ARIA pattern.
 
 import { clock } from "./timeline.js";
 
@@ -10,13 +10,13 @@ export class Picker {
     Object.assign(this, { input, list, find, choose, fail });
     this.videos = [];
     this.active = -1;
-    this.asked = new AbortController();
+    this.search = new AbortController();
     input.addEventListener("input", () => this.later());
     input.addEventListener("focus", () => input.select());
     input.addEventListener("click", () => list.hidden && this.open(""));
     input.addEventListener("keydown", (event) => this.key(event));
     input.addEventListener("blur", () => this.close());
-    // Kept from taking the focus, so that the list is still there when the press ends.
+    // The list must not take the focus, or it would close before the click ends.
     list.addEventListener("pointerdown", (event) => event.preventDefault());
     list.addEventListener("click", (event) => this.take(event.target.closest("li")?.dataset.index));
   }
@@ -27,11 +27,11 @@ export class Picker {
   }
 
   async open(text) {
-    this.asked.abort();
-    this.asked = new AbortController();
+    this.search.abort();
+    this.search = new AbortController();
     let found;
     try {
-      found = await this.find(text, this.asked.signal);
+      found = await this.find(text, this.search.signal);
     } catch (error) {
       if (error.name !== "AbortError") this.fail(error);
       return;
@@ -43,8 +43,8 @@ export class Picker {
       const note = document.createElement("li");
       note.className = "none";
       note.textContent = found.videos.length
-        ? `… and ${found.total - found.videos.length} more: type a part of the name.`
-        : text ? "No video has this in its name." : "There is no data set here: send a video instead.";
+        ? `… and ${found.total - found.videos.length} more. Type a part of the name.`
+        : text ? "No name of a video contains this text." : "The service has no data set. Upload a video instead.";
       this.list.append(note);
     }
     this.list.hidden = false;
@@ -98,7 +98,7 @@ function option(video, index) {
   name.textContent = video.name;
   const about = document.createElement("span");
   about.className = "quiet";
-  about.textContent = clock(video.duration, 0) + (video.media ? " · film" : "");
+  about.textContent = clock(video.duration, 0) + (video.media ? " · video file" : "");
   item.append(name, about);
   return item;
 }

@@ -1,6 +1,6 @@
-// Moments on a time line: one track a sentence, one playhead over all.
+// Draw moments on a timeline: one track per query, and one playhead.
 
-/** A time as people read it: 0:07.5, 12:03.0, 1:02:03.0. */
+/** Format a time: 0:07.5, 12:03.0, 1:02:03.0. */
 export function clock(seconds, decimals = 1) {
   const ticks = Math.round(seconds * 10 ** decimals);
   const whole = Math.floor(ticks / 10 ** decimals);
@@ -10,14 +10,14 @@ export function clock(seconds, decimals = 1) {
   return decimals ? `${text}.${String(ticks % 10 ** decimals).padStart(decimals, "0")}` : text;
 }
 
-/** Seconds between ticks, so that about so many fit. */
-export function tickStep(duration, most) {
+/** Return the seconds between ticks for at most `maxTicks` ticks. */
+export function tickStep(duration, maxTicks) {
   const steps = [0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400];
-  return steps.find((step) => duration / step <= most) ?? duration;
+  return steps.find((step) => duration / step <= maxTicks) ?? duration;
 }
 
 export class Timeline {
-  /** `seek(seconds)` is called where the line is pressed, `choose(row, rank)` where a moment is. */
+  /** A click on a moment calls `choose(row, rank)`, and elsewhere `seek(seconds)`. */
   constructor(root, { seek, choose }) {
     this.root = root;
     [this.rows, this.axis, this.head] = ["#rows", "#axis", "#head"].map((name) => root.querySelector(name));
@@ -42,20 +42,20 @@ export class Timeline {
     this.at(0);
   }
 
-  /** Draw the answers: `{colour, moments}` each; `chosen` is `[row, rank]` or null. */
+  /** Draw answers `{color, moments}`; `chosen` is `[row, rank]` or null. */
   draw(answers, chosen) {
     this.rows.replaceChildren(...answers.map((answer, row) => this.track(answer, row, chosen)));
   }
 
   track(answer, row, chosen) {
-    const { colour, number } = answer;
+    const { color, number } = answer;
     const moments = answer.moments ?? [];
     const track = document.createElement("div");
     track.className = "track";
-    track.style.setProperty("--colour", colour);
+    track.style.setProperty("--color", color);
     track.setAttribute("aria-hidden", "true");
     const top = Math.max(...moments.map((moment) => moment.score), 1e-9);
-    // The best lies over the others.
+    // The best moment is drawn last, over the others.
     for (const rank of [...moments.keys()].reverse()) {
       const { start, end, score } = moments[rank];
       const bar = document.createElement("div");
@@ -65,7 +65,7 @@ export class Timeline {
       bar.dataset.rank = rank;
       bar.style.left = `${(100 * start) / this.duration}%`;
       bar.style.width = `${(100 * (end - start)) / this.duration}%`;
-      // The best is full, the others fade with their score.
+      // The best moment is opaque, and the others fade with their score.
       bar.style.opacity = here ? 1 : rank ? 0.12 + 0.26 * (score / top) : 0.95;
       if (here) bar.style.zIndex = 1;
       track.append(bar);
@@ -93,7 +93,7 @@ export class Timeline {
     );
   }
 
-  /** Put the playhead. */
+  /** Move the playhead. */
   at(seconds) {
     this.head.style.left = `${(100 * Math.min(seconds, this.duration)) / (this.duration || 1)}%`;
   }

@@ -220,7 +220,7 @@ def test_killed_ray_job_resumes_from_finished_shards(
     wait(lambda: not rays(own))
     again = subprocess.run(inputs.words(output, "--actors", 0), env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "were there before" in again.stdout
+    assert "grounded before" in again.stdout
     assert content(output) == inputs.wanted
     assert all((output / name).stat().st_mtime_ns == at for name, at in before.items())
     if listening is not None:

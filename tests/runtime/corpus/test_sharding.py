@@ -30,7 +30,7 @@ def test_shards_contain_each_pair_once_within_size(listed: list[str], about: lis
     found = [
         (asked.video.name, question.line)
         for shard in shards
-        for asked in shard.asked
+        for asked in shard.videos
         for question in asked.questions(common)
     ]
     wanted = [(name, q.line) for q in questions for name in ([q.video] if q.video else listed)]
@@ -41,7 +41,7 @@ def test_shards_contain_each_pair_once_within_size(listed: list[str], about: lis
     for name in dict.fromkeys(name for name, _ in found):
         lines = [line for video, line in found if video == name]
         assert lines == sorted(lines)
-        holding = [shard for shard in shards if name in {asked.video.name for asked in shard.asked}]
+        holding = [shard for shard in shards if name in {asked.video.name for asked in shard.videos}]
         assert len(holding) == 1 or len(lines) > size
     # Known videos first, as they are listed.
     order = list(dict.fromkeys(name for name, _ in found))

@@ -145,7 +145,7 @@ def test_long_videos_are_grounded_in_windows(here: Here, corpus: Corpus, tiny_mo
 
 def test_parquet_rows_equal_jsonl_rows(here: Here, damaged: Path, tmp_path: Path, monkeypatch: Any) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the extra [corpus]")
-    monkeypatch.setattr("runtime.corpus.worker.ROWS_OF_GROUP", 4)
+    monkeypatch.setattr("runtime.corpus.worker.PARQUET_GROUP_ROWS", 4)
     queries = write_rows(tmp_path / "queries.jsonl", [{"query": DOOR}, {"query": UNKNOWN}])
     lines = here(damaged, queries, tmp_path / "lines", shard_pairs=6)
     table = here(damaged, queries, tmp_path / "table", shard_pairs=6, form="parquet")

@@ -313,7 +313,7 @@ def test_evaluate_reports_simulated_features(
     outcome = run_command(
         evaluate_command, "--model", tiny_model, "--data", mini, "--output", tmp_path / "r.json", "--limit", 2
     )
-    assert "Features are simulated: not comparable with published numbers." in outcome.out
+    assert "features are simulated" in outcome.out
     assert "2 queries of test" in outcome.out
     assert json.loads((tmp_path / "r.json").read_text())["simulated_features"] is True
 

@@ -244,7 +244,7 @@ def test_page_fits_the_screen_with_touchable_controls(seen: Seen) -> None:
     panel = page.evaluate("document.querySelector('.questions').getBoundingClientRect().right")
     assert max(page.evaluate(boxes.format(".moment, .track, #ask, .sentence", "right"))) <= panel
     assert min(size for size in page.evaluate(boxes.format("main button", "height")) if size) >= 24
-    page.get_by_role("button", name="Send a video").click()
+    page.get_by_role("button", name="Upload a video").click()
     box = page.locator("#sending").bounding_box()
     assert box is not None
     assert box["x"] >= 0
@@ -282,7 +282,7 @@ def test_video_without_media_shows_timeline_only(seen: Seen, tmp_path: Path) -> 
     expect(page.locator("#blank-text")).to_have_text("Choose a video to begin.")
     seen.choose(UNSHOWN)
     seen.ask("person opens the door")
-    expect(page.locator("#blank-text")).to_contain_text("no film of this video")
+    expect(page.locator("#blank-text")).to_contain_text("no video file of this video")
     expect(page.locator("#player")).to_be_hidden()
     page.locator(".moment").nth(1).click()
     head = page.locator("#head").evaluate("head => parseFloat(head.style.left)")
@@ -291,7 +291,7 @@ def test_video_without_media_shows_timeline_only(seen: Seen, tmp_path: Path) -> 
     # A film of this device never leaves it.
     asked = len(seen.asked)
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Play a film from this device").click()
+        page.get_by_role("button", name="Play a video file from this device").click()
     chooser.value.set_files(film(tmp_path / "mine.webm", scene(20), rate=5))
     until(page, "document.querySelector('#player').readyState >= 2")
     assert [url for url in seen.asked[asked:] if not url.startswith("blob:")] == []
@@ -314,7 +314,7 @@ def test_page_shows_errors_next_to_their_input(seen: Seen) -> None:
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("Choose a video first")
     page.get_by_label("Video", exact=True).fill("nobody")
-    expect(page.locator("#options")).to_contain_text("No video has this in its name")
+    expect(page.locator("#options")).to_contain_text("No name of a video contains this text")
     seen.choose(UNSHOWN)
     page.get_by_label("What happens?").fill("zork")
     page.keyboard.press("Enter")
@@ -322,7 +322,7 @@ def test_page_shows_errors_next_to_their_input(seen: Seen) -> None:
     assert page.locator(".track").count() == 0
     seen.ask("person opens the zork")
     expect(page.get_by_role("alert")).to_be_hidden()
-    expect(page.locator(".left-out")).to_have_text("The model does not know zork; left out.")
+    expect(page.locator(".left-out")).to_have_text("Unknown words, ignored: zork.")
     page.route("**/v1/ground", lambda route: route.abort())
     page.get_by_label("What happens?").fill("person opens the door")
     page.keyboard.press("Enter")
@@ -346,9 +346,9 @@ def test_page_escapes_html_in_queries(seen: Seen) -> None:
 def test_uploaded_features_can_be_queried_on_the_page(seen: Seen, tmp_path: Path) -> None:
     (tmp_path / "kitchen.npy").write_bytes(npy(np.random.default_rng(0).random((40, 32), np.float32)))
     page = seen.open()
-    page.get_by_role("button", name="Send a video").click()
+    page.get_by_role("button", name="Upload a video").click()
     page.get_by_label("File").set_input_files(tmp_path / "kitchen.npy")
-    page.get_by_role("button", name="Send", exact=True).click()
+    page.get_by_role("button", name="Upload", exact=True).click()
     assert page.evaluate("document.activeElement.id") == "duration"
     page.keyboard.type("12.5")
     page.keyboard.press("Enter")
@@ -360,18 +360,18 @@ def test_uploaded_features_can_be_queried_on_the_page(seen: Seen, tmp_path: Path
 
 def test_uploaded_video_can_be_played_and_queried(seen: Seen, tmp_path: Path) -> None:
     page = seen.open()
-    page.get_by_role("button", name="Send a video").click()
+    page.get_by_role("button", name="Upload a video").click()
     page.get_by_label("File").set_input_files(film(tmp_path / "mine.webm", scene(40), rate=10))
-    page.get_by_role("button", name="Send", exact=True).click()
+    page.get_by_role("button", name="Upload", exact=True).click()
     expect(page.locator("#sending")).to_be_hidden()
     seen.ask("person opens the door")
     expect(page.locator("#axis span").last).to_have_text("0:04.0")
     until(page, "document.querySelector('#player').readyState >= 1")
-    page.get_by_role("button", name="Send a video").click()
+    page.get_by_role("button", name="Upload a video").click()
     (tmp_path / "bad.npy").write_bytes(b"x")
     page.get_by_label("File").set_input_files(tmp_path / "bad.npy")
     page.get_by_label("Duration").fill("3")
-    page.get_by_role("button", name="Send", exact=True).click()
+    page.get_by_role("button", name="Upload", exact=True).click()
     expect(page.locator("#sending-problem")).to_contain_text("NumPy")
     page.get_by_role("button", name="Cancel").click()
 
@@ -380,20 +380,20 @@ def test_damaged_video_is_grounded_with_partial_checked(seen: Seen, tmp_path: Pa
     noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
     damaged = holed(film(tmp_path / "whole.mp4", noise), tmp_path / "hole.mp4", 30)
     page = seen.open()
-    checkbox = page.get_by_label("Use what can be decoded")
-    page.get_by_role("button", name="Send a video").click()
+    checkbox = page.get_by_label("use what can be decoded")
+    page.get_by_role("button", name="Upload a video").click()
     expect(checkbox).to_be_hidden()
     (tmp_path / "x.npy").write_bytes(b"x")
     page.get_by_label("File").set_input_files(tmp_path / "x.npy")
     expect(checkbox).to_be_hidden()
     page.get_by_label("File").set_input_files(damaged)
-    page.get_by_role("button", name="Send", exact=True).click()
+    page.get_by_role("button", name="Upload", exact=True).click()
     expect(page.locator("#problem")).to_contain_text("partial")
-    page.get_by_role("button", name="Send a video").click()
+    page.get_by_role("button", name="Upload a video").click()
     page.get_by_label("File").set_input_files(damaged)
     expect(checkbox).not_to_be_checked()
     checkbox.check()
-    page.get_by_role("button", name="Send", exact=True).click()
+    page.get_by_role("button", name="Upload", exact=True).click()
     expect(page.locator("#sending")).to_be_hidden()
     seen.ask("person opens the door")
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import re
 import shutil
+import socket
+import ssl
 import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +51,69 @@ def test_documented_curl_commands_succeed(service: Running, directory: Path, lin
     assert "error" not in answer
     if "/v1/ground" in line:
         assert all(one["moments"] for one in answer)
+
+
+@pytest.fixture
+def proxied(start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """The TLS port and the certificate of the documented nginx in front of a service."""
+    if shutil.which("nginx") is None or shutil.which("openssl") is None:
+        pytest.skip("nginx or openssl is not installed")
+    host = "grounding.example.com"
+    service = start("--model", model, "--data", planted, "--uploads", tmp_path / "uploads", "--allow-host", host)
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", f"/CN={host}"]
+    words += ["-addext", f"subjectAltName=DNS:{host}", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", "req", *words], check=True, capture_output=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    block = PAGE.split("runs nginx with this block")[1].split("```nginx")[1].split("```")[0]
+    for before, after in (
+        ("127.0.0.1:8000", f"127.0.0.1:{service.port}"),
+        ("listen 443", f"listen 127.0.0.1:{port}"),
+        (f"/etc/ssl/certs/{host}.pem", str(certificate)),
+        (f"/etc/ssl/private/{host}.key", str(key)),
+    ):
+        assert block.count(before) == 1
+        block = block.replace(before, after)
+    temporary = "".join(
+        f"{name}_temp_path {tmp_path / name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    configuration = tmp_path / "nginx.conf"
+    configuration.write_text(
+        f"daemon off;\nmaster_process off;\npid {tmp_path / 'pid'};\nerror_log {tmp_path / 'error.log'};\n"
+        f"events {{}}\nhttp {{\naccess_log {tmp_path / 'access.log'};\n{temporary}{block}}}\n"
+    )
+    command = ["nginx", "-p", str(tmp_path), "-c", str(configuration)]
+    subprocess.run([*command, "-t"], check=True, capture_output=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            assert process.poll() is None, (tmp_path / "error.log").read_text()
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.01)
+        yield port, certificate
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_documented_nginx_forwards_a_query_over_tls(proxied: tuple[int, Path]) -> None:
+    port, certificate = proxied
+    host = "grounding.example.com"
+    context = ssl.create_default_context(cafile=str(certificate))
+    with context.wrap_socket(socket.create_connection(("127.0.0.1", port), timeout=30), server_hostname=host) as stream:
+        connection = http.client.HTTPConnection(host)
+        connection.sock = stream
+        body = json.dumps({"video": "SIM00001", "query": "person opens the door"})
+        # Pages of the proxy's own origin may send queries.
+        connection.request(
+            "POST", "/v1/ground", body, {"Content-Type": "application/json", "Origin": f"https://{host}"}
+        )
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        assert json.loads(response.read())[0]["moments"]
 
 
 def test_documented_metrics_exist(service: Running) -> None:
