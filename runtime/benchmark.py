@@ -40,11 +40,11 @@ def benchmark(
         compare: further models to measure in turn with the first; ratios are relative to the first.
         data: directory of a data set (docs/formats.md) to take videos and queries from. Default: synthetic data.
         video: use this video of --data only.
-        query: use these queries, with --video.
+        query: use these queries only; requires --video.
         samples: calls per case with one query; other cases take as many calls, or what fits into five seconds.
         batch: largest batch size, and largest number of queries per video.
-        device: auto, cpu or cuda.
-        threads: number of CPU threads per network.
+        device: device that runs the model; auto selects cuda if it is available.
+        threads: number of CPU threads per network. Default: set by the library that runs the model.
         output: JSON file to write all results to.
         plot: PNG file to draw percentiles and curves in.
 

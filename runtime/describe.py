@@ -31,6 +31,9 @@ def describe(
 ) -> dict[str, Any]:
     """Print what a model file contains: network, features, decoding, vocabulary and origin.
 
+    Example:
+        python -m runtime.describe drn.onnx
+
     Args:
         model: .onnx, .pt or .engine file of a model, or .onnx or .engine file of an extractor. An engine must match
             its metadata file.

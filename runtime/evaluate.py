@@ -54,7 +54,7 @@ def evaluate(
         python -m runtime.evaluate --model drn.onnx --data charades --split test
 
     Args:
-        model: .onnx, .engine or .pt file, or triton://HOST:PORT/MODEL to evaluate the networks that Triton serves.
+        model: .onnx, .engine or .pt file, or triton://HOST:PORT/MODEL for a model served by Triton (docs/triton.md).
         data: directory of a data set. docs/formats.md lists the formats.
         split: train, val or test.
         protocol: mmaction2 (soft-NMS, IoU above the threshold) or drn (hard NMS, IoU at least the threshold).
@@ -68,8 +68,8 @@ def evaluate(
             hit.
         limit: use only the first N queries.
         batch_size: number of queries per batch; affects only the speed.
-        device: auto, cpu or cuda.
-        threads: number of CPU threads.
+        device: device that runs the model; auto selects cuda if it is available.
+        threads: number of CPU threads. Default: set by the library that runs the model.
     """
     options = Options(
         model, data, split, protocol, output, predictions, ablation, invalid, limit, batch_size, device, threads

@@ -68,8 +68,8 @@ def extract(
         output: directory for the features; features of other videos in it are preserved.
         partial: accept damaged videos, and use the frames that can be decoded.
         batch_size: number of clips per batch.
-        device: auto, cpu or cuda, for the extractor.
-        threads: number of CPU threads.
+        device: device that runs the extractor; auto selects cuda if it is available.
+        threads: number of CPU threads. Default: set by the libraries.
     """
     if not videos:
         raise VideoFileError("No video was given. Name the video files to extract.", code="missing_option")

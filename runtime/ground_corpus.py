@@ -31,7 +31,10 @@ def ground_corpus(
 ) -> Result:
     """Ground queries in every video of a corpus, and write the moments in shards.
 
-    Repeat the same command to resume an interrupted run: finished shards are skipped.
+    Repeat the same command to resume an interrupted run: complete shards are skipped.
+
+    Example:
+        python -m runtime.ground_corpus --model drn.query.onnx --features charades --queries queries.jsonl --output run
 
     Args:
         model: .onnx, .engine or .pt file. For a split model give the query part, so that each video is encoded
@@ -42,10 +45,10 @@ def ground_corpus(
             every video.
         output: directory for the shards and corpus.json.
         format: file format of the shards.
-        actors: number of worker processes, each with its own model. Default: the number of GPUs or cores. 0 uses
-            this process, without Ray.
+        actors: number of worker processes, each with its own model. Default: as many as the GPUs
+            or cores suffice for. 0 uses this process, without Ray.
         address: address of a running Ray cluster, or auto. Default: start Ray on this machine for this run.
-        device: cpu or cuda; with cuda each process uses one GPU.
+        device: device that runs the model; with cuda each process uses one GPU.
         threads: number of CPU threads per process.
         shard_pairs: maximum number of query-video pairs per shard. An interruption loses only the unfinished
             shards.

@@ -56,10 +56,10 @@ def infer(
     Args:
         model: .onnx, .engine or .pt file, or triton://HOST:PORT/MODEL for a model served by Triton
             (docs/triton.md).
-        query: one or more sentences.
+        query: one or more sentences, each in quotes.
         features: .npy, .npz or .pt file of clip features, shape (num_clips, D).
-        duration: duration of the video of --features, in seconds.
-        num_frames: number of frames of that video. Default: estimated from the number of clips.
+        duration: duration of the video of --features, in seconds; required with --features.
+        num_frames: number of frames of the video of --features. Default: estimated from the number of clips.
         data: directory of a data set. docs/formats.md lists the formats.
         video: name of a video in --data; with --extractor, a video file.
         extractor: .onnx or .engine file that extracts the clip features of a video file. The features are cached in
@@ -74,8 +74,8 @@ def infer(
         format: output format; srt contains the best moment of each query.
         plot: PNG file to draw the moments in, on the time axis of the video.
         cut: directory to write the best moment of each query to, as an mp4 file.
-        device: auto, cpu or cuda.
-        threads: number of CPU threads.
+        device: device that runs the model; auto selects cuda if it is available.
+        threads: number of CPU threads. Default: set by the library that runs the model.
     """
     source = VideoArguments(features, duration, num_frames, data, video, extractor, partial, footage)
     options = Options(model, query, source, window, overlap, always_answer, top_k, plot, cut, device, threads)

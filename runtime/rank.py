@@ -37,19 +37,23 @@ def rank(
     Each query is grounded in its own video and in other videos of the split, drawn at random. Another video may
     also show what the query describes, so no model reaches 100 %.
 
+    Example:
+        python -m runtime.rank --model drn.query.onnx --data charades --videos 100
+
     Args:
-        model: .onnx, .engine or .pt file; a split model encodes each video once.
-        data: directory of the data set.
+        model: .onnx, .engine or .pt file. For a split model give the query part, so that each video is encoded
+            once.
+        data: directory of a data set. docs/formats.md lists the formats.
         videos: number of videos per query, its own included.
         split: train, val or test.
         seed: random seed of the selection of videos.
         output: JSON file to write the metrics and the rank of each query to.
-        invalid: what to do with a moment that ends before it starts or starts after its video: stop, drop or keep
-            it.
+        invalid: what to do with a moment that ends before it starts or starts after its video: stop, drop it
+            with a warning, or keep it.
         limit: use only the first N queries.
         batch_size: number of query-video pairs per batch; affects only the speed.
-        device: auto, cpu or cuda.
-        threads: number of CPU threads.
+        device: device that runs the model; auto selects cuda if it is available.
+        threads: number of CPU threads. Default: set by the library that runs the model.
     """
     if videos < 2 or seed < 0 or batch_size < 1 or (limit is not None and limit < 1):
         raise GroundingError(

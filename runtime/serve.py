@@ -65,28 +65,30 @@ def serve(
     Args:
         model: .onnx, .engine or .pt file. For a split model give the query part, so that each video is encoded
             once.
-        data: directory of a data set, whose videos clients can name.
+        data: directory of a data set whose videos clients can query by name. Default: clients query uploads only.
         media: directory of the video files of --data, named after the videos, for the player of the web page.
-        extractor: .onnx or .engine file that extracts the features of uploaded video files.
+        extractor: .onnx or .engine file that extracts the features of uploaded video files. Default: clients can
+            upload features only.
         host: address to bind. Any address except this machine's loopback requires --api-key.
         port: port to bind; 0 takes a free port.
-        allow_host: host names that clients use to reach the service, apart from this machine's own.
-        api_key: key that clients must send. The environment variable DRN_API_KEY hides it from other users.
+        allow_host: further host names in the addresses that clients use, for example the name of a proxy.
+        api_key: key that clients must send. Prefer the environment variable DRN_API_KEY, because other users of this
+            machine can read command lines.
         batch_size: maximum number of queries in one batch.
         wait_ms: maximum time in ms that the first query of a batch waits for further queries.
         queue_size: maximum number of queued queries; further requests get HTTP 429.
         timeout: maximum time of a request, in seconds.
         grace: maximum time to finish accepted requests after SIGTERM, in seconds.
-        cache_mib: memory for videos that are ready to be queried, in MiB.
-        uploads: directory for uploaded files. Default: the user's cache directory (or DRN_CACHE).
+        cache_mib: memory for videos that are loaded and encoded, in MiB.
+        uploads: directory for uploaded files. Default: uploads in the user's cache directory (or in DRN_CACHE).
         upload_mib: maximum size of one upload, in MiB.
-        uploads_mib: disk space for all uploads, in MiB; the oldest are deleted first.
+        uploads_mib: disk space for all uploads, in MiB; the least recently used are deleted first.
         keep_minutes: time after the last query until an upload is deleted, in minutes.
         window: window length in seconds. A longer video is grounded in overlapping windows, and their results are
             merged; 0 turns windows off. Default: set by the model.
         overlap: overlap of adjacent windows, in seconds. Default: set by the model, or half a window.
-        device: auto, cpu or cuda.
-        threads: number of CPU threads of the model.
+        device: device that runs the model; auto selects cuda if it is available.
+        threads: number of CPU threads. Default: set by the library that runs the model.
     """
     options = ServeOptions(
         model,

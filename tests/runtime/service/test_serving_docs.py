@@ -130,15 +130,15 @@ def test_documented_limits_match_the_code() -> None:
         f"| {options.max_queries}, {options.max_query_chars} |",
         f"`--queue-size` {options.batching.queue_size};",
         f"`--timeout` {options.timeout_s:g} s",
-        f"times sentences | {video_cache.MAX_WINDOWS} |",
+        f"times queries | {video_cache.MAX_WINDOWS} |",
         f"{options.gate.json_bytes >> 10} KiB of JSON; `--upload-mib` {options.gate.upload_bytes >> 20} ",
-        f"unpacked | {options.uploads.features_bytes >> 20} MiB |",
+        f"uncompressed | {options.uploads.features_bytes >> 20} MiB |",
         f"`--uploads-mib` {options.uploads.total_bytes >> 20}, {options.uploads.max_uploads} at most",
         f"`--keep-minutes` {options.uploads.keep_s / 60:g} ",
         f"one at a time, {options.uploads.max_extractions} wait; {options.uploads.extract_s / 60:g} minutes",
         f"`--cache-mib` {options.cache_bytes >> 20},",
         f"{middleware.HEADER_BYTES >> 10} KiB, within {h11_protocol.HEADER_SECONDS:g} s |",
-        f"{middleware.BODY_BYTES_PER_SECOND >> 10} KiB a second on the whole, "
+        f"{middleware.BODY_BYTES_PER_SECOND >> 10} KiB a second on average, "
         f"no pause above {middleware.BODY_SECONDS:g} s |",
         f"connections | {h11_protocol.MAX_CONNECTIONS} |",
     ):
