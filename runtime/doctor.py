@@ -44,9 +44,9 @@ def doctor() -> list[Finding]:
         _exporter(),
         _tensorrt(),
         _tensorrt_rtx(),
-        _plots(),
+        _package("plots", "matplotlib", "plot"),
         _videos(),
-        _archives(),
+        _package("read HDF5 features", "h5py", "hdf5"),
     ]
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
@@ -160,11 +160,12 @@ def _tensorrt_rtx() -> Finding:
     return Finding("TensorRT-RTX", True, details)
 
 
-def _plots() -> Finding:
-    version = _version("matplotlib")
+def _package(subject: str, distribution: str, extra: str) -> Finding:
+    """Return whether a package is installed, and the extra that installs it."""
+    version = _version(distribution)
     if version is None:
-        return Finding("plots", False, "matplotlib is not installed", "pip install '.[plot]'")
-    return Finding("plots", True, f"matplotlib {version}")
+        return Finding(subject, False, f"{distribution} is not installed", f"pip install '.[{extra}]'")
+    return Finding(subject, True, f"{distribution} {version}")
 
 
 def _videos() -> Finding:
@@ -178,13 +179,6 @@ def _videos() -> Finding:
         return Finding(subject, False, f"PyAV {version} cannot be imported: {error}", "pip install '.[video]'")
     codecs = [name for name in ("h264", "hevc", "vp9", "av1") if name in av.codecs_available]
     return Finding(subject, True, f"PyAV {version} decodes {', '.join(codecs)} and {len(av.codecs_available)} more")
-
-
-def _archives() -> Finding:
-    version = _version("h5py")
-    if version is None:
-        return Finding("read HDF5 features", False, "h5py is not installed", "pip install '.[hdf5]'")
-    return Finding("read HDF5 features", True, f"h5py {version}")
 
 
 def _version(distribution: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +84,7 @@ def rank(
             on_progress=bar.update,
         )
     ranking = rank_scores(scores)
-    rows = {model.name: ranking.values, "chance": ranking.chance}
-    width = max(map(len, rows))
-    print(" " * width + "".join(f"  {name:>11}" for name in ranking.values))
-    for label, values in rows.items():
-        cells = (f"{value if name == 'median rank' else 100 * value:>11.2f}" for name, value in values.items())
-        print(f"{label:<{width}}  " + "  ".join(cells))
+    _print_table({model.name: ranking.values, "chance": ranking.chance})
     print(f"{len(annotations)} queries of {split}, each with {videos} of {len(names)} videos, in percent.")
     if data_set.simulated:
         print("The features are simulated: the results are not comparable with published numbers.")
@@ -107,6 +103,15 @@ def rank(
         write_json(output, content)
     suggest_next_command("runtime.evaluate", "--model", model, "--data", data)
     return ranking
+
+
+def _print_table(rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Print metrics by model, in percent except for ranks."""
+    width = max(map(len, rows))
+    print(" " * width + "".join(f"  {name:>11}" for name in next(iter(rows.values()))))
+    for label, values in rows.items():
+        cells = (f"{value if name == 'median rank' else 100 * value:>11.2f}" for name, value in values.items())
+        print(f"{label:<{width}}  " + "  ".join(cells))
 
 
 if __name__ == "__main__":

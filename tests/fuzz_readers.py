@@ -419,7 +419,7 @@ def _read_triton_request(directory: Path, path: Path) -> object:
         _about=FrontConfig(manifest(), "drn"),
         _grounder=Grounder(_Network()),
         _videos=front._VideoCache(front.MAX_CACHED_BYTES),
-        _waits=False,
+        _is_first_call=False,
     )
     (response,) = model.execute([types.SimpleNamespace(request_id=lambda: "")])
     if isinstance(response, _TritonError):
@@ -711,7 +711,7 @@ def _service() -> list[Reader]:
     from runtime.service.http_errors import HttpError
     from runtime.service.multipart import read_form
     from runtime.service.schemas import parse_body, request_models
-    from runtime.service.uploads import read_features
+    from runtime.service.uploaded_files import read_features
 
     question, _ = request_models(8, 500)
 

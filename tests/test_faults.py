@@ -41,7 +41,7 @@ def _corpus(path: Path) -> None:
 def upload(path: Path) -> Any:
     """Read a file as the service reads what a client sends."""
     pytest.importorskip("prometheus_client", reason="the service needs the extra [serve]")
-    from runtime.service.uploads import read_features
+    from runtime.service.uploaded_files import read_features
 
     return read_features(path, 128 << 20, 8)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +13,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
-from runtime.core.errors import GroundingError, excerpt
+from runtime.core.errors import DeviceError, GroundingError, excerpt
 from runtime.core.io.input_files import open_inside
-from runtime.service.http_errors import HttpError, internal_error, to_http_error
-from runtime.service.middleware import ClientDisconnected, RequestGuard, cancel_on_disconnect
+from runtime.service.http_errors import HttpError, to_http_error
+from runtime.service.middleware import RequestGuard, cancel_on_disconnect
 from runtime.service.schemas import (
     Failure,
     Grounded,
@@ -31,6 +31,8 @@ from runtime.service.schemas import (
 )
 from runtime.service.service import Service, json_response
 from runtime.service.video_cache import MEDIA_TYPES
+
+log = logging.getLogger("drn.service")
 
 JSON = "application/json"
 READ = ["GET", "HEAD"]
@@ -65,8 +67,17 @@ def _routes(service: Service) -> FastAPI:
     _add_videos(app, service)
     _add_status(app, service)
     _add_page(app)
-    for error_class, convert in _CONVERSIONS:
-        app.add_exception_handler(error_class, _handler(convert))
+
+    def respond(request: Request, exception: Exception) -> Response:
+        error = _to_http_error(exception)
+        if isinstance(exception, DeviceError):
+            # Clients do not get the message, so the operator needs it.
+            log.error("%s %s failed: %s", request.method, request.url.path, exception)
+        service.telemetry.refused(error.code)
+        return Response(error.body(), error.status, error.headers, JSON)
+
+    for error_class in (HTTPException, RequestValidationError, HttpError, GroundingError, Exception):
+        app.add_exception_handler(error_class, respond)
     return app
 
 
@@ -197,47 +208,18 @@ def _not_found() -> HttpError:
     return HttpError(404, "This address does not exist. /docs lists all addresses.")
 
 
-def _from_http_exception(error: Exception) -> HttpError:
-    assert isinstance(error, HTTPException)
+def _to_http_error(error: Exception) -> HttpError:
+    """Return the HTTP error for an exception, also for those of FastAPI."""
+    if isinstance(error, RequestValidationError):
+        return HttpError(422, format_validation_errors(error.errors()))
+    if not isinstance(error, HTTPException):
+        return to_http_error(error)
     if error.status_code == 404:
         return _not_found()
     message = str(error.detail)
     if error.status_code == 405:
         message = "This address does not support the method. /docs lists the methods."
     return HttpError(error.status_code, message, headers=dict(error.headers or {}))
-
-
-def _from_validation_error(error: Exception) -> HttpError:
-    assert isinstance(error, RequestValidationError)
-    return HttpError(422, format_validation_errors(error.errors()))
-
-
-def _from_grounding_error(error: Exception) -> HttpError:
-    assert isinstance(error, GroundingError)
-    return to_http_error(error)
-
-
-def _unchanged(error: Exception) -> HttpError:
-    assert isinstance(error, HttpError)
-    return error
-
-
-_CONVERSIONS: tuple[tuple[type[Exception], Callable[[Exception], HttpError]], ...] = (
-    (HTTPException, _from_http_exception),
-    (RequestValidationError, _from_validation_error),
-    (HttpError, _unchanged),
-    (GroundingError, _from_grounding_error),
-    (ClientDisconnected, lambda error: HttpError(499, "The client closed the connection.", "gone")),
-    (Exception, lambda error: internal_error()),
-)
-
-
-def _handler(convert: Callable[[Exception], HttpError]) -> Callable[[Request, Exception], Response]:
-    def handle(request: Request, error: Exception) -> Response:
-        converted = convert(error)
-        return Response(converted.body(), converted.status, converted.headers, "application/json")
-
-    return handle
 
 
 def _add_page(app: FastAPI) -> None:

@@ -57,19 +57,25 @@ class HttpError(Exception):
         return json.dumps({"error": {"code": self.code, "message": self.message}}).encode()
 
 
-def to_http_error(error: GroundingError) -> HttpError:
-    """Return the HTTP error for a GroundingError; the message of a device error is not sent to clients.
+class ClientDisconnected(HttpError):
+    """The client closed the connection before the response was complete."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "The client closed the connection.", "gone")
+
+
+def to_http_error(error: Exception) -> HttpError:
+    """Return the HTTP error for an exception. Messages of device errors and unexpected ones are not sent to clients.
 
     Status and HTTP code depend on the class of the error alone. `error.code` may be more exact, but clients rely on
     the HTTP codes.
     """
+    if isinstance(error, HttpError):
+        return error
     if isinstance(error, DeviceError):
         return HttpError(503, "The service cannot do this now. Try again later, or report it to its operator.")
-    return HttpError(422, str(error), "invalid_query" if isinstance(error, QueryError) else None)
-
-
-def internal_error() -> HttpError:
-    """Return the HTTP error for an unexpected exception, without its details."""
+    if isinstance(error, GroundingError):
+        return HttpError(422, str(error), "invalid_query" if isinstance(error, QueryError) else None)
     return HttpError(500, "The service failed on this request. Report the time to its operator.")
 
 

@@ -10,10 +10,9 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
-from runtime.core.errors import GroundingError
-from runtime.service.http_errors import HttpError, draining, internal_error, to_http_error
+from runtime.service.http_errors import ClientDisconnected, HttpError, draining, to_http_error
 from runtime.service.prometheus import Telemetry
 
 log = logging.getLogger("drn.service")
@@ -96,7 +95,8 @@ class ApiKeys:
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode("latin-1"), self._key.encode()):
             return True
-        until, _, signature = _ticket_in(scope["query_string"]).partition(".")
+        ticket = parse_qs(scope["query_string"].decode("latin-1")).get("ticket", [""])[0]
+        until, _, signature = ticket.partition(".")
         return (
             scope["method"] == "GET"
             and until.isdecimal()
@@ -106,10 +106,6 @@ class ApiKeys:
 
     def _signature(self, path: str, until: str) -> str:
         return hmac.new((self._key or "").encode(), f"{path} {until}".encode(), hashlib.sha256).hexdigest()
-
-
-class ClientDisconnected(Exception):
-    """The client closed the connection before the response was complete."""
 
 
 class RequestGuard:
@@ -165,11 +161,10 @@ class RequestGuard:
             except (ClientDisconnected, asyncio.TimeoutError):
                 status = status or 499
                 raise ClientDisconnected from None
-            except (HttpError, GroundingError) as error:
-                await self._send_error(error if isinstance(error, HttpError) else to_http_error(error), status, out)
             except Exception as error:
-                log.error("%s %s failed.", scope["method"], scope["path"], exc_info=error)
-                await self._send_error(internal_error(), status, out)
+                if not isinstance(error, HttpError):
+                    log.error("%s %s failed.", scope["method"], scope["path"], exc_info=error)
+                await self._send_error(to_http_error(error), status, out)
         except ClientDisconnected:
             if status == 499:
                 await send({"type": "http.response.start", "status": 499, "headers": [(b"connection", b"close")]})
@@ -321,14 +316,6 @@ def _host_of(origin: str) -> str | None:
         return urlsplit(origin).netloc or None
     except ValueError:
         return None
-
-
-def _ticket_in(query: bytes) -> str:
-    for part in query.split(b"&"):
-        name, _, value = part.partition(b"=")
-        if name == b"ticket":
-            return value.decode("latin-1")
-    return ""
 
 
 _ENCODED = [(name.encode(), value.encode()) for name, value in HEADERS.items()]

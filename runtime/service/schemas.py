@@ -127,7 +127,7 @@ def parse_body(model: type[BaseModel], body: bytes) -> Any:
         parse_json(body.decode(), "The request", advice="send every name once; /docs describes the body")
         return value
     except ValidationError as error:
-        raise HttpError(422, format_validation_errors(error.errors(include_url=False, include_input=False))) from error
+        raise HttpError(422, format_validation_errors(error.errors())) from error
     except GroundingError as error:
         raise HttpError(422, str(error)) from error
 
@@ -137,7 +137,7 @@ def validate_form(model: type[BaseModel], fields: dict[str, Any]) -> Any:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise HttpError(422, format_validation_errors(error.errors(include_url=False, include_input=False))) from error
+        raise HttpError(422, format_validation_errors(error.errors())) from error
 
 
 def format_validation_errors(problems: Any) -> str:

@@ -28,7 +28,8 @@ from runtime.service.middleware import ApiKeys, GateOptions, cancel_on_disconnec
 from runtime.service.multipart import read_form
 from runtime.service.prometheus import Telemetry
 from runtime.service.schemas import SentVideo, validate_form
-from runtime.service.uploads import Upload, UploadOptions, Uploads, display_name, storing
+from runtime.service.uploaded_files import display_name
+from runtime.service.uploads import Upload, UploadOptions, Uploads, storing
 from runtime.service.video_cache import Entry, VideoCache, VideoCatalog, check_windows
 
 # Maximum size of the header that lists unknown words: proxies reject responses with more than 4 to 8 KiB of headers.

@@ -124,6 +124,9 @@ def test_metrics_count_requests_and_pairs(service: Running) -> None:
     after = count('drn_requests_total{code="200",route="/v1/ground"}'), count("drn_batch_pairs_sum")
     assert (after[0] - before[0], after[1] - before[1]) == (2, 3)
     assert count("drn_queue_pairs") == 0
+    before = count('drn_refused_total{reason="unknown_video"}')
+    service.ask({"video": "nobody", "query": "person opens the door"}).refused(404)
+    assert count('drn_refused_total{reason="unknown_video"}') == before + 1
     assert count('drn_video_cache_total{result="hit"}') >= 1
     assert count("process_resident_memory_bytes") > 0
     assert count('drn_model_info{digest="') == 1

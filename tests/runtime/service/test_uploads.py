@@ -1,4 +1,4 @@
-"""Uploads are bounded in size, never executed, and expire (`runtime.service.uploads` and `multipart`)."""
+"""Uploads are bounded in size, never executed, and expire (modules `uploads`, `uploaded_files` and `multipart`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from runtime.core.video import ClipTiming
 from runtime.datasets.dataset import DataSet
 from runtime.service.http_errors import HttpError
 from runtime.service.multipart import read_form
-from runtime.service.uploads import UploadOptions, Uploads, display_name, read_features, sniff_container, storing
+from runtime.service.uploaded_files import display_name, read_features, sniff_container
+from runtime.service.uploads import UploadOptions, Uploads, storing
 from tests.raising import raises
 from tests.runtime.service.conftest import Running, form, npy
 from tests.runtime.service.test_app import alike
