@@ -35,7 +35,7 @@ class Result:
     Attributes:
         output: the directory.
         shards, pairs: numbers of shards and of pairs of the corpus; each pair is one row.
-        made: number of pairs that this run grounded.
+        grounded: number of pairs that this run grounded.
         errors: number of pairs of this run that have an error instead of moments.
         seconds: time of the run without planning.
     """
@@ -43,18 +43,19 @@ class Result:
     output: Path
     shards: int
     pairs: int
-    made: int
+    grounded: int
     errors: int
     seconds: float
 
     def __str__(self) -> str:
         corpus = f"{self.pairs} pairs in {self.shards} shards in {self.output}"
-        if not self.made:
+        if not self.grounded:
             return f"{corpus}: all were grounded already."
-        before = f"; {self.pairs - self.made} were grounded before" if self.made < self.pairs else ""
+        before = f"; {self.pairs - self.grounded} were grounded before" if self.grounded < self.pairs else ""
+        rate = self.grounded / self.seconds
         return (
-            f"{corpus}: {self.made} grounded in {self.seconds:.1f} s, {self.made / self.seconds:.1f} per second, "
-            f"{self.errors} of them with an error instead of moments{before}."
+            f"{corpus}: {self.grounded} grounded in {self.seconds:.1f} s, {rate:.1f} per second, {self.errors} of them "
+            f"with an error instead of moments{before}."
         )
 
 

@@ -16,8 +16,9 @@ MAX_DEPTH = 8
 # Bytes of a value in memory by physical type. Byte strings are counted by the size of their pages.
 VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}
 
-# Types of the compact protocol, and fields of a PageHeader.
+# Types of the compact protocol, sizes of the types that are skipped, and fields of a PageHeader.
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
+_SKIPPED_BYTES = {_TRUE: 0, _FALSE: 0, _BYTE: 1, _DOUBLE: 8}
 _UNCOMPRESSED, _COMPRESSED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8
 _NUM_VALUES = 1
 
@@ -90,14 +91,10 @@ def _struct(content: bytes, position: int, depth: int) -> tuple[dict[int, Any], 
 
 def _value(content: bytes, position: int, kind: int, depth: int) -> tuple[Any, int]:
     """Return a value, None for types that are skipped, and the position of its end."""
-    if kind in (_TRUE, _FALSE):
-        return None, position
-    if kind == _BYTE:
-        return None, position + 1
+    if kind in _SKIPPED_BYTES:
+        return None, position + _SKIPPED_BYTES[kind]
     if kind in (_I16, _I32, _I64):
         return _integer(content, position)
-    if kind == _DOUBLE:
-        return None, position + 8
     if kind == _BINARY:
         length, position = _varint(content, position)
         return None, position + length

@@ -15,8 +15,6 @@ CODES = {
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
-    409: "not_ready",
-    411: "length_required",
     413: "too_large",
     415: "unsupported_media_type",
     416: "range_not_satisfiable",

@@ -210,16 +210,16 @@ def pair_files(tiny_model: Path, tiny_manifest: Manifest, tmp_path_factory: Any)
     video_graph = helper.make_graph([node], "video", [features], [encoded])
     video_file = save("tiny.video.onnx", video_graph, dataclasses.replace(tiny_manifest, part="video"))
 
-    whole = onnx.load(tiny_model).graph
-    inputs = [value for value in whole.input if value.name != "segment_features"]
+    complete = onnx.load(tiny_model).graph
+    inputs = [value for value in complete.input if value.name != "segment_features"]
     inputs += [helper.make_tensor_value_info("video_index", kinds.INT32, ["B"]), encoded]
     next(value for value in inputs if value.name == "segment_spans").type.tensor_type.shape.dim[0].dim_param = "video"
     nodes = [
         helper.make_node("Gather", ["encoded_features", "video_index"], ["asked"], axis=0),
         helper.make_node("Transpose", ["asked"], ["segment_features"], perm=[0, 2, 1]),
-        *whole.node,
+        *complete.node,
     ]
-    query_graph = helper.make_graph(nodes, "query", inputs, list(whole.output), list(whole.initializer))
+    query_graph = helper.make_graph(nodes, "query", inputs, list(complete.output), list(complete.initializer))
     named = dataclasses.replace(tiny_manifest, part="query", video_part={"tiny.video.onnx": sha256(video_file)})
     return save("tiny.query.onnx", query_graph, named)
 

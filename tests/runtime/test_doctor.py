@@ -36,7 +36,7 @@ def findings() -> dict[str, module.Finding]:
 def test_doctor_names_missing_packages_and_commands(
     installed: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = findings()
+    actual = findings()
     remedies = {
         "run .onnx models": "pip install '.[cpu]'",
         "train, run .pt models": "pip install '.[train]'",
@@ -48,10 +48,10 @@ def test_doctor_names_missing_packages_and_commands(
         "read HDF5 features": "pip install '.[hdf5]'",
     }
     for subject, remedy in remedies.items():
-        assert not found[subject].works
-        assert found[subject].remedy.startswith(remedy)
-    assert not found["NVIDIA GPU"].works
-    assert found["this machine"].works
+        assert not actual[subject].works
+        assert actual[subject].remedy.startswith(remedy)
+    assert not actual["NVIDIA GPU"].works
+    assert actual["this machine"].works
     out = capsys.readouterr().out
     assert all(remedy in out for remedy in remedies.values())
     assert [line[:3] for line in out.splitlines() if "->" not in line].count("no ") == len(remedies) + 1
@@ -66,10 +66,10 @@ def test_doctor_reports_installed_packages_as_working(
     installed.update({"h5py": "3", "tensorrt-rtx-cu13": "1.7", "av": pytest.importorskip("av").__version__})
     monkeypatch.delitem(sys.modules, "onnxruntime")
     pytest.importorskip("onnxruntime")
-    found = findings()
-    assert all(found[subject].works for subject in found if subject not in ("NVIDIA GPU", "TensorRT"))
-    assert found["train, run .pt models"].details == "torch 2.13.0, CPU only"
-    assert "CPU" in found["run .onnx models"].details
+    actual = findings()
+    assert all(actual[subject].works for subject in actual if subject not in ("NVIDIA GPU", "TensorRT"))
+    assert actual["train, run .pt models"].details == "torch 2.13.0, CPU only"
+    assert "CPU" in actual["run .onnx models"].details
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -140,10 +140,10 @@ def test_nvidia_smi_output_is_shown(
     monkeypatch.setattr(module.shutil, "which", lambda name: name)
     answer = subprocess.CompletedProcess([], code, out, err)
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
-    found = [finding for finding in doctor() if finding.subject == "NVIDIA GPU"]
-    assert len(found) == (2 if works else 1)
-    assert found[0].works is works
-    assert seen in found[0].details
+    actual = [finding for finding in doctor() if finding.subject == "NVIDIA GPU"]
+    assert len(actual) == (2 if works else 1)
+    assert actual[0].works is works
+    assert seen in actual[0].details
 
 
 def test_hanging_nvidia_smi_times_out(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,12 +178,12 @@ def bad_features(directory: Path) -> dict[str, tuple[Path, str, list[object]]]:
     for name, (array, code, values) in arrays.items():
         np.save(directory / f"{name}.npy", array)
         files[name] = directory / f"{name}.npy", code, values
-    whole = (directory / "holes.npy").read_bytes()
+    complete = (directory / "holes.npy").read_bytes()
     others = {
         "gone.npy": (None, "missing_file"),
         "empty.npy": (b"", "empty_file"),
         "empty.pt": (b"", "empty_file"),
-        "cut.npy": (whole[:-100], "damaged_file"),
+        "cut.npy": (complete[:-100], "damaged_file"),
         "text.pt": (b"a text", "not_a_torch_file"),
         "attack.pt": (pickle.dumps(Attack(directory / "ran")), "code_in_file"),
         "film.mp4": (b"\0\0", "wrong_suffix"),
@@ -407,14 +407,14 @@ def test_long_video_uses_and_reports_requested_windows(
     np.save(tmp_path / "hall.npy", np.random.default_rng(0).random((900, 16)).astype(np.float32))
     of_hall = ("--model", tiny_model, "--features", tmp_path / "hall.npy", "--duration", 300, "--format", "json")
     asked = (*of_hall, "--query", "person opens the door")
-    whole = run_command(infer, *asked)
+    complete = run_command(infer, *asked)
     assert not records(caplog, logging.INFO, "300.0")
     cut = run_command(infer, *asked, "--window", 43, "--overlap", 14.5)
     assert len(records(caplog, logging.INFO, "hall", "300.0", 11, "43.0", "15.0")) == 1
     (answer,) = json.loads(cut.out)
     assert set(answer) == {"query", "video", "moments"}
     assert all(moment["end"] - moment["start"] <= 43.1 for moment in answer["moments"])
-    assert run_command(infer, *asked, "--window", 0).out == whole.out
+    assert run_command(infer, *asked, "--window", 0).out == complete.out
     run_command(infer, *asked, "--window", 43)
     assert len(records(caplog, logging.INFO, "hall", "22.0")) == 1
 

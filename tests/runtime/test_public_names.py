@@ -51,8 +51,8 @@ Call = tuple[Callable[..., Any], Mapping[str, Any]]
 @pytest.fixture(scope="module")
 def calls(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Call]:
     """Every public function and method with arguments that it takes, by name."""
-    whole, pair = Grounder.load(tiny_model), Grounder.load(pair_files)
-    features = whole.manifest.features
+    complete, pair = Grounder.load(tiny_model), Grounder.load(pair_files)
+    features = complete.manifest.features
     clips = np.random.default_rng(0).random((115, features.dim)).astype(np.float32)
     video = Video(clips, features.clock.num_frames(115), 30.96)
     encoded = pair.encode(video)
@@ -60,21 +60,21 @@ def calls(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPathF
     path = tmp_path_factory.mktemp("files")
     np.save(path / "video.npy", clips)
     encoded.save(path / "encoded.npz")
-    vocabulary, sentence = Vocabulary({"person": 1, "door": 2}), next(iter(whole.manifest.vocabulary.words))
+    vocabulary, sentence = Vocabulary({"person": 1, "door": 2}), next(iter(complete.manifest.vocabulary.words))
     shown: dict[str, Any] = {"features": encoded.features, "spans": encoded.spans, "duration": 3.0}
     spans = np.array([[0.0, 1.0]])
     return {
         "open_backend": (open_backend, {"path": tiny_model, "device": "cpu", "threads": 1}),
-        "Grounder": (Grounder, {"backend": whole.backend}),
+        "Grounder": (Grounder, {"backend": complete.backend}),
         "Grounder.load": (Grounder.load, {"path": tiny_model, "device": "cpu", "threads": 1}),
-        "Grounder.ground": (whole.ground, {"video": video, "query": sentence, "top_k": 5}),
+        "Grounder.ground": (complete.ground, {"video": video, "query": sentence, "top_k": 5}),
         "Grounder.ground of a pair": (pair.ground, {"video": encoded, "query": sentence, "top_k": 5}),
-        "Grounder.ground_batch": (whole.ground_batch, {"pairs": [(video, sentence)], "top_k": 5, "batch_size": 4}),
-        "Grounder.cut": (whole.cut, {"video": video}),
-        "Grounder.warm": (whole.warm, {"batches": [1], "lengths": [4]}),
+        "Grounder.ground_batch": (complete.ground_batch, {"pairs": [(video, sentence)], "top_k": 5, "batch_size": 4}),
+        "Grounder.cut": (complete.cut, {"video": video}),
+        "Grounder.warm": (complete.warm, {"batches": [1], "lengths": [4]}),
         "Grounder.encode": (pair.encode, {"video": video}),
-        "Grounder.encode_query": (whole.encode_query, {"query": sentence}),
-        "Grounder.check_fits": (whole.check_fits, {"video": video}),
+        "Grounder.encode_query": (complete.encode_query, {"query": sentence}),
+        "Grounder.check_fits": (complete.check_fits, {"video": video}),
         "Video": (Video, {"features": clips, "num_frames": 928, "duration": 30.96, "name": "a", "offset": 0.0}),
         "Video.load": (
             Video.load,

@@ -39,42 +39,42 @@ def replace(features: Path, video: str) -> None:
 def test_damaged_shard_is_rebuilt(here: Here, corpus: Corpus, tmp_path: Path, form: str) -> None:
     features, queries = corpus(ROWS)
     output = here(features, queries, form=form, shard_pairs=4).output
-    whole = content(output)
+    complete = content(output)
     shard = min(output.glob("shard-*"))
     for bit in random_bits(shard.read_bytes(), 10):
         shard.write_bytes(flip(shard.read_bytes(), bit))
         result = here(features, queries, form=form, shard_pairs=4)
-        assert result.made == 4
-        assert content(output) == whole
+        assert result.grounded == 4
+        assert content(output) == complete
 
 
 def test_damaged_digest_file_rebuilds_its_shard(here: Here, corpus: Corpus) -> None:
     features, queries = corpus(ROWS)
     output = here(features, queries).output
-    whole = content(output)
+    complete = content(output)
     (digests,) = (output / DIGESTS).iterdir()
     before = digests.read_bytes()
     for bit in random_bits(before, 20):
         digests.write_bytes(flip(before, bit))
         here(features, queries)
-        assert content(output) == whole
+        assert content(output) == complete
         assert digests.read_bytes() == before
 
 
 def test_changed_features_are_rejected_until_shard_is_removed(here: Here, corpus: Corpus) -> None:
     features, queries = corpus(ROWS)
     output = here(features, queries, shard_pairs=2).output
-    whole = content(output)
+    complete = content(output)
     replace(features, "CCCC3")
     with pytest.raises(OutputError) as caught:
         here(features, queries, shard_pairs=2)
     check_error(caught.value, "features_changed", "'CCCC3'")
-    assert content(output) == whole
+    assert content(output) == complete
     for path in output.glob("shard-*"):
         if b"CCCC3" in path.read_bytes():
             path.unlink()
     here(features, queries, shard_pairs=2)
-    assert content(output).keys() == whole.keys()
+    assert content(output).keys() == complete.keys()
 
 
 def test_changed_archive_is_named_instead_of_a_video(here: Here, corpus: Corpus) -> None:
@@ -125,13 +125,13 @@ def test_added_features_are_reported_as_changed(here: Here, corpus: Corpus) -> N
 def test_shard_without_digests_is_rejected(here: Here, corpus: Corpus) -> None:
     features, queries = corpus(ROWS)
     output = here(features, queries).output
-    whole = content(output)
+    complete = content(output)
     (digests,) = (output / DIGESTS).iterdir()
     digests.unlink()
     with pytest.raises(OutputError) as caught:
         here(features, queries)
     assert caught.value.code == "unknown_features"
-    assert content(output) == whole
+    assert content(output) == complete
 
 
 def test_hdf5_stamp_changes_with_feature_content(tmp_path: Path) -> None:

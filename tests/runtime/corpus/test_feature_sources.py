@@ -33,7 +33,7 @@ Cell = Callable[[np.ndarray], Any]
 def loaded(path: Path) -> dict[str, Video | str]:
     source = open_source(path)
     listing = source.listing()
-    return {video.name: found for video, found in zip(listing, source.load(listing, CLOCK), strict=True)}
+    return {video.name: actual for video, actual in zip(listing, source.load(listing, CLOCK), strict=True)}
 
 
 def check(found: dict[str, Video | str]) -> None:
@@ -61,13 +61,13 @@ def test_directory_with_durations_loads_videos(tmp_path: Path, suffix: str) -> N
     check(loaded(tmp_path))
     told = {"duration": 3.0, "num_frames": 31}
     (tmp_path / "durations.json").write_text(json.dumps({**LENGTHS, "v0": told, "v1": None, "none": 2.0, "../v2": 1.0}))
-    found = loaded(tmp_path)
-    assert isinstance(found["v0"], Video)
-    assert (found["v0"].duration, found["v0"].num_frames) == (3.0, 31)
-    assert quotes(str(found["v1"]), "durations.json", "'v1'")
-    assert quotes(str(found["none"]), "'none'")
-    assert quotes(str(found["../v2"]), "'../v2'")
-    assert isinstance(found["v4"], Video)
+    actual = loaded(tmp_path)
+    assert isinstance(actual["v0"], Video)
+    assert (actual["v0"].duration, actual["v0"].num_frames) == (3.0, 31)
+    assert quotes(str(actual["v1"]), "durations.json", "'v1'")
+    assert quotes(str(actual["none"]), "'none'")
+    assert quotes(str(actual["../v2"]), "'../v2'")
+    assert isinstance(actual["v4"], Video)
 
 
 def test_directory_reports_one_duration_in_another_unit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,9 +124,9 @@ def test_parquet_loads_features_of_each_column_type(
 def test_parquet_loads_fixed_shape_tensors(tmp_path: Path) -> None:
     values = RNG.random((5, 3, 4)).astype(np.float32)
     write_parquet(tmp_path / "tensors.parquet", pa.FixedShapeTensorArray.from_numpy_ndarray(values))
-    for video, wanted in zip(loaded(tmp_path).values(), values, strict=True):
+    for video, expected in zip(loaded(tmp_path).values(), values, strict=True):
         assert isinstance(video, Video)
-        np.testing.assert_array_equal(video.features, wanted)
+        np.testing.assert_array_equal(video.features, expected)
 
 
 def test_rows_across_files_and_groups_keep_their_order(tmp_path: Path) -> None:
@@ -138,24 +138,24 @@ def test_rows_across_files_and_groups_keep_their_order(tmp_path: Path) -> None:
     listing = source.listing()
     assert [video.name for video in listing] == ["w", *FEATURES]
     for start in range(len(listing)):
-        found = list(source.load(listing[start : start + 3], CLOCK))
-        assert [video.name for video in found] == [video.name for video in listing[start : start + 3]]
+        actual = list(source.load(listing[start : start + 3], CLOCK))
+        assert [video.name for video in actual] == [video.name for video in listing[start : start + 3]]
     assert next(source.load(listing, CLOCK)).num_frames == 40
 
 
 def test_invalid_parquet_row_fails_only_that_row(tmp_path: Path) -> None:
     good, ragged, hollow, infinite = [[1.0, 2.0]] * 3, [[1.0], [1.0, 2.0], [3.0]], [[1.0, None]], [[1.0, np.inf]]
     cells = pa.array([good, ragged, None, hollow, infinite], pa.list_(pa.list_(pa.float32())))
-    found = [*loaded(write_parquet(tmp_path / "features.parquet", cells)).values()]
-    assert isinstance(found[0], Video)
+    actual = [*loaded(write_parquet(tmp_path / "features.parquet", cells)).values()]
+    assert isinstance(actual[0], Video)
     values = ["[1, 2]", "'v2'", "v3", "v4"]
-    for problem, value in zip(found[1:], values, strict=True):
+    for problem, value in zip(actual[1:], values, strict=True):
         assert quotes(str(problem), value)
     numbers = pa.array([f.ravel().tolist() for f in FEATURES.values()])
     shapes = [None, [4], [2, 2], [5, 4], [-6, -4]]
-    found = [*loaded(write_parquet(tmp_path / "features.parquet", numbers, shape=shapes)).values()]
-    assert [isinstance(video, Video) for video in found] == [False, False, False, True, False]
-    assert quotes(str(found[0]), "`shape`")
+    actual = [*loaded(write_parquet(tmp_path / "features.parquet", numbers, shape=shapes)).values()]
+    assert [isinstance(video, Video) for video in actual] == [False, False, False, True, False]
+    assert quotes(str(actual[0]), "`shape`")
     texts = pa.array([["a"], ["b"], ["c"], ["d"], ["e"]])
     assert quotes(str(loaded(write_parquet(tmp_path / "features.parquet", texts))["v0"]), "string")
     integers = pa.array([1, 2, 3, 4, 5])
@@ -178,10 +178,10 @@ def test_damaged_row_group_fails_only_its_videos(tmp_path: Path) -> None:
     start = column.dictionary_page_offset or column.data_page_offset
     content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     path.write_bytes(content)
-    found = loaded(path)
-    assert [name for name, video in found.items() if isinstance(video, Video)] == ["v0", "v1", "v4"]
+    actual = loaded(path)
+    assert [name for name, video in actual.items() if isinstance(video, Video)] == ["v0", "v1", "v4"]
     for name in ("v2", "v3"):
-        assert quotes(found[name], repr(name))
+        assert quotes(actual[name], repr(name))
 
 
 @pytest.mark.parametrize("options", [{"compression": "none", "use_dictionary": False}, {"data_page_version": "2.0"}])

@@ -30,7 +30,7 @@ def test_resumed_job_produces_identical_shards(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus(ROWS)
-    whole = here(features, queries, tmp_path / "whole", shard_pairs=3)
+    complete = here(features, queries, tmp_path / "whole", shard_pairs=3)
     output, calls, call = tmp_path / "corpus", [], Worker.__call__
 
     def interrupted(self: Worker, shard: Any) -> Any:
@@ -50,8 +50,8 @@ def test_resumed_job_produces_identical_shards(
     assert len(content(output)) == 2
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("shard-*")}
     result = here(features, queries, shard_pairs=3)
-    assert content(output) == content(whole.output)
-    assert (result.made, result.pairs, whole.made) == (8, 12, 12)
+    assert content(output) == content(complete.output)
+    assert (result.grounded, result.pairs, complete.grounded) == (8, 12, 12)
     assert all((output / name).stat().st_mtime_ns == time for name, time in before.items())
     assert quotes(str(result), 4)
 
@@ -60,7 +60,7 @@ def test_finished_shards_are_not_rebuilt(here: Here, corpus: Corpus, monkeypatch
     features, queries = corpus(ROWS)
     here(features, queries)
     monkeypatch.setattr(Worker, "__call__", lambda *_: pytest.fail("a finished shard was begun"))
-    assert here(features, queries).made == 0
+    assert here(features, queries).grounded == 0
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_progress_is_logged_without_a_progress_bar(
     caplog.set_level("INFO", "drn")
     features, queries = corpus(ROWS)
     here(features, queries, shard_pairs=4)
-    lines = records(caplog, logging.INFO, 12, "left")
+    lines = records(caplog, logging.INFO, 12, "remaining")
     assert len(lines) == 3
     assert quotes(lines[0].getMessage(), 4, 12)
     assert quotes(lines[-1].getMessage(), 12, 6, "00:00")

@@ -48,8 +48,8 @@ def test_decompressed_bytes_covers_valid_files(
     with open(path, "rb") as stream:
         for column in columns(path):
             assert decompressed_bytes(stream, column) >= column.num_values
-    found = answers(path)
-    np.testing.assert_array_equal(found[7].features, np.float32(features[7]))
+    actual = answers(path)
+    np.testing.assert_array_equal(actual[7].features, np.float32(features[7]))
 
 
 def bomb(path: Path) -> Path:
@@ -91,9 +91,9 @@ def test_damaged_page_fails_only_its_rows(tmp_path: Path) -> None:
     place = columns(path)[2].data_page_offset
     content[place : place + 40] = b"\xff" * 40
     path.write_bytes(content)
-    found = answers(path)
-    assert [isinstance(answer, str) for answer in found] == [True, True, False, False]
-    assert all("\n" not in answer for answer in found[:2])
+    actual = answers(path)
+    assert [isinstance(answer, str) for answer in actual] == [True, True, False, False]
+    assert all("\n" not in answer for answer in actual[:2])
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1", b"PAR1PAR1", b"PAR1" + b"\xff" * 60 + b"\x20\0\0\0PAR1"])

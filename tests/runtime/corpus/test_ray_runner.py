@@ -74,12 +74,12 @@ def place() -> Iterator[Path]:
 def rays(place: Path) -> list[int]:
     """All processes of a Ray that keeps its files in a directory, whatever they call themselves."""
     told = f"RAY_TMPDIR={place}\0".encode()
-    found = []
+    actual = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if told in (process / "environ").read_bytes():
-                found.append(int(process.name))
-    return found
+                actual.append(int(process.name))
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def cluster(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]
 def wait(until: Callable[[], Any]) -> Any:
     """Return what `until` gives once it is something."""
     ends = time.monotonic() + LONGEST_SECONDS
-    while not (found := until()):
+    while not (actual := until()):
         assert time.monotonic() < ends, "it did not happen"
         time.sleep(0.002)
-    return found
+    return actual
 
 
 def started(words: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -135,15 +135,15 @@ def started(words: list[str], environment: dict[str, str]) -> subprocess.Popen[s
 
 def begun(output: Path, times: int) -> list[int]:
     """The processes that make shards which were begun so often, and are not whole yet: only then the note goes."""
-    found = []
+    actual = []
     for note in output.glob(".attempts/*"):
         if any(output.glob(f"shard-{note.name}-of-*")):
             continue
         with contextlib.suppress(FileNotFoundError):
             processes = re.findall(r"process (\d+) on", note.read_text())
             if len(processes) >= times:
-                found.append(int(processes[-1]))
-    return found
+                actual.append(int(processes[-1]))
+    return actual
 
 
 def kill_at_work(output: Path, times: int = 1) -> None:
@@ -195,9 +195,9 @@ def test_interruption_leaves_only_complete_shards(
     _, errors = job.communicate(timeout=LONGEST_SECONDS)
     assert job.returncode == code, errors
     assert errors.strip().endswith("nothing half-written was left behind.")
-    made = content(output)
-    assert 3 < len(made) < len(inputs.wanted)
-    assert made.items() <= inputs.wanted.items()
+    created = content(output)
+    assert 3 < len(created) < len(inputs.wanted)
+    assert created.items() <= inputs.wanted.items()
 
 
 def test_killed_ray_job_resumes_from_finished_shards(
@@ -250,6 +250,6 @@ def test_tensors_written_by_ray_data_are_read(tmp_path: Path) -> None:
         columns = {"video": ["a", "b"], "duration": [1.0, 2.0], "features": ArrowTensorArray.from_numpy(features)}
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "features.parquet")
         source = open_source(tmp_path)
-        for video, wanted in zip(source.load(source.listing(), ClipTiming()), features, strict=True):
+        for video, expected in zip(source.load(source.listing(), ClipTiming()), features, strict=True):
             assert isinstance(video, Video), video
-            np.testing.assert_array_equal(video.features, wanted)
+            np.testing.assert_array_equal(video.features, expected)

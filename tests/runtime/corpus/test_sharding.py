@@ -27,24 +27,24 @@ VIDEOS = ("a", "b", "c", "d")
 def test_shards_contain_each_pair_once_within_size(listed: list[str], about: list[str | None], size: int) -> None:
     questions = [Question(line, line, f"sentence {line}", video) for line, video in enumerate(about, 1)]
     common, shards = plan([VideoRef(name) for name in listed], questions, size)
-    found = [
+    actual = [
         (asked.video.name, question.line)
         for shard in shards
         for asked in shard.videos
         for question in asked.questions(common)
     ]
-    wanted = [(name, q.line) for q in questions for name in ([q.video] if q.video else listed)]
-    assert Counter(found) == Counter(wanted)
+    expected = [(name, q.line) for q in questions for name in ([q.video] if q.video else listed)]
+    assert Counter(actual) == Counter(expected)
     assert all(0 < len(shard) <= size for shard in shards)
     assert [shard.number for shard in shards] == list(range(1, len(shards) + 1))
     # The sentences of a video come in the order of the file, and a video that fits a shard is in one only.
-    for name in dict.fromkeys(name for name, _ in found):
-        lines = [line for video, line in found if video == name]
+    for name in dict.fromkeys(name for name, _ in actual):
+        lines = [line for video, line in actual if video == name]
         assert lines == sorted(lines)
         holding = [shard for shard in shards if name in {asked.video.name for asked in shard.videos}]
         assert len(holding) == 1 or len(lines) > size
     # Known videos first, as they are listed.
-    order = list(dict.fromkeys(name for name, _ in found))
+    order = list(dict.fromkeys(name for name, _ in actual))
     assert [name for name in order if name in listed] == order[: len(set(order) & set(listed))]
     assert plan([VideoRef(name) for name in listed], questions, size) == (common, shards)
 

@@ -35,19 +35,19 @@ def test_corpus_rows_equal_grounder_predictions(here: Here, corpus: Corpus, tiny
     asked = [(1, DOOR, name) for name in sorted(data_set.durations)]
     asked.insert(3, ("dog", DOG, "CCCC3"))
     assert [(row["qid"], row["query"], row["vid"]) for row in rows] == asked
-    assert (result.pairs, result.made, result.errors, result.shards) == (7, 7, 0, 3)
+    assert (result.pairs, result.grounded, result.errors, result.shards) == (7, 7, 0, 3)
     for row in rows:
-        wanted = grounder.ground(data_set.video(row["vid"]), row["query"], 2)
-        found = np.array(row["pred_relevant_windows"])
-        np.testing.assert_allclose(found, [[m.start, m.end, m.score] for m in wanted], rtol=1e-5)
+        expected = grounder.ground(data_set.video(row["vid"]), row["query"], 2)
+        actual = np.array(row["pred_relevant_windows"])
+        np.testing.assert_allclose(actual, [[m.start, m.end, m.score] for m in expected], rtol=1e-5)
         assert row["error"] is None
 
 
 def test_invalid_video_or_sentence_becomes_error_row(here: Here, damaged: Path, tmp_path: Path) -> None:
     rows = [{"query": DOOR}, {"query": UNKNOWN}, {"query": ""}, {"query": DOG, "vid": "ZZZZ9"}]
     result = here(damaged, write_rows(tmp_path / "queries.jsonl", rows))
-    found = {(row["vid"], row["query"]): row for row in read_rows(result.output)}
-    assert len(found) == result.pairs == 6 * 3 + 1
+    actual = {(row["vid"], row["query"]): row for row in read_rows(result.output)}
+    assert len(actual) == result.pairs == 6 * 3 + 1
     values = {
         ("BBBB2", DOOR): ["'BBBB2'"],
         ("CCCC3", DOOR): ["CCCC3.pt"],
@@ -57,11 +57,11 @@ def test_invalid_video_or_sentence_becomes_error_row(here: Here, damaged: Path, 
         ("ZZZZ9", DOG): ["'ZZZZ9'"],
     }
     for key, quoted in values.items():
-        assert quotes(found[key]["error"], *quoted)
-        assert found[key]["pred_relevant_windows"] == []
-    whole = {key for key, row in found.items() if row["error"] is None}
-    assert whole == {(name, DOOR) for name in ("AAAA1", "EEEE5", "FFFF6")}
-    assert result.errors == len(found) - len(whole)
+        assert quotes(actual[key]["error"], *quoted)
+        assert actual[key]["pred_relevant_windows"] == []
+    complete = {key for key, row in actual.items() if row["error"] is None}
+    assert complete == {(name, DOOR) for name in ("AAAA1", "EEEE5", "FFFF6")}
+    assert result.errors == len(actual) - len(complete)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole model", "split model"])
@@ -138,9 +138,9 @@ def test_long_videos_are_grounded_in_windows(here: Here, corpus: Corpus, tiny_mo
     result = here(features, queries, window=20.0)
     (row,) = read_rows(result.output)
     grounder = Grounder.load(tiny_model, "cpu", 1)
-    whole = grounder.ground(DataSet(features).video("DDDD4"), DOOR)
+    complete = grounder.ground(DataSet(features).video("DDDD4"), DOOR)
     assert row["pred_relevant_windows"]
-    assert row["pred_relevant_windows"] != [[moment.start, moment.end, moment.score] for moment in whole]
+    assert row["pred_relevant_windows"] != [[moment.start, moment.end, moment.score] for moment in complete]
 
 
 def test_parquet_rows_equal_jsonl_rows(here: Here, damaged: Path, tmp_path: Path, monkeypatch: Any) -> None:

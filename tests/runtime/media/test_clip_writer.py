@@ -70,21 +70,21 @@ def test_clip_contains_exactly_the_frames_of_the_moment(tmp_path: Path, name: st
     for first, last in ((0, 119), (0, 0), (31, 74), (100, 119)):
         # A third of a frame after the first begins, and before the last ends.
         write_clips(probe(source), [((first + 0.33) * step, (last + 0.67) * step)], [tmp_path / "clip.mp4"])
-        found = shown(tmp_path / "clip.mp4")
-        assert [number for _, number in found] == list(range(first, last + 1))
-        assert found[0][0] == 0
+        actual = shown(tmp_path / "clip.mp4")
+        assert [number for _, number in actual] == list(range(first, last + 1))
+        assert actual[0][0] == 0
         if last > first:
-            assert found[-1][0] == pytest.approx((last - first - 0.33) * step, abs=2e-3)
+            assert actual[-1][0] == pytest.approx((last - first - 0.33) * step, abs=2e-3)
             assert length(tmp_path / "clip.mp4") == pytest.approx((last - first + 0.34) * step, abs=2e-3)
 
 
 def test_clip_of_variable_rate_keeps_timestamps(tmp_path: Path) -> None:
     times = [5000, 5040, 5080, 5500, 6500, 7000, 7040]
-    footage = probe(film(tmp_path / "odd.mkv", numbered(7), times=times))
-    write_clips(footage, [(0.3, 1.8)], [tmp_path / "clip.mp4"])
-    found = shown(tmp_path / "clip.mp4")
-    assert [number for _, number in found] == [2, 3, 4]
-    assert [time for time, _ in found] == pytest.approx([0, 0.2, 1.2], abs=1e-3)
+    video_file = probe(film(tmp_path / "odd.mkv", numbered(7), times=times))
+    write_clips(video_file, [(0.3, 1.8)], [tmp_path / "clip.mp4"])
+    actual = shown(tmp_path / "clip.mp4")
+    assert [number for _, number in actual] == [2, 3, 4]
+    assert [time for time, _ in actual] == pytest.approx([0, 0.2, 1.2], abs=1e-3)
     assert length(tmp_path / "clip.mp4") == pytest.approx(1.5, abs=1e-3)
 
 
@@ -100,8 +100,8 @@ def test_clip_of_variable_rate_lasts_as_long_as_its_moment(
 
 
 def test_moment_shorter_than_a_frame_is_cut_as_one_frame(tmp_path: Path) -> None:
-    footage = probe(film(tmp_path / "hall.mkv", numbered(50)))
-    write_clips(footage, [(1.01, 1.01), (2.0, 2.0)], [tmp_path / "a.mp4", tmp_path / "b.mp4"])
+    video_file = probe(film(tmp_path / "hall.mkv", numbered(50)))
+    write_clips(video_file, [(1.01, 1.01), (2.0, 2.0)], [tmp_path / "a.mp4", tmp_path / "b.mp4"])
     assert shown(tmp_path / "a.mp4")[0] == (0, 25)
     # Nothing comes after the end of the film.
     assert shown(tmp_path / "b.mp4") == [(0, 49)]
@@ -110,22 +110,22 @@ def test_moment_shorter_than_a_frame_is_cut_as_one_frame(tmp_path: Path) -> None
 @pytest.mark.parametrize("turned", [90, 180, -90])
 def test_rotated_video_is_cut_upright(tmp_path: Path, turned: int) -> None:
     stored = scene(30)
-    footage = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
-    write_clips(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
-    made = probe(tmp_path / "clip.mp4")
-    assert made.quarter_turns == 0
-    wanted = np.rot90(stored[10], turned // 90)
-    _, first = next(frames_from(made, 0))
+    video_file = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
+    write_clips(video_file, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    created = probe(tmp_path / "clip.mp4")
+    assert created.quarter_turns == 0
+    expected = np.rot90(stored[10], turned // 90)
+    _, first = next(frames_from(created, 0))
     picture = first.to_ndarray(format="rgb24").astype(int)
-    assert picture.shape == wanted.shape
-    assert np.abs(picture - wanted).mean() < 12
+    assert picture.shape == expected.shape
+    assert np.abs(picture - expected).mean() < 12
 
 
 def test_clip_of_odd_frame_size_is_cropped_to_even(tmp_path: Path) -> None:
-    footage = probe(film(tmp_path / "odd.mkv", numbered(30, 47, 65)))
-    write_clips(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
-    made = probe(tmp_path / "clip.mp4")
-    assert (made.height, made.width) == (46, 64)
+    video_file = probe(film(tmp_path / "odd.mkv", numbered(30, 47, 65)))
+    write_clips(video_file, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    created = probe(tmp_path / "clip.mp4")
+    assert (created.height, created.width) == (46, 64)
     assert [number for _, number in shown(tmp_path / "clip.mp4")] == list(range(10, 20))
 
 
@@ -154,8 +154,8 @@ def beeping(path: Path, seconds: float, beeps: list[float]) -> Path:
 
 @pytest.mark.parametrize("name", ["talk.mkv", "talk.mp4"])
 def test_clip_sound_is_synchronized_with_frames(tmp_path: Path, name: str) -> None:
-    footage = probe(beeping(tmp_path / name, 6, [1.0, 2.5, 4.0]))
-    write_clips(footage, [(2.3, 4.6)], [tmp_path / "clip.mp4"])
+    video_file = probe(beeping(tmp_path / name, 6, [1.0, 2.5, 4.0]))
+    write_clips(video_file, [(2.3, 4.6)], [tmp_path / "clip.mp4"])
     samples, rate = heard(tmp_path / "clip.mp4")
     assert rate == RATE
     assert len(samples) / rate == pytest.approx(2.3, abs=AAC_PADDING / rate)
@@ -168,9 +168,9 @@ def test_clip_sound_is_synchronized_with_frames(tmp_path: Path, name: str) -> No
 def test_clip_sound_is_synchronized_in_joined_files(tmp_path: Path, suffix: str) -> None:
     first = beeping(tmp_path / f"first.{suffix}", 4, [1.0])
     second = beeping(tmp_path / f"second.{suffix}", 3, [2.0])
-    footage = probe(joined(tmp_path / f"whole.{suffix}", first, second))
-    assert footage.duration == pytest.approx(7, abs=0.05)
-    write_clips(footage, [(5.5, 6.5)], [tmp_path / "clip.mp4"])
+    video_file = probe(joined(tmp_path / f"whole.{suffix}", first, second))
+    assert video_file.duration == pytest.approx(7, abs=0.05)
+    write_clips(video_file, [(5.5, 6.5)], [tmp_path / "clip.mp4"])
     samples, rate = heard(tmp_path / "clip.mp4")
     (loud,) = np.nonzero(np.abs(samples) > 0.2)
     assert loud[0] / rate == pytest.approx(0.5, abs=0.1)
@@ -178,8 +178,8 @@ def test_clip_sound_is_synchronized_in_joined_files(tmp_path: Path, suffix: str)
 
 
 def test_sound_ending_before_the_moment_is_accepted(tmp_path: Path) -> None:
-    footage = probe(film(tmp_path / "talk.mkv", 100, sound=1))
-    write_clips(footage, [(0.5, 3.0), (2.0, 3.0)], [tmp_path / "some.mp4", tmp_path / "none.mp4"])
+    video_file = probe(film(tmp_path / "talk.mkv", 100, sound=1))
+    write_clips(video_file, [(0.5, 3.0), (2.0, 3.0)], [tmp_path / "some.mp4", tmp_path / "none.mp4"])
     samples, rate = heard(tmp_path / "some.mp4")
     assert len(samples) / rate == pytest.approx(0.5, abs=AAC_PADDING / rate)
     assert length(tmp_path / "none.mp4") == pytest.approx(1.0, abs=1e-3)
@@ -189,22 +189,22 @@ def test_clip_colors_match_the_source(tmp_path: Path) -> None:
     stored = scene(20)
     write_clips(probe(film(tmp_path / "hall.mkv", stored)), [(0.2, 0.6)], [tmp_path / "clip.mp4"])
     _, first = next(frames_from(probe(tmp_path / "clip.mp4"), 0))
-    found = first.to_ndarray(format="rgb24").astype(int)
+    actual = first.to_ndarray(format="rgb24").astype(int)
     # The middles of the quarters, where no neighbour bleeds in.
     for row in (12, 36):
         for column in (16, 60):
-            assert np.abs(found[row, column] - stored[5, row, column]).max() <= 12
+            assert np.abs(actual[row, column] - stored[5, row, column]).max() <= 12
 
 
 def test_decodable_part_of_damaged_video_is_cut(tmp_path: Path) -> None:
-    whole = film(tmp_path / "whole.mp4", numbered(100), options={"movflags": "faststart"})
-    footage = probe(truncated(whole, tmp_path / "cut.mp4"))
-    write_clips(footage, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
+    complete = film(tmp_path / "whole.mp4", numbered(100), options={"movflags": "faststart"})
+    video_file = probe(truncated(complete, tmp_path / "cut.mp4"))
+    write_clips(video_file, [(0.4, 0.8)], [tmp_path / "clip.mp4"])
     assert [number for _, number in shown(tmp_path / "clip.mp4")] == list(range(10, 20))
 
 
 def test_interrupted_cutting_writes_no_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    footage = probe(film(tmp_path / "hall.mkv", numbered(50)))
+    video_file = probe(film(tmp_path / "hall.mkv", numbered(50)))
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_text("before")
     written = []
@@ -218,11 +218,11 @@ def test_interrupted_cutting_writes_no_clip(tmp_path: Path, monkeypatch: pytest.
     write = clip_writer._write
     monkeypatch.setattr(clip_writer, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_clips(footage, [(0, 1), (1, 2)], [tmp_path / "clips" / "a.mp4", tmp_path / "clips" / "b.mp4"])
+        write_clips(video_file, [(0, 1), (1, 2)], [tmp_path / "clips" / "a.mp4", tmp_path / "clips" / "b.mp4"])
     assert [path.name for path in (tmp_path / "clips").iterdir()] == ["a.mp4"]
     assert (tmp_path / "clips" / "a.mp4").read_text() == "before"
     with raises(OutputError, "unwritable_output", tmp_path / "hall.mkv" / "a.mp4"):
-        write_clips(footage, [(0, 1)], [tmp_path / "hall.mkv" / "a.mp4"])
+        write_clips(video_file, [(0, 1)], [tmp_path / "hall.mkv" / "a.mp4"])
 
 
 def test_missing_encoder_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +258,9 @@ def test_clip_names_contain_video_number_and_query_words() -> None:
 
 @pytest.mark.parametrize("video", ["h" * 251, "\U0001d5ee" * 62, "男" * 83])
 def test_clips_of_a_video_with_a_long_name_can_be_written(tmp_path: Path, video: str) -> None:
-    footage = probe(film(tmp_path / f"{video}.mkv", 20))
+    video_file = probe(film(tmp_path / f"{video}.mkv", 20))
     names = clip_names(video, ["person opens the door and leaves the house for good"])
-    write_clips(footage, [(0.2, 0.4)], [tmp_path / "clips" / name for name in names])
+    write_clips(video_file, [(0.2, 0.4)], [tmp_path / "clips" / name for name in names])
     assert [path.name for path in (tmp_path / "clips").iterdir()] == names
 
 
@@ -312,13 +312,13 @@ def test_infer_cut_with_invalid_options_is_rejected(
     source = film(tmp_path / "hall-1-dog-sits.mp4", 100)
     other = source.rename(tmp_path / "hall.mp4")
     (tmp_path / "hall-1-dog-sits.mp4").symlink_to(other)
-    whole = (*of_features, "--footage", other, "--cut")
+    complete = (*of_features, "--footage", other, "--cut")
     kept = other.read_bytes()
-    check_error(refused(infer, *whole, tmp_path), "output_exists", tmp_path / "hall-1-dog-sits.mp4")
+    check_error(refused(infer, *complete, tmp_path), "output_exists", tmp_path / "hall-1-dog-sits.mp4")
     assert other.read_bytes() == kept
-    check_error(refused(infer, *whole, other), "unwritable_output", other)
+    check_error(refused(infer, *complete, other), "unwritable_output", other)
     monkeypatch.setattr(av.codec, "codecs_available", set())
-    check_error(refused(infer, *whole, tmp_path / "clips"), "missing_codec")
+    check_error(refused(infer, *complete, tmp_path / "clips"), "missing_codec")
     assert not (tmp_path / "clips").exists()
     talk = sound_only(tmp_path / "talk.mp4")
     check_error(refused(infer, *of_features, "--footage", talk), "no_video_stream", talk)

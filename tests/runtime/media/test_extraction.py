@@ -309,8 +309,8 @@ def test_names_merged_by_the_file_system_are_rejected(
 
 
 def test_truncated_video_is_reported_damaged(tmp_path: Path, tiny: Path) -> None:
-    whole = film(tmp_path / "whole.mkv", 60).read_bytes()
-    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 6])
+    complete = film(tmp_path / "whole.mkv", 60).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(complete[: len(complete) // 6])
     with pytest.raises(VideoFileError) as refusal:
         extract((tmp_path / "cut.mkv",), tiny, tmp_path / "data")
     check_error(refusal.value, "truncated_video", "--partial")
@@ -455,14 +455,14 @@ def test_invalid_query_is_rejected_before_decoding(
 
 
 def test_partial_extraction_is_not_reused_as_complete(tmp_path: Path, tiny: Path, cache: Path) -> None:
-    whole = film(tmp_path / "w.mp4", 90, options={"movflags": "faststart"})
-    path = truncated(whole, tmp_path / "cut.mp4")
+    complete = film(tmp_path / "w.mp4", 90, options={"movflags": "faststart"})
+    path = truncated(complete, tmp_path / "cut.mp4")
     extractor = open_extractor(tiny, "cpu")
     video = load_or_extract(path, extractor, partial=True)
     assert 20 < video.num_frames < 80
     assert len(video.features) == (video.num_frames - 16) // 8 + 1
     assert video.duration == pytest.approx(video.num_frames / 25)
-    assert video.features == pytest.approx(load_or_extract(whole, extractor).features[: len(video.features)])
+    assert video.features == pytest.approx(load_or_extract(complete, extractor).features[: len(video.features)])
     # Kept in the cache, and yet not taken for a whole video's.
     with raises(VideoFileError, "truncated_video", path, "--partial"):
         load_or_extract(path, extractor)
@@ -520,10 +520,10 @@ def test_late_start_video_gives_times_of_players(
             return [int(h) * 3600 + int(m) * 60 + int(s) + int(ms) / 1000 for h, m, s, ms in clocks]
         return [int(m) * 60 + float(s) for m, s in re.findall(r"(\d+):(\d\d\.\d)(?= (?:-| ))", outcome.out)]
 
-    wanted = [second + 4 for second in times("--video", on_time, "--extractor", tiny)]
-    assert len(wanted) >= 2
+    expected = [second + 4 for second in times("--video", on_time, "--extractor", tiny)]
+    assert len(expected) >= 2
     first = times("--video", late, "--extractor", tiny)
-    assert first == pytest.approx(wanted, abs=0.11 if form == "text" else 5e-3)
+    assert first == pytest.approx(expected, abs=0.11 if form == "text" else 5e-3)
     # Out of the cache, and out of a directory.
     assert times("--video", late, "--extractor", tiny) == first
     data = extract((late,), tiny, tmp_path / "data")

@@ -28,9 +28,9 @@ def test_clip_extractor_gets_unchanged_clips(tmp_path: Path, clips: np.ndarray) 
     extractor = open_extractor(write_clips(tmp_path / "tiny.onnx"), "cpu")
     assert isinstance(extractor, ClipExtractor)
     assert extractor.manifest == CLIPS
-    wanted = clips.astype(float).mean(axis=(1, 2, 3)) @ mixing()
-    assert extractor.extract(clips) == pytest.approx(wanted, rel=1e-4)
-    assert extractor.extract(clips[:1]) == pytest.approx(wanted[:1], rel=1e-4)
+    expected = clips.astype(float).mean(axis=(1, 2, 3)) @ mixing()
+    assert extractor.extract(clips) == pytest.approx(expected, rel=1e-4)
+    assert extractor.extract(clips[:1]) == pytest.approx(expected[:1], rel=1e-4)
 
 
 def test_image_extractor_scales_pixels_as_in_manifest(tmp_path: Path, clips: np.ndarray) -> None:
@@ -38,9 +38,9 @@ def test_image_extractor_scales_pixels_as_in_manifest(tmp_path: Path, clips: np.
     assert isinstance(extractor, ImageExtractor)
     frames = clips[:, :1]
     pixels = (frames[:, 0] / 255 - np.array(IMAGES.mean)) / np.array(IMAGES.std)
-    found = extractor.extract(frames)
-    assert found.dtype == np.float32
-    assert found == pytest.approx(pixels.mean(axis=(1, 2)) @ mixing(), rel=1e-3, abs=1e-6)
+    actual = extractor.extract(frames)
+    assert actual.dtype == np.float32
+    assert actual == pytest.approx(pixels.mean(axis=(1, 2)) @ mixing(), rel=1e-3, abs=1e-6)
 
 
 def test_mean_in_bytes_equals_mean_in_unit_range(tmp_path: Path, clips: np.ndarray) -> None:

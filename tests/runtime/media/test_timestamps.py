@@ -45,8 +45,8 @@ def rising(start: int, steps: list[int]) -> list[int]:
 @given(st.integers(-(10**6), 10**9), st.lists(st.integers(1, 9000), min_size=1, max_size=40), REORDERED, st.booleans())
 def test_increasing_timestamps_are_unchanged(start: int, steps: list[int], reordered: int, broadcast: bool) -> None:
     times = rising(start, steps)
-    found, parts = laid_out(coded(times, reordered), broadcast=broadcast)
-    assert found.tolist() == times
+    actual, parts = laid_out(coded(times, reordered), broadcast=broadcast)
+    assert actual.tolist() == times
     assert [part.shift for part in parts] == [0]
 
 
@@ -59,7 +59,7 @@ def test_increasing_timestamps_are_unchanged(start: int, steps: list[int], reord
 def test_restarting_or_jumping_parts_are_concatenated(
     recordings: list[tuple[int, list[int]]], reordered: int, broadcast: bool, estimated: bool
 ) -> None:
-    whole, stamps, joints = [], [], 0
+    complete, stamps, joints = [], [], 0
     for start, steps in recordings:
         times = rising(start, steps)
         before = max(stamp.pts for stamp in stamps[joints:]) if stamps else None  # type: ignore[type-var]
@@ -70,20 +70,20 @@ def test_restarting_or_jumping_parts_are_concatenated(
         packets = coded(times, reordered)
         # Matroska keeps no times of decoding, and libavformat's estimates are worth nothing after a restart.
         stamps += [stamp._replace(dts=stamp.pts) for stamp in packets] if estimated and joints else packets
-        whole.append(times)
-    found, parts = laid_out(stamps, broadcast=broadcast)
-    assert len(parts) == len(whole)
-    assert len(found) == sum(map(len, whole))
-    assert (np.diff(found) > 0).all()
+        complete.append(times)
+    actual, parts = laid_out(stamps, broadcast=broadcast)
+    assert len(parts) == len(complete)
+    assert len(actual) == sum(map(len, complete))
+    assert (np.diff(actual) > 0).all()
     place = 0
-    for times in whole:
-        part = found[place : place + len(times)]
+    for times in complete:
+        part = actual[place : place + len(times)]
         assert np.diff(part).tolist() == np.diff(times).tolist()
         if place:
-            assert 20 <= part[0] - found[place - 1] <= 60
+            assert 20 <= part[0] - actual[place - 1] <= 60
         place += len(times)
     assert [stamp.time + shift for stamp, shift in zip(stamps, shifts(parts), strict=False)] == pytest.approx(  # type: ignore[operator]
-        [found[whole_index] for whole_index in _positions(stamps, parts, found)]
+        [actual[whole_index] for whole_index in _positions(stamps, parts, actual)]
     )
 
 
@@ -94,25 +94,25 @@ def _positions(stamps: list[Stamp], parts: tuple[Part, ...], found: np.ndarray) 
 
 def test_recording_joined_to_itself_doubles_in_length() -> None:
     once = coded(rising(500, [STEP] * 125), 2)
-    found, parts = laid_out(once + once, broadcast=True)
-    assert found.tolist() == rising(500, [STEP] * 250)
+    actual, parts = laid_out(once + once, broadcast=True)
+    assert actual.tolist() == rising(500, [STEP] * 250)
     assert [part.shift for part in parts] == [0, 5000]
 
 
 def test_jump_of_ten_hours_is_removed() -> None:
     stamps = coded([*rising(0, [STEP] * 50), *rising(36_000_000, [STEP] * 50)], 0)
     for broadcast in (True, False):
-        found, _ = laid_out(stamps, broadcast=broadcast)
-        assert found[-1] == 99 * STEP
+        actual, _ = laid_out(stamps, broadcast=broadcast)
+        assert actual[-1] == 99 * STEP
 
 
 @pytest.mark.parametrize("reordered", [1, 3])
 def test_reordered_frames_across_a_jump_are_no_gap(reordered: int) -> None:
     times = [*rising(0, [STEP] * 50), *rising(36_000_000, [STEP] * 51)]
     for broadcast in (True, False):
-        found, _ = laid_out(coded(times, reordered), broadcast=broadcast)
-        assert found[-1] - found[0] == pytest.approx(100 * STEP, abs=2 * STEP * reordered)
-        assert len(found) == 101
+        actual, _ = laid_out(coded(times, reordered), broadcast=broadcast)
+        assert actual[-1] - actual[0] == pytest.approx(100 * STEP, abs=2 * STEP * reordered)
+        assert len(actual) == 101
 
 
 @pytest.mark.parametrize("number", [0, 10, 41, 99])
@@ -120,36 +120,36 @@ def test_reordered_frames_across_a_jump_are_no_gap(reordered: int) -> None:
 def test_one_wrong_time_of_showing_does_not_lengthen_the_video(number: int, wrong: int) -> None:
     stamps = coded(rising(50_000_000, [STEP] * 100), 3)
     stamps[number] = stamps[number]._replace(pts=50_000_000 + wrong)
-    found, _ = laid_out(stamps, broadcast=True)
-    assert len(found) == 100
-    assert found[-1] - found[0] < 110 * STEP
+    actual, _ = laid_out(stamps, broadcast=True)
+    assert len(actual) == 100
+    assert actual[-1] - actual[0] < 110 * STEP
 
 
 @pytest.mark.parametrize(("seconds", "broadcast", "stays"), [(8, True, True), (30, True, False), (3600, False, True)])
 def test_long_still_frame_is_distinguished_from_jump(seconds: int, broadcast: bool, stays: bool) -> None:
     times = [*rising(0, [STEP] * 50), *rising(2000 + 1000 * seconds, [STEP] * 50)]
-    found, _ = laid_out(coded(times, 0), broadcast=broadcast)
-    assert (found.tolist() == times) is stays
+    actual, _ = laid_out(coded(times, 0), broadcast=broadcast)
+    assert (actual.tolist() == times) is stays
     # Where sound goes on meanwhile, it is a gap in the pictures alone.
-    found, _ = laid_out(coded(times, 0), broadcast=broadcast, others=np.arange(0, seconds + 4, 0.1))
-    assert found.tolist() == times
+    actual, _ = laid_out(coded(times, 0), broadcast=broadcast, others=np.arange(0, seconds + 4, 0.1))
+    assert actual.tolist() == times
     # Sound that jumps with the pictures is no proof of a gap.
     others = [*np.arange(0, 2.5, 0.1), *np.arange(1.5 + seconds, 4 + seconds, 0.1)]
-    found, _ = laid_out(coded(times, 0), broadcast=broadcast, others=others)
-    assert (found.tolist() == times) is stays
+    actual, _ = laid_out(coded(times, 0), broadcast=broadcast, others=others)
+    assert (actual.tolist() == times) is stays
 
 
 def test_slides_of_30_seconds_are_not_jumps() -> None:
     times = rising(0, [30_000] * 10)
-    found, _ = laid_out(coded(times, 0, gop=1), broadcast=True)
-    assert found.tolist() == times
+    actual, _ = laid_out(coded(times, 0, gop=1), broadcast=True)
+    assert actual.tolist() == times
 
 
 def test_frames_hidden_by_edit_list_are_excluded() -> None:
     stamps = coded(rising(0, [STEP] * 40), 2)
     stamps = [stamp._replace(is_shown=number >= 13) for number, stamp in enumerate(stamps)]
-    found, parts = laid_out(stamps)
-    assert found.tolist() == rising(13 * STEP, [STEP] * 27)
+    actual, parts = laid_out(stamps)
+    assert actual.tolist() == rising(13 * STEP, [STEP] * 27)
     assert len(parts) == 1
 
 
@@ -167,5 +167,5 @@ def test_sound_shift_matches_its_video_part() -> None:
     parts = [Part(0, 0, 0, 5000), Part(125, 5040, 0, 5000), Part(250, -25_000, 36_000, 41_000)]
     shift = SoundShift(parts, UNIT)
     # Sound of each part in turn, that of the second begins before the last of the first is read.
-    found = [shift.shift_at(time) for time in (-0.1, 2.0, 4.9, 5.3, 0.0, 3.0, 5.2, 35.9, 40.0)]
-    assert found == pytest.approx([0, 0, 0, 0, 5.04, 5.04, 5.04, -25, -25])
+    actual = [shift.shift_at(time) for time in (-0.1, 2.0, 4.9, 5.3, 0.0, 3.0, 5.2, 35.9, 40.0)]
+    assert actual == pytest.approx([0, 0, 0, 0, 5.04, 5.04, 5.04, -25, -25])

@@ -54,10 +54,10 @@ def with_spare_byte(frame: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (15, 20), (90, 31)])
 def test_frame_resizer_crops_center_of_resized_frame(height: int, width: int) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    wanted = bilinear(frame, 30, 41)[3:27, 8:32]
-    found = FrameResizer(height, width, ResizeCrop((30, 41), (24, 24))).resize(with_spare_byte(frame))
-    assert found.shape == (24, 24, 3)
-    assert np.abs(found - wanted).max() <= 1
+    expected = bilinear(frame, 30, 41)[3:27, 8:32]
+    actual = FrameResizer(height, width, ResizeCrop((30, 41), (24, 24))).resize(with_spare_byte(frame))
+    assert actual.shape == (24, 24, 3)
+    assert np.abs(actual - expected).max() <= 1
 
 
 def test_resizing_keeps_white_and_black() -> None:
@@ -73,8 +73,8 @@ def test_c3d_crop_matches_caffe() -> None:
     assert (FrameResizer(128, 171, ResizeCrop()).resize(frame) == 255).all()
     frame[7, :], frame[120, :], frame[:, 28], frame[:, 141] = 255, 255, 255, 255
     frame[8, 29], frame[119, 140] = 1, 2
-    found = FrameResizer(128, 171, ResizeCrop()).resize(frame)
-    assert (found[0, 0, 0], found[-1, -1, 0]) == (1, 2)
+    actual = FrameResizer(128, 171, ResizeCrop()).resize(frame)
+    assert (actual[0, 0, 0], actual[-1, -1, 0]) == (1, 2)
 
 
 def test_resize_of_shorter_side_keeps_aspect_ratio() -> None:
@@ -87,18 +87,18 @@ def test_resize_of_shorter_side_keeps_aspect_ratio() -> None:
 @pytest.mark.parametrize("name", ["steady.mkv", "steady.mp4", "steady.avi"])
 def test_constant_rate_video_returns_its_frames(tmp_path: Path, name: str) -> None:
     frames = scene(40)
-    footage = probe(film(tmp_path / name, frames, rate=Fraction(30000, 1001)))
+    video_file = probe(film(tmp_path / name, frames, rate=Fraction(30000, 1001)))
     # Matroska keeps whole milliseconds.
-    assert footage.frame_rate == pytest.approx(30000 / 1001, rel=1e-3)
-    assert footage.num_frames == 40
-    assert footage.duration == pytest.approx(40 * 1001 / 30000, rel=1e-3)
-    assert (footage.height, footage.width, footage.quarter_turns, footage.damage) == (48, 64, 0, "")
-    found = np.stack(list(read_frames(footage, AS_IT_IS)))
+    assert video_file.frame_rate == pytest.approx(30000 / 1001, rel=1e-3)
+    assert video_file.num_frames == 40
+    assert video_file.duration == pytest.approx(40 * 1001 / 30000, rel=1e-3)
+    assert (video_file.height, video_file.width, video_file.quarter_turns, video_file.damage) == (48, 64, 0, "")
+    actual = np.stack(list(read_frames(video_file, AS_IT_IS)))
     if name.endswith("mkv"):
-        assert (found == frames).all()
+        assert (actual == frames).all()
     else:
-        assert found.shape == frames.shape
-        assert np.abs(found.astype(int) - frames).mean() < 12
+        assert actual.shape == frames.shape
+        assert np.abs(actual.astype(int) - frames).mean() < 12
 
 
 def test_matroska_without_frame_count_is_counted(tmp_path: Path) -> None:
@@ -113,12 +113,12 @@ def test_matroska_without_frame_count_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("turned", [0, 90, 180, -90])
 def test_read_frames_rotates_frames_upright(tmp_path: Path, turned: int) -> None:
     stored = scene(3)
-    footage = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
+    video_file = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
     upright = np.rot90(stored, turned // 90, axes=(1, 2))
     size = upright.shape[1:3]
-    found = np.stack(list(read_frames(footage, ResizeCrop(size, size))))
-    assert found.shape == upright.shape
-    assert np.abs(found.astype(int) - upright).mean() < 12
+    actual = np.stack(list(read_frames(video_file, ResizeCrop(size, size))))
+    assert actual.shape == upright.shape
+    assert np.abs(actual.astype(int) - upright).mean() < 12
 
 
 MATRICES = [
@@ -149,26 +149,26 @@ def as_shown(stored: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_every_orientation_is_read_upright(tmp_path: Path, matrix: tuple[int, ...]) -> None:
     stored = scene(3)
-    footage = probe(oriented(tmp_path / "clip.mp4", matrix, stored))
-    wanted = as_shown(stored[1], matrix).astype(int)
-    size = wanted.shape[:2]
-    found = list(read_frames(footage, ResizeCrop(size, size)))[1]
-    assert np.abs(found - wanted).mean() < 12
-    (still,) = frames_at(footage, [0.05], size[0])
-    assert still.shape == wanted.shape
-    assert np.abs(still - wanted).mean() < 12
-    write_clips(footage, [(0.05, 0.1)], [tmp_path / "cut.mp4"])
-    made = probe(tmp_path / "cut.mp4")
-    assert (made.quarter_turns, made.mirrored) == (0, False)
-    assert np.abs(next(read_frames(made, ResizeCrop(size, size))) - wanted).mean() < 12
+    video_file = probe(oriented(tmp_path / "clip.mp4", matrix, stored))
+    expected = as_shown(stored[1], matrix).astype(int)
+    size = expected.shape[:2]
+    actual = list(read_frames(video_file, ResizeCrop(size, size)))[1]
+    assert np.abs(actual - expected).mean() < 12
+    (still,) = frames_at(video_file, [0.05], size[0])
+    assert still.shape == expected.shape
+    assert np.abs(still - expected).mean() < 12
+    write_clips(video_file, [(0.05, 0.1)], [tmp_path / "cut.mp4"])
+    created = probe(tmp_path / "cut.mp4")
+    assert (created.quarter_turns, created.mirrored) == (0, False)
+    assert np.abs(next(read_frames(created, ResizeCrop(size, size))) - expected).mean() < 12
 
 
 @pytest.mark.parametrize(("matrix", "turns"), [((0, 0, 0, 0), 0), ((0.6, 0.8, -0.8, 0.6), 3)])
 def test_orientation_that_is_not_quarter_turn_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, matrix: tuple[float, ...], turns: int
 ) -> None:
-    footage = probe(oriented(tmp_path / "clip.mp4", matrix, 3))
-    assert (footage.quarter_turns, footage.mirrored) == (turns, False)
+    video_file = probe(oriented(tmp_path / "clip.mp4", matrix, 3))
+    assert (video_file.quarter_turns, video_file.mirrored) == (turns, False)
     assert "clip.mp4" in caplog.text
 
 
@@ -176,68 +176,68 @@ def test_variable_rate_is_resampled_to_constant_rate(tmp_path: Path) -> None:
     # Ten frames in 0.4 s, then ten in 2 s: on the grid those of the first part are thinned, and the others stay on.
     times = [40 * number for number in range(10)] + [400 + 200 * number for number in range(10)]
     frames = scene(20)
-    footage = probe(film(tmp_path / "varying.mkv", frames, times=times))
-    assert footage.frame_rate == pytest.approx(19 / 2.2)
-    found = list(read_frames(footage, AS_IT_IS))
-    assert len(found) == footage.num_frames == 20
-    for place, picture in enumerate(found):
+    video_file = probe(film(tmp_path / "varying.mkv", frames, times=times))
+    assert video_file.frame_rate == pytest.approx(19 / 2.2)
+    actual = list(read_frames(video_file, AS_IT_IS))
+    assert len(actual) == video_file.num_frames == 20
+    for place, picture in enumerate(actual):
         (shown,) = np.nonzero((frames == picture).all(axis=(1, 2, 3)))[0]
         # What is seen began at most half a place late, and the next had not begun half a place before.
-        assert times[shown] / 1000 <= (place + 0.5) / footage.frame_rate
+        assert times[shown] / 1000 <= (place + 0.5) / video_file.frame_rate
         after = times[shown + 1] if shown < 19 else np.inf
-        assert after / 1000 >= (place - 0.5) / footage.frame_rate
+        assert after / 1000 >= (place - 0.5) / video_file.frame_rate
 
 
 def test_gap_in_video_repeats_the_previous_frame(tmp_path: Path) -> None:
     kept = [number for number in range(60) if not 20 <= number < 23]
     frames = scene(60)
-    footage = probe(film(tmp_path / "gap.mkv", frames[kept], times=[40 * number for number in kept]))
-    assert footage.frame_rate == pytest.approx(25)
-    found = np.stack(list(read_frames(footage, AS_IT_IS)))
-    wanted = frames.copy()
-    wanted[20:23] = frames[19]
-    assert (found == wanted).all()
+    video_file = probe(film(tmp_path / "gap.mkv", frames[kept], times=[40 * number for number in kept]))
+    assert video_file.frame_rate == pytest.approx(25)
+    actual = np.stack(list(read_frames(video_file, AS_IT_IS)))
+    expected = frames.copy()
+    expected[20:23] = frames[19]
+    assert (actual == expected).all()
 
 
 def test_late_first_frame_is_the_start(tmp_path: Path) -> None:
     frames = scene(20)
-    footage = probe(film(tmp_path / "late.mkv", frames, times=[5000 + 40 * number for number in range(20)]))
-    assert footage.num_frames == 20
-    assert footage.start == pytest.approx(5)
-    assert (np.stack(list(read_frames(footage, AS_IT_IS))) == frames).all()
+    video_file = probe(film(tmp_path / "late.mkv", frames, times=[5000 + 40 * number for number in range(20)]))
+    assert video_file.num_frames == 20
+    assert video_file.start == pytest.approx(5)
+    assert (np.stack(list(read_frames(video_file, AS_IT_IS))) == frames).all()
 
 
 @pytest.mark.parametrize("name", ["late.mkv", "late.mp4"])
 def test_frames_starting_after_sound_have_an_offset(tmp_path: Path, name: str) -> None:
     times = [4000 + 40 * number for number in range(50)]
     path = film(tmp_path / name, 50, times=times, sound=6)
-    footage = probe(path)
-    assert footage.offset == pytest.approx(4, abs=0.03)
-    assert offset_of(path) == pytest.approx(footage.offset, abs=2e-3)
-    assert footage.duration == pytest.approx(2, abs=1e-3)
+    video_file = probe(path)
+    assert video_file.offset == pytest.approx(4, abs=0.03)
+    assert offset_of(path) == pytest.approx(video_file.offset, abs=2e-3)
+    assert video_file.duration == pytest.approx(2, abs=1e-3)
     assert probe(film(tmp_path / f"on-time-{name}", 50, sound=2)).offset == pytest.approx(0, abs=0.03)
     assert probe(film(tmp_path / f"alone-{name}", 50, times=times)).offset == 0
 
 
 def test_real_file_with_late_frames_has_an_offset(faults: Path) -> None:
-    footage = probe(faults / "late.mp4")
-    assert (footage.offset, footage.duration) == (pytest.approx(4), pytest.approx(5))
+    video_file = probe(faults / "late.mp4")
+    assert (video_file.offset, video_file.duration) == (pytest.approx(4), pytest.approx(5))
 
 
 def test_duration_ends_with_the_last_frame(tmp_path: Path) -> None:
     # On average 0.49 s apart, and the last is on for as long as the one before it, 0.04 s.
     times = [0, 2000, *range(2040, 2200, 40)]
-    footage = probe(film(tmp_path / "odd.mp4", len(times), times=times))
+    video_file = probe(film(tmp_path / "odd.mp4", len(times), times=times))
     last = (times[-1] - times[0]) / 1000
-    assert footage.num_frames / footage.frame_rate > last + 0.3
-    assert last < footage.duration <= last + 0.05
+    assert video_file.num_frames / video_file.frame_rate > last + 0.3
+    assert last < video_file.duration <= last + 0.05
 
 
 def test_read_frames_every_returns_subset_of_frames(tmp_path: Path) -> None:
     times = sorted(np.random.default_rng(0).choice(3000, 50, replace=False).tolist())
-    footage = probe(film(tmp_path / "odd.mkv", 50, times=times))
-    every = list(read_frames(footage, AS_IT_IS))
-    fourth = list(read_frames(footage, AS_IT_IS, every=4))
+    video_file = probe(film(tmp_path / "odd.mkv", 50, times=times))
+    every = list(read_frames(video_file, AS_IT_IS))
+    fourth = list(read_frames(video_file, AS_IT_IS, every=4))
     assert (np.stack(every)[::4] == np.stack(fourth)).all()
 
 
@@ -260,13 +260,13 @@ def test_frames_at_returns_frames_and_decodes_few_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     frames = scene(200)
-    footage = probe(film(tmp_path / name, frames))
+    video_file = probe(film(tmp_path / name, frames))
     seen = decoded(monkeypatch)
     times = [0.0, 0.02, 2.0, 5.019, 7.96, 9.0]
-    found = frames_at(footage, times, 48)
-    for time, picture in zip(times, found, strict=True):
-        wanted = frames[min(int(time * 25 + 1e-6), 199)]
-        assert np.abs(picture.astype(int) - wanted).mean() < 12, time
+    actual = frames_at(video_file, times, 48)
+    for time, picture in zip(times, actual, strict=True):
+        expected = frames[min(int(time * 25 + 1e-6), 199)]
+        assert np.abs(picture.astype(int) - expected).mean() < 12, time
     # MPEG-4 has a key frame every 12; FFV1 has nothing else.
     assert len(seen) < 100
 
@@ -274,27 +274,27 @@ def test_frames_at_returns_frames_and_decodes_few_others(
 def test_frames_at_handles_variable_rate_and_late_start(tmp_path: Path) -> None:
     times = [5000, 5040, 5900, 6000, 8000]
     frames = scene(5)
-    footage = probe(film(tmp_path / "odd.mkv", frames, times=times))
-    found = frames_at(footage, [0.0, 0.5, 0.95, 2.0, 3.5], 48)
-    assert [next(n for n in range(5) if (frames[n] == picture).all()) for picture in found] == [0, 1, 2, 3, 4]
+    video_file = probe(film(tmp_path / "odd.mkv", frames, times=times))
+    actual = frames_at(video_file, [0.0, 0.5, 0.95, 2.0, 3.5], 48)
+    assert [next(n for n in range(5) if (frames[n] == picture).all()) for picture in actual] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("turned", [90, 180])
 def test_frames_at_returns_upright_frames_of_given_height(tmp_path: Path, turned: int) -> None:
     stored = scene(3)
-    footage = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
-    (picture,) = frames_at(footage, [0.0], 24)
+    video_file = probe(film(tmp_path / "turned.mp4", stored, turned=turned))
+    (picture,) = frames_at(video_file, [0.0], 24)
     upright = np.rot90(stored[0], turned // 90)
     assert picture.shape == (24, round(24 * upright.shape[1] / upright.shape[0]), 3)
     corners = picture[2, 2], picture[-3, 2]
-    wanted = upright[2, 2], upright[-3, 2]
-    assert np.abs(np.array(corners, int) - np.array(wanted, int)).max() < 60
+    expected = upright[2, 2], upright[-3, 2]
+    assert np.abs(np.array(corners, int) - np.array(expected, int)).max() < 60
 
 
 def test_last_frame_fills_missing_frames_of_damaged_file(tmp_path: Path) -> None:
-    whole = film(tmp_path / "whole.mp4", 100, options={"movflags": "faststart"})
-    footage = probe(truncated(whole, tmp_path / "cut.mp4"))
-    first, last, after = frames_at(footage, [0.0, 3.5, 3.9], 48)
+    complete = film(tmp_path / "whole.mp4", 100, options={"movflags": "faststart"})
+    video_file = probe(truncated(complete, tmp_path / "cut.mp4"))
+    first, last, after = frames_at(video_file, [0.0, 3.5, 3.9], 48)
     assert (last == after).all()
     assert (first != last).any()
 
@@ -302,18 +302,18 @@ def test_last_frame_fills_missing_frames_of_damaged_file(tmp_path: Path) -> None
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 20))
 def test_clips_are_complete_windows_of_consecutive_frames(count: int, window: int, stride: int) -> None:
     frames = np.arange(count)[:, None, None, None]
-    found = list(clips(iter(frames), window, stride))
+    actual = list(clips(iter(frames), window, stride))
     starts = range(0, count - window + 1, stride)
-    assert [clip[:, 0, 0, 0].tolist() for clip in found] == [list(range(start, start + window)) for start in starts]
+    assert [clip[:, 0, 0, 0].tolist() for clip in actual] == [list(range(start, start + window)) for start in starts]
     if count >= window:
-        assert len(found) == ClipTiming(window, stride).num_clips(count)
+        assert len(actual) == ClipTiming(window, stride).num_clips(count)
 
 
 def test_memory_does_not_grow_with_video_length(tmp_path: Path) -> None:
     def peak(count: int) -> int:
-        footage = probe(film(tmp_path / f"{count}.mp4", count))
+        video_file = probe(film(tmp_path / f"{count}.mp4", count))
         tracemalloc.start()
-        number = sum(1 for _ in clips(read_frames(footage, ResizeCrop()), 16, 8))
+        number = sum(1 for _ in clips(read_frames(video_file, ResizeCrop()), 16, 8))
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert number == (count - 16) // 8 + 1
@@ -349,41 +349,43 @@ def test_invalid_video_file_is_rejected(tmp_path: Path, make: object, code: str 
 
 @pytest.mark.parametrize(("name", "options"), [("cut.mp4", {"movflags": "faststart"}), ("cut.mkv", {})])
 def test_truncated_file_is_read_only_with_partial(tmp_path: Path, name: str, options: dict[str, str]) -> None:
-    whole = film(tmp_path / f"whole{name[-4:]}", 100, options=options)
-    footage = probe(truncated(whole, tmp_path / name))
-    assert "cut" in footage.damage
+    complete = film(tmp_path / f"whole{name[-4:]}", 100, options=options)
+    video_file = probe(truncated(complete, tmp_path / name))
+    assert "cut" in video_file.damage
     with raises(VideoFileError, "truncated_video", tmp_path / name, "--partial"):
-        next(read_frames(footage, AS_IT_IS))
-    found = list(read_frames(footage, AS_IT_IS, partial=True))
-    assert 30 < len(found) < 80
-    every = list(read_frames(probe(whole), AS_IT_IS))
-    assert all((ours == theirs).all() for ours, theirs in zip(found, every, strict=False))
+        next(read_frames(video_file, AS_IT_IS))
+    actual = list(read_frames(video_file, AS_IT_IS, partial=True))
+    assert 30 < len(actual) < 80
+    every = list(read_frames(probe(complete), AS_IT_IS))
+    assert all((ours == theirs).all() for ours, theirs in zip(actual, every, strict=False))
 
 
 def test_sound_longer_than_video_is_not_damage(tmp_path: Path) -> None:
-    footage = probe(film(tmp_path / "talk.mkv", 20, sound=4))
-    assert (footage.num_frames, footage.damage) == (20, "")
+    video_file = probe(film(tmp_path / "talk.mkv", 20, sound=4))
+    assert (video_file.num_frames, video_file.damage) == (20, "")
 
 
 @pytest.mark.parametrize("name", ["hole.mp4", "hole.avi"])
 @pytest.mark.parametrize("number", [12, 30])
 def test_frames_reported_damaged_are_rejected(tmp_path: Path, name: str, number: int) -> None:
-    whole = film(tmp_path / f"whole{name[-4:]}", np.random.default_rng(0).integers(0, 256, (48, 48, 64, 3), np.uint8))
-    footage = probe(holed(whole, tmp_path / name, number))
+    complete = film(
+        tmp_path / f"whole{name[-4:]}", np.random.default_rng(0).integers(0, 256, (48, 48, 64, 3), np.uint8)
+    )
+    video_file = probe(holed(complete, tmp_path / name, number))
     with pytest.raises(VideoFileError) as raised:
-        list(read_frames(footage, AS_IT_IS))
+        list(read_frames(video_file, AS_IT_IS))
     check_error(raised.value, "truncated_video", "--partial")
-    assert len(list(read_frames(footage, AS_IT_IS, partial=True))) == 48
+    assert len(list(read_frames(video_file, AS_IT_IS, partial=True))) == 48
     with pytest.raises(VideoFileError):
-        frames_at(footage, [0.0, number / 25 + 0.02], 48, partial=False)
-    assert len(frames_at(footage, [0.0, 1.5], 48)) == 2
+        frames_at(video_file, [0.0, number / 25 + 0.02], 48, partial=False)
+    assert len(frames_at(video_file, [0.0, 1.5], 48)) == 2
 
 
 def test_h264_file_with_a_hole_is_rejected(faults: Path) -> None:
-    footage = probe(faults / "hole_h264.mp4")
+    video_file = probe(faults / "hole_h264.mp4")
     with pytest.raises(VideoFileError):
-        list(read_frames(footage, AS_IT_IS))
-    assert len(list(read_frames(footage, AS_IT_IS, partial=True))) == 120
+        list(read_frames(video_file, AS_IT_IS))
+    assert len(list(read_frames(video_file, AS_IT_IS, partial=True))) == 120
 
 
 def test_damaged_video_is_plotted_and_cut_only_with_partial(
@@ -405,12 +407,12 @@ def test_damaged_video_is_plotted_and_cut_only_with_partial(
 
 @pytest.mark.parametrize("name", ["begin.ts", "begin.mpg"])
 def test_recording_starting_between_key_frames_is_undamaged(tmp_path: Path, name: str) -> None:
-    whole = film(tmp_path / f"whole{Path(name).suffix}", 100)
-    content, block = whole.read_bytes(), 188 if name.endswith("ts") else 2048
+    complete = film(tmp_path / f"whole{Path(name).suffix}", 100)
+    content, block = complete.read_bytes(), 188 if name.endswith("ts") else 2048
     (tmp_path / name).write_bytes(content[len(content) * 2 // 5 // block * block :])
-    footage = probe(tmp_path / name)
-    assert footage.damage == ""
-    assert 40 < len(list(read_frames(footage, AS_IT_IS))) < 80
+    video_file = probe(tmp_path / name)
+    assert video_file.damage == ""
+    assert 40 < len(list(read_frames(video_file, AS_IT_IS))) < 80
 
 
 @pytest.mark.parametrize(
@@ -422,17 +424,17 @@ def test_concatenated_files_return_all_frames(
     frames = scene(110)
     first = film(tmp_path / f"first.{suffix}", frames[:70])
     second = film(tmp_path / f"second.{suffix}", frames[70:])
-    footage = probe(joined(tmp_path / f"whole.{suffix}", *(first, second, first)[:parts]))
+    video_file = probe(joined(tmp_path / f"whole.{suffix}", *(first, second, first)[:parts]))
     count = (110, 180)[parts - 2]
-    assert (footage.num_frames, footage.damage) == (count, "")
-    assert footage.duration == pytest.approx(count / 25, abs=0.01)
+    assert (video_file.num_frames, video_file.damage) == (count, "")
+    assert video_file.duration == pytest.approx(count / 25, abs=0.01)
     assert len(records(caplog, logging.WARNING, f"whole.{suffix}", parts - 1)) == 1
-    wanted = np.concatenate([frames, frames[:70]]).astype(int)[:count]
-    found = np.stack(list(read_frames(footage, AS_IT_IS)))
-    assert np.abs(found - wanted).mean(axis=(1, 2, 3)).max() < 30
+    expected = np.concatenate([frames, frames[:70]]).astype(int)[:count]
+    actual = np.stack(list(read_frames(video_file, AS_IT_IS)))
+    assert np.abs(actual - expected).mean(axis=(1, 2, 3)).max() < 30
     numbers = (0, 69, 70, 109, count - 1)
-    for number, still in zip(numbers, frames_at(footage, [(n + 0.2) / 25 for n in numbers], 48), strict=True):
-        assert np.abs(still - wanted[number]).mean() < 30
+    for number, still in zip(numbers, frames_at(video_file, [(n + 0.2) / 25 for n in numbers], 48), strict=True):
+        assert np.abs(still - expected[number]).mean() < 30
     caplog.clear()
     assert probe(first).num_frames == 70
     assert not caplog.text
@@ -444,58 +446,58 @@ def test_concatenated_files_return_all_frames(
 def test_concatenated_files_with_unread_part_are_rejected(tmp_path: Path, suffix: str, parts: int, frames: int) -> None:
     first = film(tmp_path / f"first.{suffix}", 60)
     assert probe(first).damage == ""
-    footage = probe(joined(tmp_path / f"whole.{suffix}", *[first] * parts))
+    video_file = probe(joined(tmp_path / f"whole.{suffix}", *[first] * parts))
     with pytest.raises(VideoFileError):
-        next(read_frames(footage, AS_IT_IS))
-    assert len(list(read_frames(footage, AS_IT_IS, partial=True))) == frames
+        next(read_frames(video_file, AS_IT_IS))
+    assert len(list(read_frames(video_file, AS_IT_IS, partial=True))) == frames
 
 
 @pytest.mark.parametrize("name", ["jump.mkv", "jump.mp4", "jump.ts"])
 def test_timestamp_jump_of_ten_hours_is_skipped(tmp_path: Path, name: str) -> None:
     frames = scene(100)
     times = [40 * number + (36_000_000 if number >= 50 else 0) for number in range(100)]
-    footage = probe(film(tmp_path / name, frames, times=times))
-    assert footage.num_frames == 100
-    found = np.stack(list(read_frames(footage, AS_IT_IS)))
-    assert np.abs(found.astype(int) - frames).mean() < 12
+    video_file = probe(film(tmp_path / name, frames, times=times))
+    assert video_file.num_frames == 100
+    actual = np.stack(list(read_frames(video_file, AS_IT_IS)))
+    assert np.abs(actual.astype(int) - frames).mean() < 12
 
 
 def test_mpeg_ts_whose_clock_starts_again_is_whole(tmp_path: Path) -> None:
     # 33 bits at 90 kHz end after 95,443.7 s.
-    found = probe(film(tmp_path / "a.ts", 150, options={"output_ts_offset": "95440"}))
-    assert (found.num_frames, found.damage, found.offset) == (150, "", 0)
+    actual = probe(film(tmp_path / "a.ts", 150, options={"output_ts_offset": "95440"}))
+    assert (actual.num_frames, actual.damage, actual.offset) == (150, "", 0)
 
 
 def test_still_frame_of_30_seconds_keeps_its_duration(tmp_path: Path) -> None:
     times = [*range(0, 1000, 40), *range(31_000, 32_000, 40)]
     for name in ("still.mkv", "still.mp4"):
-        footage = probe(film(tmp_path / name, 50, times=times))
-        assert footage.duration == pytest.approx(32, abs=0.1)
-        assert not footage.is_continued
+        video_file = probe(film(tmp_path / name, 50, times=times))
+        assert video_file.duration == pytest.approx(32, abs=0.1)
+        assert not video_file.is_continued
 
 
 def test_recorded_joined_file_has_ten_seconds(faults: Path) -> None:
-    footage = probe(faults / "joined.mpg")
-    assert footage.duration == pytest.approx(10)
-    assert len(list(read_frames(footage, AS_IT_IS))) == 300
+    video_file = probe(faults / "joined.mpg")
+    assert video_file.duration == pytest.approx(10)
+    assert len(list(read_frames(video_file, AS_IT_IS))) == 300
 
 
 def test_trimmed_file_returns_frames_shown_by_players(tmp_path: Path) -> None:
     frames = scene(100)
-    footage = probe(trimmed(film(tmp_path / "whole.mp4", frames), tmp_path / "trimmed.mp4", 1.2))
-    assert (footage.num_frames, footage.damage) == (70, "")
-    found = np.stack(list(read_frames(footage, AS_IT_IS)))
-    assert np.abs(found.astype(int) - frames[30:]).mean() < 12
-    (still,) = frames_at(footage, [2.0], 48)
+    video_file = probe(trimmed(film(tmp_path / "whole.mp4", frames), tmp_path / "trimmed.mp4", 1.2))
+    assert (video_file.num_frames, video_file.damage) == (70, "")
+    actual = np.stack(list(read_frames(video_file, AS_IT_IS)))
+    assert np.abs(actual.astype(int) - frames[30:]).mean() < 12
+    (still,) = frames_at(video_file, [2.0], 48)
     assert np.abs(still.astype(int) - frames[80]).mean() < 12
 
 
 def test_truncated_trimmed_file_is_rejected(tmp_path: Path) -> None:
     path = trimmed(film(tmp_path / "whole.mp4", 100), tmp_path / "trimmed.mp4", 1.2)
-    footage = probe(truncated(path, tmp_path / "cut.mp4"))
+    video_file = probe(truncated(path, tmp_path / "cut.mp4"))
     with pytest.raises(VideoFileError):
-        next(read_frames(footage, AS_IT_IS))
-    assert 10 < len(list(read_frames(footage, AS_IT_IS, partial=True))) < 60
+        next(read_frames(video_file, AS_IT_IS))
+    assert 10 < len(list(read_frames(video_file, AS_IT_IS, partial=True))) < 60
 
 
 def test_metadata_in_another_encoding_is_accepted(tmp_path: Path) -> None:
@@ -603,8 +605,8 @@ def with_cover(path: Path, pictures_too: bool, marked: bool) -> Path:
 
 @pytest.mark.parametrize("marked", [True, False])
 def test_cover_picture_is_not_read_as_video(tmp_path: Path, marked: bool) -> None:
-    footage = probe(with_cover(tmp_path / "cover.mp4", pictures_too=True, marked=marked))
-    assert (footage.num_frames, footage.width) == (30, 64)
+    video_file = probe(with_cover(tmp_path / "cover.mp4", pictures_too=True, marked=marked))
+    assert (video_file.num_frames, video_file.width) == (30, 64)
 
 
 def test_sound_with_cover_picture_is_rejected(tmp_path: Path) -> None:
@@ -626,10 +628,10 @@ def test_missing_pyav_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.
 def test_real_videos_have_expected_frames_and_durations(
     real_videos: Path, name: str, num_frames: int, duration: float
 ) -> None:
-    footage = probe(real_videos / f"{name}.mp4")
-    assert (footage.num_frames, footage.damage) == (num_frames, "")
-    assert footage.duration == pytest.approx(duration, abs=1e-3)
-    assert sum(1 for _ in clips(read_frames(footage, ResizeCrop()), 16, 8)) == (num_frames - 16) // 8 + 1
+    video_file = probe(real_videos / f"{name}.mp4")
+    assert (video_file.num_frames, video_file.damage) == (num_frames, "")
+    assert video_file.duration == pytest.approx(duration, abs=1e-3)
+    assert sum(1 for _ in clips(read_frames(video_file, ResizeCrop()), 16, 8)) == (num_frames - 16) // 8 + 1
 
 
 @pytest.mark.parametrize("rate", [Fraction(1, 2), 500])
@@ -641,8 +643,8 @@ def test_unsupported_frame_rate_is_rejected_before_decoding(tmp_path: Path, rate
 
 
 def test_gap_in_constant_rate_video_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole = [40 * number for number in range(40)]
-    probe(film(tmp_path / "whole.mkv", 40, times=whole))
+    complete = [40 * number for number in range(40)]
+    probe(film(tmp_path / "whole.mkv", 40, times=complete))
     # Of a recording whose frames come as they like, no step is a gap.
     probe(
         film(
@@ -652,5 +654,5 @@ def test_gap_in_constant_rate_video_is_reported(tmp_path: Path, caplog: pytest.L
         )
     )
     assert not caplog.messages
-    probe(film(tmp_path / "gap.mkv", 40, times=[time + 400 * (time > 800) for time in whole]))
+    probe(film(tmp_path / "gap.mkv", 40, times=[time + 400 * (time > 800) for time in complete]))
     assert records(caplog, logging.WARNING, "gap.mkv", "0.44", "0.80")

@@ -78,8 +78,8 @@ def test_long_video_is_grounded_in_windows(
     video = data.video(annotation.video)
     assert len(grounder.cut(video)) > 1
     expected = [vars(moment) for moment in grounder.ground(video, annotation.sentence)]
-    found = cutting.ask({"video": annotation.video, "query": annotation.sentence}).json
-    assert alike(found[0]["moments"], expected)
+    actual = cutting.ask({"video": annotation.video, "query": annotation.sentence}).json
+    assert alike(actual[0]["moments"], expected)
     # A clock that makes windows of two clips each, thousands of them, is no way to keep the model from others.
     cutting.send(
         "/v1/ground", features=("x", npy(np.eye(2000, 32, dtype=np.float32))), duration=16000, query=annotation.sentence
@@ -94,20 +94,20 @@ def test_healthz_reports_model_and_digest(service: Running, model: Path) -> None
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/page/style.css", "/healthz"])
 def test_head_request_returns_headers_without_body(service: Running, path: str) -> None:
-    whole, head = service.get(path), service.request("HEAD", path)
-    assert (head.status, head.body) == (whole.status, b"")
-    assert {**head.headers, "date": ""} == {**whole.headers, "date": ""}
+    complete, head = service.get(path), service.request("HEAD", path)
+    assert (head.status, head.body) == (complete.status, b"")
+    assert {**head.headers, "date": ""} == {**complete.headers, "date": ""}
 
 
 def test_video_list_is_paginated(service: Running, planted: Path) -> None:
     names = sorted(DataSet(planted).durations)
-    found, offset = [], 0
+    actual, offset = [], 0
     while page := service.get(f"/v1/videos?offset={offset}&limit=10").json["videos"]:
-        found += page
+        actual += page
         offset += 10
-    assert [video["id"] for video in found] == names
-    assert found[3] == service.get(f"/v1/videos/{names[3]}").json
-    assert found[3]["duration"] == DataSet(planted).durations[names[3]]
+    assert [video["id"] for video in actual] == names
+    assert actual[3] == service.get(f"/v1/videos/{names[3]}").json
+    assert actual[3]["duration"] == DataSet(planted).durations[names[3]]
     some = service.get("/v1/videos?contains=sim0000&limit=3").json
     assert some["total"] == sum("SIM0000" in name for name in names)
     assert len(some["videos"]) == 3

@@ -82,8 +82,8 @@ def test_callers_get_answers_to_their_own_queries(held: Held, pairs: list[Any]) 
         finally:
             batcher.close()
 
-    found = asyncio.run(ask())
-    for group, answers in zip(expected, found, strict=True):
+    actual = asyncio.run(ask())
+    for group, answers in zip(expected, actual, strict=True):
         assert all(close_to(*both) for both in zip(answers, group, strict=True))
     assert max(map(len, held.asked)) == 8
 
@@ -102,12 +102,12 @@ def test_requests_with_different_top_k_share_a_batch(held: Held, pairs: list[Any
         held.asked.clear()
         held.let.set()
         await first
-        found = await asyncio.gather(*later)
+        actual = await asyncio.gather(*later)
         batcher.close()
-        return found
+        return actual
 
-    for found, wanted in zip(asyncio.run(ask()), expected, strict=True):
-        assert close_to(found[0], wanted)
+    for actual, wanted in zip(asyncio.run(ask()), expected, strict=True):
+        assert close_to(actual[0], wanted)
     assert held.asked == [[pairs[0][1]] * 3]
 
 
@@ -120,15 +120,15 @@ def test_failing_pair_does_not_fail_others_in_its_batch(offline: Grounder, pairs
         tasks = [asyncio.create_task(batcher.ground([pair], 5)) for pair in pairs[:4]]
         await asyncio.to_thread(held.busy.wait, 30)
         held.let.set()
-        found = await asyncio.gather(*tasks, return_exceptions=True)
+        actual = await asyncio.gather(*tasks, return_exceptions=True)
         batcher.close()
-        return found
+        return actual
 
-    found = asyncio.run(ask())
+    actual = asyncio.run(ask())
     poisoned = [pair[1] == held.fails_on for pair in pairs[:4]]
-    assert [isinstance(answer, RuntimeError) for answer in found] == poisoned
+    assert [isinstance(answer, RuntimeError) for answer in actual] == poisoned
     assert sum(poisoned) == 1
-    for answer, pair in zip(found, pairs, strict=False):
+    for answer, pair in zip(actual, pairs, strict=False):
         if pair[1] != held.fails_on:
             assert close_to(answer[0], offline.ground(*pair))
 

@@ -28,12 +28,12 @@ from tests.runtime.service.test_app import alike
 def questions(planted: Path, offline: Grounder) -> list[tuple[dict[str, str], Any]]:
     """What is asked, and the answers of this process."""
     data = DataSet(planted)
-    found = []
+    actual = []
     for annotation in data.annotations("train")[:30]:
         video, query = data.video(annotation.video), annotation.sentence
         answer = [{"query": query, "video": video.name, "moments": [vars(one) for one in offline.ground(video, query)]}]
-        found.append(({"video": video.name, "query": query}, answer))
-    return found
+        actual.append(({"video": video.name, "query": query}, answer))
+    return actual
 
 
 def test_service_killed_under_load_restarts_correctly(
@@ -163,9 +163,9 @@ def test_replaced_features_are_reloaded(
         path = path.with_suffix(".npz")
         np.savez(path, original.features[::-1])
     else:
-        made = path if how.startswith("in place") else tmp_path / "made.npy"
-        np.save(made, original.features[::-1])
-        made.replace(path)
+        created = path if how.startswith("in place") else tmp_path / "made.npy"
+        np.save(created, original.features[::-1])
+        created.replace(path)
     if "same time" in how:
         os.utime(path, ns=times)
     after = expected()
@@ -210,20 +210,20 @@ def test_replaced_extractor_is_rejected(
 
 def test_disconnecting_clients_do_not_affect_others(service: Running, questions: list[Any]) -> None:
     body = json.dumps(questions[0][0]).encode()
-    whole = (
+    complete = (
         b"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
     )
 
     def leave(length: int) -> None:
         with socket.create_connection(("127.0.0.1", service.port)) as stream:
-            stream.sendall(whole[:length])
+            stream.sendall(complete[:length])
             if length % 2:
                 # Without a farewell: a reset, as of a process that was killed.
                 stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
     with concurrent.futures.ThreadPoolExecutor(8) as clients:
-        leaving = [clients.submit(leave, length) for length in range(0, len(whole) + 1, 3)]
+        leaving = [clients.submit(leave, length) for length in range(0, len(complete) + 1, 3)]
         replies = [clients.submit(service.ask, question) for question, _ in questions]
         for task in leaving:
             task.result()

@@ -40,16 +40,16 @@ def said(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:
 
 
 def received(stream: socket.socket) -> bytes:
-    found = b""
+    actual = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := stream.recv(65536):
-            found += piece
-            if b"\r\n\r\n" in found:
-                head, _, body = found.partition(b"\r\n\r\n")
+            actual += piece
+            if b"\r\n\r\n" in actual:
+                head, _, body = actual.partition(b"\r\n\r\n")
                 length = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
                 if length and len(body) >= int(length[0].split(b":")[1]):
                     break
-    return found
+    return actual
 
 
 def reply(raw: bytes) -> Reply:
@@ -126,17 +126,17 @@ def test_incomplete_request_body_times_out(hurried: int) -> None:
 
 def test_slowly_sent_request_body_times_out(hurried: int) -> None:
     # Whole at its end, without a pause that would be too long by itself.
-    whole = asking(json.dumps(QUESTION).encode())
-    head = whole.index(b"\r\n\r\n") + 4
-    pieces = [whole[:head], *(whole[place : place + 8] for place in range(head, len(whole), 8))]
+    complete = asking(json.dumps(QUESTION).encode())
+    head = complete.index(b"\r\n\r\n") + 4
+    pieces = [complete[:head], *(complete[place : place + 8] for place in range(head, len(complete), 8))]
     assert len(pieces) == 8
     reply(said(hurried, *pieces, pause=0.1)).refused(408, code="request_timeout")
 
 
 def test_slow_but_steady_client_is_served(hurried: int) -> None:
-    whole = asking(json.dumps(QUESTION).encode())
-    middle = len(whole) - 20
-    assert reply(said(hurried, whole[:40], whole[40:middle], whole[middle:], pause=0.1)).status == 200
+    complete = asking(json.dumps(QUESTION).encode())
+    middle = len(complete) - 20
+    assert reply(said(hurried, complete[:40], complete[40:middle], complete[middle:], pause=0.1)).status == 200
 
 
 @pytest.mark.parametrize("has_length", [True, False])
@@ -175,9 +175,9 @@ def test_too_many_connections_get_503_with_retry_after(hurried: int) -> None:
     ],
 )
 def test_invalid_http_returns_json_error(service: Running, raw: bytes) -> None:
-    found = reply(said(service.port, raw))
-    assert 400 <= found.status < 500 or found.status == 501
-    found.refused(found.status)
+    actual = reply(said(service.port, raw))
+    assert 400 <= actual.status < 500 or actual.status == 501
+    actual.refused(actual.status)
     assert service.ask(QUESTION).status == 200
 
 

@@ -31,8 +31,8 @@ def document(service: Running) -> Any:
 
 
 def test_all_openapi_operations_are_fuzzed(document: Any) -> None:
-    found = {(found.ok().method.upper(), found.ok().path) for found in document.get_all_operations()}
-    assert found == set(OPERATIONS)
+    actual = {(actual.ok().method.upper(), actual.ok().path) for actual in document.get_all_operations()}
+    assert actual == set(OPERATIONS)
 
 
 # Any text is a name, so a path cannot be malformed.

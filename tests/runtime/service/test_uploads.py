@@ -78,9 +78,9 @@ def read(content: bytes, path: Path, most: int = MIB) -> np.ndarray:
     ],
 )
 def test_uploaded_array_is_read_in_any_numpy_format(content: bytes, tmp_path: Path) -> None:
-    found = read(content, tmp_path / "f")
-    assert np.array_equal(found, FEATURES)
-    assert found.dtype.isnative
+    actual = read(content, tmp_path / "f")
+    assert np.array_equal(actual, FEATURES)
+    assert actual.dtype.isnative
 
 
 class Bomb:
@@ -161,10 +161,10 @@ def test_changed_upload_byte_is_read_or_rejected(
     content = bytearray(npz(features=FEATURES))
     content[place % len(content)] ^= change
     try:
-        found = read(bytes(content), tmp_path_factory.getbasetemp() / "changed")
+        actual = read(bytes(content), tmp_path_factory.getbasetemp() / "changed")
     except HttpError:
         return
-    assert found.shape[1] == 32
+    assert actual.shape[1] == 32
 
 
 @pytest.mark.parametrize(
@@ -259,9 +259,9 @@ def test_form_is_parsed_from_chunks_of_any_size(
 ) -> None:
     place = tmp_path_factory.mktemp("form")
     texts = [text.encode(errors="ignore").decode() for text in texts]
-    found = parse(*form(query=texts, features=("ä.npy", content)), place, step)
-    assert found.fields.get("query", []) == texts
-    assert found.files["features"].name == "ä.npy"
+    actual = parse(*form(query=texts, features=("ä.npy", content)), place, step)
+    assert actual.fields.get("query", []) == texts
+    assert actual.files["features"].name == "ä.npy"
     assert (place / "features").read_bytes() == content
 
 
@@ -423,8 +423,8 @@ def test_upload_can_be_queried_by_id_until_deleted(service: Running, offline: Gr
     assert identity not in service.get("/v1/videos").body.decode()
     moments = offline.ground(Video(FEATURES, 328, 12.5), "person opens the door")
     for _ in range(2):
-        found = service.ask({"video": identity, "query": "person opens the door"}).json
-        assert alike(found[0]["moments"], [vars(moment) for moment in moments])
+        actual = service.ask({"video": identity, "query": "person opens the door"}).json
+        assert alike(actual[0]["moments"], [vars(moment) for moment in moments])
     assert service.request("DELETE", f"/v1/videos/{identity}").status == 204
     service.ask({"video": identity, "query": "person opens the door"}).refused(
         404, repr(identity), code="unknown_video"
@@ -497,12 +497,12 @@ def test_uploaded_video_is_extracted_served_and_grounded(service: Running, tmp_p
     identity = sent.json["id"]
     assert sent.json["state"] == "extracting"
     # Asked at once, the answer waits for the features.
-    found = service.ask({"video": identity, "query": "person opens the door"})
-    assert found.status == 200, found.body
+    actual = service.ask({"video": identity, "query": "person opens the door"})
+    assert actual.status == 200, actual.body
     about = service.get(f"/v1/videos/{identity}").json
     assert (about["name"], about["state"], about["num_frames"]) == ("my film", "ready", 80)
     assert about["duration"] == pytest.approx(3.2)
-    assert max(moment["end"] for moment in found.json[0]["moments"]) <= 3.2
+    assert max(moment["end"] for moment in actual.json[0]["moments"]) <= 3.2
     part = service.get(about["media"], Range="bytes=4-7")
     assert (part.status, part.body, part.headers["content-type"]) == (206, b"ftyp", "video/mp4")
     assert service.get(about["media"]).body == path.read_bytes()
@@ -510,7 +510,7 @@ def test_uploaded_video_is_extracted_served_and_grounded(service: Running, tmp_p
     service.get(about["media"], Range="bytes=all").refused(400, "Range")
     once = service.send("/v1/ground", video=(path.name, path.read_bytes()), query="person opens the door")
     assert once.status == 200, once.body
-    assert alike(once.json[0]["moments"], found.json[0]["moments"])
+    assert alike(once.json[0]["moments"], actual.json[0]["moments"])
 
 
 def test_uploaded_late_start_video_gives_times_of_players(service: Running, tmp_path: Path) -> None:
@@ -526,8 +526,8 @@ def test_uploaded_late_start_video_gives_times_of_players(service: Running, tmp_
     expected = [{**moment, "start": moment["start"] + 4, "end": moment["end"] + 4} for moment in first[0]["moments"]]
     assert alike(second[0]["moments"], expected)
     identity = service.send(video=("hall.mkv", late.read_bytes())).json["id"]
-    found = service.ask({"video": identity, "query": "person opens the door"}).json
-    assert alike(found[0]["moments"], expected)
+    actual = service.ask({"video": identity, "query": "person opens the door"}).json
+    assert alike(actual[0]["moments"], expected)
     about = service.get(f"/v1/videos/{identity}").json
     assert about["duration"] == pytest.approx(7.2, abs=0.01)
 
@@ -576,9 +576,9 @@ def test_late_start_video_shifts_feature_moments(
             {**moment, "start": moment["start"] + offset, "end": moment["end"] + offset}
             for moment in plain.ask(asked).json[0]["moments"]
         ]
-        found = running.ask(asked).json[0]["moments"]
-        assert [moment["start"] for moment in found] == pytest.approx([m["start"] for m in expected], abs=0.03)
-        assert [moment["end"] for moment in found] == pytest.approx([m["end"] for m in expected], abs=0.03)
+        actual = running.ask(asked).json[0]["moments"]
+        assert [moment["start"] for moment in actual] == pytest.approx([m["start"] for m in expected], abs=0.03)
+        assert [moment["end"] for moment in actual] == pytest.approx([m["end"] for m in expected], abs=0.03)
 
 
 def test_query_waiting_for_deleted_upload_gets_404(service: Running, tmp_path: Path) -> None:

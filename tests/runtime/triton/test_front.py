@@ -37,8 +37,8 @@ def asked(subject: Video, queries: Sequence[str] = QUERIES, **more: Any) -> dict
 
 def moments(answer: dict[str, np.ndarray], row: int = 0) -> list[list[Moment]]:
     return [
-        [Moment(*map(float, values)) for values in found[:count]]
-        for found, count in zip(answer["MOMENTS"][row], answer["COUNT"][row], strict=True)
+        [Moment(*map(float, values)) for values in actual[:count]]
+        for actual, count in zip(answer["MOMENTS"][row], answer["COUNT"][row], strict=True)
     ]
 
 
@@ -66,8 +66,8 @@ def test_front_model_with_damaged_files_does_not_start(repository: Path) -> None
 
 def test_front_model_answer_equals_model_file(server: Server, direct: Grounder) -> None:
     subject = video(40)
-    wanted = direct.ground_batch([(subject, query) for query in QUERIES])
-    assert_alike(moments(server.infer("drn", asked(subject))), wanted)
+    expected = direct.ground_batch([(subject, query) for query in QUERIES])
+    assert_alike(moments(server.infer("drn", asked(subject))), expected)
 
 
 def test_concurrent_requests_are_batched_and_separated(server: Server, direct: Grounder) -> None:
@@ -102,12 +102,12 @@ def test_missing_frame_count_is_derived_from_clips(server: Server, direct: Groun
 
 def test_long_video_windows_come_from_model_or_request(server: Server, direct: Grounder) -> None:
     long = video(300)
-    whole = Grounder(direct.backend)
-    whole.windows = None
+    complete = Grounder(direct.backend)
+    complete.windows = None
     assert long.duration > 60
     cut, uncut = server.execute("drn", [asked(long), asked(long, WINDOWS=np.array(triton_protocol.NO_WINDOWS))])
     assert_alike(moments(cut), [direct.ground(long, query) for query in QUERIES])
-    assert_alike(moments(uncut), [whole.ground(long, query) for query in QUERIES])
+    assert_alike(moments(uncut), [complete.ground(long, query) for query in QUERIES])
     assert moments(cut) != moments(uncut)
 
 

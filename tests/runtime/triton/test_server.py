@@ -135,15 +135,15 @@ def flat(answers: Any) -> np.ndarray:
 def test_grpc_and_http_answers_equal_model_file(repository: Path, backends: Path, direct: Grounder) -> None:
     pairs = [(video(30 + 7 * seed, seed), query) for query in QUERIES for seed in range(3)]
     pairs += [(video(300), query) for query in QUERIES]
-    wanted = direct.ground_batch(pairs)
+    expected = direct.ground_batch(pairs)
     with served(repository, backends) as (grpc_port, http_port):
         for address in (f"triton://127.0.0.1:{grpc_port}/drn", f"triton+http://127.0.0.1:{http_port}/drn"):
             model = Grounder.load(address)
-            found = model.ground_batch(pairs)
-            assert [len(one) for one in found] == [len(one) for one in wanted]
-            np.testing.assert_allclose(flat(found), flat(wanted), atol=tolerances.BATCHED_SECONDS)
-            whole = Grounder(model.backend).ground_batch(pairs[:4])
-            np.testing.assert_allclose(flat(whole), flat(wanted[:4]), atol=tolerances.BATCHED_SECONDS)
+            actual = model.ground_batch(pairs)
+            assert [len(one) for one in actual] == [len(one) for one in expected]
+            np.testing.assert_allclose(flat(actual), flat(expected), atol=tolerances.BATCHED_SECONDS)
+            complete = Grounder(model.backend).ground_batch(pairs[:4])
+            np.testing.assert_allclose(flat(complete), flat(expected[:4]), atol=tolerances.BATCHED_SECONDS)
             with raises(GroundingError, "missing_model", "'gone'", "drn"):
                 Grounder.load(address.replace("/drn", "/gone"))
         subject, query = pairs[0]
@@ -160,8 +160,10 @@ def test_grpc_and_http_answers_equal_model_file(repository: Path, backends: Path
         place = f"http://127.0.0.1:{http_port}/v2/models/drn/infer"
         with urllib.request.urlopen(place, json.dumps({"inputs": inputs}).encode()) as answer:
             outputs = {value["name"]: value for value in json.load(answer)["outputs"]}
-        found = np.reshape(outputs["MOMENTS"]["data"], outputs["MOMENTS"]["shape"])[0, 0, : outputs["COUNT"]["data"][0]]
-        np.testing.assert_allclose(found, flat(wanted[:1]), atol=tolerances.BATCHED_SECONDS)
+        actual = np.reshape(outputs["MOMENTS"]["data"], outputs["MOMENTS"]["shape"])[
+            0, 0, : outputs["COUNT"]["data"][0]
+        ]
+        np.testing.assert_allclose(actual, flat(expected[:1]), atol=tolerances.BATCHED_SECONDS)
 
 
 def test_mixed_shapes_are_batched_and_bad_request_fails(
@@ -170,7 +172,7 @@ def test_mixed_shapes_are_batched_and_bad_request_fails(
     # Long enough for all to come before the first is answered.
     repository = triton(graph, tmp_path / "repository", instances=1, wait_ms=1000)
     subjects = [video(20 + seed, seed) for seed in range(6)]
-    found: dict[int, Any] = {}
+    actual: dict[int, Any] = {}
     with served(repository, backends) as (port, _):
 
         def ask(index: int) -> None:
@@ -180,9 +182,9 @@ def test_mixed_shapes_are_batched_and_bad_request_fails(
                 if index == 5:
                     model.manifest.vocabulary.words["zorb"] = 1
                 queries = ["zorb"] if index == 5 else QUERIES[: 1 + index % 3]
-                found[index] = model.ground_batch([(subjects[index], query) for query in queries])
+                actual[index] = model.ground_batch([(subjects[index], query) for query in queries])
             except GroundingError as error:
-                found[index] = str(error)
+                actual[index] = str(error)
 
         threads = [threading.Thread(target=ask, args=(index,)) for index in range(6)]
         for thread in threads:
@@ -190,10 +192,10 @@ def test_mixed_shapes_are_batched_and_bad_request_fails(
         for thread in threads:
             thread.join()
         statistics = tritonclient.InferenceServerClient(f"127.0.0.1:{port}").get_inference_statistics("drn")
-    assert quotes(found.pop(5), "'zorb'")
-    for index, answers in found.items():
-        wanted = direct.ground_batch([(subjects[index], query) for query in QUERIES[: 1 + index % 3]])
-        np.testing.assert_allclose(flat(answers), flat(wanted), atol=tolerances.BATCHED_SECONDS)
+    assert quotes(actual.pop(5), "'zorb'")
+    for index, answers in actual.items():
+        expected = direct.ground_batch([(subjects[index], query) for query in QUERIES[: 1 + index % 3]])
+        np.testing.assert_allclose(flat(answers), flat(expected), atol=tolerances.BATCHED_SECONDS)
     (front,) = statistics.model_stats
     assert front.execution_count < 6
 
@@ -206,12 +208,12 @@ def test_new_model_version_loads_without_lost_requests(
     with served(repository, backends, "--model-control-mode=poll", "--repository-poll-secs=1") as (port, _):
         client = tritonclient.InferenceServerClient(f"127.0.0.1:{port}")
         model = Grounder.load(f"triton://127.0.0.1:{port}/drn")
-        wanted = direct.ground(subject, QUERIES[0])
+        expected = direct.ground(subject, QUERIES[0])
         triton(graph, repository)
         answered = 0
         ready = False
         for _ in range(600):
-            assert flat([model.ground(subject, QUERIES[0])]) == pytest.approx(flat([wanted]), abs=1e-4)
+            assert flat([model.ground(subject, QUERIES[0])]) == pytest.approx(flat([expected]), abs=1e-4)
             answered += 1
             if ready:
                 break

@@ -66,8 +66,8 @@ def test_padded_and_split_batches_equal_direct_results(direct: Grounder) -> None
     network = Network(direct)
     served = Grounder(TritonBackend(ABOUT, network))
     pairs = [(video(20 + seed, seed), query) for seed in range(3) for query in QUERIES]
-    for found, wanted in zip(served.ground_batch(pairs, 3), direct.ground_batch(pairs, 3), strict=True):
-        for ours, theirs in zip(found, wanted, strict=True):
+    for actual, expected in zip(served.ground_batch(pairs, 3), direct.ground_batch(pairs, 3), strict=True):
+        for ours, theirs in zip(actual, expected, strict=True):
             assert vars(ours) == pytest.approx(vars(theirs), abs=1e-5)
     assert network.shapes == [(4, 6), (4, 6), (4, 6)]
 
@@ -80,8 +80,8 @@ def test_padded_query_has_same_heads(direct: Grounder, length: int) -> None:
     network = Network(direct)
     padded = TritonBackend(ABOUT, network).run(batch)
     assert network.shapes[0][1] == padded_length(length, 12) > length
-    for name, wanted in vars(direct.backend.run(batch)).items():
-        np.testing.assert_allclose(getattr(padded, name), wanted, atol=1e-6)
+    for name, expected in vars(direct.backend.run(batch)).items():
+        np.testing.assert_allclose(getattr(padded, name), expected, atol=1e-6)
 
 
 def test_too_long_query_is_rejected(direct: Grounder) -> None:

@@ -63,9 +63,9 @@ def test_served_model_equals_model_file(address: str, wire: Wire, direct: Ground
     served = Grounder.load(address)
     assert served.manifest.vocabulary == direct.manifest.vocabulary
     pairs = [(video(30 + seed, seed), query) for query in QUERIES for seed in range(2)]
-    found, wanted = served.ground_batch(pairs, 3), direct.ground_batch(pairs, 3)
-    assert [len(one) for one in found] == [len(one) for one in wanted]
-    np.testing.assert_allclose(flat(found), flat(wanted), atol=tolerances.BATCHED_SECONDS)
+    actual, expected = served.ground_batch(pairs, 3), direct.ground_batch(pairs, 3)
+    assert [len(one) for one in actual] == [len(one) for one in expected]
+    np.testing.assert_allclose(flat(actual), flat(expected), atol=tolerances.BATCHED_SECONDS)
     # Each pair has a video of its own: one request for each.
     assert [name for name, _ in wire.asked] == ["drn"] * len(pairs)
 
@@ -82,9 +82,9 @@ def test_offset_video_moments_are_in_player_time(here: str, direct: Grounder) ->
     late = dataclasses.replace(subject, offset=4.0)
     wanted = direct.ground_batch([(subject, query) for query in QUERIES])
     for grounder in (Grounder.load(here), direct):
-        found = grounder.ground_batch([(late, query) for query in QUERIES])
+        actual = grounder.ground_batch([(late, query) for query in QUERIES])
         expected = np.array(flat(wanted)) + np.array([4.0, 4.0, 0.0])
-        np.testing.assert_allclose(flat(found), expected, atol=tolerances.BATCHED_SECONDS)
+        np.testing.assert_allclose(flat(actual), expected, atol=tolerances.BATCHED_SECONDS)
 
 
 def test_served_model_uses_requested_windows(here: str, direct: Grounder) -> None:
@@ -92,15 +92,15 @@ def test_served_model_uses_requested_windows(here: str, direct: Grounder) -> Non
     served, file = Grounder.load(here), Grounder(direct.backend)
     for windows in (served.windows, None, Windows(50.0, 20.0, 5.0)):
         served.windows = file.windows = windows
-        found, wanted = (one.ground_batch([(long, query) for query in QUERIES]) for one in (served, file))
-        np.testing.assert_allclose(flat(found), flat(wanted), atol=tolerances.BATCHED_SECONDS)
+        actual, expected = (one.ground_batch([(long, query) for query in QUERIES]) for one in (served, file))
+        np.testing.assert_allclose(flat(actual), flat(expected), atol=tolerances.BATCHED_SECONDS)
 
 
 def test_open_backend_uses_networks_behind_the_front(address: str, wire: Wire, direct: Grounder) -> None:
     subject = video(30)
     served = Grounder(open_backend(address))
-    found, wanted = (one.ground_batch([(subject, query) for query in QUERIES]) for one in (served, direct))
-    np.testing.assert_allclose(flat(found), flat(wanted), atol=tolerances.BATCHED_SECONDS)
+    actual, expected = (one.ground_batch([(subject, query) for query in QUERIES]) for one in (served, direct))
+    np.testing.assert_allclose(flat(actual), flat(expected), atol=tolerances.BATCHED_SECONDS)
     assert "drn" not in {name for name, _ in wire.asked}
     if served.is_pair:
         assert served.ground(served.encode(subject), "word1") == pytest.approx(served.ground(subject, "word1"))
@@ -269,10 +269,10 @@ def test_served_model_reports_no_match(graph: Path, tmp_path: Path, direct: Grou
     onnx.save(model, tmp_path / "drn.onnx")
     with over_grpc(Wire(Server(triton(tmp_path / "drn.onnx", tmp_path / "repository")))) as port:
         served, file = Grounder.load(f"triton://127.0.0.1:{port}/drn"), Grounder.load(tmp_path / "drn.onnx", "cpu")
-        for wanted in (True, False):
-            found, known = (one.ground_batch(pairs, presence=wanted) for one in (served, file))
-            assert [len(one) for one in found] == [len(one) for one in known]
-            assert (0 in [len(one) for one in found]) == wanted
+        for expected in (True, False):
+            actual, known = (one.ground_batch(pairs, presence=expected) for one in (served, file))
+            assert [len(one) for one in actual] == [len(one) for one in known]
+            assert (0 in [len(one) for one in actual]) == expected
 
 
 def test_server_error_is_a_grounding_error() -> None:
