@@ -1,4 +1,4 @@
-"""What the tests of the runtime share: a backend whose answers are known, a tiny graph, and commands run in place."""
+"""Fixtures of the runtime's tests: a backend with known answers, a tiny graph, and commands in this process."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Outcome:
 
 @pytest.fixture(scope="session")
 def planted_backend() -> type[PlantedBackend]:
-    """The class, so that tests choose its decoding."""
+    """The class of a backend, so that tests choose its decoding."""
     return PlantedBackend
 
 
@@ -101,7 +101,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 @pytest.fixture
 def refused(run_command: Callable[..., Outcome]) -> Callable[..., GroundingError]:
-    """Run a command that must fail on its input with one line on stderr, and return the error for `check_error`."""
+    """Run a command that must fail with one line on stderr, and return its error for `check_error`."""
 
     def run(function: Callable[..., Any], *arguments: object) -> GroundingError:
         outcome = run_command(function, *arguments)
@@ -116,7 +116,7 @@ def refused(run_command: Callable[..., Outcome]) -> Callable[..., GroundingError
 
 @pytest.fixture(scope="session")
 def write_graph() -> Callable[..., Path]:
-    """Write a graph with the inputs and outputs of ours, D = 16, whose logits depend on query and features."""
+    """Write a graph with the inputs and outputs of a DRN, D = 16, whose logits depend on query and features."""
     onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
     helper, kinds = onnx.helper, onnx.TensorProto
 
@@ -185,14 +185,14 @@ def tiny_manifest(golden: Path) -> Manifest:
 
 @pytest.fixture(scope="session")
 def tiny_model(write_graph: Callable[..., Path], tiny_manifest: Manifest, tmp_path_factory: Any) -> Path:
-    """A graph file that the runtime takes, for the mini data set."""
+    """A model file for the mini data set."""
     path = tmp_path_factory.mktemp("model") / "tiny.onnx"
     return write_graph(path, {METADATA_KEY: tiny_manifest.to_json()})
 
 
 @pytest.fixture(scope="session")
 def pair_files(tiny_model: Path, tiny_manifest: Manifest, tmp_path_factory: Any) -> Path:
-    """The query part of `tiny_model`, its video part beside it."""
+    """The query part of `tiny_model`, with its video part in the same directory."""
     onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
     directory = tmp_path_factory.mktemp("pair")
     helper, kinds = onnx.helper, onnx.TensorProto

@@ -1,4 +1,4 @@
-"""`python -m runtime.benchmark`: every case of every kind of model, in turns, and nothing lost when it is stopped."""
+"""Test `python -m runtime.benchmark`: all cases of all kinds of models, and results after an interruption."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short windows, no GPU, and no fresh processes."""
+    """Use short measurements, no GPU, and no new processes."""
     monkeypatch.setattr("runtime.benchmarking.timing.WINDOW_SECONDS", 0.0)
     monkeypatch.setattr("runtime.benchmarking.system_info.shutil.which", lambda _: None)
     monkeypatch.setattr(runner, "cold_start", lambda *_: 1.25)
@@ -41,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Path]]:
-    """Make files of no content that open as these backends, in turn."""
+    """Write empty files that open as these backends, in turn."""
 
     def files(**backends: Any) -> list[Path]:
         known = {}
@@ -56,7 +56,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., lis
 
 
 def measured(report: dict[str, Any]) -> dict[tuple[str, str, str], list[int]]:
-    """Return the sizes that were measured of each group, boundary and case."""
+    """Return the measured sizes of each group, boundary and case."""
     actual: dict[tuple[str, str, str], list[int]] = {}
     for timing in report["timings"]:
         case = timing["case"]
@@ -150,7 +150,7 @@ def test_benchmark_uses_queries_of_data_set(tiny_model: Path, mini: Path, capsys
 
 
 class Slower:
-    """The same answers as another backend, and a log of who was asked."""
+    """A backend with the answers of another one that logs its calls."""
 
     def __init__(self, inner: Any, log: list[str], name: str) -> None:
         self.inner, self.log, self.name, self.manifest = inner, log, name, inner.manifest
@@ -217,7 +217,7 @@ def test_models_with_different_inputs_are_rejected(opened: Callable[..., list[Pa
 
 
 class OnGpu(Slower):
-    """A backend that tells what a GPU took: a quarter of a millisecond for every query."""
+    """A backend that reports a GPU time of 0.25 ms per query."""
 
     device = "cuda"
 
@@ -302,7 +302,7 @@ def test_out_of_memory_skips_only_its_case(
 
 
 def stopping(backend: Any, after: int) -> Any:
-    """A backend whose user presses Ctrl-C at its so-many-th run."""
+    """A backend that raises KeyboardInterrupt in a given run."""
     count = iter(range(10**9))
 
     class Stopped(Slower):

@@ -1,4 +1,4 @@
-"""`runtime.describe`: what a model file is."""
+"""Test `python -m runtime.describe`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`runtime.doctor`: what runs here, and what to do where something does not."""
+"""Test `python -m runtime.doctor`: findings and remedies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.raising import quotes
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The distributions that doctor sees, empty at first; torch is not started, and there is no nvidia-smi."""
+    """The installed distributions, empty at first; torch is not started, and there is no nvidia-smi."""
     versions: dict[str, str] = {}
     monkeypatch.setattr(module, "_version", versions.get)
     monkeypatch.setattr(module.shutil, "which", lambda name: None)

@@ -1,4 +1,4 @@
-"""`python -m runtime.ground_corpus` without Ray; with it, see `tests/runtime/corpus/test_ray_runner.py`."""
+"""Test `python -m runtime.ground_corpus` without Ray; `corpus/test_ray_runner.py` tests it with Ray."""
 
 from __future__ import annotations
 

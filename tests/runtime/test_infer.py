@@ -1,4 +1,4 @@
-"""`runtime.infer`: the command, from files to moments, and every input that it must refuse."""
+"""Test `python -m runtime.infer`: moments of files, and invalid inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FEATURES = "C3D_unit16_overlap0.5_merged"
 
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
-    """A feature file that `tiny_model` takes."""
+    """A feature file for `tiny_model`."""
     path = tmp_path / "hall.npy"
     np.save(path, np.random.default_rng(0).random((30, 16)).astype(np.float32))
     return path
@@ -165,7 +165,7 @@ class Attack:
 
 
 def bad_features(directory: Path) -> dict[str, tuple[Path, str, list[object]]]:
-    """Feature files that cannot be used, each with the code of its error and values that the message quotes."""
+    """Invalid feature files, each with the code of its error and values that the message quotes."""
     arrays: dict[str, tuple[np.ndarray, str, list[object]]] = {
         "wide": (np.ones((9, 17), np.float32), "feature_width_mismatch", [17, "C3D", 16]),
         "holes": (np.full((9, 16), np.nan, np.float32), "non_finite_features", [144]),

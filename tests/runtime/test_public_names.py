@@ -1,4 +1,4 @@
-"""Public functions of `runtime` refuse arguments of a wrong type in one sentence, never in a library's traceback."""
+"""Public functions of `runtime` reject arguments of a wrong type with an error of their own."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Call = tuple[Callable[..., Any], Mapping[str, Any]]
 
 @pytest.fixture(scope="module")
 def calls(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Call]:
-    """Every public function and method with arguments that it takes, by name."""
+    """Every public function and method with valid arguments, by name."""
     complete, pair = Grounder.load(tiny_model), Grounder.load(pair_files)
     features = complete.manifest.features
     clips = np.random.default_rng(0).random((115, features.dim)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""`python -m runtime.serve`: what it refuses to start with."""
+"""Test `python -m runtime.serve`: invalid options and inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small corpus with all that can be wrong with a pair, and what is read back of its shards."""
+"""Write a small corpus with every error of a pair, and read its shards."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def write_rows(path: Path, rows: Iterable[Row]) -> Path:
 
 
 def read_rows(output: Path) -> list[Row]:
-    """Every row of every shard, in order."""
+    """Return every row of every shard, in order."""
     return [json.loads(line) for path in sorted(output.glob("shard-*.jsonl")) for line in path.read_text().splitlines()]
 
 
 def content(output: Path) -> dict[str, bytes]:
-    """What a finished corpus is, byte for byte; nothing else may be left in its directory."""
+    """Return the bytes of all files of a complete corpus; its directory must contain no other files."""
     names = {path.name: path for path in output.iterdir() if path.name not in ("corpus.json", ".lock", ".digests")}
     assert all(name.startswith("shard-") for name in names), sorted(names)
     return {name: path.read_bytes() for name, path in names.items()}
@@ -35,7 +35,7 @@ def content(output: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def corpus(mini: Path, tmp_path: Path) -> Callable[[Iterable[Row]], tuple[Path, Path]]:
-    """The mini data set, and a file of the rows that are given."""
+    """Return a function that writes the mini data set and a file of queries."""
 
     def make(rows: Iterable[Row]) -> tuple[Path, Path]:
         return mini, write_rows(tmp_path / "queries.jsonl", rows)
@@ -45,7 +45,7 @@ def corpus(mini: Path, tmp_path: Path) -> Callable[[Iterable[Row]], tuple[Path, 
 
 @pytest.fixture
 def damaged(mini: Path) -> Path:
-    """The mini data set with one video whose features are missing, one whose are none, and one whose are too narrow."""
+    """The mini data set with a video without features, one with invalid features, and one with too narrow features."""
     place = mini / "C3D_unit16_overlap0.5_merged"
     (place / "BBBB2.pt").unlink()
     (place / "CCCC3.pt").write_bytes(b"no tensor")
@@ -56,7 +56,7 @@ def damaged(mini: Path) -> Path:
 
 @pytest.fixture
 def here(tiny_model: Path, tmp_path: Path) -> Callable[..., Result]:
-    """Ground in this process: `here(features, queries, form=..., ...)`."""
+    """Return a function that grounds in this process: `here(features, queries, form=..., ...)`."""
 
     def run(
         features: Path, queries: Path, output: Path | None = None, model: Path = tiny_model, **about: Any

@@ -26,7 +26,7 @@ ROWS = [{"query": "a person opens the door."}, {"query": "dog sits.", "vid": "CC
 
 
 def replace(features: Path, video: str) -> None:
-    """Write other features of the same size, under the same name and with the same time."""
+    """Replace features by others of the same size, name and modification time."""
     path = FeatureFiles(features / "C3D_unit16_overlap0.5_merged").path(video)
     before, stat = path.read_bytes(), path.stat()
     # In the numbers, which end the record of a tensor.

@@ -1,4 +1,4 @@
-"""Features from a data set, a directory and Parquet: the same videos, and what is wrong with one told of it alone."""
+"""A data set, a directory and Parquet give the same videos, and an error affects one video only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A corpus in this process: gone on with, refused, and left whole whatever stops it."""
+"""Ground a corpus in this process: it is resumed, rejected, and complete after any interruption."""
 
 from __future__ import annotations
 

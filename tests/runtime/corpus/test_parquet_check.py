@@ -1,4 +1,4 @@
-"""`runtime.corpus.parquet_check`: metadata that makes libarrow abort is one error, and ends no corpus."""
+"""Test `runtime.corpus.parquet_check`: metadata that aborts libarrow is an error of one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parquet whose pages unfold to more than their directory promises."""
+"""Reject Parquet files whose pages decompress to more than their metadata declares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs pyarrow")
 
 
 def rows(path: Path, features: list[Any], **options: Any) -> Path:
-    """Write a row for each of these features."""
+    """Write one row per array of features."""
     names = [f"v{number}" for number in range(len(features))]
     table = pa.table({"video": names, "duration": [20.0] * len(names), "features": features})
     parquet.write_table(table, path, **options)
@@ -78,7 +78,7 @@ def test_false_value_count_in_metadata_is_rejected(tmp_path: Path) -> None:
 
 
 def _zigzag(number: int, length: int) -> bytes:
-    """A number of the compact protocol in so many bytes."""
+    """Return a number of the compact protocol in a given number of bytes."""
     number <<= 1
     parts = [number >> 7 * place & 127 | 128 for place in range(length)]
     return bytes([*parts[:-1], parts[-1] & 127])

@@ -1,4 +1,4 @@
-"""Files of queries: what is read of a row, and which are refused."""
+"""Read files of queries, and reject invalid rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora on a Ray cluster on loopback: the bytes of one process, whatever is killed on the way."""
+"""A Ray cluster writes the same bytes as one process, even if processes are killed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHARD_PAIRS = 120
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A corpus of a few seconds, with pairs that are errors, and what it becomes in one process."""
+    """A corpus of a few seconds with pairs that fail, and its content when grounded in one process."""
 
     model: Path
     features: Path
@@ -65,14 +65,14 @@ def inputs(tiny_model: Path, golden: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """Where Ray keeps its files: a short path, since its sockets lie there, which none but ours has."""
+    """A directory for Ray's files. Its path is short, because it contains sockets."""
     directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
 
 
 def rays(place: Path) -> list[int]:
-    """All processes of a Ray that keeps its files in a directory, whatever they call themselves."""
+    """Return all processes of a Ray with its files in a directory."""
     told = f"RAY_TMPDIR={place}\0".encode()
     actual = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -84,7 +84,7 @@ def rays(place: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def environment(place: Path) -> dict[str, str]:
-    """Of a process that meets Ray: on loopback alone, whatever else is set."""
+    """The environment of a process that uses Ray on loopback only."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     alone = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(place)}
     return {**others, **alone, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -92,7 +92,7 @@ def environment(place: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def cluster(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """A cluster as `ray start` makes it; the environment in which `--address auto` finds it, and its token."""
+    """A cluster from `ray start`, with the environment for `--address auto`, and its token."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -113,7 +113,7 @@ def cluster(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]
 
 
 def wait(until: Callable[[], Any]) -> Any:
-    """Return what `until` gives once it is something."""
+    """Return the first true result of `until`."""
     ends = time.monotonic() + LONGEST_SECONDS
     while not (actual := until()):
         assert time.monotonic() < ends, "it did not happen"
@@ -134,7 +134,7 @@ def started(words: list[str], environment: dict[str, str]) -> subprocess.Popen[s
 
 
 def begun(output: Path, times: int) -> list[int]:
-    """The processes that make shards which were begun so often, and are not whole yet: only then the note goes."""
+    """Return the processes of incomplete shards with a given number of attempts."""
     actual = []
     for note in output.glob(".attempts/*"):
         if any(output.glob(f"shard-{note.name}-of-*")):
@@ -147,7 +147,7 @@ def begun(output: Path, times: int) -> list[int]:
 
 
 def kill_at_work(output: Path, times: int = 1) -> None:
-    """Kill a process in the middle of a shard: it is stopped first, and only then looked at whether it still is."""
+    """Kill a process within a shard: it is stopped before the check that the shard is still incomplete."""
     while True:
         worker = wait(lambda: begun(output, times))[0]
         os.kill(worker, signal.SIGSTOP)

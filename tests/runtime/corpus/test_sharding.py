@@ -1,4 +1,4 @@
-"""Shards: every pair in one of them, the same every time."""
+"""Every pair is in exactly one shard, and the shards are deterministic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shard in this process: the rows of its pairs, and what does not stop it."""
+"""Ground a shard in this process: the rows of its pairs, and errors that do not stop it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extractors small enough for tests: features are sums of mean colours, so that right answers are known."""
+"""Write small extractors whose features are sums of mean colors, so that the expected values are known."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ IMAGES = ExtractorManifest("encoder", 16, 1, 8, 24, (24, 24), (0.5, 0.4, 0.3), (
 
 
 def mixing(dim: int = 16) -> np.ndarray:
-    """Return (3, dim): how much of each colour each channel takes."""
+    """Return the (3, dim) weight of each color in each channel."""
     return np.random.default_rng(0).random((3, dim)).astype(np.float32) / 100
 
 
 def write_clips(path: Path, manifest: ExtractorManifest = CLIPS) -> Path:
-    """Write an extractor of clips: mean colour times `mixing`."""
+    """Write an extractor of clips: mean color times `mixing`."""
     nodes = [
         onnx.helper.make_node("Cast", ["clips"], ["numbers"], to=onnx.TensorProto.FLOAT),
         onnx.helper.make_node("ReduceMean", ["numbers"], ["colour"], axes=[1, 2, 3], keepdims=0),
@@ -34,7 +34,7 @@ def write_clips(path: Path, manifest: ExtractorManifest = CLIPS) -> Path:
 
 
 def write_images(path: Path, manifest: ExtractorManifest = IMAGES, beside: bool = True) -> Path:
-    """Write an image encoder with its description beside it: mean colour, scaled as `manifest` says, times `mixing`."""
+    """Write an image encoder and its description: mean color, scaled by `manifest`, times `mixing`."""
     nodes = [
         onnx.helper.make_node("ReduceMean", ["pixels"], ["colour"], axes=[2, 3], keepdims=0),
         onnx.helper.make_node("MatMul", ["colour", "mixing"], ["image_embeds"]),

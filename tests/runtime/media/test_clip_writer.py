@@ -1,4 +1,4 @@
-"""Test `runtime.media.clip_writer`: clips start and end at the right frame, upright and with their sound."""
+"""Test `runtime.media.clip_writer`: clips start and end at the right frame, upright and with audio."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AAC_PADDING = 2048
 
 
 def numbered(count: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Return frames that tell their number: eight vertical stripes, white for a 1 of it and black for a 0."""
+    """Return frames that encode their number in eight vertical stripes, white for 1 and black for 0."""
     frames = np.zeros((count, height, width, 3), np.uint8)
     for number, frame in enumerate(frames):
         for bit in range(8):
@@ -37,7 +37,7 @@ def numbered(count: int, height: int = 48, width: int = 64) -> np.ndarray:
 
 
 def number_of(picture: np.ndarray) -> int:
-    """Return the number that a frame of `numbered` tells."""
+    """Return the number that a frame of `numbered` encodes."""
     middle, each = picture.shape[0] // 2, picture.shape[1] / 8
     return sum((picture[middle, int((bit + 0.5) * each)].mean() > 127) << bit for bit in range(8))
 
@@ -48,7 +48,7 @@ def shown(path: Path) -> list[tuple[float, int]]:
 
 
 def heard(path: Path) -> tuple[np.ndarray, int]:
-    """Return the samples of the first channel of a file's sound, and how many a second."""
+    """Return the samples of the first audio channel of a file, and the sample rate."""
     with av.open(str(path)) as container:
         stream = container.streams.audio[0]
         parts = [frame.to_ndarray()[0] for frame in container.decode(stream)]
@@ -56,7 +56,7 @@ def heard(path: Path) -> tuple[np.ndarray, int]:
 
 
 def length(path: Path) -> float:
-    """Return the seconds of a file's pictures."""
+    """Return the times of the frames of a file, in seconds."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         return float(stream.duration * stream.time_base)
@@ -130,7 +130,7 @@ def test_clip_of_odd_frame_size_is_cropped_to_even(tmp_path: Path) -> None:
 
 
 def beeping(path: Path, seconds: float, beeps: list[float]) -> Path:
-    """Write a film of black frames with a tenth of a second of a tone at each of some times."""
+    """Write a video of black frames with a tone of 0.1 s at each of some times."""
     samples = np.zeros(int(seconds * RATE), np.float32)
     for beep in beeps:
         place = np.arange(int(beep * RATE), int((beep + 0.1) * RATE))

@@ -1,4 +1,4 @@
-"""Test `runtime.media.extraction` and `runtime.extract`: from video files to the published feature layout."""
+"""Test `runtime.media.extraction` and `runtime.extract`: from video files to a data set directory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many clips each run of an extractor had."""
+    """Number of clips of each run of an extractor."""
     counts: list[int] = []
     run = ClipExtractor.extract
 
@@ -67,7 +67,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def whole_file(path: Path) -> np.ndarray:
-    """Return the features of `tiny`, from all frames at once."""
+    """Return the features of `tiny`, computed from all frames at once."""
     frames = np.stack(list(read_frames(probe(path), CLIPS.framing))).astype(float)
     starts = range(0, len(frames) - 15, 8)
     return np.stack([frames[start : start + 16].mean(axis=(0, 1, 2)) for start in starts]) @ mixing()
@@ -156,7 +156,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def two(tmp_path: Path, tiny: Path) -> tuple[tuple[Path, Path], Path, Path]:
-    """Two videos, the directory of their features by one extractor, and another extractor."""
+    """Two videos, a directory of their features, and a second extractor."""
     videos = (film(tmp_path / "hall.mkv", 40), film(tmp_path / "yard.mkv", 48))
     output = extract(videos, tiny, tmp_path / "data")
     return videos, output, write_clips(tmp_path / "other.onnx", dataclasses.replace(CLIPS, resize=(112, 112)))
@@ -495,7 +495,7 @@ def test_infer_on_video_file_equals_its_features(
 
 
 def late_film(path: Path, count: int = 200, after: int = 4000) -> Path:
-    """Write a film whose pictures begin some milliseconds after its sound."""
+    """Write a video whose first frame is some milliseconds after the start of its audio."""
     return film(path, count, times=[after + 40 * number for number in range(count)], sound=after / 1000 + count / 25)
 
 
@@ -594,7 +594,7 @@ def test_default_resize_crop_is_the_published_one() -> None:
 
 
 def both_ways(video: Path, encoder: Path, output: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the features that `infer --video` and `runtime.extract` have for a video."""
+    """Return the features of a video by `infer --video` and by `runtime.extract`."""
     extract((video,), encoder, output)
     return load_or_extract(video, open_extractor(encoder, "cpu")).features, load_features(
         output / FEATURE_DIRECTORY / f"{video.stem}.npy"

@@ -1,4 +1,4 @@
-"""`runtime.media.extractors`: clips and images become features, and files that are no extractors are refused."""
+"""Test `runtime.media.extractors`: features of clips and images, and rejected files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`runtime.media.timestamps`: whatever clocks a stream was recorded with, its frames follow each other."""
+"""Test `runtime.media.timestamps`: frames follow each other for any clock of a stream."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEP = 40
 
 
 def coded(times: list[int], reordered: int, gop: int = 12) -> list[Stamp]:
-    """Return frames at rising times as packets in decoding order, groups of `reordered` + 1 led by their last."""
+    """Return packets of frames in decoding order: groups of `reordered` + 1, the last frame first."""
     order: list[int] = [0]
     for first in range(1, len(times), reordered + 1):
         group = list(range(first, min(first + reordered + 1, len(times))))

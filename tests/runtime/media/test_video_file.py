@@ -1,4 +1,4 @@
-"""Test `runtime.media.video_file`: frames at their times, upright and of the right size; files that are no videos."""
+"""Test `runtime.media.video_file`: frames at their times, upright and in the right size; rejected files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AS_IT_IS = ResizeCrop((48, 64), (48, 64))
 
 
 def bilinear(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return a frame resized by the textbook: one pixel after the other, from the four around its centre."""
+    """Return a frame resized pixel by pixel, from the four pixels around each center."""
     result = np.empty((height, width, 3))
     for row in range(height):
         for column in range(width):
@@ -135,7 +135,7 @@ MATRICES = [
 
 
 def as_shown(stored: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
-    """Return a (height, width, 3) picture as the display matrix says, pixel by pixel."""
+    """Apply a display matrix to a (height, width, 3) image, pixel by pixel."""
     a, b, c, d = matrix
     height, width = stored.shape[:2]
     y, x = np.mgrid[:height, :width]
@@ -242,7 +242,7 @@ def test_read_frames_every_returns_subset_of_frames(tmp_path: Path) -> None:
 
 
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return a list that will hold the time of every frame that is decoded."""
+    """Return a list that receives the time of every decoded frame."""
     seen: list[float] = []
     decode = footage_module._decoded
 
@@ -525,7 +525,7 @@ def test_file_name_with_colon_is_not_a_protocol(tmp_path: Path, monkeypatch: pyt
 
 
 def referring(directory: Path, name: str) -> Path:
-    """Write a file that refers to others, beside the video or the pictures that it names."""
+    """Write a file that refers to a video or images, and these files."""
     path, contents = directory / name, {
         "v.ffconcat": "ffconcat version 1.0\nfile part.mp4\n",
         "disguised.mp4": "ffconcat version 1.0\nfile part.mp4\n",
@@ -546,7 +546,7 @@ def referring(directory: Path, name: str) -> Path:
 
 
 def png(shade: int) -> bytes:
-    """Return a picture of 64 by 48 pixels in one shade."""
+    """Return an image of 64 by 48 pixels in one shade."""
     import av
 
     codec = av.CodecContext.create("png", "w")
@@ -576,7 +576,7 @@ def test_referring_formats_exist_in_ffmpeg() -> None:
 
 
 def with_cover(path: Path, pictures_too: bool, marked: bool) -> Path:
-    """Write a file with sound and a cover picture as its first stream."""
+    """Write a file with audio whose first stream is a cover picture."""
     import av
 
     with av.open(str(path), "w") as container:

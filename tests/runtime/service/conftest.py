@@ -1,4 +1,4 @@
-"""A small model and data set behind a real service on loopback, and what a client says to it."""
+"""Start a service of a small model and data set on loopback, and send requests to it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What came back."""
+    """A response."""
 
     status: int
     headers: dict[str, str]
@@ -54,7 +54,7 @@ class Reply:
 
 
 class Running:
-    """The command in a process of its own, started as a person would."""
+    """The command in another process."""
 
     def __init__(self, *words: object) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -108,7 +108,7 @@ class Running:
 
 @pytest.fixture(scope="session")
 def model(write_graph: Callable[..., Path], planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graph whose answers depend on video and sentence, for the planted data set."""
+    """A graph whose moments depend on video and query, for the planted data set."""
     manifest = Manifest(DataSet(planted).vocabulary, Decoding(), Features("C3D", 32), max_query_length=20)
     path = tmp_path_factory.mktemp("service") / "drn.onnx"
     return write_graph(path, {METADATA_KEY: manifest.to_json()}, dim=32)
@@ -122,7 +122,7 @@ def offline(model: Path) -> Grounder:
 
 @pytest.fixture(scope="session")
 def start() -> Iterator[Callable[..., Running]]:
-    """Start services that end with the tests."""
+    """Return a function that starts services, which end with the tests."""
     started: list[Running] = []
 
     def begin(*words: object) -> Running:
@@ -137,7 +137,7 @@ def start() -> Iterator[Callable[..., Running]]:
 
 @pytest.fixture(scope="session")
 def extractor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small extractor whose features the model takes."""
+    """A small extractor whose features fit the model."""
     from tests.runtime.media.extractor_graphs import CLIPS, write_clips
 
     return write_clips(tmp_path_factory.mktemp("extractor") / "tiny.onnx", dataclasses.replace(CLIPS, dim=32))
@@ -145,18 +145,18 @@ def extractor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `service` keeps what clients send."""
+    """The directory for uploads of `service`."""
     return tmp_path_factory.mktemp("uploads") / "uploads"
 
 
 @pytest.fixture(scope="session")
 def service(start: Callable[..., Running], model: Path, planted: Path, extractor: Path, uploads: Path) -> Running:
-    """A service of the planted data set, which takes videos too."""
+    """A service of the planted data set with an extractor."""
     return start("--model", model, "--data", planted, "--extractor", extractor, "--uploads", uploads)
 
 
 def form(**parts: Any) -> tuple[bytes, str]:
-    """Return the body and type of a form: texts, lists of texts, and files as (name, bytes)."""
+    """Return the body and Content-Type of a form of texts, lists of texts, and files as (name, bytes)."""
     boundary = b"------------------------7d1a"
     body = b""
     for field, value in parts.items():

@@ -1,4 +1,4 @@
-"""`runtime.service.app`: what is asked over HTTP, and what comes back."""
+"""Test `runtime.service.app`: requests and responses of the HTTP API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tolerances import BATCHED_SECONDS
 
 
 def alike(found: Any, expected: Any) -> bool:
-    """Whether two answers are the same but for the last digits of their numbers."""
+    """Return whether two answers are equal except for the last digits of their numbers."""
     if isinstance(expected, float):
         return abs(found - expected) <= BATCHED_SECONDS
     if isinstance(expected, dict):

@@ -1,4 +1,4 @@
-"""`runtime.service.batching`: one thread, many askers, each with answers of their own."""
+"""Test `runtime.service.batching`: one thread answers many clients, each with its own moments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tolerances import BATCHED_SECONDS
 
 
 class Held(Grounder):
-    """A grounder that answers when it is let, and notes what it was asked."""
+    """A grounder that waits for permission and records its batches."""
 
     def __init__(self, inner: Grounder, fails_on: str = "") -> None:
         super().__init__(inner.backend)

@@ -1,4 +1,4 @@
-"""The service when things go wrong around it: killed, told to end, its model replaced, its clients gone."""
+"""The service survives signals, replaced files and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.runtime.service.test_app import alike
 
 @pytest.fixture(scope="module")
 def questions(planted: Path, offline: Grounder) -> list[tuple[dict[str, str], Any]]:
-    """What is asked, and the answers of this process."""
+    """Requests, and the answers of a model in this process."""
     data = DataSet(planted)
     actual = []
     for annotation in data.annotations("train")[:30]:

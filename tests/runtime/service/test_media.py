@@ -1,4 +1,4 @@
-"""`--media`: only files that lie in the directory are listed and served, wherever links lead."""
+"""Only files inside the directory of `--media` are listed and served, whatever links it contains."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ KEY = "correct horse"
 
 
 def said(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:
-    """Return all that a service says to these bytes, sent with pauses, until it closes or is silent."""
+    """Send pieces of bytes with pauses, and return the response."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as stream:
         for number, piece in enumerate(pieces):
             if number:
@@ -61,7 +61,7 @@ def reply(raw: bytes) -> Reply:
 
 @pytest.fixture
 def hurried(offline: Grounder, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The port of a service in this process that has no patience."""
+    """The port of a service in this process with short timeouts."""
     monkeypatch.setattr(h11_protocol, "HEADER_SECONDS", 0.4)
     monkeypatch.setattr(h11_protocol, "MAX_CONNECTIONS", 8)
     monkeypatch.setattr(middleware, "BODY_SECONDS", 0.4)
@@ -196,7 +196,7 @@ def test_foreign_host_and_origin_are_rejected(service: Running) -> None:
 def locked(
     start: Callable[..., Running], model: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Running:
-    """A service that wants a key, with a film."""
+    """A service with an API key and a video file."""
     media = tmp_path_factory.mktemp("media")
     (media / "SIM00001.mp4").write_bytes(b"film")
     place = tmp_path_factory.mktemp("uploads")

@@ -1,4 +1,4 @@
-"""The HTTP API fuzzed from its own OpenAPI document, on loopback: nothing it generates is answered with a 5xx."""
+"""Fuzz the HTTP API from its OpenAPI document: no generated request gets a 5xx response."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page in a real browser, the system's Chromium: by mouse, by keyboard alone, and as wide as a phone."""
+"""Test the web page in Chromium, by mouse, by keyboard, and at the width of a phone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def shown(
     extractor: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Running:
-    """A service with a film of one of its videos."""
+    """A service with the video file of one of its videos."""
     place = tmp_path_factory.mktemp("page")
     (place / "media").mkdir()
     seconds = DataSet(planted).durations[SHOWN]
@@ -71,7 +71,7 @@ def shown(
 
 
 class Seen:
-    """A page, and what must not happen in it."""
+    """A page, and the errors that occurred in it."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.page = page
@@ -101,7 +101,7 @@ class Seen:
 
 @pytest.fixture
 def seen(browser: Browser, shown: Running, request: pytest.FixtureRequest) -> Iterator[Seen]:
-    """A new page; `phone` as its parameter makes it one on a phone."""
+    """A new page; the parameter `phone` gives it the size of a phone."""
     phone = getattr(request, "param", None) == "phone"
     size = {"width": 390, "height": 844} if phone else {"width": 1280, "height": 860}
     context = browser.new_context(viewport=size, is_mobile=phone, has_touch=phone)  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def seen(browser: Browser, shown: Running, request: pytest.FixtureRequest) -> It
 
 
 def until(page: Page, condition: str) -> None:
-    """Wait for a condition: Playwright's own way has the page evaluate text, which its policy forbids."""
+    """Wait for a condition. Playwright's own function evaluates text in the page, which its policy forbids."""
     for _ in range(300):
         if page.evaluate(condition):
             return
@@ -128,7 +128,7 @@ def time(page: Page) -> float:
 
 
 def moments(page: Page, row: int = 0) -> list[list[float]]:
-    """Starts and ends as the list shows them, best first."""
+    """Return the displayed starts and ends, best first."""
     texts = page.locator("#answers > li").nth(row).locator(".when").all_inner_texts()
     return [
         [60 * int(minutes) + float(rest) for minutes, rest in re.findall(r"(\d+):([\d.]+)", text)] for text in texts

@@ -1,4 +1,4 @@
-"""The commands of `docs/serving.md` run as they stand, against a service of a small model."""
+"""Run the commands and the nginx configuration of `docs/serving.md` with a service of a small model."""
 
 from __future__ import annotations
 

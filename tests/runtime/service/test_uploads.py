@@ -55,7 +55,7 @@ def zipped(content: bytes, name: str = "features.npy", kind: int = zipfile.ZIP_D
 
 
 def headed(shape: str, descr: str = "'<f4'", content: bytes = b"") -> bytes:
-    """A .npy file whose head says what it likes."""
+    """Return a .npy file with any header."""
     head = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     head += b" " * (-(len(head) + 11) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + content

@@ -1,4 +1,4 @@
-"""A small network, whole and split, as repositories for Triton, and videos to ask it about."""
+"""Write a small network, whole and split, as repositories for Triton, and videos to query."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUERIES = ("word1 word2 word3", "word7", "word4 word9 word2 word11 word3", "word
 
 @pytest.fixture(scope="session")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole network; its query part stands beside it. It cuts videos longer than a minute."""
+    """A network and its query part. Videos longer than a minute are grounded in windows."""
     about = dataclasses.replace(manifest(TINY), windows=Windows(60.0, 40.0, 10.0))
     model = export_model(lively(TINY), about)
     path = tmp_path_factory.mktemp("triton") / "drn.onnx"
@@ -39,20 +39,20 @@ def query_part(graph: Path) -> Path:
 def repository(
     request: pytest.FixtureRequest, graph: Path, query_part: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A repository of the whole network, and one of the two parts."""
+    """Repositories of the unsplit and of the split network."""
     model = graph if request.param == "whole" else query_part
     return triton(model, tmp_path_factory.mktemp("served") / "repository")
 
 
 @pytest.fixture(scope="session")
 def split_repository(query_part: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That of the two parts."""
+    """The repository of the split network."""
     return triton(query_part, tmp_path_factory.mktemp("split") / "repository")
 
 
 @pytest.fixture(scope="session")
 def direct(graph: Path) -> Grounder:
-    """The model file itself."""
+    """The model file."""
     return Grounder.load(graph, "cpu", 1)
 
 

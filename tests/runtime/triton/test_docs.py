@@ -1,4 +1,4 @@
-"""The commands of `docs/triton.md` run as they stand, on a small graph and against the stand-in for Triton."""
+"""Run the commands of `docs/triton.md` with a small graph and a test double of Triton."""
 
 from __future__ import annotations
 

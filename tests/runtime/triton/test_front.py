@@ -1,4 +1,4 @@
-"""`runtime.triton.front`: requests that come together are answered as the model file answers them, each by itself."""
+"""Test `runtime.triton.front`: batched requests get the answers of the model file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_alike(found: Sequence[Sequence[Moment]], wanted: Sequence[Sequence[Mo
 
 
 def files_of(repository: Path) -> list[Path]:
-    """What answers depend on: the networks, and what the front knows of them."""
+    """Return the files that answers depend on: the networks and `about.json`."""
     return sorted((*repository.rglob("model.onnx"), *repository.rglob("about.json")))
 
 
@@ -187,7 +187,7 @@ def test_invalid_request_fails_without_affecting_others(
 def test_network_failure_affects_only_its_request(
     server: Server, direct: Grounder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One request makes the network's heads infinite; joined with it, another is answered all the same."""
+    """A request that makes the network's heads infinite does not affect another in the same batch."""
     call = server.call
 
     def poisoned(request: Any) -> Any:

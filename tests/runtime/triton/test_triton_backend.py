@@ -1,4 +1,4 @@
-"""`runtime.backends.triton_backend`: what the front and its clients know, and how they ask."""
+"""Test `runtime.backends.triton_backend`: the configuration of the front, and calls of networks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_padded_length_rounds_up_to_few_sizes() -> None:
 
 
 class Network:
-    """The whole network in this process, as a model of Triton's."""
+    """The unsplit network in this process, as a model of Triton."""
 
     def __init__(self, grounder: Grounder) -> None:
         self.backend: Any = grounder.backend

@@ -1,4 +1,4 @@
-"""`runtime.backends.triton_client`: a model behind Triton answers as its file does, over either protocol."""
+"""Test `runtime.backends.triton_client`: a model behind Triton gives the answers of its file, over both protocols."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def address(request: pytest.FixtureRequest, wire: Wire) -> Iterator[str]:
 
 @pytest.fixture
 def here(wire: Wire) -> Iterator[str]:
-    """The address over gRPC alone."""
+    """The address over gRPC."""
     with over_grpc(wire) as port:
         yield f"triton://127.0.0.1:{port}/drn"
 
