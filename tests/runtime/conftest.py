@@ -56,7 +56,7 @@ class PlantedBackend:
                 middle = (on[0] + on[-1]) // 2
                 matching[row, middle] = 4
                 distances[row, middle] = middle + 0.5 - on[0], on[-1] + 1 - (middle + 0.5)
-            # The last location of the coarsest level: the centre of the last four segments.
+            # The last location of the coarsest level: the center of the last four segments.
             matching[row, -1] = 1 - 0.25 * length
             distances[row, -1] = decoding.num_segments / 2 - 2, 2
         return Heads(matching, distances, iou)

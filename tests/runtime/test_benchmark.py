@@ -74,7 +74,7 @@ WHOLE = {
 }
 
 
-# The whole command
+# The complete command
 
 
 def test_benchmark_of_one_model_writes_complete_report(
@@ -146,7 +146,7 @@ def test_benchmark_uses_queries_of_data_set(tiny_model: Path, mini: Path, capsys
     assert str(mini) in capsys.readouterr().out
 
 
-# Comparing
+# Comparisons
 
 
 class Slower:
@@ -168,7 +168,7 @@ def test_models_are_interleaved_and_compared_with_the_first(
     report = benchmark(compare=tuple(paths), samples=6, batch=1)
     assert [model.label for model in report.models] == ["a.onnx", "b.onnx", "c.onnx"]
     assert [agreement.different for agreement in report.agreements] == [0, 0]
-    # Wherever the three are timed, every one is asked once before any is asked again.
+    # In each round every model runs once before any of them runs again.
     asked = "".join(log)
     assert "abcbcacababcbcacab" in asked
     for timing in report.timings:
@@ -248,7 +248,7 @@ def test_gpu_time_comes_from_device_events(opened: Callable[..., list[Path]], pl
     }
     assert set(on_gpu) == {("one query", 1), ("batch size", 1), ("batch size", 2)}
     assert {key[1]: latency.max_ms for key, latency in on_gpu.items() if latency} == pytest.approx({1: 0.25, 2: 0.5})
-    # Off again for whatever comes next.
+    # The option is off again for later calls.
     assert backend.timed == [True, False, True, False]
     memory = report.models[0].memory
     assert (memory.plan, memory.device, memory.pinned) == (10, 20, 30)
@@ -298,7 +298,7 @@ def test_out_of_memory_skips_only_its_case(
     assert quotes(message, 2, "no memory left")
 
 
-# Stopping
+# Interruptions
 
 
 def stopping(backend: Any, after: int) -> Any:
@@ -332,7 +332,7 @@ def test_ctrl_c_keeps_measured_timings(
     assert report["interrupted"] is True
     assert report["notes"][0].startswith("The run was interrupted")
     samples = [timing["latency"]["samples"] for timing in report["timings"]]
-    # While it opens nothing is measured yet; later, all but the last case is whole.
+    # Nothing is measured while the model opens; later, all cases except the last are complete.
     assert bool(samples) is (after > 5)
     assert samples[:-1] == [120] * len(samples[:-1])
     assert all(0 < count <= 120 for count in samples)
@@ -340,7 +340,7 @@ def test_ctrl_c_keeps_measured_timings(
 
 
 def test_sigint_exits_130_with_complete_report(tiny_model: Path, tmp_path: Path) -> None:
-    # The signal comes from the process itself once it measures, so that nothing depends on the machine's speed.
+    # The process signals itself when it measures, so that the test does not depend on the speed of the machine.
     code = """
 import os, signal
 from runtime.benchmark import benchmark
@@ -377,7 +377,7 @@ command(benchmark)
     assert "The run was interrupted" in result.stdout
 
 
-# What goes in
+# Inputs
 
 
 def test_invalid_input_is_rejected_before_loading_the_model(

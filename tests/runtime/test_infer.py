@@ -218,7 +218,7 @@ def test_frame_count_is_derived_by_clip_timing_of_model(
     manifest = dataclasses.replace(tiny_manifest, features=Features("I3D", 16, window=64, stride=4))
     model = write_graph(tmp_path / "i3d.onnx", {METADATA_KEY: manifest.to_json()})
     arguments = ("--model", model, "--features", clip, "--duration", 20, "--query", "dog sits", "--format", "json")
-    # 30 clips of 64 frames, one every 4.
+    # 30 clips of 64 frames, one clip every 4 frames.
     assert run_command(infer, *arguments).out == run_command(infer, *arguments, "--num-frames", 180).out
     assert run_command(infer, *arguments).out != run_command(infer, *arguments, "--num-frames", 248).out
 
@@ -365,7 +365,7 @@ def test_plot_on_full_disk_fails_without_file(
     assert [path.name for path in tmp_path.iterdir()] == ["hall.npy"]
 
 
-# The same from a shell
+# The command from a shell
 
 
 def shell(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -385,7 +385,7 @@ def test_shell_invalid_features_give_one_line_and_exit_code_2(tiny_model: Path, 
     path = bad_features(tmp_path)["attack.pt"][0]
     result = shell("--model", tiny_model, "--features", path, "--duration", 20, "--query", "dog sits")
     assert (result.returncode, result.stdout) == (2, "")
-    # The line before it says that this model records no digest.
+    # The line before reports that this model records no digest.
     *notes, error = result.stderr.splitlines()
     assert error.startswith("error: ")
     assert len(notes) <= 1

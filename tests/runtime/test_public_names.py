@@ -112,7 +112,7 @@ def test_wrong_types_raise_only_grounding_errors(
                     function(**{**arguments, argument: value})
                 except GroundingError:
                     continue
-                # Whatever it is, no library's error should cross a public function.
+                # No public function may raise an error of a library.
                 except Exception as error:
                     crashes.append(f"{name}({argument}={kind}): {type(error).__name__}: {error}"[:200])
     assert crashes == []

@@ -75,7 +75,7 @@ def test_serve_rejects_wrong_width_and_reports_missing_files(
     check_error(refused(serve, "--model", tiny_model, "--data", mini), "feature_width_mismatch", 8, 16)
     for file in place.iterdir():
         file.unlink()
-    # Told before what ends it here.
+    # The warning comes before the error that ends the command.
     error = refused(serve, "--model", tiny_model, "--data", mini, "--media", tmp_path / "none")
     check_error(error, "missing_file", tmp_path / "none", "--media")
     assert records(caplog, logging.WARNING, mini)

@@ -29,7 +29,7 @@ def replace(features: Path, video: str) -> None:
     """Replace features by others of the same size, name and modification time."""
     path = FeatureFiles(features / "C3D_unit16_overlap0.5_merged").path(video)
     before, stat = path.read_bytes(), path.stat()
-    # In the numbers, which end the record of a tensor.
+    # A byte of the tensor's values, at the end of its record.
     middle = len(before) // 2
     path.write_bytes(before[:middle] + bytes(64) + before[middle + 64 :])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -94,7 +94,7 @@ def test_changed_archive_is_named_instead_of_a_video(here: Here, corpus: Corpus)
     write()
     here(features, queries)
     here(features, queries)
-    # The last video: the first of its shard is not the one that changed.
+    # The last video changed, not the first of its shard.
     last = max(arrays)
     arrays[last] = arrays[last][::-1]
     write()
@@ -102,7 +102,7 @@ def test_changed_archive_is_named_instead_of_a_video(here: Here, corpus: Corpus)
         here(features, queries)
     check_error(caught.value, "features_changed", archive.name)
     assert not [name for name in arrays if name in str(caught.value).replace(str(archive), "")]
-    # A video that is gone is known by name.
+    # The error names a video that was removed.
     del arrays[last]
     write()
     with raises(OutputError, "features_changed", repr(last)) as caught:

@@ -43,7 +43,7 @@ def check(found: dict[str, Video | str]) -> None:
         np.testing.assert_array_equal(video.features, FEATURES[name])
         assert (video.name, video.duration) == (name, LENGTHS[name])
         assert video.num_frames == CLOCK.num_frames(len(FEATURES[name]))
-        # As the network will take it.
+        # Pool the features as the network does.
         video.segments(8)
 
 

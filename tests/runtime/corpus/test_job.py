@@ -36,7 +36,7 @@ def test_resumed_job_produces_identical_shards(
     def interrupted(self: Worker, shard: Any) -> Any:
         calls.append(shard.number)
         if len(calls) == 3:
-            # As a process leaves it that is killed in the middle of a shard.
+            # The files of a process that was killed within a shard.
             left = output / ".drn-01234567-abcdefgh-shard-00003-of-00006.jsonl"
             left.write_text('{"qid": 1, "que')
             os.utime(left, (0, 0))
@@ -131,7 +131,7 @@ def test_simultaneous_job_fails_with_output_locked(
     write, codes = job.write_json, []
 
     def meanwhile(path: Path, value: Any) -> None:
-        # The first has its lock, and no manifest yet; nor is its directory empty.
+        # The first job has its lock but no manifest yet, and its directory is not empty.
         (path.parent / f".{MANIFEST}.x").touch()
         with monkeypatch.context() as patch:
             patch.setattr(job, "write_json", lambda *_: pytest.fail("both write"))

@@ -32,7 +32,7 @@ from tests.runtime.corpus.conftest import content, write_rows
 pytest.importorskip("ray.data", reason="Ray needs the extra [corpus]")
 
 ROOT = Path(__file__).parents[3]
-# No test waits longer for what should happen within seconds.
+# Timeout for events that should take seconds.
 LONGEST_SECONDS = 120
 SHARD_PAIRS = 120
 
@@ -174,7 +174,7 @@ def test_ray_output_equals_one_process_after_worker_kill(
 
 def test_shard_that_kills_every_worker_fails_the_job(inputs: Inputs, cluster: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "corpus"
-    # One shard of all pairs: it takes so long that every process is met in the middle of it.
+    # One shard of all pairs takes so long that every process can be killed within it.
     job = started(inputs.words(output, "--address", "auto", shard_pairs=100_000), cluster)
     for times in range(1, MAX_ATTEMPTS + 1):
         kill_at_work(output, times=times)
@@ -205,12 +205,12 @@ def test_killed_ray_job_resumes_from_finished_shards(
 ) -> None:
     output, own = tmp_path / "corpus", place / "own"
     own.mkdir()
-    # Ray starts here, with the job, and is killed with it.
+    # Ray starts with the job, and ends with it.
     job = started(inputs.words(output, "--actors", 2), {**environment, "RAY_TMPDIR": str(own)})
     wait(lambda: len(list(output.glob("shard-*"))) > 5)
-    # Nothing new is handed out while we look, or all would be done before the kill.
+    # The job is stopped during the check, or all shards would be complete before the kill.
     os.killpg(job.pid, signal.SIGSTOP)
-    # Where there is no `ss`, nothing is said of what listens.
+    # Without `ss` the listening sockets are not checked.
     mine = rays(own)
     listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True).stdout if shutil.which("ss") else None
     os.killpg(job.pid, signal.SIGKILL)

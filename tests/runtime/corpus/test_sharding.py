@@ -37,13 +37,13 @@ def test_shards_contain_each_pair_once_within_size(listed: list[str], about: lis
     assert Counter(actual) == Counter(expected)
     assert all(0 < len(shard) <= size for shard in shards)
     assert [shard.number for shard in shards] == list(range(1, len(shards) + 1))
-    # The sentences of a video come in the order of the file, and a video that fits a shard is in one only.
+    # Queries of a video are in the order of the file, and a video that fits into a shard is in one only.
     for name in dict.fromkeys(name for name, _ in actual):
         lines = [line for video, line in actual if video == name]
         assert lines == sorted(lines)
         holding = [shard for shard in shards if name in {asked.video.name for asked in shard.videos}]
         assert len(holding) == 1 or len(lines) > size
-    # Known videos first, as they are listed.
+    # Known videos come first, in the order of the listing.
     order = list(dict.fromkeys(name for name, _ in actual))
     assert [name for name in order if name in listed] == order[: len(set(order) & set(listed))]
     assert plan([VideoRef(name) for name in listed], questions, size) == (common, shards)
@@ -61,7 +61,7 @@ def test_directory_of_other_inputs_is_rejected_naming_them(tmp_path: Path) -> No
     (tmp_path / LOCK).touch()
     check_same(tmp_path, told())
     (tmp_path / MANIFEST).write_text(json.dumps(told()))
-    # Before the first shard is whole nothing can be lost.
+    # Without a complete shard nothing can be lost.
     check_same(tmp_path, told(model={"sha256": "2"}))
     (tmp_path / shard_name(1, 2, "jsonl")).touch()
     check_same(tmp_path, told())
@@ -75,7 +75,7 @@ def test_directory_with_foreign_content_is_rejected(tmp_path: Path) -> None:
         require_corpus_dir(tmp_path)
     with raises(OutputError, "output_is_file", tmp_path / "photo.jpg"):
         require_corpus_dir(tmp_path / "photo.jpg")
-    # Another's lock is no corpus either.
+    # A lock of another program does not make a directory a corpus.
     (tmp_path / LOCK).touch()
     require_corpus_dir(tmp_path)
     with raises(OutputError, "output_not_empty", tmp_path, MANIFEST):

@@ -116,7 +116,7 @@ def test_each_video_is_read_and_encoded_once(
 
     monkeypatch.setattr(DataSet, "video", counted)
     monkeypatch.setattr(Grounder, "encode_segments", counted_encoding)
-    # Sentences of one video stand apart in the file, and are more than a batch.
+    # Queries of one video are not adjacent in the file, and exceed a batch.
     features, queries = corpus([{"query": DOOR + " door" * n, "vid": v} for n in range(7) for v in ("AAAA1", "BBBB2")])
     result = here(features, queries, model=pair_files if split else tiny_model, batch_size=3)
     assert result.errors == 0
@@ -206,7 +206,7 @@ def test_shard_that_repeatedly_crashes_is_abandoned(
     features, queries = corpus([{"query": DOOR}])
 
     def leave_notes(output: Path) -> None:
-        # As processes that were killed do; a new job takes them away first.
+        # Killed processes leave such files, and a new job deletes them first.
         (output / ".attempts").mkdir(exist_ok=True)
         (output / ".attempts" / "00001").write_text("process 7 on node\n" * MAX_ATTEMPTS)
 
@@ -233,7 +233,7 @@ def test_orphaned_worker_writes_no_shard_of_another_job(
 
     def and_meanwhile(self: Worker, group: Any) -> Any:
         rows = answered(self, group)
-        # The job was killed, and one of other inputs has begun.
+        # The job was killed, and a job with other inputs has started.
         (tmp_path / "corpus" / MANIFEST).write_text('{"format": "another"}')
         return rows
 

@@ -23,7 +23,7 @@ from tests.runtime.media.extractor_graphs import write_clips as write_clip_graph
 av: Any = pytest.importorskip("av", reason="PyAV cuts the clips of these tests")
 
 RATE = 16000
-# AAC comes in frames of 1024 samples, and begins with one of silence that not every container hides.
+# AAC frames have 1024 samples. The first is silence, which some containers do not hide.
 AAC_PADDING = 2048
 
 
@@ -68,7 +68,7 @@ def test_clip_contains_exactly_the_frames_of_the_moment(tmp_path: Path, name: st
     source = film(tmp_path / name, numbered(120), rate=rate)
     step = 1 / float(rate)
     for first, last in ((0, 119), (0, 0), (31, 74), (100, 119)):
-        # A third of a frame after the first begins, and before the last ends.
+        # The span starts a third of a frame after the first frame starts, and ends a third before the last ends.
         write_clips(probe(source), [((first + 0.33) * step, (last + 0.67) * step)], [tmp_path / "clip.mp4"])
         actual = shown(tmp_path / "clip.mp4")
         assert [number for _, number in actual] == list(range(first, last + 1))
@@ -103,7 +103,7 @@ def test_moment_shorter_than_a_frame_is_cut_as_one_frame(tmp_path: Path) -> None
     video_file = probe(film(tmp_path / "hall.mkv", numbered(50)))
     write_clips(video_file, [(1.01, 1.01), (2.0, 2.0)], [tmp_path / "a.mp4", tmp_path / "b.mp4"])
     assert shown(tmp_path / "a.mp4")[0] == (0, 25)
-    # Nothing comes after the end of the film.
+    # The video has no frames after its end.
     assert shown(tmp_path / "b.mp4") == [(0, 49)]
 
 
@@ -190,7 +190,7 @@ def test_clip_colors_match_the_source(tmp_path: Path) -> None:
     write_clips(probe(film(tmp_path / "hall.mkv", stored)), [(0.2, 0.6)], [tmp_path / "clip.mp4"])
     _, first = next(frames_from(probe(tmp_path / "clip.mp4"), 0))
     actual = first.to_ndarray(format="rgb24").astype(int)
-    # The middles of the quarters, where no neighbour bleeds in.
+    # Centers of the quarters, which adjacent colors do not affect.
     for row in (12, 36):
         for column in (16, 60):
             assert np.abs(actual[row, column] - stored[5, row, column]).max() <= 12
@@ -289,7 +289,7 @@ def test_infer_cuts_the_best_moment_of_each_query(
     assert outcome.code == 0, outcome.err
     clips = sorted((tmp_path / "clips").iterdir())
     assert [path.name for path in clips] == ["hall-1-dog-sits.mp4", "hall-2-person-opens-the-door.mp4"]
-    # A line for each file, because line breaks in values are escaped.
+    # One line per file, because line breaks in values are escaped.
     logged = [record.args for record in caplog.records if str(record.msg).startswith("Cut:")]
     assert [list(map(str, paths or ())) for paths in logged] == [[str(path)] for path in clips]
     answers = infer(tiny_model, line[7:], video=str(source), extractor=tiny)
@@ -308,7 +308,7 @@ def test_infer_cut_with_invalid_options_is_rejected(
     of_features = ("--model", tiny_model, "--query", "dog sits", "--features", tmp_path / "f.npy", "--duration", 4)
     error = refused(infer, *of_features, "--cut", tmp_path / "clips")
     check_error(error, "missing_option", "--cut", "--video FILE", "--footage FILE")
-    # The name that the clip would take is the source's own.
+    # The clip would have the name of the source.
     source = film(tmp_path / "hall-1-dog-sits.mp4", 100)
     other = source.rename(tmp_path / "hall.mp4")
     (tmp_path / "hall-1-dog-sits.mp4").symlink_to(other)

@@ -36,7 +36,7 @@ from tests.films import film, sound_only, truncated
 from tests.raising import check_error, raises, records
 from tests.runtime.media.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
 
-# The package has a function of the same name.
+# `runtime` has a function of the same name.
 infer_module = importlib.import_module("runtime.infer")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the extractors of these tests")
 
@@ -96,7 +96,7 @@ def test_frames_are_decoded_while_the_network_runs(tmp_path: Path, monkeypatch: 
             yield picture
 
     def busy(clips: np.ndarray) -> np.ndarray:
-        # Of one clip; with nothing ahead, no more than its 16 frames would be decoded until it is done.
+        # Without prefetching, only the 16 frames of one clip would be decoded before it is complete.
         assert more.wait(30)
         return np.zeros((len(clips), 16), np.float32)
 
@@ -141,7 +141,7 @@ def test_existing_features_are_not_extracted_again(
     extract(videos, tiny, tmp_path / "data")
     assert sum(runs) == 4 + 5
     other = write_clips(tmp_path / "other.onnx", dataclasses.replace(CLIPS, kind="other"))
-    # Another extractor, or features that were removed, are work again.
+    # Another extractor, or deleted features, require another extraction.
     extract(videos, other, tmp_path / "data")
     assert sum(runs) == 4 + 5 + 4 + 5
     (tmp_path / "data" / FEATURE_DIRECTORY / "yard.npy").unlink()
@@ -208,7 +208,7 @@ def test_data_set_of_two_extractors_warns_once(
     data.offsets()
     assert len(records(caplog, logging.WARNING, output, 2)) == 1
     caplog.clear()
-    # The same command goes on.
+    # The same command resumes.
     extract(videos, other, output)
     DataSet(output).video("hall")
     assert not records(caplog, logging.WARNING)
@@ -463,7 +463,7 @@ def test_partial_extraction_is_not_reused_as_complete(tmp_path: Path, tiny: Path
     assert len(video.features) == (video.num_frames - 16) // 8 + 1
     assert video.duration == pytest.approx(video.num_frames / 25)
     assert video.features == pytest.approx(load_or_extract(complete, extractor).features[: len(video.features)])
-    # Kept in the cache, and yet not taken for a whole video's.
+    # Cached partial features must not be used for a complete video.
     with raises(VideoFileError, "truncated_video", path, "--partial"):
         load_or_extract(path, extractor)
 
@@ -524,7 +524,7 @@ def test_late_start_video_gives_times_of_players(
     assert len(expected) >= 2
     first = times("--video", late, "--extractor", tiny)
     assert first == pytest.approx(expected, abs=0.11 if form == "text" else 5e-3)
-    # Out of the cache, and out of a directory.
+    # From the cache, and from a directory.
     assert times("--video", late, "--extractor", tiny) == first
     data = extract((late,), tiny, tmp_path / "data")
     assert times("--data", data, "--video", "hall") == first
@@ -631,7 +631,7 @@ def test_damaged_cache_entry_is_extracted_again(tmp_path: Path, tiny: Path, cach
     first = load_or_extract(video, extractor)
     (entry,) = cache.glob(f"*{suffix}")
     good = entry.read_bytes()
-    # One bit in the middle of the numbers, and one in a digit of the note.
+    # Damage one bit of the features, and one digit of the record.
     place = len(good) * 3 // 4 if suffix == ".npy" else good.index(b'"num_frames": 4') + len('"num_frames": ')
     entry.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
     again = load_or_extract(video, extractor)
@@ -653,7 +653,7 @@ def test_damaged_features_in_directory_are_not_used(tmp_path: Path, tiny: Path, 
     with pytest.raises(GroundingError) as caught:
         DataSet(data).video("hall")
     assert caught.value.code == code
-    # Of before there were digests.
+    # A record of an earlier version, without digests.
     notes = json.loads(good) if name == "extracted.json" else json.loads((data / "extracted.json").read_bytes())
     del notes["videos"]["hall"]["digest"], notes["videos"]["hall"]["features"]
     (data / "extracted.json").write_text(json.dumps(notes))

@@ -21,7 +21,7 @@ def coded(times: list[int], reordered: int, gop: int = 12) -> list[Stamp]:
     for first in range(1, len(times), reordered + 1):
         group = list(range(first, min(first + reordered + 1, len(times))))
         order += [group[-1], *group[:-1]]
-    # Frames are decoded in time for the first that is shown.
+    # Decoding starts early enough for the first displayed frame.
     delay = max((order.index(number) - number for number in range(len(times))), default=0)
     decoded = [times[0] - STEP * (delay - number) for number in range(delay)] + times[: len(times) - delay]
     led = {index for index in range(len(order)) if index == 0 or order[index] > max(order[:index])}
@@ -63,12 +63,12 @@ def test_restarting_or_jumping_parts_are_concatenated(
     for start, steps in recordings:
         times = rising(start, steps)
         before = max(stamp.pts for stamp in stamps[joints:]) if stamps else None  # type: ignore[type-var]
-        # What is neither a step back nor a jump is a gap, which stays.
+        # Other steps are gaps, which are not changed.
         if before is not None and before - 100 <= start <= before + (10_001 if broadcast else 10_000_001):
             continue
         joints = len(stamps)
         packets = coded(times, reordered)
-        # Matroska keeps no times of decoding, and libavformat's estimates are worth nothing after a restart.
+        # Matroska stores no decoding times, and libavformat's estimates are wrong after a restart.
         stamps += [stamp._replace(dts=stamp.pts) for stamp in packets] if estimated and joints else packets
         complete.append(times)
     actual, parts = laid_out(stamps, broadcast=broadcast)
@@ -130,10 +130,10 @@ def test_long_still_frame_is_distinguished_from_jump(seconds: int, broadcast: bo
     times = [*rising(0, [STEP] * 50), *rising(2000 + 1000 * seconds, [STEP] * 50)]
     actual, _ = laid_out(coded(times, 0), broadcast=broadcast)
     assert (actual.tolist() == times) is stays
-    # Where sound goes on meanwhile, it is a gap in the pictures alone.
+    # If the audio continues, only the video has a gap.
     actual, _ = laid_out(coded(times, 0), broadcast=broadcast, others=np.arange(0, seconds + 4, 0.1))
     assert actual.tolist() == times
-    # Sound that jumps with the pictures is no proof of a gap.
+    # Audio that jumps with the video does not prove a gap.
     others = [*np.arange(0, 2.5, 0.1), *np.arange(1.5 + seconds, 4 + seconds, 0.1)]
     actual, _ = laid_out(coded(times, 0), broadcast=broadcast, others=others)
     assert (actual.tolist() == times) is stays
@@ -155,10 +155,10 @@ def test_frames_hidden_by_edit_list_are_excluded() -> None:
 
 def test_frame_packets_without_timestamp_are_counted() -> None:
     assert laid_out([Stamp(None, None)] * 5)[0].tolist() == rising(0, [STEP] * 5)
-    # Every fourth packet has a time stamp: a frame each.
+    # Every fourth packet has a time stamp, and each packet is a frame.
     stamps = [Stamp(time if time % 160 == 0 else None, None) for time in rising(0, [STEP] * 40)]
     assert laid_out(stamps)[0].tolist() == rising(0, [STEP] * 40)
-    # Every second: the second field of a frame.
+    # Every second packet has one, because the others are second fields.
     stamps = list(itertools.chain.from_iterable((Stamp(time, time), Stamp(None, None)) for time in range(0, 1600, 40)))
     assert laid_out(stamps)[0].tolist() == rising(0, [STEP] * 40)
 
@@ -166,6 +166,6 @@ def test_frame_packets_without_timestamp_are_counted() -> None:
 def test_sound_shift_matches_its_video_part() -> None:
     parts = [Part(0, 0, 0, 5000), Part(125, 5040, 0, 5000), Part(250, -25_000, 36_000, 41_000)]
     shift = SoundShift(parts, UNIT)
-    # Sound of each part in turn, that of the second begins before the last of the first is read.
+    # Audio of the second part starts before the last packet of the first part is read.
     actual = [shift.shift_at(time) for time in (-0.1, 2.0, 4.9, 5.3, 0.0, 3.0, 5.2, 35.9, 40.0)]
     assert actual == pytest.approx([0, 0, 0, 0, 5.04, 5.04, 5.04, -25, -25])

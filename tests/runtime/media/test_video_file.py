@@ -67,7 +67,7 @@ def test_resizing_keeps_white_and_black() -> None:
 
 
 def test_c3d_crop_matches_caffe() -> None:
-    # Of 128 x 171, rows 8 to 119 and columns 29 to 140: halves are rounded down.
+    # The crop of 128 x 171 is rows 8 to 119 and columns 29 to 140, because halves are rounded down.
     frame = np.zeros((128, 171, 4), np.uint8)
     frame[8:120, 29:141] = 255
     assert (FrameResizer(128, 171, ResizeCrop()).resize(frame) == 255).all()
@@ -88,7 +88,7 @@ def test_resize_of_shorter_side_keeps_aspect_ratio() -> None:
 def test_constant_rate_video_returns_its_frames(tmp_path: Path, name: str) -> None:
     frames = scene(40)
     video_file = probe(film(tmp_path / name, frames, rate=Fraction(30000, 1001)))
-    # Matroska keeps whole milliseconds.
+    # Matroska stores whole milliseconds.
     assert video_file.frame_rate == pytest.approx(30000 / 1001, rel=1e-3)
     assert video_file.num_frames == 40
     assert video_file.duration == pytest.approx(40 * 1001 / 30000, rel=1e-3)
@@ -173,7 +173,7 @@ def test_orientation_that_is_not_quarter_turn_is_logged(
 
 
 def test_variable_rate_is_resampled_to_constant_rate(tmp_path: Path) -> None:
-    # Ten frames in 0.4 s, then ten in 2 s: on the grid those of the first part are thinned, and the others stay on.
+    # Ten frames in 0.4 s, then ten in 2 s: the grid omits frames of the first part and repeats those of the second.
     times = [40 * number for number in range(10)] + [400 + 200 * number for number in range(10)]
     frames = scene(20)
     video_file = probe(film(tmp_path / "varying.mkv", frames, times=times))
@@ -182,7 +182,7 @@ def test_variable_rate_is_resampled_to_constant_rate(tmp_path: Path) -> None:
     assert len(actual) == video_file.num_frames == 20
     for place, picture in enumerate(actual):
         (shown,) = np.nonzero((frames == picture).all(axis=(1, 2, 3)))[0]
-        # What is seen began at most half a place late, and the next had not begun half a place before.
+        # A frame is at most half a grid position late, and the next one starts no more than half a position earlier.
         assert times[shown] / 1000 <= (place + 0.5) / video_file.frame_rate
         after = times[shown + 1] if shown < 19 else np.inf
         assert after / 1000 >= (place - 0.5) / video_file.frame_rate
@@ -225,7 +225,7 @@ def test_real_file_with_late_frames_has_an_offset(faults: Path) -> None:
 
 
 def test_duration_ends_with_the_last_frame(tmp_path: Path) -> None:
-    # On average 0.49 s apart, and the last is on for as long as the one before it, 0.04 s.
+    # The mean step is 0.49 s, and the last frame lasts as long as the previous one, 0.04 s.
     times = [0, 2000, *range(2040, 2200, 40)]
     video_file = probe(film(tmp_path / "odd.mp4", len(times), times=times))
     last = (times[-1] - times[0]) / 1000
@@ -267,7 +267,7 @@ def test_frames_at_returns_frames_and_decodes_few_others(
     for time, picture in zip(times, actual, strict=True):
         expected = frames[min(int(time * 25 + 1e-6), 199)]
         assert np.abs(picture.astype(int) - expected).mean() < 12, time
-    # MPEG-4 has a key frame every 12; FFV1 has nothing else.
+    # MPEG-4 has a key frame every 12 frames; all frames of FFV1 are key frames.
     assert len(seen) < 100
 
 
@@ -321,7 +321,7 @@ def test_memory_does_not_grow_with_video_length(tmp_path: Path) -> None:
 
     peak(40)
     short, long = peak(40), peak(400)
-    # One picture is 38 kB: 360 more would be 13 MB.
+    # One image has 38 kB, so 360 more would have 13 MB.
     assert long - short < 100_000
 
 
@@ -569,7 +569,7 @@ def test_file_referring_to_other_files_is_rejected(tmp_path: Path, name: str, re
 def test_referring_formats_exist_in_ffmpeg() -> None:
     import av
 
-    # The names change with no version; a typing error would let one pass.
+    # A misspelled name would accept a format.
     assert {"concat", "hls", "image2", "mlv", "sdp", "vobsub"} <= container.REFERRING_FORMATS & set(
         av.formats_available
     )
@@ -645,7 +645,7 @@ def test_unsupported_frame_rate_is_rejected_before_decoding(tmp_path: Path, rate
 def test_gap_in_constant_rate_video_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     complete = [40 * number for number in range(40)]
     probe(film(tmp_path / "whole.mkv", 40, times=complete))
-    # Of a recording whose frames come as they like, no step is a gap.
+    # At a variable rate no step is a gap.
     probe(
         film(
             tmp_path / "unsteady.mkv",

@@ -80,7 +80,7 @@ def test_long_video_is_grounded_in_windows(
     expected = [vars(moment) for moment in grounder.ground(video, annotation.sentence)]
     actual = cutting.ask({"video": annotation.video, "query": annotation.sentence}).json
     assert alike(actual[0]["moments"], expected)
-    # A clock that makes windows of two clips each, thousands of them, is no way to keep the model from others.
+    # Features with a clip timing that gives thousands of windows must not block the model.
     cutting.send(
         "/v1/ground", features=("x", npy(np.eye(2000, 32, dtype=np.float32))), duration=16000, query=annotation.sentence
     ).refused(422, "windows")

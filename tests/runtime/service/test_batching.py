@@ -63,7 +63,7 @@ def close_to(found: Sequence[Moment], expected: Sequence[Moment]) -> bool:
 
 
 def test_callers_get_answers_to_their_own_queries(held: Held, pairs: list[Any]) -> None:
-    # Groups of one to four sentences, asked all at once; no two answers are alike, so that a mix-up shows.
+    # Groups of one to four queries at once. All answers differ, so that exchanged answers are detected.
     groups = [pairs[start : start + 1 + start % 4] for start in range(0, len(pairs), 3)]
     expected = [[held.ground(*pair) for pair in group] for group in groups]
     assert len({tuple(answer) for group in expected for answer in group}) == len(
@@ -193,7 +193,7 @@ def test_closed_batcher_finishes_accepted_requests_only(held: Held, pairs: list[
 
 
 def test_single_requests_do_not_wait_for_a_batch(held: Held, pairs: list[Any]) -> None:
-    # Forty waits of a second would not fit.
+    # Forty waits of a second would exceed the limit.
     async def ask() -> None:
         batcher = Batcher(held, BatchOptions(wait_ms=1000))
         for pair in pairs[:40]:

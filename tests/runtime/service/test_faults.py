@@ -54,7 +54,7 @@ def test_service_killed_under_load_restarts_correctly(
                 time.sleep(0.02)
                 continue
             except Exception as error:
-                # http.client tells of a connection that ended in the middle in several ways.
+                # http.client has several exceptions for a connection that ends early.
                 if type(error).__module__ != "http.client":
                     raise
                 continue
@@ -81,7 +81,7 @@ def test_service_killed_under_load_restarts_correctly(
     for task in running:
         task.result()
     assert not wrong
-    # What the killed one left is gone.
+    # The files of the killed service are deleted.
     assert len(list(tmp_path.glob("service-*"))) == 1
     assert current[1].end()[0] == 0
     assert list(tmp_path.iterdir()) == []
@@ -96,7 +96,7 @@ def test_service_finishes_accepted_requests_on_signal(
     ending = start("--model", model, "--extractor", extractor, "--uploads", tmp_path / "uploads")
     content = film(tmp_path / "film.mp4", 60).read_bytes()
     with concurrent.futures.ThreadPoolExecutor(1) as client:
-        # Takes about a second, most of it in another process.
+        # The request takes about a second, most of it in another process.
         asked = client.submit(ending.send, "/v1/ground", video=("film.mp4", content), query="person opens the door")
         deadline = time.monotonic() + 20
         while not list((tmp_path / "uploads").glob("service-*/upload-*/video.mp4")):
@@ -193,7 +193,7 @@ def test_replaced_extractor_is_rejected(
 
     before = send()
     assert before.status == 200
-    # The same content under another time is the same extractor.
+    # A copy with another modification time is the same extractor.
     shutil.copy(extractor, tmp_path / "again.onnx")
     (tmp_path / "again.onnx").replace(copied)
     assert alike(send().json, before.json)
@@ -219,7 +219,7 @@ def test_disconnecting_clients_do_not_affect_others(service: Running, questions:
         with socket.create_connection(("127.0.0.1", service.port)) as stream:
             stream.sendall(complete[:length])
             if length % 2:
-                # Without a farewell: a reset, as of a process that was killed.
+                # A reset, as from a killed process.
                 stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
     with concurrent.futures.ThreadPoolExecutor(8) as clients:

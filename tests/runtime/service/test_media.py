@@ -84,7 +84,7 @@ def test_service_does_not_serve_files_outside_media_dir(
         reply = service.get(f"/v1/videos/{name}/media")
         assert reply.status == 404
         assert SECRET not in reply.body
-    # Every descriptor was closed again.
+    # All file descriptors are closed.
     links = [os.readlink(link) for link in Path(f"/proc/{service.process.pid}/fd").iterdir() if link.exists()]
     assert not [link for link in links if str(media) in link]
 

@@ -125,7 +125,7 @@ def test_incomplete_request_body_times_out(hurried: int) -> None:
 
 
 def test_slowly_sent_request_body_times_out(hurried: int) -> None:
-    # Whole at its end, without a pause that would be too long by itself.
+    # The body is complete at the end, and no single pause exceeds the limit.
     complete = asking(json.dumps(QUESTION).encode())
     head = complete.index(b"\r\n\r\n") + 4
     pieces = [complete[:head], *(complete[place : place + 8] for place in range(head, len(complete), 8))]

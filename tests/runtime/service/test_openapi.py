@@ -55,9 +55,8 @@ def test_generated_requests_do_not_break_the_service(document: Any, method: str,
     )
     @given(operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
-        # Server errors, undocumented statuses and types, answers against their schema, malformed requests that are
-        # taken. No schema knows which words a model knows, or what a file holds, so what is of the right form may be
-        # refused.
+        # Checks server errors, undocumented statuses and types, schemas of responses, and accepted invalid requests.
+        # Valid requests may be rejected, because the schema does not contain the vocabulary or the content of files.
         case.call_and_validate(timeout=20, excluded_checks=[positive_data_acceptance])
 
     ask()

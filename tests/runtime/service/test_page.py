@@ -17,7 +17,7 @@ from runtime.datasets.dataset import DataSet
 from tests.films import film, holed, scene
 from tests.runtime.service.conftest import Running, npy
 
-# Named by .ci/run, so that there these tests fail instead of skipping.
+# .ci/run sets the variable, so that these tests fail there instead of being skipped.
 CHROMIUM = os.environ.get("DRN_CHROMIUM") or shutil.which("chromium")
 if not os.environ.get("DRN_CHROMIUM"):
     if CHROMIUM is None:
@@ -25,7 +25,7 @@ if not os.environ.get("DRN_CHROMIUM"):
     pytest.importorskip("playwright", reason="Playwright drives the browser")
 from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402 - after it is known to be there
 
-# As root in a container, and without a word to anybody.
+# Chromium runs as root in a container, and must not contact any service.
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -36,7 +36,7 @@ FLAGS = (
     "--disable-sync",
     "--autoplay-policy=no-user-gesture-required",
 )
-# What is expected gets as long as all else: on a busy machine a page may take its time.
+# Expectations have the same timeout as actions, because a page may be slow on a busy machine.
 PATIENCE_MS = 15_000
 expect.set_options(timeout=PATIENCE_MS)
 SHOWN = "SIM00001"
@@ -110,7 +110,7 @@ def seen(browser: Browser, shown: Running, request: pytest.FixtureRequest) -> It
     yield seen
     context.close()
     assert [url for url in seen.asked if not url.startswith((seen.url, f"blob:{seen.url}"))] == []
-    # A refused question is told by the browser too; anything else is ours.
+    # The browser also logs rejected requests; all other errors are defects of the page.
     assert [error for error in seen.errors if "status of 4" not in error and "ERR_FAILED" not in error] == []
 
 
@@ -262,7 +262,7 @@ def test_queries_are_shown_in_rows_of_distinct_color(seen: Seen) -> None:
         seen.ask(sentence)
     colours = page.locator(".track .bar").evaluate_all("bars => bars.map(bar => getComputedStyle(bar).backgroundColor)")
     assert len(colours) == len(set(colours)) == 8
-    # The ninth takes the first one's place; one asked again is not there twice.
+    # The ninth query replaces the first, and a repeated query is listed once.
     page.get_by_label("What happens?").fill(sentences[8])
     page.keyboard.press("Enter")
     expect(page.locator("#answers > li").last).to_contain_text(sentences[8])
@@ -288,7 +288,7 @@ def test_video_without_media_shows_timeline_only(seen: Seen, tmp_path: Path) -> 
     head = page.locator("#head").evaluate("head => parseFloat(head.style.left)")
     bar = page.locator(".bar.chosen").evaluate("bar => parseFloat(bar.style.left)")
     assert head == pytest.approx(bar, abs=0.01)
-    # A film of this device never leaves it.
+    # A local video file is never uploaded.
     asked = len(seen.asked)
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Play a video file from this device").click()

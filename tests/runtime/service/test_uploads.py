@@ -170,7 +170,7 @@ def test_changed_upload_byte_is_read_or_rejected(
 @pytest.mark.parametrize(
     "content",
     [
-        # 64 MiB of zeros in 64 KiB; a head that admits it, and one that does not.
+        # 64 MiB of zeros in 64 KiB, with a correct header and a false one.
         zipped(headed("(524288, 32)") + bytes(MIB), times=64),
         zipped(headed("(40, 32)") + bytes(MIB), times=64),
     ],
@@ -206,7 +206,7 @@ def test_zip64_directory_over_limit_is_not_read(tmp_path: Path) -> None:
     start = archive.start_dir
     record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, size, size, len(content) - start, start)
     locator = struct.pack("<4sLQL", b"PK\6\7", 0, len(content), 1)
-    # What stands last tells of a small directory; zipfile follows the record before it.
+    # The last record declares a small directory, but zipfile uses the record before it.
     last = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 60, start, 0)
     with raises(HttpError, "invalid", 4096):
         read(content + record + locator + last, tmp_path / "f")
@@ -311,7 +311,7 @@ def test_oldest_uploads_are_evicted(kept: Uploads) -> None:
     assert not second.directory.exists()
     assert kept.get(first.id) is first
     assert kept.bytes == 900
-    # Asked just now, the first is no longer the oldest.
+    # The first upload was used just now, so it is no longer the oldest.
     fill(kept, 10)
     fill(kept, 10)
     assert len(kept) == 3
@@ -496,7 +496,7 @@ def test_uploaded_video_is_extracted_served_and_grounded(service: Running, tmp_p
     assert sent.status == 201, sent.body
     identity = sent.json["id"]
     assert sent.json["state"] == "extracting"
-    # Asked at once, the answer waits for the features.
+    # A query right after the upload waits for the features.
     actual = service.ask({"video": identity, "query": "person opens the door"})
     assert actual.status == 200, actual.body
     about = service.get(f"/v1/videos/{identity}").json

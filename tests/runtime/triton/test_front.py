@@ -153,7 +153,7 @@ def test_video_cache_is_bounded_and_keeps_recent_videos() -> None:
     assert kept.video(first.features.copy(), 300, 9.0, "again") is first
     kept.video(video(40, 3).features, 300, 9.0, "one more")
     assert len(kept._videos) == 3
-    # The one not asked for longest is gone, and that was not the first.
+    # The least recently used video is evicted, which is not the first.
     assert kept.video(first.features.copy(), 300, 9.0, "again") is first
 
 

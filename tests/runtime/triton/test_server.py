@@ -93,7 +93,7 @@ def served(repository: Path, backends: Path, *options: str) -> Iterator[tuple[in
         "--allow-metrics=false",
         *options,
     ]
-    # Its Python finds packages through the first python3 of the path.
+    # Triton's Python uses the packages of the first python3 in PATH.
     environment = {
         "PATH": f"{PLACE / 'bin'}:{os.environ['PATH']}",
         "LD_LIBRARY_PATH": str(packages / "nvidia_pytriton.libs"),
@@ -169,7 +169,7 @@ def test_grpc_and_http_answers_equal_model_file(repository: Path, backends: Path
 def test_mixed_shapes_are_batched_and_bad_request_fails(
     graph: Path, backends: Path, tmp_path: Path, direct: Grounder
 ) -> None:
-    # Long enough for all to come before the first is answered.
+    # The delay lets all requests arrive before the first response.
     repository = triton(graph, tmp_path / "repository", instances=1, wait_ms=1000)
     subjects = [video(20 + seed, seed) for seed in range(6)]
     actual: dict[int, Any] = {}
@@ -178,7 +178,7 @@ def test_mixed_shapes_are_batched_and_bad_request_fails(
         def ask(index: int) -> None:
             model = Grounder.load(f"triton://127.0.0.1:{port}/drn")
             try:
-                # Words that the client knows and the server does not, as a client of another kind would send.
+                # Words that are unknown to the server only, as another client could send.
                 if index == 5:
                     model.manifest.vocabulary.words["zorb"] = 1
                 queries = ["zorb"] if index == 5 else QUERIES[: 1 + index % 3]

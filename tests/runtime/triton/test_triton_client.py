@@ -66,7 +66,7 @@ def test_served_model_equals_model_file(address: str, wire: Wire, direct: Ground
     actual, expected = served.ground_batch(pairs, 3), direct.ground_batch(pairs, 3)
     assert [len(one) for one in actual] == [len(one) for one in expected]
     np.testing.assert_allclose(flat(actual), flat(expected), atol=tolerances.BATCHED_SECONDS)
-    # Each pair has a video of its own: one request for each.
+    # Each pair has another video, so there is one request per pair.
     assert [name for name, _ in wire.asked] == ["drn"] * len(pairs)
 
 
