@@ -112,14 +112,12 @@ def first_video_stream(container: Any, path: Path) -> Any:
     covers = load_av().stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & covers]
     # A stream of a single picture next to other streams is a cover that is not marked as one.
-    moving = [stream for stream in streams if not (stream.frames == 1 and codec_name(stream) in PICTURE_CODECS)]
-    if moving or streams:
-        return (moving or streams)[0]
+    for stream in streams:
+        # FFmpeg has no codec context without a decoder.
+        if stream.frames != 1 or stream.codec_context is None or stream.codec_context.name not in PICTURE_CODECS:
+            return stream
+    if streams:
+        return streams[0]
     kinds = sorted({"a cover picture" if stream.type == "video" else stream.type for stream in container.streams})
     content = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
     raise VideoFileError(f"{path} has no video stream ({content}). Give a video file.", code="no_video_stream")
-
-
-def codec_name(stream: Any) -> str:
-    """Return the name of a stream's codec; empty if FFmpeg has no decoder for it."""
-    return stream.codec_context.name if stream.codec_context is not None else ""
