@@ -155,7 +155,7 @@ def test_invalid_parquet_row_fails_only_that_row(tmp_path: Path) -> None:
     shapes = [None, [4], [2, 2], [5, 4], [-6, -4]]
     actual = [*loaded(write_parquet(tmp_path / "features.parquet", numbers, shape=shapes)).values()]
     assert [isinstance(video, Video) for video in actual] == [False, False, False, True, False]
-    assert quotes(str(actual[0]), "`shape`")
+    assert quotes(str(actual[0]), "shape")
     texts = pa.array([["a"], ["b"], ["c"], ["d"], ["e"]])
     assert quotes(str(loaded(write_parquet(tmp_path / "features.parquet", texts))["v0"]), "string")
     integers = pa.array([1, 2, 3, 4, 5])

@@ -34,7 +34,7 @@ def test_aborted_check_names_the_current_file(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=-6, stdout=stdout))
     with pytest.raises(FeatureError) as raised:
         check_metadata(files)
-    assert raised.value.code == "invalid_features"
+    assert raised.value.code == "damaged_file"
     assert files[1 if stdout else 0].name in str(raised.value)
 
 

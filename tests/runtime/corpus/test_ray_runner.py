@@ -168,7 +168,7 @@ def test_ray_output_equals_one_process_after_worker_kill(
     said, errors = job.communicate(timeout=LONGEST_SECONDS)
     assert job.returncode == 0, errors
     assert content(output) == inputs.wanted
-    assert re.search(r"Shard \d+ was begun 2 times", errors), errors
+    assert re.search(r"Shard \d+ took 2 attempts", errors), errors
     assert quotes(said, 3607, len(inputs.wanted), 607)
 
 
@@ -180,7 +180,7 @@ def test_shard_that_kills_every_worker_fails_the_job(inputs: Inputs, cluster: di
         kill_at_work(output, times=times)
     _, errors = job.communicate(timeout=LONGEST_SECONDS)
     assert job.returncode == 2, errors
-    assert re.search(r"error: shard-00001-of-00001\.jsonl: It was begun 3 times, .*process \d+ on", errors), errors
+    assert re.search(r"error: shard-00001-of-00001\.jsonl: The process ended in each of 3 attempts, .*process \d+ on", errors), errors
     assert content(output) == {}
 
 

@@ -229,7 +229,7 @@ def test_orphaned_worker_writes_no_shard_of_another_job(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus([{"query": DOOR}])
-    answered = Worker._answered
+    answered = Worker._rows
 
     def and_meanwhile(self: Worker, group: Any) -> Any:
         rows = answered(self, group)
@@ -237,7 +237,7 @@ def test_orphaned_worker_writes_no_shard_of_another_job(
         (tmp_path / "corpus" / MANIFEST).write_text('{"format": "another"}')
         return rows
 
-    monkeypatch.setattr(Worker, "_answered", and_meanwhile)
+    monkeypatch.setattr(Worker, "_rows", and_meanwhile)
     with raises(GroundingError, "shard_failed", "shard-00001-of-00001.jsonl", tmp_path / "corpus"):
         here(features, queries)
     assert not list((tmp_path / "corpus").glob("shard-*"))
