@@ -89,18 +89,9 @@ def rank(
     if data_set.simulated:
         print("The features are simulated: the results are not comparable with published numbers.")
     if output:
-        content = {
-            **ranking.values,
-            "chance": ranking.chance,
-            "sentences": len(annotations),
-            "videos": videos,
-            "split": split,
-            "seed": seed,
-            "simulated_features": data_set.simulated,
-            "model": model.name,
-            "ranks": ranking.ranks.tolist(),
-        }
-        write_json(output, content)
+        results = {**ranking.values, "chance": ranking.chance, "sentences": len(annotations), "videos": videos}
+        settings = {"split": split, "seed": seed, "simulated_features": data_set.simulated, "model": model.name}
+        write_json(output, {**results, **settings, "ranks": ranking.ranks.tolist()})
     suggest_next_command("runtime.evaluate", "--model", model, "--data", data)
     return ranking
 

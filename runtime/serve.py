@@ -90,37 +90,14 @@ def serve(
         device: device that runs the model; auto selects cuda if it is available.
         threads: number of CPU threads. Default: set by the library that runs the model.
     """
-    options = ServeOptions(
-        model,
-        data,
-        media,
-        extractor,
-        host,
-        port,
-        allow_host,
-        api_key or os.environ.get("DRN_API_KEY") or None,
-        batch_size,
-        wait_ms,
-        queue_size,
-        timeout,
-        grace,
-        cache_mib,
-        uploads,
-        upload_mib,
-        uploads_mib,
-        keep_minutes,
-        window,
-        overlap,
-        device,
-        threads,
-    )
-    run(options)
+    # The fields of `ServeOptions` are the parameters of this function.
+    run(ServeOptions(**locals()))
     suggest_next_command("runtime.benchmark", "--model", model, "--data", data or "DIR")
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-    """The options of one service; see `serve`."""
+    """The arguments of `serve`."""
 
     model: Path
     data: Path | None
@@ -146,13 +123,18 @@ class ServeOptions:
     threads: int | None
 
     @property
+    def key(self) -> str | None:
+        """The API key, from the argument or the environment; None without a key."""
+        return self.api_key or os.environ.get("DRN_API_KEY") or None
+
+    @property
     def is_local(self) -> bool:
         """Return whether the service is reachable from this machine only."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
     def validate(self) -> None:
         """Raise GroundingError if an option is out of range or requires another; no file is read."""
-        if not self.is_local and self.api_key is None:
+        if not self.is_local and self.key is None:
             raise GroundingError(
                 f"--host {self.host} accepts requests from other machines, which requires --api-key (or DRN_API_KEY). "
                 "Pass a key, or use 127.0.0.1.",
@@ -185,7 +167,7 @@ class ServeOptions:
             timeout_s=self.timeout,
             cache_bytes=self.cache_mib * MIB,
             batching=BatchOptions(self.batch_size, self.wait_ms, self.queue_size),
-            gate=GateOptions(self.api_key, hosts, upload_bytes=self.upload_mib * MIB),
+            gate=GateOptions(self.key, hosts, upload_bytes=self.upload_mib * MIB),
             uploads=UploadOptions(
                 self.uploads or cache_directory() / "uploads",
                 total_bytes=self.uploads_mib * MIB,

@@ -68,7 +68,7 @@ def _routes(service: Service) -> FastAPI:
     _add_status(app, service)
     _add_page(app)
 
-    def respond(request: Request, exception: Exception) -> Response:
+    async def respond(request: Request, exception: Exception) -> Response:
         error = _to_http_error(exception)
         if isinstance(exception, DeviceError):
             # Clients do not get the message, so the operator needs it.
@@ -226,7 +226,7 @@ def _add_page(app: FastAPI) -> None:
     """Serve the files of the web page from memory, so that no path from a request reaches the file system."""
     files = {path.name: path.read_bytes() for path in sorted(PAGE.iterdir()) if path.suffix in PAGE_TYPES}
 
-    def file(name: str, request: Request) -> Response:
+    async def file(name: str, request: Request) -> Response:
         content = files.get(name)
         if content is None:
             raise _not_found()
@@ -237,13 +237,8 @@ def _add_page(app: FastAPI) -> None:
         return Response(content, media_type=PAGE_TYPES[Path(name).suffix], headers=headers)
 
     @app.api_route("/", methods=READ, include_in_schema=False)
-    async def index(request: Request) -> Response:
-        return file("index.html", request)
-
     @app.api_route("/docs", methods=READ, include_in_schema=False)
-    async def docs(request: Request) -> Response:
-        return file("docs.html", request)
+    async def page(request: Request) -> Response:
+        return await file("docs.html" if request.url.path == "/docs" else "index.html", request)
 
-    @app.api_route("/page/{name}", methods=READ, include_in_schema=False)
-    async def part(name: str, request: Request) -> Response:
-        return file(name, request)
+    app.api_route("/page/{name}", methods=READ, include_in_schema=False)(file)

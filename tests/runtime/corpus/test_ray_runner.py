@@ -180,7 +180,9 @@ def test_shard_that_kills_every_worker_fails_the_job(inputs: Inputs, cluster: di
         kill_at_work(output, times=times)
     _, errors = job.communicate(timeout=LONGEST_SECONDS)
     assert job.returncode == 2, errors
-    assert re.search(r"error: shard-00001-of-00001\.jsonl: The process ended in each of 3 attempts, .*process \d+ on", errors), errors
+    assert re.search(
+        r"shard-00001-of-00001\.jsonl: The process ended in each of 3 attempts, .*process \d+ on", errors
+    ), errors
     assert content(output) == {}
 
 
