@@ -74,7 +74,7 @@ def proxied(start: Callable[..., Running], model: Path, planted: Path, tmp_path:
         (f"/etc/ssl/certs/{host}.pem", str(certificate)),
         (f"/etc/ssl/private/{host}.key", str(key)),
     ):
-        assert block.count(before) == 1
+        assert before in block
         block = block.replace(before, after)
     temporary = "".join(
         f"{name}_temp_path {tmp_path / name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
