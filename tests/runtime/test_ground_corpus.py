@@ -28,7 +28,7 @@ def test_ground_corpus_writes_shards_and_prints_pair_count(
 ) -> None:
     outcome = run_command(ground_corpus, *words, "--actors", 0, "--shard-pairs", 4)
     assert outcome.code == 0
-    assert outcome.out.startswith(f"6 pairs in 2 shards in {tmp_path / 'corpus'}: 6 made in ")
+    assert outcome.out.startswith(f"6 pairs in 2 shards in {tmp_path / 'corpus'}: 6 grounded in ")
     assert "Next:  python -m runtime.describe" in caplog.text
     about = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
     assert (about["format"], about["pairs"], about["shards"]) == ("drn-corpus/1", 6, 2)
