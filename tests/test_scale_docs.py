@@ -50,7 +50,7 @@ def test_walkthrough_commands_run_unchanged(tmp_path: Path, golden: Path) -> Non
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         said.append(result.stdout)
     assert len(said) == 3
-    assert "7 made" in said[0]
+    assert "7 grounded in" in said[0]
     assert "all were grounded already" in said[1]
     found = [json.loads(line) for line in (tmp_path / "corpus" / "shard-00001-of-00001.jsonl").read_text().splitlines()]
     assert [row["qid"] for row in found] == [1, 2, 1, 1, 1, 1, 1]
