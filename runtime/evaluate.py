@@ -176,7 +176,7 @@ def _print(options: Options, result: Result) -> None:
     if result.prior:
         rows.append(("prior (constant moments)", result.prior))
     print(format_table(rows))
-    print(f"{scored.queries} queries of {options.split}, protocol {scored.protocol}, in percent.")
+    print(f"{scored.queries} queries of {options.split}, protocol {scored.protocol}, percent.")
     if result.published:
         print(result.published.sentence())
     if count := used_fallback(next(iter(result.evaluation.detections.values()))).sum():
