@@ -280,7 +280,7 @@ def test_evaluate_counts_fallback_answers(
     windows = [json.loads(row)["pred_relevant_windows"] for row in (tmp_path / "p.jsonl").read_text().splitlines()]
     whole = sum(actual[0][0] == 0 and actual[0][2] == 1 for actual in windows)
     assert 0 < whole < 5
-    assert f"{whole} of them have no likely location and are answered by the whole video." in outcome.out
+    assert f"{whole} of them have no location above the threshold; their moment is the complete video." in outcome.out
 
 
 def test_evaluate_shows_published_results_of_the_checkpoint(
