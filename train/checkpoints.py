@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -107,6 +108,10 @@ class Checkpoint:
         )
 
 
+# Of a training run.
+STAGE_DIRECTORY = re.compile("stage([1-3])")
+
+
 def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically."""
     config = dataclasses.asdict(checkpoint.config)
@@ -188,7 +193,20 @@ def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
             code="segment_count_mismatch",
         )
     check_weights(checkpoint.weights, network, str(path))
+    _check_stage(Path(path), checkpoint.training["stage"])
     return checkpoint
+
+
+def _check_stage(path: Path, stage: int) -> None:
+    """Raise CheckpointError if `stageK/best.pt` of a training run was trained in another stage."""
+    directory = path.absolute().parent
+    expected = STAGE_DIRECTORY.fullmatch(directory.name)
+    if expected and path.name == "best.pt" and (directory.parent / "run.json").is_file() and int(expected[1]) != stage:
+        raise CheckpointError(
+            f"{path} was trained in stage {stage}, but is in the directory of stage {expected[1]}. Restore the "
+            "checkpoint of that stage, or copy this one out of the run.",
+            code="stage_mismatch",
+        )
 
 
 def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) -> None:

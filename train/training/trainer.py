@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from runtime.core.decoding import NON_FINITE
-from runtime.core.errors import CheckpointError, GroundingError, ModelFileError, OutputError, reading
+from runtime.core.errors import CheckpointError, GroundingError, ModelFileError, OutputError, excerpt, reading
 from runtime.core.io.atomic_files import atomic_write, write_json, write_text
 from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import check_format
@@ -155,9 +155,11 @@ class TrainingRun:
                 code="settings_mismatch",
             )
         for stage in self.settings.stages:
-            for checkpoint in (self._directory(stage) / name for name in ("best.pt", "last.pt")):
-                if checkpoint.is_file():
-                    check(checkpoint)
+            best, last = (self._directory(stage) / name for name in ("best.pt", "last.pt"))
+            if best.is_file():
+                load_checkpoint(best)
+            if last.is_file():
+                check(last)
         # Read only to check it, before an epoch is computed.
         self._history()
         self.processes.wait()
@@ -253,6 +255,7 @@ class TrainingRun:
         self.log_metrics(self._append_history(record))
         state = {
             "format": RESUME_FORMAT,
+            "stage": stage.number,
             "epoch": progress.epochs,
             "best": progress.best,
             "since_best": progress.since_best,
@@ -388,6 +391,13 @@ class TrainingRun:
             return StageProgress()
         state = load(path)
         check_format(state, RESUME_FORMAT, f"{path}", CheckpointError, "start again with another --output")
+        # States of older versions do not record their stage.
+        if state.get("stage", stage.number) != stage.number:
+            raise CheckpointError(
+                f"{path} is the state of stage {excerpt(state['stage'])}. Restore that of stage {stage.number}, or "
+                "choose another --output.",
+                code="stage_mismatch",
+            )
         advice = "copy the checkpoints of this run again, or choose another --output"
         with reading(path, f"the state of stage {stage.number}", CheckpointError, advice):
             check_weights(state["model"], model.config, str(path))

@@ -592,14 +592,24 @@ def test_resume_without_recorded_settings_is_refused(
             run_training(planted, tmp_path / "run", resume=resume, **tiny_sizes)
 
 
-def test_resume_state_of_another_stage_is_refused(
-    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+@pytest.mark.parametrize(("copied", "stage"), [(1, 2), (1, 3), (2, 3), (3, 2)])
+def test_checkpoint_of_another_stage_is_refused(
+    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, name: str, copied: int, stage: int
 ) -> None:
     shutil.copytree(short_run, tmp_path / "run")
-    last = tmp_path / "run" / "stage2" / "last.pt"
-    shutil.copyfile(tmp_path / "run" / "stage1" / "last.pt", last)
-    with raises(CheckpointError, "damaged_file", last):
+    path = tmp_path / "run" / f"stage{stage}" / name
+    shutil.copyfile(tmp_path / "run" / f"stage{copied}" / name, path)
+    before = (tmp_path / "run" / "drn.pt").read_bytes()
+    with raises(CheckpointError, "stage_mismatch", path, copied, stage):
         run_training(planted, tmp_path / "run", resume=True, **tiny_sizes)
+    assert (tmp_path / "run" / "drn.pt").read_bytes() == before
+    if name == "best.pt":
+        with raises(CheckpointError, "stage_mismatch", path, copied, stage):
+            load_checkpoint(path)
+        # Out of the run, the directory has another meaning.
+        (tmp_path / f"stage{stage}").mkdir()
+        load_checkpoint(shutil.copyfile(path, tmp_path / f"stage{stage}" / name))
 
 
 # Learning.
