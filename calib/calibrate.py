@@ -29,6 +29,7 @@ from runtime.core.batch import Batch
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import OutputError
 from runtime.core.io.atomic_files import atomic_write
+from runtime.core.io.input_files import is_same_file
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import BATCH_SIZE
 
@@ -79,7 +80,7 @@ def calibrate(
             f"Expected --batch-size and --held-out of at least 1, got {batch_size} and {held_out}. Correct the option.",
             code="invalid_option",
         )
-    if Path(output).resolve() == Path(onnx).resolve():
+    if is_same_file(output, onnx):
         raise OutputError(
             f"--output {output} is also the input. Choose another file name, such as drn{SUFFIX}.",
             code="output_is_input",

@@ -14,6 +14,7 @@ from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import OutputError
 from runtime.core.io.atomic_files import atomic_write
+from runtime.core.io.input_files import is_same_file
 
 log = logging.getLogger("drn")
 
@@ -47,7 +48,7 @@ def quantize(
         CalibrationError: the table or plan belongs to another graph, or a module is unknown.
     """
     for given in (onnx, table, plan):
-        if given is not None and Path(output).resolve() == Path(given).resolve():
+        if is_same_file(output, given):
             raise OutputError(f"--output {output} is also an input. Choose another file name.", code="output_is_input")
     calibration = CalibrationTable.load(table)
     model = load_fp32_graph(onnx)

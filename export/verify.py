@@ -29,7 +29,7 @@ from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Protocol
 from runtime.core.errors import CheckFailed, GroundingError, ModelFileError, OutputError
 from runtime.core.io.digests import sha256
-from runtime.core.io.input_files import check_file
+from runtime.core.io.input_files import check_file, is_same_file
 from runtime.core.terminal import command_line
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.evaluation import askable_rows, batches_of
@@ -81,16 +81,16 @@ class VerifyOptions:
                 "Correct the option.",
                 code="invalid_option",
             )
-        used = {path.resolve() for path in (self.reference, self.model)}
+        used = [self.reference, self.model]
         for path in (self.output, self.html):
             if path is None:
                 continue
-            if path.resolve() in used:
+            if is_same_file(path, *used):
                 raise OutputError(
                     f"{path} is also another file of the command. Choose another --output or --html.",
                     code="output_is_input",
                 )
-            used.add(path.resolve())
+            used.append(path)
             if path.is_dir():
                 raise OutputError(f"{path} is a directory. Choose the name of a file.", code="output_is_directory")
         if self.html:
@@ -223,7 +223,7 @@ def _latency_table(options: VerifyOptions) -> Table | None:
         raise GroundingError(
             "--latency needs --html, the report that shows it. Add --html FILE.", code="missing_option"
         )
-    if report.resolve() in {path.resolve() for path in (options.html, options.output) if path is not None}:
+    if is_same_file(report, options.html, options.output):
         raise OutputError(
             f"{report} is the input of --latency. Choose another --output or --html.", code="output_is_input"
         )

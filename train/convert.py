@@ -19,7 +19,7 @@ from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckpointError, excerpt
 from runtime.core.io.digests import sha256
-from runtime.core.io.input_files import read_json
+from runtime.core.io.input_files import is_same_file, read_json
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from train.c3d import CROP, STRIDE, WINDOW, C3DCheckpoint, from_published, published_layout, save_c3d
@@ -93,7 +93,7 @@ def convert(
             shape; or the word table does not fit the network.
     """
     for path in (Path("drn.pt"), Path("c3d.pt")) if output is None else (output,):
-        if path.resolve() == checkpoint.resolve():
+        if is_same_file(path, checkpoint):
             raise CheckpointError(
                 f"--output {path} is the checkpoint to convert. Choose another --output.", code="output_is_input"
             )
@@ -197,12 +197,7 @@ def read(path: Path) -> PublishedCheckpoint:
             f"{path} contains no state_dict. Pass mmaction2's .pth or the authors' .pth.tar, as they were saved.",
             code="not_a_state_dict",
         )
-    # NumPy has no bfloat16.
-    arrays = {
-        name: (value.float() if value.dtype == torch.bfloat16 else value.detach()).numpy()
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
+    arrays = {name: _array(value, name, path) for name, value in state.items() if isinstance(value, torch.Tensor)}
     others = [excerpt(name) for name in state if name not in arrays]
     if others:
         raise CheckpointError(
@@ -219,6 +214,19 @@ def read(path: Path) -> PublishedCheckpoint:
     return PublishedCheckpoint(
         weights, layout, unused, _recorded_stage(metadata.get("cfg")), epoch if isinstance(epoch, int) else None
     )
+
+
+def _array(tensor: torch.Tensor, name: str, path: Path) -> np.ndarray:
+    """Return a tensor as an array; CheckpointError for those that NumPy lacks: quantized, sparse, 8-bit floats."""
+    try:
+        # NumPy has no bfloat16.
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor.detach()).numpy()
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} holds {excerpt(name)} as {tensor.dtype} ({tensor.layout}, {tensor.device}). Save the "
+            "network's weights as dense FP32 tensors.",
+            code="impossible_weights",
+        ) from error
 
 
 def _to_mmaction2_names(

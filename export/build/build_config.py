@@ -31,7 +31,7 @@ from runtime.backends.base import MAX_THREADS
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError, ShapeError
 from runtime.core.io.atomic_files import check_writable
 from runtime.core.io.digests import sha256
-from runtime.core.io.input_files import check_file
+from runtime.core.io.input_files import check_file, is_same_file
 from runtime.core.terminal import command_line
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ class BuildConfig:
                 "Choose another name.",
                 code="wrong_suffix",
             )
-        if self.model.resolve() in (self.output.resolve(), self.graph_path.resolve()):
+        if is_same_file(self.model, self.output, self.graph_path):
             raise OutputError(
                 f"The output in {self.precision} would replace {self.model}. Choose another --output.",
                 code="output_is_input",

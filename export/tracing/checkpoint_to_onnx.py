@@ -14,6 +14,7 @@ from export.tracing.tracer import export_model, producer
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.errors import DeviceError, OutputError, ShapeError
 from runtime.core.io.atomic_files import atomic_write, check_writable
+from runtime.core.io.input_files import is_same_file
 
 log = logging.getLogger("drn")
 
@@ -74,7 +75,7 @@ class ExportOptions:
                 "Run `pip install '.[cpu,export]'` in the drn-deploy directory (gpu in place of cpu for CUDA).",
                 code="missing_library",
             ) from error
-        if self.output.resolve() == self.checkpoint.resolve():
+        if is_same_file(self.output, self.checkpoint):
             raise OutputError(f"--output {self.output} is the checkpoint. Choose another name.", code="output_is_input")
 
 

@@ -340,6 +340,16 @@ def test_invalid_weights_are_named(
         ({1: torch.ones(2)}, "not_a_state_dict", "state_dict"),
         ({"conv1.weight": torch.ones(2)}, "tensor_mismatch", "conv1.weight"),
         ({"epoch": 3, "lr": 0.1}, "not_a_state_dict", "'epoch'"),
+        ({"prop_fc.bias": torch.ones(3, device="meta")}, "impossible_weights", "'prop_fc.bias'"),
+        ({"prop_fc.weight": torch.ones(3, 3).to_sparse()}, "impossible_weights", "'prop_fc.weight'"),
+        ({"prop_fc.bias": torch.ones(3).to(torch.float8_e4m3fn)}, "impossible_weights", "'prop_fc.bias'"),
+        (
+            {"prop_fc.bias": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)},
+            "impossible_weights",
+            "'prop_fc.bias'",
+        ),
+        ({"query_encoder.embedding.weight": torch.ones(1, 16)}, "tensor_mismatch", "query_encoder.embedding.weight"),
+        ({"query_encoder.embedding.weight": torch.ones(0, 16)}, "tensor_mismatch", "query_encoder.embedding.weight"),
     ],
 )
 def test_other_torch_files_raise_specific_codes(tmp_path: Path, content: Any, code: str, named: str) -> None:
@@ -349,6 +359,8 @@ def test_other_torch_files_raise_specific_codes(tmp_path: Path, content: Any, co
 
 def test_missing_file_and_text_file_are_named(tmp_path: Path) -> None:
     refuse(tmp_path / "absent.pth", "missing_file", tmp_path / "absent.pth")
+    (tmp_path / "loop.pth").symlink_to("loop.pth")
+    refuse(tmp_path / "loop.pth", "unreadable_file", tmp_path / "loop.pth")
     (tmp_path / "f.pth").write_text("weights")
     refuse(tmp_path / "f.pth", "not_a_torch_file", tmp_path / "f.pth", b"weights")
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from runtime.core.errors import OutputError
 from runtime.core.interrupts import deferred
+from runtime.core.io.input_files import is_same_file
 
 try:
     import fcntl
@@ -128,7 +129,7 @@ class Staging:
         final = Path(final)
         if final.is_dir():
             raise _is_directory(final)
-        parent = final.resolve().parent
+        parent = Path(os.path.realpath(final)).parent
         if parent not in self._staged:
             self._created += _missing(parent)
             try:
@@ -427,7 +428,7 @@ def check_writable(path: str | os.PathLike[str] | None, *inputs: str | os.PathLi
         OutputError: `path` cannot be written, or is one of `inputs` (code `output_exists`).
     """
     if path is not None:
-        if Path(path).resolve() in {Path(other).resolve() for other in inputs if other is not None}:
+        if is_same_file(path, *inputs):
             raise OutputError(
                 f"{path} is given twice, and would be overwritten. Name another output file.", code="output_exists"
             )

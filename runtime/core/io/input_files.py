@@ -15,6 +15,12 @@ from runtime.core.errors import AnnotationError, GroundingError, as_sentence
 from runtime.core.io.text_files import parse_json, read_text
 
 
+def is_same_file(path: str | os.PathLike[str], *others: str | os.PathLike[str] | None) -> bool:
+    """Return whether a path leads to one of `others` once links are resolved; None entries are ignored."""
+    # Path.resolve raises RuntimeError before Python 3.13 for a link that leads to itself.
+    return os.path.realpath(path) in {os.path.realpath(other) for other in others if other is not None}
+
+
 def open_inside(path: Path, directory: Path) -> int:
     """Open a regular file for reading that is in a directory after all links are resolved; return its descriptor.
 

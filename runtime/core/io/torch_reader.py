@@ -211,7 +211,11 @@ def _read(content: _Content) -> Any:
 
 
 def _zip_tree(file: IO[bytes], content: _Content) -> Any:
-    records = {record.filename: record for record in open_archive(file).infolist()}
+    found = open_archive(file).infolist()
+    records = {record.filename: record for record in found}
+    # torch takes the first record of a name in any case, and the directory of the first record of all.
+    if len({name.lower() for name in records}) < len(found) or len({name.split("/")[0] for name in records}) > 1:
+        raise ValueError("its records are in several directories or have one name")
     prefix = next((name[:-8] for name in records if name.count("/") == 1 and name.endswith("/data.pkl")), None)
     if prefix is None:
         raise content.refuse("it is a zip archive without data.pkl", code="not_a_torch_file")

@@ -439,6 +439,28 @@ def test_overlapping_records_are_rejected(tmp_path: Path) -> None:
         torch_reader.load(path)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a/data.pkl", "a/data.pkl"),
+        ("a/DATA.PKL", "a/data.pkl"),
+        ("b/data.pkl", "a/data.pkl"),
+        ("b/version", "a/data.pkl", "b/data.pkl"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_records_that_torch_reads_otherwise_are_rejected(tmp_path: Path, names: tuple[str, ...], first: bool) -> None:
+    """torch would take another pickle than the one that was checked."""
+    path = tmp_path / "f.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names if first else reversed(names):
+            archive.writestr(name, pickled([1, 2]))
+    for read in (torch_reader.load, torch_reader.check):
+        with raises(CheckpointError, "damaged_file", path):
+            read(path)
+
+
 def test_compressed_records_are_rejected(tmp_path: Path) -> None:
     path = zip_file(tmp_path / "f.pt", tensor(), SIX, compression=zipfile.ZIP_DEFLATED)
     with raises(CheckpointError, "compressed_record", path, "archive/data.pkl"):
