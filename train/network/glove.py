@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from runtime.core.errors import CheckpointError, GroundingError, excerpt, reading
+
+log = logging.getLogger("drn")
 
 # Characters per line; a word and 300 numbers take about 3,000.
 MAX_LINE = 1 << 20
@@ -24,7 +27,7 @@ def glove_vectors(path: Path, words: Mapping[str, int], width: int) -> dict[int,
         width: values per vector.
 
     Returns:
-        Word id to (width,) float32.
+        Word id to (width,) float32, from the first line of each word. Further lines with other vectors are a warning.
 
     Raises:
         CheckpointError: the file cannot be read, a line is not a word and `width` numbers, or a vector is zero or
@@ -34,7 +37,7 @@ def glove_vectors(path: Path, words: Mapping[str, int], width: int) -> dict[int,
     rows: dict[int, np.ndarray] = {}
     if Path(path).is_dir():
         raise CheckpointError(f"--glove {path} is a directory. Pass a file.", code="not_a_file")
-    blank = 0
+    blank, repeated = 0, list[tuple[str, int]]()
     with (
         reading(path, "GloVe text", CheckpointError, "check the file"),
         # Only line feeds end a line: words of the published files contain U+0085 and others.
@@ -53,7 +56,15 @@ def glove_vectors(path: Path, words: Mapping[str, int], width: int) -> dict[int,
                     code="word_vector_width_mismatch",
                 )
             if fields[0] in words:
-                rows[words[fields[0]]] = _vector(fields, f"{path}, line {number}")
+                vector = _vector(fields, f"{path}, line {number}")
+                if not np.array_equal(rows.setdefault(words[fields[0]], vector), vector):
+                    repeated.append((fields[0], number))
+    if repeated:
+        log.warning(
+            "%s has several vectors for %d of the words (%s on line %d, for example). The first of each is used.",
+            path, len({word for word, _ in repeated}), excerpt(repeated[0][0]), repeated[0][1],
+            extra={"code": "duplicate_word_vector"},
+        )  # fmt: skip
     if not rows:
         raise GroundingError(
             f"{path} has no vector for any of the {len(words)} words. Check that it is the right file.",

@@ -109,6 +109,18 @@ def test_load_glove_text_sets_vectors_of_known_words(
     assert table.requires_grad
 
 
+def test_load_glove_repeated_word_uses_first_vector(
+    model: DRN, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "glove.txt"
+    lines = [line("w3", 1), line("w4", 2), line("w4", 2), line("elsewhere", 3), line("elsewhere", 4)]
+    load_glove(model, write(path, lines), WORDS)
+    assert not records(caplog, logging.WARNING)
+    load_glove(model, write(path, [*lines, line("w3", 5), line("w3", 6)]), WORDS)
+    assert torch.equal(model.query_encoder.embedding.weight[3], torch.full((8,), 1.0))
+    assert len(records(caplog, logging.WARNING, path, "'w3'", 1, 6, code="duplicate_word_vector")) == 1
+
+
 def test_load_glove_matrix_sets_vectors_by_row(model: DRN, tmp_path: Path) -> None:
     matrix = torch.randn(21, 8)
     torch.save(matrix, tmp_path / "glove_weights")
