@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from runtime.core.errors import ModelFileError, excerpt
+from runtime.core.errors import ModelFileError, excerpt, reading
 from runtime.core.io.protobuf import BYTES, Buffer, bytes_field, fields, mapped
 
 log = logging.getLogger("drn")
@@ -198,7 +198,9 @@ def write_digest(path: str | os.PathLike[str]) -> bytes:
             f"{path} carries no manifest to record a digest in; give a file of `python -m export.to_onnx`.",
             code="missing_manifest",
         )
-    return with_digest(path.read_bytes(), tuple(external_data(path)))
+    external = tuple(external_data(path))
+    with reading(path, "an ONNX file with a manifest", ModelFileError, "export it again"):
+        return with_digest(path.read_bytes(), external)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from export.seal import seal_model
 from export.to_onnx import to_onnx
 from export.triton.model_config import ServingOptions, read_model
 from runtime.artifacts.encoded_video import EncodedVideo
+from runtime.artifacts.manifest import METADATA_KEY
 from runtime.artifacts.onnx_metadata import check, external_data, read_metadata, with_digest
 from runtime.backends import open_backend
 from runtime.core.batch import Batch
@@ -91,6 +92,19 @@ def test_damaged_model_parts_are_rejected(exported: dict[str, onnx.ModelProto], 
 
     files = {"video": video, "query": query}
     assert count_refused(files[part], answer, ModelFileError) == 40
+
+
+@pytest.mark.parametrize("manifest", ["{", "[1]", "1", ""])
+def test_seal_model_with_damaged_manifest_is_rejected(tmp_path: Path, manifest: str) -> None:
+    path = tmp_path / "drn.onnx"
+    graph = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
+    entry = graph.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, manifest
+    path.write_bytes(graph.SerializeToString())
+    before = path.read_bytes()
+    with raises(ModelFileError, "damaged_file", path):
+        seal_model(path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["drn.onnx", "weights.data"])
