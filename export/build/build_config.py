@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("drn")
 
 SUFFIXES = (".pth", ".pt", ".onnx", ".tar", ".pickle")
-
-
 Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
 # Options that a recorded command contains even if they have their default, which may change.
 ALWAYS_RECORDED = ("precision", "target", "max_drop")
@@ -90,10 +88,9 @@ class BuildRequest:
 
     def command(self) -> str:
         """Return the command line that reproduces the build."""
-        given = self.given()
-        names = [field.name for field in dataclasses.fields(self) if field.name != "dry_run"]
-        named = {name: getattr(self, name) for name in names if name in given or name in ALWAYS_RECORDED}
-        return command_line("export.build_engine", named)
+        recorded = {*self.given(), *ALWAYS_RECORDED} - {"dry_run"}
+        names = (field.name for field in dataclasses.fields(self))
+        return command_line("export.build_engine", {name: getattr(self, name) for name in names if name in recorded})
 
     def check(self) -> None:
         """Check the options, without the files of the model.
@@ -329,9 +326,8 @@ class BuildConfig:
 
         Args:
             options: of the engine.
-            timing_cache: `--timing-cache`.
+            timing_cache, profiles: of the request.
             reason: why the target was chosen, as a sentence.
-            profiles: `--profiles`.
         """
         if self.target == "onnxruntime":
             flags = {
@@ -368,8 +364,7 @@ class BuildConfig:
         A published model has a manifest only after its conversion.
 
         Args:
-            batch, query_length: `--batch` and `--query-length`.
-            keep: `--keep`.
+            batch, query_length, keep: of the request.
 
         Raises:
             ShapeError: a range is invalid, or a module of `keep` does not exist.
@@ -402,10 +397,9 @@ class BuildConfig:
         Args:
             reason: why the target was chosen.
             shapes: optimization profiles; None if they are not known yet.
-            options: of the engine.
+            options, unrolling: of the engines.
             samples: number of calibration queries; None with --table.
             check: checks without --data.
-            unrolling: engines for short queries.
         """
         lines = [
             f"model      {self.model} ({self.kind})",
