@@ -169,23 +169,8 @@ def compare(
     Raises:
         GroundingError: an input is wrong. Inputs are checked before anything is measured.
     """
-    if len(models) < 2:
-        raise ModelFileError(
-            f"Expected two models or more, got {len(models)}. Name their files.", code="missing_option"
-        )
-    if min(samples, batch, 1 if limit is None else limit) < 1:
-        raise GroundingError(
-            f"Expected --samples, --batch and --limit of at least 1, got {samples}, {batch} and {limit}.",
-            code="invalid_option",
-        )
-    for path in models:
-        check_file(path, "The model file", ModelFileError)
     data_set = DataSet(data)
-    outputs = (output, markdown, plot)
-    for index, written in enumerate(outputs):
-        check_report(written, *models, *data_set.files, *outputs[:index])
-    if plot:
-        check_plots(plot)
+    _check(models, data_set, (samples, batch, limit), (output, markdown, plot))
     grounders = [Grounder.load(path, device, threads) for path in models]
     evaluations = _evaluate(grounders, models, data_set, split, limit)
     compared = _measure(models, grounders, evaluations, data_set, samples, batch)
@@ -215,6 +200,37 @@ def compare(
     print(comparison.text())
     suggest_next_command("runtime.serve", "--model", models[0], "--data", data)
     return comparison
+
+
+def _check(
+    models: tuple[Path, ...],
+    data_set: DataSet,
+    counts: tuple[int, int, int | None],
+    outputs: tuple[Path | None, Path | None, Path | None],
+) -> None:
+    """Check the options before any model is opened.
+
+    Args:
+        models: files.
+        data_set: whose files must not be overwritten.
+        counts: --samples, --batch and --limit.
+        outputs: JSON, Markdown and PNG file to write.
+    """
+    if len(models) < 2:
+        raise ModelFileError(
+            f"Expected two models or more, got {len(models)}. Name their files.", code="missing_option"
+        )
+    if min(1 if count is None else count for count in counts) < 1:
+        raise GroundingError(
+            "Expected --samples, --batch and --limit of at least 1, got {}, {} and {}.".format(*counts),
+            code="invalid_option",
+        )
+    for path in models:
+        check_file(path, "The model file", ModelFileError)
+    for index, written in enumerate(outputs):
+        check_report(written, *models, *data_set.files, *outputs[:index])
+    if outputs[2]:
+        check_plots(outputs[2])
 
 
 def _evaluate(

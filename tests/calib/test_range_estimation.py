@@ -142,7 +142,7 @@ def test_output_range_minimizes_error_of_the_layer() -> None:
     assert actual < 0.5 * output_error(values, weight, seen.range("mse").magnitude)
 
 
-def test_energies_equal_counts_without_weights_and_survive_growth() -> None:
+def test_energies_without_weights_equal_counts_after_growth() -> None:
     values = np.random.default_rng(4).laplace(size=(50, 4)).astype(np.float32)
     plain, weighted = histogram(values, 100 * values, bins=64), Histogram(64)
     np.testing.assert_array_equal(plain.energies, plain.counts)
