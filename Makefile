@@ -40,8 +40,10 @@ $(VENV)/pytriton/ready: Makefile | $(VENV)/ready
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 numpy==1.26.4 onnxruntime==1.32.0 nltk==3.10.4
 	touch $@
 
+# tests/conftest.py puts the slowest files first; xdist would sort by the number of tests. Without bytecode files, pytest
+# rewrites every assertion in each process anew, which takes 8 s.
 test: environment
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What depends on how kernels round, with the kernels of other CPUs than this machine's: of torch (ATEN, oneDNN) and of
 # NumPy (OpenBLAS), in one thread and in two. ONNX Runtime has no such switch; tests/runtime/backends/test_exact_int8.py computes its

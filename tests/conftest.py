@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import importlib.util
 import os
+import runpy
+import shlex
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from runtime.core import command_list
+from runtime.core.cli import command
+from runtime.core.errors import GroundingError, printable_line
+from tests.shared_builds import build_once, can_trace, run_directory, traced_once
 
 GOLDEN = Path(__file__).parent / "golden"
 # Of directories whose tests all need an extra: what it brings, and its name.
@@ -23,6 +35,21 @@ NEEDED = {
         "tritonclient has Triton's definitions (pip install '.[triton]')",
     ),
 }
+
+
+# Files that take longest, longest first. With these at the front, two processes end at nearly the same time.
+SLOWEST = (
+    "test_trainer.py", "test_readme.py", "test_gpu.py", "test_distributed.py", "test_your_own_video_docs.py",
+    "test_ray_runner.py", "test_tools_docs.py", "test_fuzzing.py", "test_build_engine.py", "test_signals.py",
+    "test_segments.py", "test_tensorrt_backend.py", "test_examples.py", "test_rtx_builds.py", "test_split_model.py",
+    "test_verify.py", "test_leg_tensorrt.py", "test_warm_up.py", "test_to_onnx.py", "test_page.py", "test_contracts.py",
+    "test_extractor_engine.py", "test_unroll_lstm.py", "test_faults.py", "test_uploads.py", "test_scale_docs.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(SLOWEST)))
 
 
 class Lacking(pytest.Module):
@@ -97,7 +124,13 @@ def models(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with `drn.pt` and `drn.onnx` of a small network that learnt the planted data set."""
     from tests.parity.models import write_models
 
-    return write_models(tmp_path_factory.mktemp("models"), planted)
+    return build_once(run_directory(tmp_path_factory) / "models", lambda directory: write_models(directory, planted))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with traced_once(run_directory(tmp_path_factory)) if can_trace() else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture
@@ -108,3 +141,74 @@ def default_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a command ended.
+
+    Attributes:
+        code: exit code.
+        out, err: what it wrote.
+        error: the error for which it exited, if it did.
+    """
+
+    code: int
+    out: str
+    err: str
+    error: BaseException | None = None
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a command function on command-line arguments, in this process."""
+
+    def run(function: Callable[..., Any], *arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            command(function)
+        captured = capsys.readouterr()
+        return Outcome(ended.value.code, captured.out, captured.err, ended.value.__context__)
+
+    return run
+
+
+@pytest.fixture
+def refused(run_command: Callable[..., Outcome]) -> Callable[..., GroundingError]:
+    """Run a command that must fail with one line on stderr, and return its error for `check_error`."""
+
+    def run(function: Callable[..., Any], *arguments: object) -> GroundingError:
+        outcome = run_command(function, *arguments)
+        assert outcome.code == 2
+        assert outcome.out == ""
+        assert isinstance(outcome.error, GroundingError)
+        assert outcome.err == f"error: {printable_line(str(outcome.error))}\n"
+        return outcome.error
+
+    return run
+
+
+@pytest.fixture
+def check_parses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], None]:
+    """Run a documented command in an empty directory: the missing files must be its only error."""
+
+    def check(line: str) -> None:
+        program, *words = shlex.split(line, comments=True)
+        name = words[program != "drn"]
+        if name in ("simulate", "train.simulate"):
+            words += ["--annotations", "nowhere"]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(command_list, "_started_by_name", False)
+        monkeypatch.setattr(sys, "argv", [program, *words] if program == "drn" else words[1:])
+        module = functools.partial(runpy.run_module, name, run_name="__main__")
+        with pytest.raises(SystemExit) as ended:
+            (command_list.main if program == "drn" else module)()
+        err = capsys.readouterr().err
+        needs_no_file = name in ("doctor", "runtime.doctor", "--version", "--help")
+        assert ended.value.code == (0 if needs_no_file else 2), err
+        assert ("error: " in err) != needs_no_file
+
+    return check

@@ -527,8 +527,9 @@ def _parquet() -> list[Reader]:
         return _all(ParquetSource([path]))
 
     return [
-        Reader("parquet-lists", functools.partial(make, nested=True), read),
-        Reader("parquet-flat", functools.partial(make, nested=False), read),
+        # Each case starts a process that imports pyarrow.
+        Reader("parquet-lists", functools.partial(make, nested=True), read, quick_share=0.05),
+        Reader("parquet-flat", functools.partial(make, nested=False), read, quick_share=0.05),
     ]
 
 
@@ -647,12 +648,14 @@ def _torch() -> list[Reader]:
     return [
         Reader("features-pt", functools.partial(tensors, legacy=False), _load, _zip_again),
         Reader("features-pt-legacy", functools.partial(tensors, legacy=True), _load),
-        Reader("published-checkpoint", published, read_published, _zip_again),
-        Reader("checkpoint", checkpoint, read_checkpoint, _zip_again),
+        # The backbone's fixed widths make files of 9 MB.
+        Reader("published-checkpoint", published, read_published, _zip_again, quick_share=0.25),
+        Reader("checkpoint", checkpoint, read_checkpoint, _zip_again, quick_share=0.25),
         Reader(
             "checkpoint-content",
             functools.partial(content, make=checkpoint),
             functools.partial(read_content, name="drn.pt", loaded=lambda path: load_checkpoint(path).manifest()),
+            quick_share=0.25,
         ),
         Reader("c3d", c3d, lambda directory, path: load_c3d(path).model(), _zip_again),
         Reader(
@@ -660,7 +663,7 @@ def _torch() -> list[Reader]:
             functools.partial(content, make=c3d),
             functools.partial(read_content, name="c3d.pt", loaded=lambda path: load_c3d(path).model()),
         ),
-        Reader("glove-matrix", matrix, read_matrix, _zip_again),
+        Reader("glove-matrix", matrix, read_matrix, _zip_again, quick_share=0.25),
         Reader("torch-load", state, lambda directory, path: (load(path), load(path, unknown_objects=True)), _zip_again),
         Reader("run-config", run_config, lambda directory, path: with_config(["--config", str(path)])),
         Reader("charades-csv", charades, lambda directory, path: charades_plan(directory, None, 0)),

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,7 +17,6 @@ import pytest
 from runtime.datasets.dataset import DataSet
 from tests.documented import commands
 from tests.test_readme import ROOT
-from tests.test_readme import test_readme_commands_parse as check_parses
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -53,8 +53,8 @@ def test_links_file_lists_every_public_address() -> None:
 
 
 @pytest.mark.parametrize(("page", "line"), LINES)
-def test_commands_of_pages_parse(page: str, line: str, tmp_path: Path) -> None:
-    check_parses(line, tmp_path)
+def test_commands_of_pages_parse(page: str, line: str, check_parses: Callable[[str], None]) -> None:
+    check_parses(line)
 
 
 def test_own_data_page_describes_a_data_set_that_can_be_prepared(tmp_path: Path) -> None:

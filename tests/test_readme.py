@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,9 @@ def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
         result = run(line, tmp_path)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         assert "Next:" in result.stderr, line
+        # What torch's exporter warns of is not the reader's concern.
+        assert "Warning" not in result.stderr
+        assert "torchvision" not in result.stderr
     first = tmp_path / "runs" / "first"
     report = json.loads((first / "report.json").read_text())
     predictions = [json.loads(line) for line in (first / "predictions.jsonl").read_text().splitlines()]
@@ -42,16 +45,5 @@ def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", commands(README))
-def test_readme_commands_parse(line: str, tmp_path: Path) -> None:
-    # On files that are not there a command must end with our sentence, not with a usage error or a traceback.
-    words = shlex.split(line, comments=True)
-    command = words[1] if words[0] == "drn" else words[2]
-    if command in ("simulate", "train.simulate"):
-        line = line.replace("simulate", "simulate --annotations nowhere", 1)
-    result = run(line, tmp_path)
-    if command in ("doctor", "runtime.doctor", "--version", "--help"):
-        assert result.returncode == 0, result.stderr
-        return
-    assert result.returncode == 2, result.stderr
-    assert "error: " in result.stderr
-    assert "Traceback" not in result.stderr
+def test_readme_commands_parse(line: str, check_parses: Callable[[str], None]) -> None:
+    check_parses(line)

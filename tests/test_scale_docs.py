@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from export.tracing.tracer import export_model
 from runtime.datasets.dataset import DataSet
 from tests.documented import arguments, commands
 from tests.export.conftest import TINY, lively, manifest
-from tests.test_readme import test_readme_commands_parse as check_parses
 from tests.tolerances import DETECTIONS
 
 onnx = pytest.importorskip("onnx")
@@ -62,5 +62,5 @@ def test_walkthrough_commands_run_unchanged(tmp_path: Path, golden: Path) -> Non
 
 
 @pytest.mark.parametrize("line", OTHERS)
-def test_other_commands_parse(line: str, tmp_path: Path) -> None:
-    check_parses(line, tmp_path)
+def test_other_commands_parse(line: str, check_parses: Callable[[str], None]) -> None:
+    check_parses(line)

@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.export.conftest import checkpoint, networks
 from tests.films import film
 from tests.processes import heed_ctrl_c
+from tests.shared_builds import run_directory
+
+__all__ = ["checkpoint", "networks"]
 
 ROOT = Path(__file__).parents[1]
 # Runs a command that stops, with a line on stderr, when its first file is whole under its temporary name.
@@ -22,6 +26,14 @@ STOPPING = """
 import os, pathlib, runpy, sys, time
 module, directory = sys.argv[1:3]
 sys.argv = sys.argv[2:]
+if module == "runtime.benchmark":
+    # Takes half a minute, and writes nothing.
+    from runtime.benchmarking.runner import BenchmarkRun
+    BenchmarkRun.measure = lambda run: None
+if module == "export.to_onnx":
+    from tests.shared_builds import traced_once
+    traces = traced_once(pathlib.Path(os.environ["DRN_TEST_TRACES"]))
+    traces.__enter__()
 chmod = pathlib.Path.chmod
 def stop(path, mode):
     if str(path).startswith(directory):
@@ -95,7 +107,9 @@ Words = Callable[[Path], list[str]]
 
 
 @pytest.fixture(scope="module")
-def commands(planted: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Words]:
+def commands(
+    planted: Path, models: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Words]]:
     """The words of each command, given the directory it writes into."""
     from tests.runtime.media.extractor_graphs import CLIPS, write_clips
 
@@ -108,10 +122,10 @@ def commands(planted: Path, models: Path, tmp_path_factory: pytest.TempPathFacto
     asked = ["--model", graph, "--features", str(inputs / "film.npy"), "--duration", "1.6", "--num-frames", "40"]
     asked += ["--query", "person opens the door"]
     corpus = ["--model", graph, "--features", data, "--queries", str(inputs / "queries.jsonl"), "--actors", "0"]
-    return {
+    words: dict[str, Words] = {
         "train.simulate": lambda out: ["--output", str(out / "new"), "--feature-dim", "8", "--videos", "4"],
         "train": lambda out: ["--data", data, "--output", str(out / "new"), *small.split()],
-        "export.to_onnx": lambda out: ["--checkpoint", str(models / "drn.pt"), "--output", str(out / "new.onnx")],
+        "export.to_onnx": lambda out: ["--checkpoint", str(checkpoint), "--output", str(out / "new.onnx")],
         "export.build_engine": lambda out: [
             "--model", graph, "--precision", "fp32", "--target", "onnxruntime", "--output", str(out / "new.onnx"),
         ],
@@ -131,6 +145,9 @@ def commands(planted: Path, models: Path, tmp_path_factory: pytest.TempPathFacto
         ],
         "runtime.serve": lambda out: ["--model", graph, "--data", data, "--uploads", str(out / "new"), "--port", "0"],
     }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DRN_TEST_TRACES", str(run_directory(tmp_path_factory)))
+        yield words
 
 
 ALL = (

@@ -387,7 +387,7 @@ def _training_speed(job: Job, leg: Leg) -> Found:
     """Time training steps with `benchmarks.training`, and hold the delivery of batches against them."""
     report = job.output / "training.json"
     words: list[object] = ["--data", job.data, "--checkpoint", job.checkpoint, "--device", job.device]
-    words += ["--steps", 6 if job.rehearsal else 40, "--output", report]
+    words += ["--steps", 2 if job.rehearsal else 40, "--output", report]
     run_module(job, leg, "benchmarks.training", *words, most=240)
     found = json.loads(report.read_text(encoding="utf-8"))
     step_ms = found["stage 1"]["ms per step"]

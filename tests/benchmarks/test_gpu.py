@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +318,7 @@ def test_unmeasured_value_misses_the_target(value: float | None, tmp_path: Path)
     assert {row[-1] for row in targets.rows([read_leg(leg.path)])} == {"MISSED"}
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_failed_check_of_a_command_is_reported_verbatim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leg, job = Leg(tmp_path / "torch.json", "torch", SETTINGS), Job(tmp_path, "cpu", small=True)
     module = tmp_path / "breaks.py"
@@ -330,15 +331,7 @@ def test_failed_check_of_a_command_is_reported_verbatim(tmp_path: Path, monkeypa
         acceptance.run_module(job, leg, "breaks", most=1)
 
 
-@pytest.fixture
-def in_front() -> Iterator[None]:
-    """As in a terminal: tests that were started in the background ignore Ctrl-C, and so would all that they start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("in_front")
+@pytest.mark.usefixtures("default_signals")
 def test_command_out_of_time_is_retried_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, job = tmp_path / "torch.json", Job(tmp_path, "cuda", small=True)
     faults = tmp_path / "benchmarks" / "acceptance" / "fault_injection.py"

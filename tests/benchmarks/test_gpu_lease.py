@@ -160,7 +160,7 @@ def test_background_task_finished_between_calls_is_done(tmp_path: Path, started:
     assert state(output)["tasks"]["prepare"]["outcome"] is None
     while not (output / "prepare.json").is_file():
         time.sleep(0.1)
-    time.sleep(3.0)
+    time.sleep(0.5)
     last.write_bytes(content)
     assert call(packages, output) == 0
     entry = state(output)["tasks"]["prepare"]

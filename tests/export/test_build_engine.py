@@ -706,9 +706,15 @@ def test_interrupted_build_leaves_no_short_query_engine(
     assert after == before
 
 
-@pytest.mark.parametrize("error", [BuildFailed("No."), PlanNotLoaded("No."), DeviceError("No.")])
-@pytest.mark.parametrize("failing", [(4,), (6,), (4, 6)])
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    ("error", "failing", "split"),
+    [
+        (BuildFailed("No."), (4,), False),
+        (PlanNotLoaded("No."), (6,), True),
+        (DeviceError("No."), (4, 6), False),
+        (BuildFailed("No."), (4, 6), True),
+    ],
+)
 def test_default_engine_that_fails_to_build_is_skipped(
     model: Path,
     planted: Path,

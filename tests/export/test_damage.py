@@ -194,7 +194,7 @@ def test_files_without_digest_load(
 
 
 def test_exported_files_contain_exactly_one_digest(checkpoint: Path, tmp_path: Path) -> None:
-    output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True)
+    output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, max_query_length=3)
     files = (output, *pair_paths(output))
     for path in files:
         content = check(path)

@@ -89,7 +89,7 @@ def test_every_precision_builds(form: str, network: str, exported: dict[str, onn
     assert len(build_with_rtx(model, capability=capability)) > 10_000
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if "int8" in form or "fp8" in form])
+@pytest.mark.parametrize("form", ["int8, modules kept", "fp8"])
 def test_unrolled_int8_graph_keeps_mac_count_and_builds(
     form: str, exported: dict[str, onnx.ModelProto], tables: Tables
 ) -> None:
@@ -162,15 +162,14 @@ def test_quantized_parts_of_a_pair_build(form: str, exported: dict[str, onnx.Mod
         assert build_with_rtx(part, capability=capability)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_clip_extractor_builds(precision: str) -> None:
-    # Clips are uint8, which TensorRT accepts only as the input of a cast.
-    model = export_c3d(narrow_c3d(), ExtractorManifest("C3D", 32, 16, 8, (128, 171), (112, 112), (0.0, 0.0, 0.0)))
-    assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
-    if precision != "fp32":
-        model = convert_to_half(raise_opset(model, OPSETS[precision]), precision)  # type: ignore[arg-type]
-    assert set(audit_graph(model).total()) == {precision}
-    assert len(build_with_rtx(model)) > 10_000
+def test_clip_extractor_builds() -> None:
+    # Clips go in as bytes, which TensorRT takes into a cast alone.
+    traced = export_c3d(narrow_c3d(), ExtractorManifest("C3D", 32, 16, 8, (128, 171), (112, 112), (0.0, 0.0, 0.0)))
+    assert traced.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    forms = {"fp32": traced, "fp16": convert_to_half(traced), "bf16": convert_to_half(raise_opset(traced, 22), "bf16")}
+    for precision, model in forms.items():
+        assert set(audit_graph(model).total()) == {precision}
+        assert len(build_with_rtx(model)) > 10_000
 
 
 def test_int8_without_equalized_channels_builds(exported: dict[str, onnx.ModelProto]) -> None:
@@ -180,8 +179,11 @@ def test_int8_without_equalized_channels_builds(exported: dict[str, onnx.ModelPr
     assert build_with_rtx(convert_to_half(plain))
 
 
-@pytest.mark.parametrize("opset", range(MIN_OPSET, MAX_OPSET + 1))
-def test_int8_builds_in_every_opset(opset: int, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
+# QuantizeLinear changed in opsets 19, 21 and 23.
+@pytest.mark.parametrize("opset", [MIN_OPSET, 19, 21, MAX_OPSET])
+def test_int8_builds_in_every_version_of_its_operators(
+    opset: int, exported: dict[str, onnx.ModelProto], tables: Tables
+) -> None:
     narrow = insert_qdq(exported["tiny"], tables["tiny"], opset=opset)
     assert narrow.opset_import[0].version == opset
     # Below opset 19 Q/DQ have FP32 scales only, so the layers around them are FP32.

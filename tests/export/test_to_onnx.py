@@ -6,9 +6,10 @@ import copy
 import dataclasses
 import getpass
 import logging
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
 from runtime.core.batch import HEAD_NAMES, INPUT_NAMES
-from runtime.core.errors import CheckFailed, CheckpointError, OutputError, ShapeError
+from runtime.core.errors import CheckFailed, CheckpointError, GroundingError, OutputError, ShapeError
 from runtime.core.io.digests import sha256
 from runtime.core.tokenizer import Vocabulary
 from tests import tolerances
@@ -179,30 +180,13 @@ def test_rtx_build_fails_for_unknown_operator(exported: dict[str, onnx.ModelProt
         build_with_rtx(broken)
 
 
-@pytest.fixture(scope="module")
-def drn_onnx(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The output of the command, and its process."""
-    path = tmp_path_factory.mktemp("exported") / "drn.onnx"
-    return path, command("--checkpoint", checkpoint, "--output", path, "--max-query-length", MAX_QUERY_LENGTH)
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "export.to_onnx", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
-    )
-
-
 def test_command_writes_one_graph_that_the_runtime_runs(
-    drn_onnx: tuple[Path, subprocess.CompletedProcess[str]], checkpoint: Path
+    run_command: Callable[..., Any], checkpoint: Path, tmp_path: Path
 ) -> None:
-    path, result = drn_onnx
-    assert result.returncode == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["output", *HEAD_NAMES]
-    assert "Warning" not in result.stderr
-    assert "torchvision" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("Next:  python -m ")
+    path = tmp_path / "drn.onnx"
+    result = run_command(to_onnx, "--checkpoint", checkpoint, "--output", path, "--max-query-length", MAX_QUERY_LENGTH)
+    assert result.code == 0, result.err
+    assert [line.split()[0] for line in result.out.splitlines()] == ["output", *HEAD_NAMES]
     assert [entry.name for entry in path.parent.iterdir()] == ["drn.onnx"]
     backend = open_backend(path, device="cpu")
     assert backend.manifest.stage == 2
@@ -288,12 +272,9 @@ def test_nan_output_raises_check_failed(
         check_against_torch(tmp_path / "drn.onnx", model, 2)
 
 
-def test_invalid_checkpoint_is_rejected_with_one_line(tmp_path: Path) -> None:
+def test_invalid_checkpoint_is_rejected_with_one_line(tmp_path: Path, refused: Callable[..., GroundingError]) -> None:
     (tmp_path / "drn.pt").write_text("not a checkpoint")
-    result = command("--checkpoint", tmp_path / "drn.pt", "--output", tmp_path / "drn.onnx")
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+    refused(to_onnx, "--checkpoint", tmp_path / "drn.pt", "--output", tmp_path / "drn.onnx")
     assert not (tmp_path / "drn.onnx").exists()
     with raises(CheckpointError, "missing_file", tmp_path / "absent.pt"):
         to_onnx(tmp_path / "absent.pt", tmp_path / "drn.onnx")

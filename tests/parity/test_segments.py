@@ -1,4 +1,4 @@
-"""T is free: 16, 64 and 128 segments from training to the graph, whole and in parts, eight bits, and an engine."""
+"""T is free: 16 and 128 segments from training to the graph, whole and in parts, eight bits, and an engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.checkpoints import load_checkpoint
 SIZES: dict[str, Any] = {"embed_dim": 8, "hidden_dim": 8, "fpn_dim": 16, "batch_size": 16, "iou_target": "all"}
 
 
-@pytest.fixture(scope="module", params=[16, 64, 128])
+@pytest.fixture(scope="module", params=[16, 128])
 def trained(request: pytest.FixtureRequest, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a network of so many segments, trained and exported, whole and in parts."""
     directory = tmp_path_factory.mktemp(f"t{request.param}")

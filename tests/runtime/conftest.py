@@ -1,10 +1,9 @@
-"""Fixtures of the runtime's tests: a backend with known answers, a tiny graph, and commands in this process."""
+"""Fixtures of the runtime's tests: a backend with known answers, and a tiny graph."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from hypothesis import settings
 
 from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
 from runtime.core.batch import Batch, Heads
-from runtime.core.cli import command
 from runtime.core.decoding import Decoding
-from runtime.core.errors import GroundingError, printable_line
 from runtime.core.io.digests import sha256
 from runtime.core.tokenizer import Vocabulary
 
@@ -62,56 +59,10 @@ class PlantedBackend:
         return Heads(matching, distances, iou)
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a command ended.
-
-    Attributes:
-        code: exit code.
-        out, err: what it wrote.
-        error: the error for which it exited, if it did.
-    """
-
-    code: int
-    out: str
-    err: str
-    error: BaseException | None = None
-
-
 @pytest.fixture(scope="session")
 def planted_backend() -> type[PlantedBackend]:
     """The class of a backend, so that tests choose its decoding."""
     return PlantedBackend
-
-
-@pytest.fixture
-def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a command function on command-line arguments, in this process."""
-
-    def run(function: Callable[..., Any], *arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            command(function)
-        captured = capsys.readouterr()
-        return Outcome(ended.value.code, captured.out, captured.err, ended.value.__context__)
-
-    return run
-
-
-@pytest.fixture
-def refused(run_command: Callable[..., Outcome]) -> Callable[..., GroundingError]:
-    """Run a command that must fail with one line on stderr, and return its error for `check_error`."""
-
-    def run(function: Callable[..., Any], *arguments: object) -> GroundingError:
-        outcome = run_command(function, *arguments)
-        assert outcome.code == 2
-        assert outcome.out == ""
-        assert isinstance(outcome.error, GroundingError)
-        assert outcome.err == f"error: {printable_line(str(outcome.error))}\n"
-        return outcome.error
-
-    return run
 
 
 @pytest.fixture(scope="session")

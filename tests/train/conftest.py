@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,6 +96,14 @@ def short_run(tmp_path_factory: pytest.TempPathFactory, planted: Path, tiny_size
     output = tmp_path_factory.mktemp("short") / "run"
     train(planted, output, **tiny_sizes)
     return output
+
+
+def shorten(data: Path, directory: Path, count: int) -> Path:
+    """Copy a data set with only its first `count` training queries."""
+    shutil.copytree(data, directory, ignore=shutil.ignore_patterns("cache"))
+    path = directory / "Charades_sta_train.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+    return directory
 
 
 def random_inputs(config: DRNConfig, lengths: list[int], seed: int = 0) -> list[torch.Tensor]:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 import types
 from collections import OrderedDict
@@ -21,14 +20,13 @@ torch = pytest.importorskip("torch", reason="conversion writes torch files")
 
 from runtime.artifacts.manifest import Features  # noqa: E402
 from runtime.core.decoding import Decoding  # noqa: E402
-from runtime.core.errors import CheckpointError  # noqa: E402
+from runtime.core.errors import CheckpointError, GroundingError  # noqa: E402
 from runtime.core.tokenizer import Vocabulary  # noqa: E402
 from tests.raising import quotes, raises, records  # noqa: E402
 from train.checkpoints import Checkpoint, load_checkpoint  # noqa: E402
 from train.convert import CHARADES_STA, convert, read, read_config, report  # noqa: E402
 from train.network.model import DRN, DRNConfig  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 SMALL = DRNConfig(feature_dim=64, embed_dim=16, fpn_dim=32)
 
 State = dict[str, Any]
@@ -410,21 +408,20 @@ def test_mismatched_word_table_is_rejected(
     refuse(published(state, tmp_path / "f.pth"), code, path, *values, vocabulary=path)
 
 
-def test_convert_command_succeeds_or_fails_with_one_line(tmp_path: Path, state: State, word_table: Path) -> None:
+def test_convert_command_succeeds_or_fails_with_one_line(
+    tmp_path: Path,
+    state: State,
+    word_table: Path,
+    run_command: Callable[..., Any],
+    refused: Callable[..., GroundingError],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "drn")
     source = published(state, tmp_path / "f.pth")
-
-    def run(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "train.convert", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-    done = run(source, "--vocabulary", word_table, "--output", tmp_path / "drn.pt")
-    assert done.returncode == 0, done.stderr
-    assert quotes(done.stdout, "mmaction2", "stage 3", "epoch 10")
-    assert f"python -m export.to_onnx --checkpoint {tmp_path / 'drn.pt'}" in done.stderr
+    done = run_command(convert, source, "--vocabulary", word_table, "--output", tmp_path / "drn.pt")
+    assert done.code == 0, done.err
+    assert quotes(done.out, "mmaction2", "stage 3", "epoch 10")
+    assert f"python -m export.to_onnx --checkpoint {tmp_path / 'drn.pt'}" in caplog.text
     assert len(load_checkpoint(tmp_path / "drn.pt").vocabulary) == 1301
-
-    refused = run(tmp_path / "absent.pth", "--output", tmp_path / "other.pt")
-    assert refused.returncode == 2
-    assert len(refused.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in refused.stderr
+    refused(convert, tmp_path / "absent.pth", "--output", tmp_path / "other.pt")
     assert not (tmp_path / "other.pt").exists()

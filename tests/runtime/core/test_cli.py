@@ -134,17 +134,32 @@ def test_missing_package_error_names_the_extra(tmp_path: Path, command: str, pac
     )
 
 
+def program(body: str) -> str:
+    """Return the source of a program whose command has this body."""
+    code = "import logging, os, sys, time\nfrom pathlib import Path\nfrom runtime.core.cli import command\n"
+    code += "from runtime.core.errors import GroundingError\nfrom runtime.core.io.atomic_files import atomic_write\n"
+    return code + "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
+
+
+def run_redirected(body: str, redirection: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a shell that redirects or closes its streams."""
+    words = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", program(body)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
 def start(body: str, *, unbuffered: bool = False, **options: Any) -> subprocess.Popen[str]:
     """Start a process whose command has this body."""
-    code = "import os, sys, time\nfrom pathlib import Path\nfrom runtime.core.cli import command\n"
-    code += "from runtime.core.errors import GroundingError\nfrom runtime.core.io.atomic_files import atomic_write\n"
-    code += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     if unbuffered:
         environment["PYTHONUNBUFFERED"] = "1"
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, env=environment, preexec_fn=heed_ctrl_c, **options
+        [sys.executable, "-c", program(body)],
+        cwd=ROOT,
+        text=True,
+        env=environment,
+        preexec_fn=heed_ctrl_c,
+        **options,
     )
 
 
@@ -199,16 +214,7 @@ def test_error_is_printed_when_stdout_is_full() -> None:
     ],
 )
 def test_closed_streams_keep_exit_code_without_traceback(redirection: str, body: str, code: int) -> None:
-    program = (
-        "import logging, sys\nfrom runtime.core.cli import command\nfrom runtime.core.errors import GroundingError\n"
-    )
-    program += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
-    ended = subprocess.run(
-        ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", program],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    ended = run_redirected(body, redirection)
     assert ended.returncode == code
     assert "Traceback" not in ended.stderr
     assert ended.stderr.count("\n") == (1 if code and redirection in (">&-", "1</dev/null") else 0)
@@ -231,11 +237,7 @@ def test_files_do_not_reuse_descriptors_of_closed_streams(tmp_path: Path, redire
         f"with open({str(tmp_path / 'report')!r}, 'w') as stream:\n"
         "    os.write(1, b'noise'); os.write(2, b'noise'); stream.write('whole')"
     )
-    program = "import os\nfrom runtime.core.cli import command\n"
-    program += "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "command(run)\n"
-    ended = subprocess.run(
-        ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", program], cwd=ROOT, capture_output=True
-    )
+    ended = run_redirected(body, redirection)
     assert ended.returncode == 0
     assert (tmp_path / "report").read_text() == "whole"
 
