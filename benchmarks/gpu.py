@@ -24,10 +24,9 @@ from typing import Any
 
 from benchmarks.acceptance.run_config import ROOT, Job
 from benchmarks.acceptance.step_log import Leg, OutOfTime, Skip, gather, kept, read_leg, record_crash, verdict
-from export.engine.builder import cuda_devices
-from runtime.benchmarking import system_info
 from runtime.core import cpu_info
 from runtime.core.errors import GroundingError
+from runtime.core.gpu_info import cuda_gpu, selected_gpu
 from runtime.core.io.atomic_files import check_writable, write_text
 
 log = logging.getLogger("drn")
@@ -102,7 +101,7 @@ def main(words: Sequence[str] | None = None) -> int:
             f"{', '.join(missing)} cannot be imported, and {', '.join(needed)} are needed; bring their wheels and put "
             "them on PYTHONPATH."
         )
-    if job.device == "cuda" and not cuda_devices():
+    if job.device == "cuda" and cuda_gpu() is None:
         return _refuse("CUDA finds no GPU here; `--device cpu --small` rehearses what runs without one.")
     try:
         check_writable(job.output / "torch.json")
@@ -224,7 +223,7 @@ def _environment(job: Job) -> dict[str, str]:
 
 
 def about_machine(job: Job) -> dict[str, Any]:
-    gpu = system_info.gpu() if job.device == "cuda" else None
+    gpu = selected_gpu() if job.device == "cuda" else None
     told = f"{cpu_info.cpu_name()}, {cpu_info.cores()} cores"
     if gpu:
         told = f"{gpu.name}, driver {gpu.driver}, {told}"
@@ -245,7 +244,7 @@ def _versions() -> dict[str, str]:
 
 
 def _name(job: Job) -> str:
-    gpu = system_info.gpu() if job.device == "cuda" else None
+    gpu = selected_gpu() if job.device == "cuda" else None
     name = gpu.name if gpu else job.device
     return f"rehearsal {name}" if job.rehearsal else name
 

@@ -18,8 +18,8 @@ from benchmarks.acceptance.lease import CLOSING_S, START_S, TENSORRT, Limits, sc
 from benchmarks.acceptance.lease_run import Lease
 from benchmarks.acceptance.packages import check_whole, current_python
 from benchmarks.acceptance.run_config import Job
-from export.engine.builder import cuda_devices
 from runtime.core.errors import GroundingError
+from runtime.core.gpu_info import cuda_gpu
 from runtime.core.io.atomic_files import check_writable
 
 log = logging.getLogger("drn")
@@ -110,7 +110,7 @@ def _run(given: argparse.Namespace, limits: Limits) -> int:
         )
     if given.packages is not None and not given.packages.is_dir():
         raise GroundingError(f"{given.packages} is not a directory. Name the one that holds wheels and chunks.")
-    if given.device == "cuda" and not cuda_devices():
+    if given.device == "cuda" and cuda_gpu() is None:
         raise GroundingError("CUDA finds no GPU here. Pass --device cpu --small to rehearse.")
     job = Job(given.output.resolve(), given.device, given.small, "lease", stand_in=given.device == "cpu")
     results = given.results.resolve() if given.results else None

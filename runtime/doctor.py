@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-import shutil
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ from runtime.backends.onnxruntime_session import import_onnxruntime
 from runtime.core import cpu_info
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import DeviceError
+from runtime.core.gpu_info import list_gpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +70,11 @@ def _cpu() -> Finding:
 
 
 def gpus() -> list[Finding]:
-    """Return the name, driver, memory and compute capability of every GPU from nvidia-smi."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return [Finding("NVIDIA GPU", False, "nvidia-smi is not installed: no driver, so everything runs on the CPU")]
-    query = [tool, "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
+    """Return name, driver, memory and compute capability of every GPU that nvidia-smi reports."""
     try:
-        result = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [Finding("NVIDIA GPU", False, f"nvidia-smi does not answer: {error}")]
-    if result.returncode or not result.stdout.strip():
-        (message, *_) = [*(result.stdout + result.stderr).strip().splitlines(), "no output"]
-        return [Finding("NVIDIA GPU", False, f"nvidia-smi fails: {message}", "install or repair the NVIDIA driver")]
-    return [Finding("NVIDIA GPU", True, line.strip()) for line in result.stdout.strip().splitlines()]
+        return [Finding("NVIDIA GPU", True, str(gpu)) for gpu in list_gpus()]
+    except DeviceError as error:
+        return [Finding("NVIDIA GPU", False, str(error))]
 
 
 def _onnxruntime() -> Finding:

@@ -26,6 +26,7 @@ from runtime.artifacts.engine_layers import Inspection, layers_path, packed
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends.batch_shapes import AXES
 from runtime.backends.cuda_driver import Cuda
+from runtime.core.gpu_info import Gpu
 from runtime.core.io.digests import sha256
 
 # The newest that can be brought to a machine that reaches PyPI only, and the strictest.
@@ -53,7 +54,7 @@ def stood_in(job: Job, leg: str = "tensorrt") -> Iterator[None]:
         changes |= {
             "runtime.backends.tensorrt_backend.Cuda": gpu,
             "runtime.backends.cuda_driver.Cuda": gpu,
-            "export.engine.builder.cuda_devices": lambda: 1,
+            "export.engine.builder.cuda_gpu": lambda: Gpu("NVIDIA double"),
             "export.engine.builder.unavailable_reason": lambda target: (
                 None if target == "tensorrt" else "It is not here."
             ),

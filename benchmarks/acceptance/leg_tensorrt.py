@@ -47,6 +47,7 @@ from runtime.benchmarking import system_info
 from runtime.benchmarking.phases import time_phases
 from runtime.benchmarking.timing import Call, speed_ratio
 from runtime.core.errors import DeviceError
+from runtime.core.gpu_info import cuda_gpu
 from runtime.core.io.atomic_files import write_json
 from runtime.core.io.digests import sha256
 from runtime.core.video import Video
@@ -85,11 +86,8 @@ def run(job: Job, leg: Leg) -> None:
 
     reasons = {target: unavailable_reason(target) for target in TARGETS}
     ready = [target for target, reason in reasons.items() if reason is None]
-    if job.device == "cuda":
-        from export.engine.builder import cuda_devices
-
-        if not cuda_devices():
-            raise Skip("CUDA finds no GPU here.")
+    if job.device == "cuda" and cuda_gpu() is None:
+        raise Skip("CUDA finds no GPU here.")
     if not ready:
         raise Skip(" ".join(str(reason) for reason in reasons.values()))
     for target, reason in reasons.items():

@@ -22,7 +22,7 @@ from export.build.build_config import (
 from export.build.extractor_engine import FEATURE_TOLERANCES, build_extractor, extractor_file_kind
 from export.build.parity_check import ParityChecker
 from export.build.reduced_precision import ConversionOptions, convert_precision
-from export.engine.builder import BuildOptions, cuda_devices, runs_here, unavailable_reason
+from export.engine.builder import BuildOptions, runs_here, unavailable_reason
 from export.engine.engine_part import EnginePart
 from export.engine.engine_writer import BuildState, build_part, mark_rejected
 from export.engine.profiles import Profile, Unrolling, check_ranges, check_unroll, one_profile, profiles, unrolling
@@ -30,6 +30,7 @@ from export.parity.model_file import ModelFile
 from runtime.artifacts.manifest import Manifest
 from runtime.core.cli import suggest_next_command
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError
+from runtime.core.gpu_info import cuda_gpu
 from runtime.core.io.atomic_files import Staging, locked
 from runtime.core.repeat_filter import said_once
 from runtime.datasets.dataset import Annotation, DataSet
@@ -416,7 +417,7 @@ def choose_target(
         return target, "ONNX Runtime runs the converted graph and optimizes it on the machine that loads it."
     if target != "auto":
         reason = unavailable_reason(target)
-        if reason is None and target == "tensorrt-rtx" and not capabilities and not cuda_devices():
+        if reason is None and target == "tensorrt-rtx" and not capabilities and cuda_gpu() is None:
             reason = "--target tensorrt-rtx needs --compute-capability without a GPU. Add it, as 8.6 8.9."
         if reason:
             raise DeviceError(reason, code="target_unavailable")

@@ -7,7 +7,6 @@ preparation in `export.engine.weakly_typed`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import importlib
 import logging
@@ -22,6 +21,7 @@ from runtime.artifacts.engine_layers import Inspection
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_logger import explain_startup_failure, logger_for
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError
+from runtime.core.gpu_info import cuda_gpu, cuda_version
 
 log = logging.getLogger("drn")
 
@@ -89,45 +89,6 @@ class BuildFailed(ModelFileError):
     code = "build_failed"
 
 
-def _cuda_driver() -> Any:
-    """Return the library of the CUDA driver; None without a driver."""
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-
-
-def cuda_version() -> str | None:
-    """Return the CUDA version of the driver, as 13.0; None without a driver."""
-    driver, version = _cuda_driver(), ctypes.c_int()
-    if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return None
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"
-
-
-def compute_capability() -> tuple[int, int] | None:
-    """Return the compute capability of the first GPU, as (9, 0); None without a GPU."""
-    if not cuda_devices():
-        return None
-    driver, device, numbers = _cuda_driver(), ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
-    driver.cuDeviceGet(ctypes.byref(device), 0)
-    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
-    for attribute, number in zip((75, 76), numbers):
-        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-    return numbers[0].value, numbers[1].value
-
-
-def cuda_devices() -> int:
-    """Return the number of GPUs; 0 without a driver.
-
-    This uses the driver directly, because TensorRT ends the process if there is none.
-    """
-    driver, count = _cuda_driver(), ctypes.c_int()
-    if driver is None or driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
-
-
 def cannot_open_reason(options: BuildOptions) -> str:
     """Return why a plan with these options cannot be opened on this machine, as a clause; empty if it can.
 
@@ -136,19 +97,18 @@ def cannot_open_reason(options: BuildOptions) -> str:
     """
     if options.target == "tensorrt":
         return ""
-    capability = compute_capability()
-    if capability is None:
+    gpu = cuda_gpu()
+    if gpu is None:
         return "this machine has no GPU to open the plan"
-    actual = f"{capability[0]}.{capability[1]}"
-    if options.compute_capabilities and actual not in options.compute_capabilities:
+    if options.compute_capabilities and gpu.capability not in options.compute_capabilities:
         built_for = ", ".join(options.compute_capabilities)
-        return f"the plan is for compute capability {built_for}, but the GPU of this machine has {actual}"
+        return f"the plan is for compute capability {built_for}, but the GPU of this machine has {gpu.capability}"
     return ""
 
 
 def runs_here(options: BuildOptions) -> bool:
     """Return whether a plan with these options runs on this machine."""
-    return bool(cuda_devices()) and not cannot_open_reason(options)
+    return cuda_gpu() is not None and not cannot_open_reason(options)
 
 
 def load_library(target: Target) -> ModuleType:
@@ -181,7 +141,7 @@ def unavailable_reason(target: Target) -> str | None:
         load_library(target)
     except DeviceError as error:
         return str(error)
-    if target == "tensorrt" and not cuda_devices():
+    if target == "tensorrt" and cuda_gpu() is None:
         return (
             "TensorRT builds for the GPU of the machine, but CUDA finds no GPU. "
             "Choose --target tensorrt-rtx or onnxruntime."
@@ -269,16 +229,12 @@ def _check_capability(options: BuildOptions) -> None:
     minimum = MIN_CAPABILITY.get(options.precision)
     if minimum is None:
         return
-    capability = compute_capability()
-    built_for = [capability] if capability else []
-    if options.compute_capabilities:
-        parts = (text.partition(".") for text in options.compute_capabilities)
-        built_for = [(int(major), int(minor)) for major, _, minor in parts]
-    for capability in built_for:
-        if capability < minimum:
+    gpu = cuda_gpu()
+    for capability in options.compute_capabilities or ([gpu.capability] if gpu and gpu.capability else []):
+        if tuple(map(int, capability.split("."))) < minimum:
             raise DeviceError(
                 f"{options.precision} needs compute capability {minimum[0]}.{minimum[1]} or later, got "
-                f"{capability[0]}.{capability[1]}. Choose --precision fp16 or int8.",
+                f"{capability}. Choose --precision fp16 or int8.",
                 code="precision_unsupported",
             )
 
@@ -402,7 +358,7 @@ def _capability_names(trt: Any, capabilities: Sequence[str]) -> list[str]:
     """Return the names of compute capabilities in TensorRT-RTX; raise DeviceError for one that it does not support."""
     names = {name[2:-1] + "." + name[-1]: name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
     supported = ", ".join(sorted(names, key=float))
-    if not capabilities and not cuda_devices():
+    if not capabilities and cuda_gpu() is None:
         raise DeviceError(
             f"TensorRT-RTX needs --compute-capability on a machine without a GPU. Choose from {supported}.",
             code="missing_option",

@@ -16,8 +16,6 @@ from export.engine.builder import (
     BuildOptions,
     BuiltEngine,
     build,
-    cuda_devices,
-    cuda_version,
     wrap_library_errors,
 )
 from export.engine.engine_part import EnginePart
@@ -27,6 +25,7 @@ from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import PROVEN, layers_path, packed
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.errors import CheckFailed, DeviceError, ModelFileError
+from runtime.core.gpu_info import cuda_gpu, cuda_version
 from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import sha256
 
@@ -282,7 +281,7 @@ def _gpu() -> str | None:
 
     The name is that of the driver, not of nvidia-smi, because the runtime compares it with the driver's.
     """
-    if not cuda_devices():
+    if cuda_gpu() is None:
         return None
     gpu = Cuda()
     return f"{gpu.name}, CUDA {gpu.driver}, {gpu.memory()[1] >> 20} MiB, {gpu.capability}"

@@ -14,6 +14,7 @@ from runtime.backends.base import Device
 from runtime.benchmarking import system_info
 from runtime.benchmarking.report import Memory, ModelInfo
 from runtime.benchmarking.workload import device_of, ground_first, synthetic_workload
+from runtime.core import gpu_info
 from runtime.core.errors import DeviceError
 from runtime.core.io.digests import sha256
 from runtime.core.video import Video
@@ -58,7 +59,7 @@ def open_model(
         pairs: the first is grounded; a synthetic one if empty.
         cold_start_s: seconds that `cold_start` measured; None if it failed.
     """
-    rss, gpu = system_info.rss_bytes(), system_info.gpu()
+    rss, gpu = system_info.rss_bytes(), gpu_info.selected_gpu()
     start = time.perf_counter()
     grounder = Grounder.load(path, device, threads)
     # Without windows, each query is one run of the network.
@@ -96,11 +97,11 @@ def open_model(
     return grounder, info
 
 
-def _gpu_growth(before: system_info.Gpu | None) -> int | None:
+def _gpu_growth(before: gpu_info.Gpu | None) -> int | None:
     """Return by how many bytes the GPU's used memory has grown; None where it is unknown."""
     if before is None or before.used_mib is None:
         return None
-    after = system_info.gpu()
+    after = gpu_info.selected_gpu()
     if after is None or after.used_mib is None:
         return None
     return int((after.used_mib - before.used_mib) * 2**20)

@@ -266,7 +266,7 @@ def test_missing_package_is_named_before_any_run(
 def test_missing_gpu_exits_2_without_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "cuda_devices", lambda: 0)
+    monkeypatch.setattr(gpu, "cuda_gpu", lambda: None)
     assert gpu.main(["torch", "--output", str(tmp_path / "found")]) == 2
     assert quotes(capsys.readouterr().err, "CUDA", "GPU")
     assert not (tmp_path / "found").exists()

@@ -96,7 +96,7 @@ def test_invalid_packages_are_rejected_without_output(
 def test_invalid_options_are_rejected(
     words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_lease, "cuda_devices", lambda: 0)
+    monkeypatch.setattr(gpu_lease, "cuda_gpu", lambda: None)
     assert gpu_lease.main(["--output", str(tmp_path / "out"), *REHEARSE, *words]) == 2
     assert capsys.readouterr().err.count("error: ") == 1
     assert not (tmp_path / "out").exists()

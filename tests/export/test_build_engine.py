@@ -35,7 +35,7 @@ from export.build.build_config import BuildRequest
 from export.build.run_build import _check_engine, choose_target
 from export.build_engine import build_engine
 from export.engine import engine_writer
-from export.engine.builder import BuildFailed, BuildOptions, BuiltEngine, cuda_devices, unavailable_reason
+from export.engine.builder import BuildFailed, BuildOptions, BuiltEngine, unavailable_reason
 from export.engine.engine_writer import _write_engine, mark_rejected
 from export.engine.inspector import PlanNotLoaded
 from export.tracing.tracer import export_model
@@ -66,6 +66,7 @@ from runtime.core.errors import (
     OutputError,
     ShapeError,
 )
+from runtime.core.gpu_info import cuda_gpu
 from runtime.core.io.digests import sha256
 from runtime.datasets.dataset import DataSet
 from runtime.describe import describe
@@ -468,7 +469,7 @@ def test_invalid_graph_file_is_rejected(tmp_path: Path) -> None:
 
 
 def test_auto_target_without_gpu_is_onnxruntime_with_reason() -> None:
-    if cuda_devices():
+    if cuda_gpu():
         pytest.skip("this machine has a GPU")
     chosen, why = choose_target("auto")
     assert chosen == "onnxruntime"

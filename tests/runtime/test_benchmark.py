@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use short measurements, no GPU, and no new processes."""
     monkeypatch.setattr("runtime.benchmarking.timing.WINDOW_SECONDS", 0.0)
-    monkeypatch.setattr("runtime.benchmarking.system_info.shutil.which", lambda _: None)
+    monkeypatch.setattr("runtime.core.gpu_info.shutil.which", lambda _: None)
     monkeypatch.setattr(runner, "cold_start", lambda *_: 1.25)
 
 

@@ -17,7 +17,7 @@ from calib.graph.precision_audit import audit_graph
 from export.build import extractor_engine
 from export.build.extractor_engine import FEATURE_TOLERANCES, FeatureTolerance, compare
 from export.build_engine import build_engine
-from export.engine import builder, engine_writer
+from export.engine import engine_writer
 from export.engine.builder import BuiltEngine
 from export.to_onnx import to_onnx
 from export.tracing.synthetic_clips import synthetic_clips
@@ -26,6 +26,7 @@ from runtime.artifacts.onnx_metadata import with_digest
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_backend import open_extractor_engine
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError, OutputError
+from runtime.core.gpu_info import cuda_gpu
 from runtime.core.io.digests import sha256
 from runtime.describe import describe
 from runtime.infer import infer
@@ -161,7 +162,7 @@ def test_engine_without_gpu_names_the_converted_graph(model: Path, tmp_path: Pat
     plan = write_plan(tmp_path / "c3d.fp32.engine", model, [profile], wide.manifest)
     with raises(DeviceError, "gpu_required", plan.name):
         open_extractor(plan, "cpu")
-    if not builder.cuda_devices():
+    if cuda_gpu() is None:
         with raises(DeviceError, "incompatible_engine", plan.name, model):
             open_extractor(plan)
     other = write_plan(tmp_path / "drn.engine", model, [profile], SimpleNamespace(to_dict=dict))

@@ -17,7 +17,6 @@ from export.engine.builder import (
     BuildOptions,
     build,
     check_options,
-    cuda_devices,
     is_strongly_typed,
     load_library,
     runs_here,
@@ -25,9 +24,10 @@ from export.engine.builder import (
 )
 from export.engine.inspector import PlanNotLoaded
 from export.engine.profiles import profiles
-from runtime.artifacts.engine_layers import engine_layer_stats
+from runtime.artifacts.engine_layers import count_layers, read_layers
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.errors import DeviceError, ModelFileError
+from runtime.core.gpu_info import Gpu, cuda_gpu
 from tests.export.conftest import TINY, manifest
 from tests.export.engine import inspector_doubles
 from tests.raising import quotes, raises
@@ -297,7 +297,7 @@ def test_rtx_build_sets_compute_capabilities() -> None:
 
 
 def test_rtx_without_gpu_requires_compute_capability() -> None:
-    if cuda_devices():
+    if cuda_gpu():
         pytest.skip("this machine has a GPU")
     library, _ = stand_in("1.7.1")
     with raises(DeviceError, "missing_option", "--compute-capability"):
@@ -318,9 +318,9 @@ def test_engine_is_inspected_with_a_context_per_profile(version: str) -> None:
     for view in inspection.profiles:
         assert view.text is not None
         # 8.6 shows no types of tensors.
-        assert engine_layer_stats(view.text).arithmetic == ({} if version == "8.6.1" else {"fp16": 6})
+        assert count_layers(read_layers(view.text)).arithmetic == ({} if version == "8.6.1" else {"fp16": 6})
     # 11 shows types, but not formats, without a context.
-    assert bool(engine_layer_stats(inspection.unbound).arithmetic) == (version == "11.4.0")
+    assert bool(count_layers(read_layers(inspection.unbound)).arithmetic) == (version == "11.4.0")
 
 
 @pytest.mark.parametrize("version", INSPECTED)
@@ -358,14 +358,13 @@ def test_unloadable_engine_raises_error() -> None:
 
 @pytest.mark.parametrize(
     ("here", "capabilities", "inspected"),
-    [((8, 6), ("8.6", "12.0"), True), ((8, 6), (), True), ((9, 0), ("8.6", "12.0"), False), (None, ("8.6",), False)],
+    [("8.6", ("8.6", "12.0"), True), ("8.6", (), True), ("9.0", ("8.6", "12.0"), False), (None, ("8.6",), False)],
 )
 def test_rtx_engine_is_inspected_only_on_matching_gpu(
     here: Any, capabilities: Any, inspected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library, calls = stand_in("1.7.1")
-    monkeypatch.setattr("export.engine.builder.compute_capability", lambda: here)
-    monkeypatch.setattr("export.engine.builder.cuda_devices", lambda: int(here is not None))
+    monkeypatch.setattr("export.engine.builder.cuda_gpu", lambda: here and Gpu("x", capability=here))
     given = options(target="tensorrt-rtx", compute_capabilities=capabilities)
     plan = build(b"graph", given, library=library, cuda=gpu())
     assert plan.plan == b"plan"
