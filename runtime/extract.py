@@ -15,6 +15,7 @@ from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import GroundingError, VideoFileError, excerpt
 from runtime.core.io.atomic_files import check_writable, locked, write_json
 from runtime.core.io.input_files import merges_names, read_json
+from runtime.core.io.text_files import check_format
 from runtime.core.names import folded
 from runtime.core.video import ClipTiming
 from runtime.datasets.charades_sta import DURATIONS, FRAMES
@@ -150,9 +151,12 @@ def _records(directory: Path) -> dict[str, ExtractionRecord]:
     if not path.is_file():
         return {}
     value = read_json(path, "records of extracted videos")
-    videos = value.get("videos") if isinstance(value, dict) and value.get("format") == FORMAT else None
+    check_format(value, FORMAT, f"{path}", VideoFileError, "remove the file")
+    videos = value.get("videos")
     if not isinstance(videos, dict):
-        raise VideoFileError(f"{path} changed since it was written. Remove it.", code="digest_mismatch")
+        raise VideoFileError(
+            f"{path}: expected a table of videos, got {excerpt(videos)}. Remove the file.", code="damaged_file"
+        )
     records = {name: read_record(item, path) for name, item in videos.items()}
     return {name: record for name, record in records.items() if record is not None}
 

@@ -11,10 +11,10 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
-from runtime.core.errors import GroundingError, one_line
+from runtime.core.errors import GroundingError, ModelFileError, one_line
 from runtime.core.io.atomic_files import atomic_write
+from runtime.core.io.text_files import check_format, parse_json
 
 log = logging.getLogger("drn")
 
@@ -50,30 +50,31 @@ class KernelCache:
         try:
             with open(self.path, "rb") as file:
                 header, content = file.readline(MAX_HEADER_BYTES), file.read()
-            about: Any = json.loads(header)
-            expected = {"format": FORMAT, **dataclasses.asdict(self.key)}
             digest = hashlib.sha256(content).hexdigest()
-            if not isinstance(about, dict) or about.get("sha256") != digest:
-                self.ignore("it is damaged")
-                return None
+            self._check(header, digest)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError, MemoryError) as error:
+        except (OSError, ValueError, GroundingError) as error:
             self.ignore(one_line(error))
-            return None
-        different = [name for name, value in expected.items() if about.get(name) != value]
-        if different:
-            self.ignore(f"it was written for another {' and '.join(different)}")
             return None
         self._stored = digest
         return content
 
+    def _check(self, header: bytes, digest: str) -> None:
+        """Raise ValueError or ModelFileError unless a header has the format, the key and this digest of the content."""
+        source, advice = "its first line", "no action is needed"
+        about = parse_json(header.decode(), source, ModelFileError, advice=advice)
+        check_format(about, FORMAT, source, ModelFileError, advice)
+        if about.get("sha256") != digest:
+            raise ValueError("it is damaged")
+        different = [name for name, value in dataclasses.asdict(self.key).items() if about.get(name) != value]
+        if different:
+            raise ValueError(f"it was written for another {' and '.join(different)}")
+
     def ignore(self, reason: str) -> None:
         """Warn that the file is not used, so that the next `write` replaces it."""
         self._stored = ""
-        log.warning(
-            "%s is not used, because %s. Kernels are compiled again, and the file is replaced.", self.path, reason
-        )
+        log.warning("%s is not used: %s. Kernels are compiled again, and the file is replaced.", self.path, reason)
 
     def write(self, content: bytes) -> bool:
         """Write compiled kernels atomically, unless the file contains them already.
