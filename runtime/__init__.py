@@ -1,4 +1,4 @@
-"""Ground sentences in videos, in NumPy; a backend runs the network.
+"""Ground sentences in videos with NumPy and a backend that runs the network; every top-level package may import it.
 
 from runtime import Grounder, Video
 grounder = Grounder.load("drn.onnx")

@@ -1,4 +1,4 @@
-"""A video as the query part of a model meets it: encoded once, asked often, kept in memory or in a file."""
+"""Store the encoding of a video by the video part of a split model, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from runtime.core.errors import FeatureError, OutputError, check_argument, check_path, excerpt, reading
+from runtime.core.errors import FeatureError, OutputError, as_sentence, check_argument, check_path, excerpt, reading
 from runtime.core.io.array_files import read_archive
 from runtime.core.io.atomic_files import atomic_write
 from runtime.core.io.digests import json_digest
 from runtime.core.io.input_files import check_file
-from runtime.core.io.text_files import is_number, parse_json
+from runtime.core.io.text_files import check_format, is_number, parse_json
 from runtime.core.sliding_windows import Window
-from runtime.core.video import LONGEST_SECONDS
+from runtime.core.video import MAX_DURATION_S, check_duration
 
 FORMAT = "drn-encoding/1"
 WINDOWS_FORMAT = "drn-encoded-windows/1"
+ADVICE = "encode the video again"
 
-Read = TypeVar("Read")
+Encoded = TypeVar("Encoded", "EncodedVideo", "EncodedWindows")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedVideo:
-    """The encoding of a video by the video part of a split model; `Grounder.encode` returns it, `Grounder.ground` takes
-    it.
+    """The encoding of a video by the video part of a split model.
+
+    `Grounder.encode` returns it, and `Grounder.ground` accepts it.
 
     Attributes:
-        features: (D, T), as the query part takes them: float32, or float16 in half precision.
+        features: (D, T) input of the query part: float32, or float16 in half precision.
         spans: (T, 2) float32, starts and ends of the segments as fractions of the video.
         duration: length in seconds.
-        name: how reports call the video.
-        model: SHA-256 of the video part that made it; no other model's query part can read it.
-        key: 64 hexadecimal digits that stand for features, spans and model; made of them where it is not given.
-        offset: as that of the `Video`.
-        prepared: has no effect; version 0.1 stored what made dozens of queries on one video faster.
+        name: name of the video in reports.
+        model: SHA-256 of the video part; only the query part of the same model can read the encoding.
+        key: 64 hexadecimal digits that identify features, spans and model; default: their digest.
+        prepared: has no effect; version 0.1 stored intermediate results here.
+        offset: see `Video`.
     """
 
     features: np.ndarray
@@ -63,50 +65,48 @@ class EncodedVideo:
             check_argument(name, getattr(self, name), str, "a text", FeatureError)
         if features.ndim != 2 or features.dtype.kind != "f" or spans.shape != (features.shape[1], 2):
             raise FeatureError(
-                f"An encoding of {self.name} holds floats of shape (D, T) and spans of shape (T, 2), and "
-                f"{features.dtype} of shape {features.shape} and spans of shape {spans.shape} were given; "
-                "encode the video again.",
+                f"Expected floats of shape (D, T) and spans of shape (T, 2) for {self.name}, got {features.dtype} of "
+                f"shape {features.shape} and spans of shape {spans.shape}. Encode the video again.",
                 code="wrong_array",
             )
-        if not 0 < self.duration <= LONGEST_SECONDS:
-            raise FeatureError(
-                f"The duration of {self.name} must be above 0 and at most {LONGEST_SECONDS:g} seconds, "
-                f"and {self.duration} was given.",
-                code="invalid_frame_count",
-            )
+        check_duration(self.duration, self.name)
         if not self.key:
             object.__setattr__(self, "key", _key(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the encoding to a `.npz` file, whole or not at all; OutputError if it cannot be written."""
-        about = {"format": FORMAT, "duration": self.duration, "name": self.name, "model": self.model, "key": self.key}
-        _save(path, {**about, "offset": self.offset}, self.features, self.spans)
+        """Write the encoding to a `.npz` file, atomically; OutputError if it cannot be written."""
+        metadata = {
+            "format": FORMAT, "duration": self.duration, "name": self.name, "model": self.model, "key": self.key,
+            "offset": self.offset,
+        }  # fmt: skip
+        _save(path, metadata, self.features, self.spans)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedVideo:
-        """Read what `save` wrote; nothing in the file is run.
+        """Read a file of `save`, without running code in it.
 
         Raises:
             FeatureError: the file is missing, damaged, or not an encoding.
         """
-        result = _load(path, _read)
-        if result.key != _key(result):
-            raise FeatureError(
-                f"{path} was changed since it was written; encode the video again.", code="digest_mismatch"
-            )
-        return result
+        return _load(path, FORMAT, cls._read)
+
+    @classmethod
+    def _read(cls, metadata: Any, features: np.ndarray, spans: np.ndarray) -> EncodedVideo:
+        name, model, key = (str(metadata[field]) for field in ("name", "model", "key"))
+        offset = float(metadata.get("offset", 0.0))
+        return cls(features, spans, float(metadata["duration"]), name, model, key, offset=offset)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedWindows:
-    """The encodings of the windows of a long video; at full size 0.5 MB per window.
+    """The encodings of the windows of a long video, 0.5 MB each for the published configuration.
 
     Attributes:
-        parts: an encoding for each window.
-        windows: the windows, in time order.
+        parts: encoding of each window.
+        windows: windows in time order.
         duration: length of the video in seconds.
-        name: how reports call the video.
-        offset: as that of the `Video`.
+        name: name of the video in reports.
+        offset: see `Video`.
     """
 
     parts: tuple[EncodedVideo, ...]
@@ -116,84 +116,71 @@ class EncodedWindows:
     offset: float = 0.0
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the encodings to a `.npz` file, whole or not at all; OutputError if it cannot be written."""
-        first = self.parts[0]
-        about = {"format": WINDOWS_FORMAT, "duration": self.duration, "name": self.name, "model": first.model}
-        header = {"keys": [part.key for part in self.parts], "windows": [dataclasses.astuple(w) for w in self.windows]}
+        """Write the encodings to a `.npz` file, atomically; OutputError if it cannot be written."""
+        metadata = {
+            "format": WINDOWS_FORMAT, "duration": self.duration, "name": self.name, "model": self.parts[0].model,
+            "keys": [part.key for part in self.parts], "windows": [dataclasses.astuple(w) for w in self.windows],
+            "offset": self.offset,
+        }  # fmt: skip
         arrays = (np.stack([getattr(part, name) for part in self.parts]) for name in ("features", "spans"))
-        _save(path, {**about, **header, "offset": self.offset}, *arrays)
+        _save(path, metadata, *arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedWindows:
-        """Read what `save` wrote; see `EncodedVideo.load`."""
-        result = _load(path, _read_windows)
-        if any(part.key != _key(part) for part in result.parts):
-            raise FeatureError(
-                f"{path} was changed since it was written; encode the video again.", code="digest_mismatch"
-            )
-        return result
+        """Read a file of `save`; see `EncodedVideo.load`."""
+        return _load(path, WINDOWS_FORMAT, cls._read)
+
+    @classmethod
+    def _read(cls, metadata: Any, features: np.ndarray, spans: np.ndarray) -> EncodedWindows:
+        if not all(is_number(value) for values in metadata["windows"] for value in values):
+            raise ValueError("its windows are not numbers")
+        windows = tuple(Window(*values) for values in metadata["windows"])
+        name, model, keys = str(metadata["name"]), str(metadata["model"]), metadata["keys"]
+        if not len(features) == len(spans) == len(windows) == len(keys) > 0:
+            raise ValueError(f"it has {len(windows)} windows, but {len(features)} encodings")
+        parts = tuple(
+            EncodedVideo(encoded, borders, window.duration, name, model, str(key))
+            for encoded, borders, window, key in zip(features, spans, windows, keys)
+        )
+        return cls(parts, windows, float(metadata["duration"]), name, float(metadata.get("offset", 0.0)))
 
 
-def _save(path: str | os.PathLike[str], about: dict[str, Any], features: np.ndarray, spans: np.ndarray) -> None:
+def _save(path: str | os.PathLike[str], metadata: dict[str, Any], features: np.ndarray, spans: np.ndarray) -> None:
     check_path(path, OutputError)
-    # The keys stand for the arrays; this digest stands for the rest.
-    about = {**about, "digest": json_digest(about)}
+    # The keys are digests of the arrays, and this is the digest of everything else.
+    metadata = {**metadata, "digest": json_digest(metadata)}
     with atomic_write(path) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, features=features, spans=spans, about=np.array(json.dumps(about)))
+        np.savez(stream, features=features, spans=spans, about=np.array(json.dumps(metadata)))
 
 
-def _load(path: str | os.PathLike[str], read: Callable[[Any, np.ndarray, np.ndarray], Read]) -> Read:
-    """Return what `read` makes of a file's facts, features and spans."""
+def _load(
+    path: str | os.PathLike[str], expected_format: str, read: Callable[[Any, np.ndarray, np.ndarray], Encoded]
+) -> Encoded:
+    """Return the result of `read` for the metadata, features and spans of a file, after checking their digests."""
     check_path(path, FeatureError)
     path = Path(path)
     check_file(path, "The encoding", FeatureError)
-    with reading(path, "an encoding that drn-deploy saved", FeatureError, "encode the video again"):
+    with reading(path, "an encoding that drn-deploy saved", FeatureError, ADVICE):
         arrays = read_archive(path, max_members=3)
-        about, features, spans = arrays["about"], arrays["features"], arrays["spans"]
-        if about.shape or about.dtype.kind != "U":
-            raise ValueError("its facts are not a text")
-        facts = parse_json(str(about), f"{path}", FeatureError, advice="encode the video again")
+        text, features, spans = arrays["about"], arrays["features"], arrays["spans"]
+        if text.shape or text.dtype.kind != "U":
+            raise ValueError("its metadata are not a text")
+        metadata = parse_json(str(text), f"{path}", FeatureError, advice=ADVICE)
+        check_format(metadata, expected_format, f"{path}", FeatureError, ADVICE)
         for name in ("duration", "offset"):
-            if not (is_number(facts.get(name, 0.0)) and 0 <= facts.get(name, 0.0) <= LONGEST_SECONDS):
-                raise ValueError(f"its {name} is {excerpt(facts[name])}")
+            if not (is_number(metadata.get(name, 0.0)) and 0 <= metadata.get(name, 0.0) <= MAX_DURATION_S):
+                raise ValueError(f"its {name} is {excerpt(metadata[name])}")
         # Files of version 0.1 have no digest.
-        digest = facts.pop("digest", None)
-        if digest is not None and digest != json_digest(facts):
-            raise ValueError("it was changed since it was written")
-        return read(facts, features, spans)
-
-
-def _read(about: Any, features: np.ndarray, spans: np.ndarray) -> EncodedVideo:
-    _check_format(about, FORMAT)
-    return EncodedVideo(
-        features,
-        spans,
-        float(about["duration"]),
-        str(about["name"]),
-        str(about["model"]),
-        str(about["key"]),
-        offset=float(about.get("offset", 0.0)),
-    )
-
-
-def _read_windows(about: Any, features: np.ndarray, spans: np.ndarray) -> EncodedWindows:
-    _check_format(about, WINDOWS_FORMAT)
-    if not all(is_number(value) for values in about["windows"] for value in values):
-        raise ValueError("its windows are not numbers")
-    windows = tuple(Window(*values) for values in about["windows"])
-    name, model = str(about["name"]), str(about["model"])
-    if not len(features) == len(spans) == len(windows) == len(about["keys"]) > 0:
-        raise ValueError("it does not hold as many encodings as windows")
-    parts = tuple(
-        EncodedVideo(encoded, borders, window.duration, name, model, str(key))
-        for encoded, borders, window, key in zip(features, spans, windows, about["keys"])
-    )
-    return EncodedWindows(parts, windows, float(about["duration"]), name, float(about.get("offset", 0.0)))
-
-
-def _check_format(about: Any, expected: str) -> None:
-    if about["format"] != expected:
-        raise ValueError(f"its format is {excerpt(about['format'])} and {excerpt(expected)} is read here")
+        digest = metadata.pop("digest", None)
+        if digest is not None and digest != json_digest(metadata):
+            raise ValueError("it was changed after it was written")
+        encoded = read(metadata, features, spans)
+    for part in encoded.parts if isinstance(encoded, EncodedWindows) else (encoded,):
+        if part.key != _key(part):
+            raise FeatureError(
+                f"{path} was changed after it was written. {as_sentence(ADVICE)}", code="digest_mismatch"
+            )
+    return encoded
 
 
 def _key(video: EncodedVideo) -> str:

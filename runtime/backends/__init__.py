@@ -1,4 +1,7 @@
-"""Run networks: one file for each library, imported only when its kind of file is opened."""
+"""Run networks with ONNX Runtime, TensorRT and Triton; each library is imported when a file of its kind is opened.
+
+All packages except `runtime.core`, `artifacts` and `datasets` may import it.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,6 @@
-"""Define what every other part stands on: errors, the command line, files, and the arithmetic around the network."""
+"""Define errors, the command line, file access, and the arithmetic around the network.
+
+Every package may import it; it imports no other package of `runtime`.
+"""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compare the answers of two models to the same queries, query by query."""
+"""Compare the moments of two models for the same queries, query by query."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from runtime.core.moments import temporal_iou
 
 FLIP_THRESHOLDS = (0.5, 0.7)
 VISIBLE_S = 0.05
-"""Seconds by which a boundary must move before a reader of tenths of a second can see it."""
+"""Shift of a boundary in seconds that changes a time printed with one decimal."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PairedAnswers:
-    """The differences between the answers of a reference and another model to N queries.
+    """The differences between the moments of a reference and another model for N queries.
 
     Attributes:
-        hits: by IoU threshold, (2, N) bool: whether the best moment of the reference, and of the other, is right.
+        hits: IoU threshold to (2, N) bool: whether the best moment of the reference, and of the other model, is a hit.
         ious: (2, N) temporal IoU of the best moments with the ground truth.
         overlaps: (N,) temporal IoU of the two best moments.
-        shifts: (N, 2) seconds by which start and end move; the duration of the video where a model has no moment.
+        shifts: (N, 2) shifts of start and end in seconds; the duration of the video if a model has no moment.
     """
 
     hits: Mapping[float, np.ndarray]
@@ -33,12 +33,12 @@ class PairedAnswers:
     shifts: np.ndarray
 
     def gained(self, threshold: float) -> np.ndarray:
-        """Return which queries only the other model answers, (N,) bool."""
+        """Return which queries only the other model answers correctly, (N,) bool."""
         before, after = self.hits[threshold]
         return ~before & after
 
     def lost(self, threshold: float) -> np.ndarray:
-        """Return which queries only the reference answers, (N,) bool."""
+        """Return which queries only the reference answers correctly, (N,) bool."""
         before, after = self.hits[threshold]
         return before & ~after
 
@@ -50,14 +50,14 @@ def compare_answers(
     durations: np.ndarray,
     protocol: Protocol,
 ) -> PairedAnswers:
-    """Compare answers to N queries.
+    """Compare the moments of two models for N queries.
 
     Args:
-        reference, other: for each IoU threshold of the NMS (N, K, 3) starts, ends and scores, best first, as fractions
-            of the video, NaN after the last.
+        reference, other: IoU threshold of the NMS to (N, K, 3) starts, ends and scores: best first, as fractions of the
+            video, NaN after the last.
         truth: ground truth; see `runtime.core.metrics.best_iou`.
         durations: (N,) seconds.
-        protocol: whose rule decides what is a hit.
+        protocol: rule that decides what is a hit.
     """
     both = (reference, other)
     first = next(iter(reference))
@@ -76,14 +76,14 @@ def moment_deviation(
     """Return the temporal IoU of pairs of moments, (N,), and the shift of their starts and ends in seconds, (N, 2).
 
     Args:
-        reference, other: (N, 2) starts and ends, NaN where there is none.
-        durations: seconds by which they are multiplied: (N,) if they are fractions, 1 if they are seconds.
+        reference, other: (N, 2) starts and ends, NaN for no moment.
+        durations: (N,) seconds for moments that are fractions of their videos, 1 for moments in seconds.
     """
     overlaps = temporal_iou(reference[:, None], other[:, None])[:, 0, 0]
     return overlaps, boundary_shifts(reference, other, durations)
 
 
 def boundary_shifts(reference: np.ndarray, other: np.ndarray, durations: np.ndarray | float) -> np.ndarray:
-    """Return how far (..., 2) starts and ends lie apart, in seconds; `durations` where one is missing."""
-    apart = np.abs(other.astype(np.float64) - reference)
-    return np.where(np.isfinite(apart), apart, 1.0) * np.asarray(durations)[..., None]
+    """Return the absolute shift of (..., 2) starts and ends in seconds; `durations` if one is NaN."""
+    shifts = np.abs(other.astype(np.float64) - reference)
+    return np.where(np.isfinite(shifts), shifts, 1.0) * np.asarray(durations)[..., None]

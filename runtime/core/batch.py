@@ -1,4 +1,4 @@
-"""Define the inputs and outputs of a backend."""
+"""Define the inputs and outputs of a backend, and collate queries and videos into batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.core.video import Segments
 
-# The tensors between the two parts of a model; see `calib.graph.split_model`.
+# Tensors between the two parts of a split model; see `calib.graph.split_model`.
 ENCODED_FEATURES, VIDEO_INDEX = "encoded_features", "video_index"
 
 
@@ -18,8 +18,8 @@ class Batch:
     """B queries, each with the segments of its video. Field names are the input names of every exported graph.
 
     Attributes:
-        query_tokens: (B, L) int32 word ids, 0 past each length.
-        query_length: (B,) int32, at least 1.
+        query_tokens: (B, L) int32 word ids, 0 after each length.
+        query_length: (B,) int32 numbers of tokens, at least 1.
         segment_features: (B, T, D) float32.
         segment_spans: (B, T, 2) float32, fractions of the video.
     """
@@ -38,9 +38,9 @@ class Heads:
     """Raw outputs for B queries at P locations, levels finest first, all float32.
 
     Attributes:
-        matching_logits: (B, P), does this location lie in the moment.
-        boundary_distances: (B, P, 2), from the location back to the start and on to the end, in segments.
-        iou_logits: (B, P), how good is the proposal of this location.
+        matching_logits: (B, P), logits of the probability that the location is in the moment.
+        boundary_distances: (B, P, 2), distances from the location to the start and to the end, in segments.
+        iou_logits: (B, P), logits of the temporal IoU of the proposal with the moment.
     """
 
     matching_logits: np.ndarray
@@ -58,12 +58,12 @@ INPUT_NAMES: tuple[str, ...] = tuple(Batch.__dataclass_fields__)
 
 
 def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:
-    """Put B encoded queries, (L_i,) each, and their videos' segments side by side, in the order given."""
+    """Return a batch of B encoded queries, (L_i,) each, and the segments of their B videos."""
     return Batch(*pad_queries(queries), *stack_segments(videos))
 
 
 def stack_segments(videos: Sequence[Segments]) -> tuple[np.ndarray, np.ndarray]:
-    """Return features (B, T, D) and spans (B, T, 2), both float32, of the segments of B videos."""
+    """Return features (B, T, D) and spans (B, T, 2) of the segments of B videos, both float32."""
     features = np.empty((len(videos), *videos[0].features.shape), np.float32)
     spans = np.empty((len(videos), *videos[0].spans.shape), np.float32)
     for index, segments in enumerate(videos):
@@ -73,7 +73,7 @@ def stack_segments(videos: Sequence[Segments]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pad_queries(queries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return B encoded queries, (L_i,) each, as (B, L) int32 word ids, 0 past each length, and (B,) int32 lengths."""
+    """Return B encoded queries, (L_i,) each, as (B, L) int32 word ids, 0 after each length, and (B,) int32 lengths."""
     lengths = np.array([len(tokens) for tokens in queries], np.int32)
     tokens = np.zeros((len(queries), lengths.max(initial=1)), np.int32)
     for row, ids in zip(tokens, queries):
@@ -82,7 +82,7 @@ def pad_queries(queries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches_by_length(queries: Sequence[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """Yield the positions of at most `batch_size` queries at a time, of like length, so that little is padding."""
+    """Yield indices of at most `batch_size` queries of similar length, so that batches have little padding."""
     order = np.argsort([len(tokens) for tokens in queries], kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -91,6 +91,6 @@ def batches_by_length(queries: Sequence[np.ndarray], batch_size: int) -> Iterato
 def batches(
     queries: Sequence[np.ndarray], videos: Sequence[Segments], batch_size: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yield batches of at most `batch_size` pairs, each after the positions of its pairs."""
-    for chosen in batches_by_length(queries, batch_size):
-        yield chosen, collate([queries[i] for i in chosen], [videos[i] for i in chosen])
+    """Yield the indices and the batch of at most `batch_size` pairs of a query and a video at a time."""
+    for indices in batches_by_length(queries, batch_size):
+        yield indices, collate([queries[i] for i in indices], [videos[i] for i in indices])

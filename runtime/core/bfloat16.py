@@ -1,4 +1,4 @@
-"""Convert between float32 and bfloat16, which NumPy lacks: its numbers are uint16, the upper halves of float32."""
+"""Convert between float32 and bfloat16, which NumPy lacks: values are uint16, the upper halves of float32."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Return the bits of floats rounded to bfloat16, ties to even, as uint16."""
+    """Return floats rounded to bfloat16, ties to even, as uint16."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """Return bfloat16 numbers, given as uint16, as float32; nothing is lost."""
+    """Return bfloat16 values, given as uint16, as float32, which is exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,4 +1,4 @@
-"""A typed function becomes a command: its signature is the command line, its docstring the help."""
+"""Run a typed function as a command: its signature is the command line, its docstring the help."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ log = logging.getLogger("drn")
 def command(function: Callable[..., Any], expand: Callable[[Sequence[str]], list[str]] = list) -> NoReturn:
     """Run `function` with the arguments of the command line, and exit.
 
-    Results go to stdout, the log and progress to stderr. Exit codes: 0 done, 1 a check failed, 2 the input is wrong,
-    128 + N ended by signal N: 130 for Ctrl-C, 143 for SIGTERM.
+    Results go to stdout, the log and progress to stderr. Exit codes: 0 for success, 1 for a failed check, 2 for invalid
+    input, and 128 + N after signal N: 130 for Ctrl-C, 143 for SIGTERM.
 
     Args:
         function: the command.
-        expand: function from the arguments typed to those to parse, for options that insert others.
+        expand: returns the arguments to parse for the typed arguments, for options that insert others.
     """
     with handled(), protected_streams() as no_colors:
         _run(functools.partial(_parsed, function, expand), no_colors)
@@ -54,24 +54,24 @@ def _run(parse: Callable[[], Callable[[], Any]], no_colors: Callable[[], None]) 
         interrupted = interrupted_by(error)
         _fail(str(interrupted), interrupted.exit_code)
     except BrokenPipeError:
-        # The reader of stdout (head, a pager) has gone; Python would complain once more at exit.
+        # The reader of stdout (head, a pager) has ended. Python would print another error at exit.
         discard_output(sys.stdout)
         sys.exit(0)
     except OSError as error:
-        # Files report a full disk themselves; what is left is stdout sent to one.
+        # `runtime.core.io.atomic_files` reports a full disk for files, so this is stdout.
         if error.errno in DISK_FULL:
-            _fail("error: No space is left on the disk for the output; free some or send it elsewhere.", 2)
+            _fail("error: No space is left on the disk of stdout. Free some space, or write to another disk.", 2)
         if error.errno == errno.ENAMETOOLONG:
-            _fail(f"error: A path is too long ({printable_line(one_line(error))}). Give a shorter one.", 2)
+            _fail(f"error: A path is too long ({printable_line(one_line(error))}). Use a shorter path.", 2)
         raise
     sys.exit(0)
 
 
 def _parsed(function: Callable[..., Any], expand: Callable[[Sequence[str]], list[str]]) -> Callable[[], Any]:
-    """Return the call that the command line asks for; exits after --help and on arguments that do not fit."""
+    """Return the call that the command line describes; exits after --help and for invalid arguments."""
     import tyro
 
-    # tyro names the module "__main__.py"; what the user typed is `python -m package.command` or `drn command`.
+    # tyro would print "__main__.py" as the name of the program.
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = typed_name(spec.name.removesuffix(".__main__")) if spec else None
     documented_call, description = documented(function)
@@ -81,8 +81,8 @@ def _parsed(function: Callable[..., Any], expand: Callable[[Sequence[str]], list
     shown = [argument(word) for word in words]
     if shown == words:
         return parse(args=words)
-    # tyro prints arguments as they are: one that a terminal would act on, or that fills it, is parsed in silence, and
-    # what is wrong with it is reported of its escaped form.
+    # tyro prints arguments unescaped. Long arguments and those with control characters are therefore parsed without
+    # output first, and errors are printed for their escaped form.
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return parse(args=words)
@@ -92,29 +92,29 @@ def _parsed(function: Callable[..., Any], expand: Callable[[Sequence[str]], list
 
 
 def suggest_next_command(module: str, *words: object) -> None:
-    """Say which command to type next, quoted for a shell, on stderr, so that stdout holds results alone."""
+    """Print the next command to type, quoted for a shell, to stderr."""
     log.info("\nNext:  %s", shell_words([*typed_name(module).split(), *map(str, words)]))
 
 
-def _fail(sentence: str, code: int) -> NoReturn:
+def _fail(message: str, code: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except (OSError, GroundingError):
         discard_output(sys.stdout)
-    print(sentence, file=sys.stderr)
+    print(message, file=sys.stderr)
     sys.exit(code)
 
 
 def check_plots(path: Path) -> None:
-    """Raise OutputError where a plot is not named .png, and DeviceError if matplotlib is not installed."""
+    """Raise OutputError if the name of a plot does not end in .png, and DeviceError if matplotlib is not installed."""
     if path.suffix.lower() != ".png":
         raise OutputError(
-            f"A plot is written as PNG, and {path} does not end in .png; call it {path.with_suffix('.png')}.",
+            f"Expected a name of a plot that ends in .png, got {path}. Use {path.with_suffix('.png')}.",
             code="wrong_suffix",
         )
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise DeviceError(
-            "--plot needs matplotlib; run `pip install '.[plot]'` in the drn-deploy directory.", code="missing_library"
+            "--plot needs matplotlib. Run `pip install '.[plot]'` in the drn-deploy directory.", code="missing_library"
         ) from error

@@ -1,4 +1,4 @@
-"""Lay out the help of a command: its docstring, options in named groups, short metavars."""
+"""Build the help of a command from its docstring, with options in named groups."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 _SECTION = re.compile(r"^(Args|Returns|Raises|Example):$", re.MULTILINE)
 _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
-# Options of these names get a heading of their own in the help; the others are listed first.
+# Options of these names are listed under the heading of their group; all others are listed first.
 _GROUPS: Mapping[str, tuple[str, ...]] = {
     "windows": ("window", "overlap"),
     "quantization": ("table", "plan", "keep", "calib_samples", "calib_method"),
@@ -27,20 +27,20 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     "network": ("num_segments", "embed_dim", "hidden_dim", "fpn_dim", "iou_target"),
     "execution": ("batch_size", "device", "threads", "actors", "address", "shard_pairs"),
 }  # fmt: skip
-# A group of one option is no help.
+# Minimum number of options for a heading.
 _MIN_GROUP = 2
 
 
 def documented(function: Callable[..., Any]) -> tuple[Callable[..., Callable[[], Any]], str]:
-    """Return a function for tyro to parse a command line with, and the description of the command.
+    """Return a function whose signature tyro parses, and the description of a command.
 
     Args:
-        function: the command; its docstring has a summary, paragraphs, and the sections Example, Args, Returns and
-            Raises, of which Args documents every parameter.
+        function: the command. Its docstring has a summary, paragraphs, and the sections Example, Args, Returns and
+            Raises; Args documents every parameter.
 
     Returns:
-        What returns a call of `function` without arguments, with the same options as `function`; and the text to print
-        above the options.
+        A function with the options of `function`, which returns the call of `function` with their values; and the text
+        to print above the options.
     """
     description, help_texts = _parsed_docstring(inspect.getdoc(function) or "")
     hints = typing.get_type_hints(function, include_extras=True)
@@ -57,7 +57,7 @@ def documented(function: Callable[..., Any]) -> tuple[Callable[..., Callable[[],
         field = (name, hint) if required else (name, hint, dataclasses.field(default=parameter.default))
         fields[groups[name]].append(field)
     for group in fields:
-        # Dataclass fields without a default stand first.
+        # Dataclass fields without a default must come first.
         group_type = dataclasses.make_dataclass(group.capitalize(), sorted(fields[group], key=len))
         group_type.__doc__ = ""
         top.append(inspect.Parameter(group, inspect.Parameter.KEYWORD_ONLY, annotation=group_type))
@@ -73,7 +73,7 @@ def documented(function: Callable[..., Any]) -> tuple[Callable[..., Callable[[],
 
 
 def _parsed_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Return the description, a line per paragraph, and the text of each parameter in one line."""
+    """Return the description, with one line per paragraph, and the text of each parameter in one line."""
     before, *sections = _SECTION.split(text)
     contents = dict(zip(sections[::2], sections[1::2]))
     paragraphs = [" ".join(part.split()) for part in before.strip().split("\n\n")]
@@ -90,7 +90,7 @@ def _grouped(names: list[str]) -> dict[str, list[str]]:
 
 
 def _annotated(hint: Any, default: Any, text: str) -> Any:
-    """Return the hint with the help text; "(default: None)" and "(default: )" are left out."""
+    """Return a type hint with its help text, without "(default: None)" and "(default: )"."""
     import tyro
 
     hidden = "" if default is None or default == () else None

@@ -1,4 +1,4 @@
-"""List the commands of all packages, and run one by its short name: the program `drn`."""
+"""List the commands of all packages, and run one by its short name (the program `drn`)."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ _started_by_name = False
 
 
 def main() -> NoReturn:
-    """Run the command named by the first argument, or print the list of commands.
+    """Run the command named by the first argument, or print the list of commands; the program `drn`.
 
-    The entry point of the program `drn`. `drn infer` is `python -m runtime.infer`, but Python does not look for modules
-    in the working directory, so that a `train.py` there does not hide the package `train`. Exits 2 for an unknown name.
+    `drn infer` runs `python -m runtime.infer`, but Python does not search the working directory for modules, so a
+    `train.py` there does not hide the package `train`. The exit code for an unknown name is 2.
     """
     global _started_by_name
     arguments = sys.argv[1:]
@@ -73,8 +73,8 @@ def main() -> NoReturn:
     name = arguments[0]
     module = MODULES.get(name.replace("_", "-"))
     if module is None:
-        near = difflib.get_close_matches(name, MODULES, n=3)
-        advice = f"Near names: {', '.join(near)}." if near else "`drn --help` lists the commands."
+        similar = difflib.get_close_matches(name, MODULES, n=3)
+        advice = f"Similar names: {', '.join(similar)}." if similar else "`drn --help` lists the commands."
         print(f"error: There is no command {ascii(name)[:100]}. {advice}", file=sys.stderr)
         sys.exit(2)
     _started_by_name = True
@@ -84,7 +84,7 @@ def main() -> NoReturn:
 
 
 def typed_name(module: str) -> str:
-    """Return what to type for a command: `drn infer` in a process started by `drn`, else `python -m runtime.infer`."""
+    """Return the name to type for a command: `drn infer` in a process of `drn`, else `python -m runtime.infer`."""
     if _started_by_name and module in _NAMES:
         return f"drn {_NAMES[module]}"
     return f"python -m {module}"
@@ -94,7 +94,7 @@ def overview(package: str = "") -> str:
     """Return the list of commands in groups, each with the first line of its help.
 
     Args:
-        package: a top-level package, whose commands alone are listed as `python -m MODULE`; "" lists all as `drn NAME`.
+        package: a top-level package, to list only its commands as `python -m MODULE`; "" lists all as `drn NAME`.
     """
     lines = [] if package else ["usage: drn COMMAND [OPTIONS]      drn COMMAND --help      drn --version"]
     for group, commands in GROUPS.items():

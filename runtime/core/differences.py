@@ -1,4 +1,4 @@
-"""Compare two JSON values, such as recorded settings with those that were requested."""
+"""Compare two JSON values, such as recorded and requested settings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ Key = Union[str, int]
 
 
 def differences(before: Any, after: Any, path: tuple[Key, ...] = ()) -> Iterator[tuple[tuple[Key, ...], Any, Any]]:
-    """Yield the path and both values wherever two JSON values differ; None stands for a key that is missing.
+    """Yield the path and both values of every difference between two JSON values; None represents a missing key.
 
-    Tables, and lists of as many tables, are compared entry by entry, other values as they are.
+    Objects, and lists of equally many objects, are compared entry by entry; other values are compared by ==.
     """
     if before == after:
         return

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 # Maximum length of an excerpt of a value, and of a message, in characters.
 MAX_VALUE_LENGTH = 300
@@ -181,6 +183,15 @@ def check_path(path: object, error: type[GroundingError] = GroundingError) -> No
         raise error(
             f"Expected a path, got {excerpt(path)} with a null character. Correct the path.", code="invalid_argument"
         )
+
+
+def from_fields(constructor: Callable[..., Value], fields: object) -> Value:
+    """Return `constructor(**fields)`; ModelFileError unless `fields` is a mapping of its parameters."""
+    check_argument("value", fields, Mapping, "the result of `to_dict`", ModelFileError)
+    try:
+        return constructor(**fields)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ModelFileError(f"Expected the result of `to_dict`: {one_line(error)}. Export the model again.") from error
 
 
 def bounded(message: str) -> str:

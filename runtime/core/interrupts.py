@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-# SIGTERM comes from `docker stop`, Kubernetes and Slurm, SIGHUP from a terminal that closes.
+# `docker stop`, Kubernetes and Slurm send SIGTERM, a closing terminal sends SIGHUP.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Supervisors and terminals often send a second signal at once; it must not interrupt the cleanup after the first.
 REPEAT_SECONDS = 2.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks the process to end.
+    """A signal that ends the process.
 
     Attributes:
         number: the signal.
@@ -35,13 +35,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupted_by(error: KeyboardInterrupt) -> Interrupted:
-    """Return the interruption that an exception stands for; one without a signal is a Ctrl-C."""
+    """Return an exception as Interrupted; a plain KeyboardInterrupt is a Ctrl-C."""
     return error if isinstance(error, Interrupted) else Interrupted()
 
 
 @contextlib.contextmanager
 def uncovered() -> Iterator[None]:
-    """Raise an interruption in place of the errors that were raised because of it.
+    """Raise an interruption instead of the errors that it caused.
 
     An extension module that is being imported turns it into an ImportError, which looks like a missing package.
     """
@@ -58,7 +58,7 @@ def uncovered() -> Iterator[None]:
 
 
 class _State:
-    """The signals that the handler has received; only the main thread accesses it."""
+    """State of the signal handler; only the main thread accesses it."""
 
     deferred = 0
     pending: int | None = None
@@ -77,7 +77,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 class deferred:
-    """A context in which signals wait: they raise Interrupted at its end, in the main thread."""
+    """A context that defers signals in the main thread: they raise Interrupted at its end."""
 
     def __enter__(self) -> None:
         self._main = threading.current_thread() is threading.main_thread()
@@ -94,15 +94,15 @@ class deferred:
 
 
 def install() -> dict[signal.Signals, Any]:
-    """Let signals raise Interrupted, and return the handlers from before.
+    """Make signals raise Interrupted, and return the previous handlers.
 
-    A signal that is ignored stays so: `nohup` ignores SIGHUP, and shells ignore SIGINT for background jobs. Python
-    sets handlers in the main thread only; elsewhere nothing changes.
+    Ignored signals stay ignored: `nohup` ignores SIGHUP, and shells ignore SIGINT for background jobs. Outside the main
+    thread, where Python cannot set handlers, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    # None is a handler that was not installed from Python, and could not be restored.
+    # None is a handler that was not installed from Python and cannot be restored.
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, _handle)
@@ -111,7 +111,7 @@ def install() -> dict[signal.Signals, Any]:
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """Keep the handlers of signals as they are, whatever a library in the block sets."""
+    """Restore the signal handlers that a library in the block replaces."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
@@ -124,7 +124,7 @@ def preserved() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Let signals raise Interrupted within the block."""
+    """Make signals raise Interrupted within the block."""
     before = install()
     _State.last_seconds = None
     try:

@@ -1,4 +1,4 @@
-"""Store the entries that were used last, up to a total weight."""
+"""Cache the most recently used entries up to a total weight."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Value = TypeVar("Value")
 
 
 class LruCache(Generic[Key, Value]):
-    """A map that drops the least recently used entries above a capacity; safe to use from several threads.
+    """A thread-safe map that removes the least recently used entries above a capacity.
 
     Args:
-        capacity: maximum total weight of the entries: their number, or for example bytes. The newest entry stays
-            whatever it weighs.
+        capacity: maximum total weight of the entries, such as their number or size in bytes. The newest entry stays
+            even if it exceeds the capacity alone.
 
     Attributes:
         weight: total weight of the entries.
@@ -34,12 +34,12 @@ class LruCache(Generic[Key, Value]):
         return key in self._entries
 
     def items(self) -> list[tuple[Key, Value]]:
-        """Return keys and values, the least recently used first."""
+        """Return keys and values, least recently used first."""
         with self._lock:
             return [(key, value) for key, (value, _) in self._entries.items()]
 
     def get(self, key: Key) -> Value | None:
-        """Return the value of a key and mark it as used; None if there is none."""
+        """Return the value of a key and mark it as used; None for an unknown key."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
@@ -48,7 +48,7 @@ class LruCache(Generic[Key, Value]):
             return entry[0]
 
     def put(self, key: Key, value: Value, weight: int = 1) -> None:
-        """Store a value as the most recently used, and drop the oldest ones above the capacity."""
+        """Store a value as the most recently used, and remove the oldest entries above the capacity."""
         with self._lock:
             _, replaced = self._entries.pop(key, (None, 0))
             self._entries[key] = value, weight
@@ -57,14 +57,14 @@ class LruCache(Generic[Key, Value]):
                 self._pop_oldest()
 
     def pop(self, key: Key) -> Value | None:
-        """Remove a key and return its value; None if there is none."""
+        """Remove a key and return its value; None for an unknown key."""
         with self._lock:
             value, weight = self._entries.pop(key, (None, 0))
             self.weight -= weight
             return value
 
     def pop_oldest(self) -> Value:
-        """Remove the least recently used entry and return its value; KeyError if there is none."""
+        """Remove the least recently used entry and return its value; KeyError if the cache is empty."""
         with self._lock:
             return self._pop_oldest()
 

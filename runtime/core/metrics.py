@@ -1,4 +1,4 @@
-"""Recall at n for temporal IoU above m, mean IoU, and what answering without looking would score."""
+"""Compute recall at n for temporal IoU above m, mean IoU, and the scores of the best constant moments."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ IOU_THRESHOLDS = (0.3, 0.5, 0.7)
 
 
 def recall_name(rank: int, iou_threshold: float) -> str:
-    """Return the metric's name as the papers spell it."""
+    """Return the name of a metric as papers spell it: R@1 IoU=0.5."""
     return f"R@{rank} IoU={iou_threshold:g}"
 
 
 def metric_names(iou_thresholds: Sequence[float]) -> tuple[str, ...]:
-    """Return the metrics of a report in its order.
+    """Return the metrics of a report in its order, most informative first.
 
-    It leads with what carries information (R@5 IoU=0.5 hardly does: constant moments reach 85 % on Charades-STA).
+    R@5 is last, because constant moments reach 85 % R@5 IoU=0.5 on Charades-STA.
     """
     rising = sorted(iou_thresholds)
     return (
@@ -50,13 +50,13 @@ class Report:
 
 
 def best_iou(picks: np.ndarray, truth: np.ndarray, rank: int) -> np.ndarray:
-    """Return the best temporal IoU among the first `rank` picks of every query, (N,).
+    """Return the best temporal IoU among the first `rank` moments of every query, (N,).
 
     Args:
         picks: (N, K, 2 or more) starts and ends, best first, NaN after the last.
-        truth: (N, 2) in the same unit, or (N, W, 2) where queries have several moments, NaN after the last: the one
-            that fits best counts, as in the QVHighlights evaluator.
-        rank: how many picks count.
+        truth: (N, 2) ground truth in the same unit; or (N, W, 2) for queries with several moments, NaN after the last.
+            The moment of the highest IoU counts, as in the QVHighlights evaluator.
+        rank: number of moments that count.
     """
     if picks.shape[1] == 0:
         return np.zeros(len(truth), np.result_type(picks, truth))
@@ -65,10 +65,10 @@ def best_iou(picks: np.ndarray, truth: np.ndarray, rank: int) -> np.ndarray:
 
 
 def is_hit(picks: np.ndarray, truth: np.ndarray, rank: int, iou_threshold: float, protocol: Protocol) -> np.ndarray:
-    """Return which queries are answered by their first `rank` picks, (N,) bool.
+    """Return whether one of the first `rank` moments of each query is a hit, (N,) bool; see `best_iou`.
 
-    mmaction2 computes in float32 and asks for an IoU strictly above the threshold; the authors compute in float64 and
-    take the threshold itself too.
+    mmaction2 computes in float32 and requires an IoU above the threshold. The authors compute in float64 and accept the
+    threshold itself.
     """
     if protocol == "mmaction2":
         overlap = best_iou(picks.astype(np.float32), truth.astype(np.float32), rank)
@@ -77,13 +77,13 @@ def is_hit(picks: np.ndarray, truth: np.ndarray, rank: int, iou_threshold: float
 
 
 def report(picks: Mapping[float, np.ndarray], truth: np.ndarray, protocol: Protocol) -> Report:
-    """Score N queries.
+    """Return the metrics of N queries.
 
     Args:
-        picks: for each IoU threshold the (N, K, 3) picks to judge at it, K at least 5 for R@5. The authors' protocol
-            suppresses differently for each threshold, mmaction2's does not.
-        truth: (N, 2) or (N, W, 2), in the unit of the picks; see `best_iou`.
-        protocol: whose hit rule.
+        picks: IoU threshold to (N, K, 3) moments, K at least 5 for R@5. The NMS of the protocol `drn` depends on the
+            threshold.
+        truth: (N, 2) or (N, W, 2) ground truth in the unit of the moments; see `best_iou`.
+        protocol: rule for hits.
     """
     values = {
         recall_name(rank, threshold): float(is_hit(picks[threshold], truth, rank, threshold, protocol).mean())
@@ -100,7 +100,13 @@ def prior_report(
     protocol: Protocol,
     iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
 ) -> Report:
-    """Score the best constant moments, blind to video and query, fitted on the training split for each metric."""
+    """Return the metrics of the best constant moments, which are fitted on the training split for each metric.
+
+    Args:
+        training_truth: (M, 2) moments of the training split as fractions of their videos.
+        truth, protocol: see `report`.
+        iou_thresholds: thresholds of the report.
+    """
     picks = {
         threshold: np.broadcast_to(
             best_constant_moments(training_truth, max(RANKS), threshold), (len(truth), max(RANKS), 2)
@@ -113,16 +119,15 @@ def prior_report(
 
 
 def best_constant_moments(truth: np.ndarray, count: int, iou_threshold: float | None, step: float = 0.02) -> np.ndarray:
-    """Return the `count` spans that answer most of the queries, (count, 2), best first.
+    """Return `count` constant spans that are hits for most queries, (count, 2), best first.
 
-    Greedy: each next span is the one that answers most of what the ones before left open. With a threshold of None
-    the spans raise the mean of the best IoU instead.
+    The search is greedy: each span maximizes the number of hits together with the spans before.
 
     Args:
         truth: (N, 2) fractions of the video.
-        count: how many spans.
-        iou_threshold: temporal IoU above which a span answers a query.
-        step: grid on which starts and ends lie.
+        count: number of spans.
+        iou_threshold: temporal IoU above which a span is a hit; with None the mean of the best IoU is maximized.
+        step: step of the grid of starts and ends.
     """
     ticks = np.arange(0, 1 + step / 2, step, dtype=np.float32)
     start, end = np.triu_indices(len(ticks), 1)
@@ -130,16 +135,16 @@ def best_constant_moments(truth: np.ndarray, count: int, iou_threshold: float | 
     overlap = temporal_iou(candidates, truth.astype(np.float32))
     gain = overlap if iou_threshold is None else (overlap > np.float32(iou_threshold)).astype(np.float32)
     reached = np.zeros(len(truth), np.float32)
-    chosen: list[int] = []
+    indices: list[int] = []
     for _ in range(count):
         best = int(np.maximum(gain, reached).mean(axis=1).argmax())
-        chosen.append(best)
+        indices.append(best)
         reached = np.maximum(reached, gain[best])
-    return candidates[chosen]
+    return candidates[indices]
 
 
 def format_table(rows: Sequence[tuple[str, Report]]) -> str:
-    """Return reports as a text table in percent, a row each."""
+    """Return labeled reports as a text table in percent, one row each."""
     names = list(rows[0][1].values)
     width = max(len(label) for label, _ in rows)
     columns = [max(len(name), 6) for name in names]

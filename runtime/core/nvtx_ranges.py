@@ -1,4 +1,4 @@
-"""Mark the steps of a query as NVTX ranges for a profiler, if the package `nvtx` is installed."""
+"""Mark the steps of a query as NVTX ranges for profilers, if the package `nvtx` is installed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def marked(name: str) -> Callable[[Function], Function]:
     """Return a decorator that marks every call of a function as an NVTX range of the domain `drn`.
 
     Without the package `nvtx`, or with NVTX_DISABLE in the environment when `runtime` is imported, the decorator
-    returns the function itself, so that a call costs nothing more.
+    returns the function itself, so that calls have no overhead.
 
     Args:
-        name: of the range.
+        name: name of the range.
     """
     annotate = _annotate()
     if annotate is None:
@@ -27,7 +27,7 @@ def marked(name: str) -> Callable[[Function], Function]:
 
 
 def _annotate() -> Any:
-    """Return `nvtx.annotate`; None where it is absent or off."""
+    """Return `nvtx.annotate`; None if it is not installed or disabled."""
     if os.environ.get("NVTX_DISABLE"):
         return None
     try:

@@ -11,14 +11,14 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterator[Item], depth: int = 1) -> Generator[Item, None, None]:
-    """Yield the items of an iterator that one thread advances, in their order.
+    """Yield the items of an iterator in order, while a thread computes the next ones.
 
     Args:
-        items: yields no None.
+        items: the iterator; must not yield None.
         depth: maximum number of items computed ahead of the caller.
 
     Raises:
-        Exception: what `items` raises, at the same item.
+        Exception: the exception of `items`, at the same item.
     """
     worker = ThreadPoolExecutor(1, "drn-prefetch")
     try:
@@ -27,5 +27,5 @@ def prefetch(items: Iterator[Item], depth: int = 1) -> Generator[Item, None, Non
             pending.append(worker.submit(next, items, None))
             yield item
     finally:
-        # After an interruption nobody takes the items that were not begun.
+        # Items that were not started are not needed after an interruption.
         worker.shutdown(cancel_futures=True)

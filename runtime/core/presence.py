@@ -1,4 +1,4 @@
-"""When nothing in a video fits: the score below which the best moment is none."""
+"""Define and fit the score below which no moment of a video matches a query."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.errors import GroundingError, ModelFileError, check_argument, one_line
+from runtime.core.errors import GroundingError, ModelFileError, excerpt, from_fields
 
 BALANCED = "balanced accuracy"
 
 
 @dataclasses.dataclass(frozen=True)
 class Presence:
-    """A threshold on the score of a video's best moment, and how well it separated held-out pairs.
+    """A threshold on the score of the best moment of a video, and its accuracy on held-out pairs.
 
-    Travels in the manifest of a model, which then answers "no moment found" below the threshold.
+    Stored in the manifest of a model, which then answers "no moment found" below the threshold.
 
     Attributes:
-        threshold: scores from this on are answers, in (0, 1].
-        kept: share of the matching pairs (a sentence and its video) that are answered.
-        refused: share of the mismatched pairs (a sentence and another video) that are not.
-        matching, mismatched: how many pairs these are shares of.
-        rule: how the threshold was chosen.
+        threshold: minimum score of a moment, in (0, 1].
+        kept: share of the matching pairs (a sentence and its video) at or above the threshold.
+        refused: share of the mismatched pairs (a sentence and another video) below the threshold.
+        matching, mismatched: numbers of pairs.
+        rule: rule by which the threshold was chosen.
     """
 
     threshold: float
@@ -38,7 +38,8 @@ class Presence:
         shares = (self.threshold, self.kept, self.refused)
         if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares) or not self.threshold:
             raise ModelFileError(
-                f"A score below which no moment is found is above 0, and shares lie in [0, 1]; {shares} was given.",
+                "Expected a threshold in (0, 1] and shares in [0, 1] for threshold, kept and refused, got "
+                f"{excerpt(shares)}. Fit them again with `python -m train.fit_presence`.",
                 code="invalid_setting",
             )
 
@@ -53,49 +54,40 @@ class Presence:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Presence:
-        check_argument("value", value, Mapping, "what `to_dict` returns", ModelFileError)
-        try:
-            return cls(**value)
-        except TypeError as error:
-            raise ModelFileError(
-                f"Expected what `to_dict` returns: {one_line(error)}. Export the model again."
-            ) from error
+        """Return the presence of the result of `to_dict`; ModelFileError for other values."""
+        return from_fields(cls, value)
 
 
 def fit_threshold(matching: np.ndarray, mismatched: np.ndarray, keep: float | None = None) -> Presence:
     """Return the threshold that separates matching from mismatched pairs best.
 
     Args:
-        matching, mismatched: (N,) and (M,) scores of the best moment of each pair, -inf where no location is likely.
-        keep: share of the matching pairs that must be answered, as few more as can be; without it the threshold is the
-            one of highest balanced accuracy, the mean of both shares, and the lowest of several.
+        matching, mismatched: (N,) and (M,) scores of the best moment of each pair, -inf for pairs without a likely
+            location.
+        keep: minimum share of the matching pairs at or above the threshold, which is the highest possible. With None,
+            the threshold of the highest balanced accuracy is chosen, and the lowest of equal ones.
 
     Raises:
-        GroundingError: no threshold keeps so many, or `keep` is no share.
+        GroundingError: no threshold keeps this share (code `no_threshold`), or `keep` is not in (0, 1].
     """
     if keep is not None and not 0 < keep <= 1:
-        raise GroundingError(
-            f"--keep is a share of the matching pairs, above 0 and at most 1, and {keep} was given.",
-            code="invalid_option",
-        )
-    result = np.unique(matching[matching > -np.inf])
-    retained = 1 - np.searchsorted(np.sort(matching), result) / len(matching)
-    refused = np.searchsorted(np.sort(mismatched), result) / len(mismatched)
-    allowed = np.ones(len(result), bool) if keep is None else retained >= keep
+        raise GroundingError(f"Expected a share in (0, 1] for --keep, got {keep}. Correct it.", code="invalid_option")
+    candidates = np.unique(matching[matching > -np.inf])
+    retained = 1 - np.searchsorted(np.sort(matching), candidates) / len(matching)
+    refused = np.searchsorted(np.sort(mismatched), candidates) / len(mismatched)
+    allowed = np.ones(len(candidates), bool) if keep is None else retained >= keep
     if not allowed.any():
-        expected, advice = "separates them from others", "train longer"
-        if keep is not None:
-            expected = f"keeps {100 * keep:g} %"
-            advice += ", or lower --keep" if len(result) else ""
+        required = "any" if keep is None else f"{100 * keep:g} %"
+        advice = "Train longer, or lower --keep." if keep is not None and len(candidates) else "Train longer."
         raise GroundingError(
-            f"In only {100 * retained.max(initial=0):.1f} % of {len(matching)} matching pairs any location is likely, "
-            f"so that no threshold {expected}; {advice}.",
+            f"No threshold keeps {required} of {len(matching)} matching pairs, because only "
+            f"{100 * retained.max(initial=0):.1f} % have a likely location. {advice}",
             code="no_threshold",
         )
     best = int(np.argmax(np.where(allowed, retained + refused if keep is None else refused, -1)))
-    # Halfway down to the next score, so that rounding in another precision refuses nobody who was kept.
-    below = np.concatenate((matching, mismatched))
-    below = below[(below < result[best]) & (below > -np.inf)]
-    threshold = (float(result[best]) + float(below.max())) / 2 if len(below) else float(result[best]) / 2
+    # Halfway to the next lower score, so that rounding in another precision changes no matching pair.
+    lower = np.concatenate((matching, mismatched))
+    lower = lower[(lower < candidates[best]) & (lower > -np.inf)]
+    threshold = (float(candidates[best]) + float(lower.max(initial=0))) / 2
     rule = BALANCED if keep is None else f"at least {100 * keep:g} % kept"
     return Presence(threshold, float(retained[best]), float(refused[best]), len(matching), len(mismatched), rule)

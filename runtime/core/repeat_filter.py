@@ -1,4 +1,4 @@
-"""Leave out log messages that repeat, within one piece of work."""
+"""Suppress repeated log messages within one task."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ log = logging.getLogger("drn")
 
 
 class RepeatFilter(logging.Filter):
-    """Pass each message a few times.
+    """A filter that passes each message a limited number of times.
 
     Args:
-        times: how often a message passes.
-        by_template: count messages that differ in their values only as one.
+        times: number of times that a message passes.
+        by_template: count messages that differ only in their values as one.
     """
 
     def __init__(self, times: int = 1, *, by_template: bool = False) -> None:
@@ -32,12 +32,12 @@ class RepeatFilter(logging.Filter):
 
 @contextlib.contextmanager
 def said_once(repeats: RepeatFilter | None = None) -> Iterator[None]:
-    """Log each message of the block once, however often it is logged: several steps read one data set, and each warns.
+    """Log each message of the block once, because several steps read one data set and would repeat its warnings.
 
-    Messages of other threads are in the block too.
+    Messages of other threads are filtered too.
 
     Args:
-        repeats: another filter, which may count over several blocks.
+        repeats: a filter to use instead, for example to count over several blocks.
     """
     repeats = repeats or RepeatFilter()
     log.addFilter(repeats)

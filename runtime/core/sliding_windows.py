@@ -1,4 +1,4 @@
-"""Split a long video into overlapping windows, and merge what is proposed in them."""
+"""Split a long video into overlapping windows, and merge the proposals of the windows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from runtime.core.decoding import Proposals
-from runtime.core.errors import GroundingError, ModelFileError, check_argument, excerpt, one_line
-from runtime.core.video import LONGEST_SECONDS, ClipTiming
+from runtime.core.errors import GroundingError, ModelFileError, excerpt, from_fields
+from runtime.core.video import MAX_DURATION_S, ClipTiming
 
-# Of the training videos' and the training moments' durations.
+# Quantile of the durations of training videos and moments that sets length and overlap of windows.
 QUANTILE = 0.95
 
 
@@ -21,10 +21,10 @@ class Windows:
     """The length and overlap of the windows of long videos, in seconds; stored in the manifest of a model.
 
     Attributes:
-        longest: a video up to this is grounded whole: the longest of the training videos.
-        length: of a window: 95 % of the training videos are no longer.
-        overlap: what neighbouring windows share: 95 % of the training moments are no longer, and so lie whole in some
-            window; at most half of `length`.
+        longest: maximum duration of a video that is not split: the longest training video.
+        length: duration of a window: the 95 % quantile of the durations of the training videos.
+        overlap: overlap of adjacent windows: the 95 % quantile of the durations of the training moments, so that a
+            moment of this duration is in one window; at most half of `length`.
     """
 
     longest: float
@@ -34,18 +34,18 @@ class Windows:
     def __post_init__(self) -> None:
         sizes = (self.longest, self.length, self.overlap)
         if not all(isinstance(size, (int, float)) for size in sizes) or not (
-            0 < self.length <= self.longest <= LONGEST_SECONDS and 0 <= self.overlap <= self.length / 2
+            0 < self.length <= self.longest <= MAX_DURATION_S and 0 <= self.overlap <= self.length / 2
         ):
             raise ModelFileError(
-                f"Windows of {excerpt(self.length)} s that share {excerpt(self.overlap)} s, for videos above "
-                f"{excerpt(self.longest)} s, cannot be "
-                "cut: a window is longer than 0 s, shares at most half of itself, and is no longer than what is cut.",
+                f"Expected windows with 0 < length <= longest and 0 <= overlap <= length / 2, got a length of "
+                f"{excerpt(self.length)}, a maximum of {excerpt(self.longest)} and an overlap of "
+                f"{excerpt(self.overlap)} seconds. Correct --window and --overlap.",
                 code="invalid_setting",
             )
 
     @classmethod
     def of(cls, videos: Sequence[float], moments: Sequence[float]) -> Windows:
-        """Return the windows of a model that learns from videos and moments of these durations, in seconds."""
+        """Return the windows of a model that is trained on videos and moments of these durations in seconds."""
         length = float(np.quantile(videos, QUANTILE))
         return cls(float(max(videos)), length, min(float(np.quantile(moments, QUANTILE)), length / 2))
 
@@ -57,23 +57,18 @@ class Windows:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Windows:
-        check_argument("value", value, Mapping, "what `to_dict` returns", ModelFileError)
-        try:
-            return cls(**value)
-        except TypeError as error:
-            raise ModelFileError(
-                f"Expected what `to_dict` returns: {one_line(error)}. Export the model again."
-            ) from error
+        """Return the windows of the result of `to_dict`; ModelFileError for other values."""
+        return from_fields(cls, value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A part of a video that is grounded like a video of its own.
+    """A part of a video that is grounded separately.
 
     Attributes:
-        first, last: its clips, last included.
-        num_frames: its length in frames.
-        start, duration: where it starts in the video and how long it is, in seconds.
+        first, last: indices of its first and last clip.
+        num_frames: length in frames.
+        start, duration: start in the video and length in seconds.
     """
 
     first: int
@@ -89,19 +84,26 @@ class Window:
 
 
 def resolve_windows(own: Windows | None, length: float | None, overlap: float | None) -> Windows | None:
-    """Return how long videos are cut: the model's own windows, but for a length and an overlap that were asked for, in
-    seconds. A length of 0 asks for whole videos; without an overlap the model's is taken, or half of the length."""
+    """Return the windows of long videos after the options of a command are applied; None if videos are not split.
+
+    Args:
+        own: windows of the model, if it records any.
+        length: duration of a window in seconds, instead of that of the model; 0 to not split videos.
+        overlap: overlap in seconds. With None, that of the model applies, up to half of the length.
+
+    Raises:
+        GroundingError: an overlap without any length (code `missing_option`).
+    """
     if length == 0:
         return None
     if length is not None:
-        shared = min(own.overlap if own else length, length / 2) if overlap is None else overlap
-        return Windows(length, length, shared)
+        default = min(own.overlap if own else length, length / 2)
+        return Windows(length, length, default if overlap is None else overlap)
     if overlap is None:
         return own
     if own is None:
         raise GroundingError(
-            "This model does not record the length of its training videos and grounds any video whole; --overlap needs "
-            "--window SECONDS too.",
+            "--overlap needs a window length, and this model does not record one. Add --window SECONDS.",
             code="missing_option",
         )
     return dataclasses.replace(own, overlap=overlap)
@@ -110,24 +112,24 @@ def resolve_windows(own: Windows | None, length: float | None, overlap: float | 
 def split_into_windows(
     num_clips: int, num_frames: int, duration: float, windows: Windows, clock: ClipTiming
 ) -> list[Window]:
-    """Return the windows of a video in time order; between them they hold all its clips.
+    """Return the windows of a video in time order, which together contain all its clips.
 
-    All are of one length, in clips, and the last one ends where the video ends, so that it shares more with the one
-    before than the others do. A video that is no longer than a window is one window, of all its frames.
+    All have the same number of clips. The last window ends with the video, so it may overlap more than the others. A
+    video that is no longer than a window is one window with all its frames.
 
     Args:
-        num_clips, num_frames, duration: of the video; clips beyond its frames do not count.
-        windows: how long a window is and how much it shares, rounded to clips (what is shared upwards).
-        clock: how clips lie on frames.
+        num_clips, num_frames, duration: clips, frames and seconds of the video; clips after the last frame are ignored.
+        windows: length and overlap of windows, rounded to clips (the overlap upwards).
+        clock: clip timing of the features.
     """
     num_clips = min(num_clips, clock.num_clips(num_frames))
     rate = num_frames / duration
-    # A window of one clip could be a single frame, which cannot be divided.
+    # A window of one clip could be a single frame, which cannot be divided into segments.
     length = max(2, clock.num_clips(round(windows.length * rate)))
     if num_clips <= length:
         return [Window(0, num_clips - 1, num_frames, 0.0, duration)]
     step = max(1, length - int(np.ceil(windows.overlap * rate / clock.stride)))
-    # The frames after the last clip, too few for one more; a file that lacks clips has no answer beyond them.
+    # Frames after the last clip belong to the last window only if they are too few for another clip.
     covered = clock.num_frames(num_clips)
     end = num_frames if num_frames - covered < clock.stride else covered
     cuts = []
@@ -139,14 +141,13 @@ def split_into_windows(
 
 
 class WindowProposals:
-    """Collect the proposals of windows, and merge those of each query about a video once all its windows are there.
+    """Collect the proposals of windows, and merge those of a query and a video when all its windows are complete.
 
-    Spans are counted in durations of the first window of the video until NMS is done: NMS treats long proposals
-    otherwise than short ones, as fractions of what the network saw. Scores are comparable as they are: probabilities
-    of one network, each for a part of like length.
+    Until NMS, spans are multiples of the duration of the first window, because NMS depends on durations as fractions of
+    the input of the network. Scores are comparable: they are probabilities of one network for parts of similar length.
 
     Args:
-        windows: of the video of each of N pairs of a video and a query; empty for a video that is not cut.
+        windows: windows of the video of each of N pairs of a video and a query; empty for a video that is not split.
     """
 
     def __init__(self, windows: Sequence[Sequence[Window]]) -> None:
@@ -156,15 +157,16 @@ class WindowProposals:
     def add(
         self, pairs: Sequence[int], window_index: Sequence[int], proposals: Proposals
     ) -> tuple[Sequence[int], Proposals]:
-        """Add the proposals of B windows, in fractions of the window.
+        """Add the proposals of B windows.
 
         Args:
-            pairs: indices of the pairs, B of them.
-            window_index: of the window in its video, B of them.
-            proposals: of B rows.
+            pairs: B indices of pairs.
+            window_index: B indices of windows in their videos.
+            proposals: B rows, with spans as fractions of the window.
 
         Returns:
-            The pairs all of whose windows have been added now, and their proposals, in durations of the first window.
+            The pairs whose windows are complete now, and their proposals, with spans as multiples of the duration of
+            the first window.
         """
         windows = self._windows
         if all(len(windows[pair]) <= 1 for pair in pairs):
@@ -172,7 +174,6 @@ class WindowProposals:
         complete = []
         for pair, index, spans, scores in zip(pairs, window_index, proposals.spans, proposals.scores):
             window, unit = windows[pair][index], windows[pair][0].duration
-            # A window in which nothing is likely adds nothing.
             likely = scores > -np.inf
             start, scale = np.float32(window.start / unit), np.float32(window.duration / unit)
             parts = self._parts.setdefault(pair, {})
@@ -183,10 +184,10 @@ class WindowProposals:
 
 
 def _concatenate(parts: Sequence[Mapping[int, tuple[np.ndarray, np.ndarray]]]) -> Proposals:
-    """Return the proposals of each pair, those of its windows in time order, padded to one number by scores of -inf."""
+    """Return the proposals of each pair, in time order of its windows, padded with scores of -inf."""
     rows = [[np.concatenate(arrays) for arrays in zip(*(row[index] for index in sorted(row)))] for row in parts]
-    most = max((len(scores) for _, scores in rows), default=0)
-    merged = Proposals(np.zeros((len(rows), most, 2), np.float32), np.full((len(rows), most), -np.inf, np.float32))
+    size = max((len(scores) for _, scores in rows), default=0)
+    merged = Proposals(np.zeros((len(rows), size, 2), np.float32), np.full((len(rows), size), -np.inf, np.float32))
     for index, (spans, scores) in enumerate(rows):
         merged.spans[index, : len(spans)] = spans
         merged.scores[index, : len(scores)] = scores

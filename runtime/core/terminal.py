@@ -1,4 +1,4 @@
-"""Print text of users and files so that it can neither steer a terminal nor fail because a character is missing."""
+"""Print text of users and files without control characters and without encoding errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from runtime.core.errors import OutputError, excerpt, one_line, printable, printable_line
 
-# What the output of commands draws with, for terminals that have ASCII alone; every other character becomes an escape.
+# ASCII replacements of the characters that commands draw with; other characters become escapes.
 _ASCII = {
     **dict(zip("█▒·•“”‘’–—−×µ─━│┃╭╮╰╯├┤┬┴┼", "#=.*\"\"''---xu--||+++++++++")),
     "…": "...",
@@ -25,7 +25,7 @@ _ASCII = {
     "≤": "<=",
     "±": "+/-",
 }
-# Carriage return, cursor up and colors: how progress bars and tyro draw.
+# Carriage return, cursor up and colors, which progress bars and tyro use.
 _DRAWING = re.compile(r"(\r|\x1b\[A|\x1b\[[0-9;]*m)")
 _ERRORS = "drn.printable"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -42,7 +42,7 @@ codecs.register_error(_ERRORS, _replacement)
 
 
 class _Escaping:
-    """A text stream that escapes what is written to it."""
+    """A text stream that escapes its input."""
 
     def __init__(self, stream: Any, escape: Callable[[str], str]) -> None:
         self._stream = stream
@@ -61,9 +61,9 @@ class _Escaping:
 
 
 class _Results(_Escaping):
-    """Stdout: what cannot be written to it is an error of the output.
+    """A stdout that raises OutputError if it cannot be written.
 
-    A reader that has left and a full disk stay errors of the system, which `runtime.core.cli` reports.
+    Broken pipes and full disks remain OSErrors, which `runtime.core.cli` reports.
     """
 
     def write(self, text: str) -> int:
@@ -76,7 +76,7 @@ class _Results(_Escaping):
 
 
 class _Messages(_Escaping):
-    """Stderr: what cannot be written to it is dropped."""
+    """A stderr that discards text that cannot be written."""
 
     def write(self, text: str) -> int:
         try:
@@ -93,7 +93,7 @@ class _Messages(_Escaping):
 
 
 class _ClosedOutput(io.StringIO):
-    """Stdout of a process that was started without one."""
+    """The stdout of a process that was started without one."""
 
     def write(self, text: str) -> int:
         raise OSError(errno.EBADF, "it is closed")
@@ -109,14 +109,14 @@ def _writing_results() -> Iterator[None]:
         if error.errno in DISK_FULL:
             raise
         raise OutputError(
-            f"The results cannot be written to stdout: {error.strerror or one_line(error)}. Send stdout to a terminal, "
-            "a file or a pipe.",
+            f"The results cannot be written to stdout: {error.strerror or one_line(error)}. Redirect stdout to a "
+            "terminal, a file or a pipe.",
             code="unwritable_stdout",
         ) from error
 
 
 def discard_output(stream: Any) -> None:
-    """Let a stream that cannot be written lead nowhere, because Python flushes it once more at exit."""
+    """Redirect a stream that cannot be written to the null device, because Python flushes it again at exit."""
     # Streams without a descriptor, such as those of tests, are not flushed at exit.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -125,44 +125,45 @@ def discard_output(stream: Any) -> None:
 def replace_closed_streams() -> None:
     """Open the null device for every standard descriptor that is closed (`>&-`).
 
-    Otherwise the next file that is opened gets the number 0, 1 or 2, and what a library prints there is written into
-    it. Writing to a stdout that was closed remains an error.
+    Otherwise the next opened file gets the number 0, 1 or 2, and a library that prints there overwrites it. Writing to
+    a stdout that was closed remains an error.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest free number, which is this one.
+            # The system assigns the lowest free number, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - as long as the process runs
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - open until the process ends
     if sys.stdout is None:
         sys.stdout = _ClosedOutput()
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process runs
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
 
 
 def escape_results(text: str) -> str:
-    """Return text with its control characters escaped, so that JSON in it stays JSON."""
-    # The only control character that json.dumps leaves as it is, and Python's escape for it is none of JSON's.
+    """Return text with escaped control characters that remains valid JSON if it is JSON."""
+    # json.dumps does not escape this control character, and JSON has no "\x7f".
     return printable(text.replace("\x7f", "\\u007f"))
 
 
 def escape_drawing(text: str) -> str:
-    """Return text with its control characters escaped, apart from those that progress bars and colors need."""
+    """Return text with escaped control characters, apart from those that progress bars and colors need."""
     return "".join(part if index % 2 else escape_results(part) for index, part in enumerate(_DRAWING.split(text)))
 
 
 @contextlib.contextmanager
 def protected_streams() -> Iterator[Callable[[], None]]:
-    """Let stdout and stderr escape control characters, and replace characters that their encoding does not have.
+    """Escape control characters on stdout and stderr, and replace characters that their encoding does not have.
 
-    Yields a function to be called once only results are printed: until then, colors pass on stdout too.
+    Yields:
+        A function that disables colors on stdout, to be called before results are printed.
     """
     replace_closed_streams()
     before: tuple[Any, Any] = (sys.stdout, sys.stderr)
     for stream in before:
-        # Streams that stand in for the terminal's, as in notebooks, may not have this.
+        # The streams of notebooks may not have this method.
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors=_ERRORS)
     results: Any = _Results(sys.stdout, escape_drawing)
@@ -179,7 +180,7 @@ def protected_streams() -> Iterator[Callable[[], None]]:
 
 
 class Formatter(logging.Formatter):
-    """Formats log lines whose values cannot add lines of their own."""
+    """A formatter of log lines that escapes newlines in values."""
 
     def format(self, record: logging.LogRecord) -> str:
         if isinstance(record.args, tuple):
@@ -192,12 +193,12 @@ class Formatter(logging.Formatter):
 
 
 def argument(word: str) -> str:
-    """Return a word of a command line as an error message shows it."""
+    """Return a word of a command line in bounded form without control characters, for error messages."""
     return word if printable_line(word) == word and len(word) <= len(excerpt(word)) else excerpt(word)[1:-1]
 
 
 def shell_words(words: list[str]) -> str:
-    """Return words quoted for a shell, such that what is printed can be typed again."""
+    """Return words quoted for a shell without control characters, so that the printed command can be typed."""
     return " ".join(map(_shell_word, words))
 
 
@@ -207,7 +208,7 @@ def _shell_word(word: str) -> str:
         word.encode(encoding)
         if printable_line(word) == word:
             return shlex.quote(word)
-    # Bytes that no terminal acts on; bash, zsh and ksh read them back within $'...'.
+    # bash, zsh and ksh read octal escapes within $'...'.
     letters = []
     for byte in os.fsencode(word):
         plain = 32 <= byte < 127 and chr(byte) not in "\\'"
@@ -216,12 +217,12 @@ def _shell_word(word: str) -> str:
 
 
 def command_line(module: str, options: Mapping[str, object], *positional: object) -> str:
-    """Return a command as it is typed, quoted for a shell.
+    """Return a command line, quoted for a shell.
 
     Args:
-        module: the command, as runtime.infer.
-        options: values by the names of parameters. None, False and empty sequences are left out; True is a flag without
-            a value, and a sequence is a flag with several.
+        module: module of the command, such as runtime.infer.
+        options: parameter name to value. None, False and empty sequences are omitted; True is a flag without a value,
+            and a sequence is a flag with several values.
         positional: words before the options.
     """
     words: list[object] = ["python", "-m", module, *positional]

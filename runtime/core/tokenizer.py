@@ -1,4 +1,4 @@
-"""Sentences become word ids, exactly as in the published code."""
+"""Convert sentences to word ids, exactly as the published code does."""
 
 from __future__ import annotations
 
@@ -12,46 +12,45 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from runtime.core.errors import ModelFileError, QueryError, check_argument, excerpt
+from runtime.core.errors import ModelFileError, QueryError, as_sentence, check_argument, excerpt
 
 log = logging.getLogger("drn")
 
 Unknown = Literal["skip", "zero", "error"]
 
-# Unknown words that one warning names, of however many.
-NAMED = 10
-
-# Words of the vocabulary that an error offers in place of an unknown one, of so many unknown ones.
-NEAR_WORDS, NEAR_OF = 3, 3
-# Characters of an unknown word that known ones are compared with.
-LONGEST_NEAR = 40
+# Maximum number of unknown words in a message.
+MAX_NAMED = 10
+# Maximum number of similar words for each unknown word, and of unknown words for which similar ones are searched.
+MAX_SIMILAR, MAX_SEARCHED = 3, 3
+# Maximum number of characters of an unknown word that are compared.
+MAX_COMPARED_LENGTH = 40
 _STOP_TEXT = """
     a about after again all also an and another are around as at away back be been before being by can continues do does
     down each ends for from front has have he her him his how in into is it its itself more next of off on one onto or
     other others out over she several shown some starts still that the their them then there these they this three
     through to together two up very was we were what when where which while who with you
 """
-# Words that name nothing to be seen: a query of which only these are known has no content.
+# Words that describe nothing visible. A query whose other words are all unknown is rejected.
 STOP_WORDS = frozenset(_STOP_TEXT.split())
 
 PLAIN = re.compile(r"[A-Za-z0-9 ]*")
-# Words without an apostrophe that Treebank rules make two of.
+# Words without an apostrophe that Treebank rules split.
 CONTRACTIONS = frozenset(("cannot", "gimme", "gonna", "gotta", "lemme", "wanna"))
 
 
 class Vocabulary:
-    """The words a model knows, and what happens to those it does not.
+    """The word table of a model, and the policy for unknown words.
 
-    A word is looked up as written, then in lower case: the published tables are lower case and the published code
-    looks up as written only, so a sentence they accept gets the same ids here.
+    A word is looked up as written, then in lower case. The published code looks up as written only, in lower-case
+    tables, so sentences that it accepts get the same ids.
 
     Args:
-        words: word to id; ids are exactly 1..len(words), 0 is padding.
-        unknown: `skip` leaves an unknown word out, `zero` keeps its place with the padding row (a zero
-            embedding), `error` refuses the query. The first two warn and name the words.
+        words: word to id; ids are 1 to len(words), and 0 is padding.
+        unknown: `skip` removes unknown words, `zero` replaces them by padding (a zero embedding), both with a warning;
+            `error` rejects the query.
 
     Raises:
-        ModelFileError: the ids are not 1..len(words) or the policy is none of the three.
+        ModelFileError: the ids are not 1 to len(words), or the policy is none of the three.
     """
 
     def __init__(self, words: Mapping[str, int], unknown: Unknown = "skip") -> None:
@@ -60,16 +59,18 @@ class Vocabulary:
             for word, identity in words.items()
         ):
             raise ModelFileError(
-                f"A word table maps words to whole numbers, and {excerpt(words)} does not.", code="invalid_word_table"
+                f"Expected a word table of words to integers, got {excerpt(words)}. Correct the word table.",
+                code="invalid_word_table",
             )
         if sorted(words.values()) != list(range(1, len(words) + 1)):
             raise ModelFileError(
-                f"A word table maps {len(words)} words to the ids 1 to {len(words)}, each once, and this one does not.",
+                f"Expected the ids 1 to {len(words)}, each once, in a table of {len(words)} words, got others. Correct "
+                "the word table.",
                 code="word_numbers_not_consecutive",
             )
         if not isinstance(unknown, str) or unknown not in ("skip", "zero", "error"):
             raise ModelFileError(
-                f"Unknown words are treated by skip, zero or error, and {excerpt(unknown)} was asked for.",
+                f"Expected skip, zero or error for unknown words, got {excerpt(unknown)}. Correct the policy.",
                 code="invalid_setting",
             )
         self.words: dict[str, int] = dict(words)
@@ -87,11 +88,11 @@ class Vocabulary:
         """Return the (L,) int32 ids of a sentence, L at least 1.
 
         Args:
-            sentence: what is asked.
-            unheard: counts the unknown words, for callers that ask many sentences and name them once with `tell`; a
-                warning names them when None.
-            check_content: refuse sentences that have content words, but no known one. The published code accepts them,
-                so sentences of data sets are not checked.
+            sentence: the query.
+            unheard: counter to which unknown words are added, for callers that warn once with `tell`; with None, a
+                warning names them.
+            check_content: reject sentences with content words of which none is known. The published code accepts
+                them, so sentences of data sets are not checked.
 
         Raises:
             QueryError: the sentence is empty, or one word is unknown under `error`, or no word is known, or no content
@@ -100,11 +101,11 @@ class Vocabulary:
         tokens = tokenize(sentence)
         if not tokens:
             raise QueryError(
-                f"The query {excerpt(sentence)} holds no word; write what happens in the video.", code="no_words"
+                f"Expected a sentence, got {excerpt(sentence)}. Describe what happens in the video.", code="no_words"
             )
         if not self.words:
             raise QueryError(
-                "This model carries no word table; convert its checkpoint again with --vocabulary word2id.json.",
+                "The model has no word table. Convert its checkpoint again with --vocabulary word2id.json.",
                 code="missing_word_table",
             )
         ids, unknown = [], []
@@ -123,88 +124,94 @@ class Vocabulary:
             named = ", ".join(repr(word) for word in dict.fromkeys(unknown))
             if self.unknown == "error":
                 raise QueryError(
-                    f"The model does not know {named} in {excerpt(sentence)}; say it in words of its training set.",
+                    f"The model does not know {named} in {excerpt(sentence)}. Use words of its training set.",
                     code="unknown_words",
                 )
             if unheard is not None:
                 unheard.update(unknown)
             else:
-                log.warning("The model does not know %s in %r; %s.", named, sentence, self._treated)
+                log.warning("The model does not know %s in %r. %s", named, sentence, self._treatment)
         return np.array(ids, np.int32)
 
     def knows_any(self, sentence: str) -> bool:
-        """Return whether a word of a sentence is known. True without a word table."""
+        """Return whether at least one word of a sentence is known, or the model has no word table."""
         return not self.words or any(
             self.words.get(token) or self.words.get(token.lower()) for token in tokenize(sentence)
         )
 
     def _without_content(self, sentence: str, unknown: Sequence[str]) -> QueryError:
         words = list(dict.fromkeys(_content(unknown) or unknown))
-        near = dict.fromkeys(near for word in words[:NEAR_OF] for near in self.near(word))
-        examples = list(near) or [word for word in self.words if word.isalpha() and word not in STOP_WORDS][:NEAR_WORDS]
-        kind = "similar words of its training set are" if near else "words of its training set are, for example,"
-        advice = f"{kind} {', '.join(map(repr, examples))}" if examples else "use words of its training set"
+        similar = list(dict.fromkeys(known for word in words[:MAX_SEARCHED] for known in self.near(word)))
+        examples = similar or [word for word in self.words if word.isalpha() and word not in STOP_WORDS][:MAX_SIMILAR]
+        advice = "use similar words of its training set" if similar else "use words of its training set"
+        if examples:
+            advice += f", such as {', '.join(map(repr, examples))}"
         if len(unknown) == len(tokenize(sentence)):
-            problem = f"The model knows none of the words of {excerpt(sentence)}"
+            problem = f"The model knows no word of {excerpt(sentence)}"
         else:
-            named = ", ".join(excerpt(word) for word in words[:NAMED])
-            problem = f"The model does not know {named} in {excerpt(sentence)}, and what is left has no content"
-        return QueryError(f"{problem}; {advice}.", code="unknown_content_words")
+            named = ", ".join(map(excerpt, words[:MAX_NAMED]))
+            problem = f"The model does not know {named}, the content of {excerpt(sentence)}"
+        return QueryError(f"{problem}. {as_sentence(advice)}", code="unknown_content_words")
 
     def near(self, word: str) -> list[str]:
-        """Return the known words that are spelled most like `word`, at most three, the nearest first."""
+        """Return at most three known words of similar spelling, most similar first."""
         check_argument("word", word, str, "a text", QueryError)
-        word = word.lower()[:LONGEST_NEAR]
-        alike = [known for known in self.words if abs(len(known) - len(word)) <= 2 and known not in STOP_WORDS]
-        return difflib.get_close_matches(word, alike, NEAR_WORDS, 0.6)
+        word = word.lower()[:MAX_COMPARED_LENGTH]
+        candidates = [known for known in self.words if abs(len(known) - len(word)) <= 2 and known not in STOP_WORDS]
+        return difflib.get_close_matches(word, candidates, MAX_SIMILAR, 0.6)
 
     def tell(self, unheard: Counter[str]) -> None:
-        """Warn of the unknown words of many sentences, the commonest by name."""
+        """Warn about the unknown words of many sentences, and name the most common ones.
+
+        Args:
+            unheard: counts of unknown words; see `encode`.
+        """
         if unheard:
-            named = ", ".join(repr(word) for word, _ in unheard.most_common(NAMED))
-            more = f" and {len(unheard) - NAMED} others" if len(unheard) > NAMED else ""
-            log.warning("The model does not know %s%s; %s.", named, more, self._treated)
+            named = ", ".join(repr(word) for word, _ in unheard.most_common(MAX_NAMED))
+            more = f" and {len(unheard) - MAX_NAMED} others" if len(unheard) > MAX_NAMED else ""
+            log.warning("The model does not know %s%s. %s", named, more, self._treatment)
 
     @property
-    def _treated(self) -> str:
-        return "left out" if self.unknown == "skip" else "given a zero embedding"
+    def _treatment(self) -> str:
+        return "They are removed." if self.unknown == "skip" else "They get a zero embedding."
 
     def to_dict(self) -> dict[str, Any]:
         return {"unknown": self.unknown, "words": self.words}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Vocabulary:
-        check_argument("value", value, Mapping, "what `to_dict` returns", ModelFileError)
+        """Return the vocabulary of the result of `to_dict`; ModelFileError for other values."""
+        check_argument("value", value, Mapping, "the result of `to_dict`", ModelFileError)
         if missing := {"words", "unknown"} - value.keys():
             raise ModelFileError(
-                f"A vocabulary lacks {' and '.join(sorted(missing))}; export the model again.", code="missing_field"
+                f"The vocabulary lacks {' and '.join(sorted(missing))}. Export the model again.", code="missing_field"
             )
         return cls(value["words"], value["unknown"])
 
 
 def _content(tokens: Iterable[str]) -> list[str]:
-    """Return the tokens that may name something to be seen: not stop words, punctuation or endings such as "'s"."""
+    """Return the content words: no stop words, punctuation or endings such as "'s"."""
     return [token for token in tokens if token[0].isalnum() and token.lower() not in STOP_WORDS]
 
 
-def word_table(sentences: Iterable[str], least: int = 1) -> dict[str, int]:
-    """Return word to id for the words that occur in `sentences` at least so often: lower case, commonest first."""
+def word_table(sentences: Iterable[str], min_count: int = 1) -> dict[str, int]:
+    """Return word to id for the words that occur at least `min_count` times: lower case, most common first."""
     counts = Counter(token.lower() for sentence in sentences for token in tokenize(sentence))
     retained = sorted(
-        (word for word, count in counts.items() if count >= least), key=lambda word: (-counts[word], word)
+        (word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word)
     )
     return {word: identity for identity, word in enumerate(retained, 1)}
 
 
 def tokenize(sentence: str) -> list[str]:
-    """Return the tokens of a sentence: full stops deleted, then Treebank rules ("person's" is "person" and "'s").
+    """Return the tokens of a sentence: full stops removed, then Treebank rules ("person's" is "person" and "'s").
 
-    Source: the published code calls nltk.word_tokenize; without the sentence splitter, which needs data to be
-    downloaded, the result is equal on all 16,128 Charades-STA sentences.
+    Source: the published code calls nltk.word_tokenize. This function omits its sentence splitter, which needs a
+    download; the result is equal for all 16,128 Charades-STA sentences.
     """
     check_argument("sentence", sentence, str, "a text", QueryError)
     text = sentence.replace(".", "")
-    # Nothing for the tokenizer's thirty patterns to find: they split at signs, and a few words.
+    # Treebank rules split at punctuation and in contractions only.
     if PLAIN.fullmatch(text) and CONTRACTIONS.isdisjoint(text.lower().split()):
         return text.split()
     return _tokenizer().tokenize(text)
@@ -216,7 +223,7 @@ class _Tokenizer(Protocol):
 
 @functools.cache
 def _tokenizer() -> _Tokenizer:
-    # Imported late: nltk takes longer to import than a query to answer.
+    # Importing nltk takes longer than answering a query.
     from nltk.tokenize.destructive import NLTKWordTokenizer
 
     return NLTKWordTokenizer()

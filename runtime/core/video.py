@@ -1,4 +1,4 @@
-"""A video as the network meets it: clip features, and the segments they are pooled into."""
+"""Define videos as clip features with a length, and pool the clips into segments."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ Pooling = Literal["mmaction2", "drn"]
 
 log = logging.getLogger("drn")
 
-# How far the number of clips may be from what the frame count gives: beyond the first a warning, beyond the second an
-# error. Published files are up to a few clips short. Rounding alone changes short videos by a clip or two.
+# Relative difference of clips and frames that gives a warning, and ratio and difference that give an error. Published
+# files lack up to a few clips, and rounding changes short videos by one or two.
 CLOCK_SLACK = 0.1
 MAX_CLIP_RATIO = 1.5
 MAX_CLIP_DIFFERENCE = 2
 # Videos of Charades have 6 to 120 frames per second, those of TACoS 29.4.
 MIN_FRAME_RATE, MAX_FRAME_RATE = 1, 240
-# Those of Charades are 0.2 to 4 times their median.
+# Maximum ratio to the median frame rate of a data set, below which there is no warning; Charades has 0.2 to 4.
 MAX_RATE_RATIO = 8
 
-# A year of video at 60 frames a second, and then some: beyond is a mistake, and would overflow on the way.
-LONGEST_SECONDS = 1e8
+# About a year of video at 60 frames per second. Larger values are mistakes, and would overflow.
+MAX_DURATION_S = 1e8
 MAX_FRAMES = 2**31 - 1
-# Clip features are of order 1 to 100. Far beyond, float32 sums over a layer are no numbers any more.
-LARGEST_FEATURE = 1e15
-# Features of C3D, I3D, VGG and CLIP stay far below this, so larger ones may be why an output is not finite.
+# Clip features are of order 1 to 100. Far larger values overflow in float32 sums over a layer.
+MAX_FEATURE = 1e15
+# Features of C3D, I3D, VGG and CLIP are far smaller, so larger ones may be the cause of an output that is not finite.
 LARGE_FEATURE = 1000.0
-# Differences of this size, absolute and as a share, are rounding of float32.
+# Absolute and relative differences of this size are float32 rounding.
 NEGLIGIBLE = 1e-6
-# A larger file stays on the disk and is read where it is looked at: two hours of C3D take 369 MB.
+# Larger files are memory-mapped: two hours of C3D features have 369 MB.
 MAPPED_BYTES = 1 << 26
 
 
@@ -61,8 +61,8 @@ class ClipTiming:
     def __post_init__(self) -> None:
         if self.window < 1 or self.stride < 1:
             raise FeatureError(
-                f"A clip sees at least 1 frame, and the next starts at least 1 later; {self.window} and {self.stride} "
-                "were given.",
+                f"Expected a clip window and stride of at least 1 frame, got {self.window} and {self.stride}. Correct "
+                "the clip timing.",
                 code="invalid_clip_timing",
             )
 
@@ -70,15 +70,15 @@ class ClipTiming:
         return f"{self.window} frames a clip, one every {self.stride}"
 
     def num_clips(self, num_frames: int) -> int:
-        """Return how many whole windows fit into `num_frames`, at least one."""
+        """Return the number of complete windows in `num_frames` frames, at least one."""
         return max(1, (num_frames - self.window) // self.stride + 1)
 
     def num_frames(self, num_clips: int) -> int:
-        """Return the frames that `num_clips` windows cover; the true count may be up to `stride` - 1 higher."""
+        """Return the number of frames in `num_clips` windows; the video may have up to `stride` - 1 more."""
         return (num_clips - 1) * self.stride + self.window
 
     def fits(self, num_frames: int, num_clips: int) -> bool:
-        """Return whether a video of `num_frames` frames has about `num_clips` clips."""
+        """Return whether a video of `num_frames` frames has `num_clips` clips, up to a small difference."""
         expected = self.num_clips(num_frames)
         return abs(expected - num_clips) <= max(1, CLOCK_SLACK * expected)
 
@@ -90,52 +90,51 @@ class ClipTiming:
 
 @dataclasses.dataclass(eq=False)
 class Origin:
-    """The origin of videos; all videos of a data set share one.
+    """The origin of videos, which all videos of a data set share, so that warnings appear once.
 
     Attributes:
-        advice: what to do when the clips of a video do not fit its frames, as sentences.
-        warned: whether a warning about that was given.
+        advice: instructions for videos whose clips do not match their frames, as sentences.
+        warned: whether the warning about them has appeared.
     """
 
     advice: str = "Correct num_frames, or use features with this clip timing."
     warned: bool = False
 
     def check(self, name: str, num_clips: int, num_frames: int, clock: ClipTiming) -> None:
-        """Compare the number of clips of a video with its frame count: this is the only place where that is done.
+        """Check that the number of clips of a video matches its frame count.
 
         Args:
-            name: of the video.
-            num_clips: rows of its features.
-            num_frames: its length in frames.
-            clock: the clip timing by which segments are pooled.
+            name: name of the video.
+            num_clips: number of rows of its features.
+            num_frames: length in frames.
+            clock: clip timing by which segments are pooled.
 
         Raises:
-            FeatureError: they contradict each other (code `clip_timing_mismatch`). A smaller difference is a warning,
-                once for all videos of this origin.
+            FeatureError: they contradict each other (code `clip_timing_mismatch`). A small difference is a warning
+                instead, once for all videos of this origin.
         """
         if clock.fits(num_frames, num_clips):
             return
         message = (
-            f"The features of {name} have {num_clips} clips, but its {num_frames} frames make "
-            f"{clock.num_clips(num_frames)} at {clock} (the clip timing that is expected here)."
+            f"Expected {clock.num_clips(num_frames)} clips for the {num_frames} frames of {name} ({clock}), got "
+            f"{num_clips}."
         )
         if clock.contradicts(num_frames, num_clips):
             raise FeatureError(f"{message} {self.advice}", code="clip_timing_mismatch")
         self._warn(message)
 
     def check_clock(self, name: str, counted: ClipTiming, clock: ClipTiming) -> None:
-        """Warn, once, if the frames of a video were counted by another clip timing than segments are pooled by."""
+        """Warn once if the frames of a video were counted by another clip timing than segments are pooled by."""
         if counted != clock:
             self._warn(
-                f"The clips of {name} see {counted.window} frames, one every {counted.stride}, and those that the "
-                f"model learnt from {clock.window}, one every {clock.stride}; its moments are wrong here unless it is "
-                "known to fit."
+                f"Expected the clip timing of the training data of the model for {name} ({clock}), got {counted}. "
+                "Moments may be wrong."
             )
 
     def _warn(self, message: str) -> None:
         if not self.warned:
             self.warned = True
-            log.warning("%s %s Other videos like this one are not listed.", message, self.advice)
+            log.warning("%s %s This warning appears once.", message, self.advice)
 
 
 def check_frame_rate(
@@ -147,29 +146,34 @@ def check_frame_rate(
 ) -> None:
     """Raise `error` (code `frame_rate_out_of_range`) unless a video has 1 to 240 frames per second.
 
-    A rate far from `usual_rate`, the median of the data set, is a warning.
+    Args:
+        name: name of the video, for the message.
+        num_frames: length in frames.
+        duration: length in seconds.
+        error: class to raise.
+        usual_rate: median frame rate of the data set; a rate far from it is a warning.
     """
     rate = num_frames / duration
-    counted = f"{name} has {num_frames:g} frames in {duration:g} seconds, which is {rate:.3g} frames per second"
-    advice = "Give the duration in seconds, and the frame count of the same video."
+    actual = f"{rate:.3g} ({num_frames:g} frames in {duration:g} seconds)"
+    advice = "Correct the duration in seconds or the frame count."
     if not MIN_FRAME_RATE <= rate <= MAX_FRAME_RATE:
         raise error(
-            f"{counted}; {MIN_FRAME_RATE} to {MAX_FRAME_RATE} are possible. {advice}", code="frame_rate_out_of_range"
+            f"Expected {MIN_FRAME_RATE} to {MAX_FRAME_RATE} frames per second for {name}, got {actual}. {advice}",
+            code="frame_rate_out_of_range",
         )
     if usual_rate and not 1 / MAX_RATE_RATIO <= rate / usual_rate <= MAX_RATE_RATIO:
         log.warning(
-            "%s, but the median of its data set is %.3g. %s", counted, usual_rate, advice,
-            extra={"code": "frame_rate_out_of_range"},
+            "Expected about %.3g frames per second for %s, the median of its data set, got %s. %s",
+            usual_rate, name, actual, advice, extra={"code": "frame_rate_out_of_range"},
         )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """The network's input for one video.
+    """The input of the network for one video.
 
     Attributes:
-        features: (T, D), the element-wise maximum of the clips of each segment, as stored: float32 from
-            `Video.segments`, so that every further query of the video gets them as the network takes them.
+        features: (T, D), element-wise maximum of the clips of each segment; float32 from `Video.segments`.
         spans: (T, 2) float64, starts and ends as fractions of the video.
     """
 
@@ -179,17 +183,17 @@ class Segments:
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Clip features of one video and its clock.
+    """Clip features and length of one video.
 
     Attributes:
         features: (num_clips, D) floats.
         num_frames: length in frames.
         duration: length in seconds.
-        name: how reports call it.
-        origin: where it comes from, for warnings that are given once.
-        counted: the clip timing by which `num_frames` was counted from the clips; None where it is known.
-        offset: seconds from the start of the video file, as players count, to the first picture. Moments are in the
-            time of players; all other times count from the first picture.
+        name: name in reports.
+        origin: origin of the video, whose warnings appear once.
+        counted: clip timing by which `num_frames` was computed from the number of clips; None if it is known.
+        offset: seconds from the start of the video file, as in players, to the first picture. Moments are in the time
+            of players, and all other times start at the first picture.
     """
 
     features: np.ndarray
@@ -209,26 +213,22 @@ class Video:
         check_features(self.features, self.name)
         for field in ("duration", "offset", "num_frames"):
             _check_number(field, getattr(self, field), self.name)
-        if not 0 < self.duration <= LONGEST_SECONDS:
+        check_duration(self.duration, self.name)
+        if not 0 <= self.offset <= MAX_DURATION_S:
             raise FeatureError(
-                f"The duration of {self.name} must be above 0 and at most {LONGEST_SECONDS:g} seconds, "
-                f"and {self.duration} was given.",
-                code="invalid_frame_count",
-            )
-        if not 0 <= self.offset <= LONGEST_SECONDS:
-            raise FeatureError(
-                f"The offset of {self.name} must be 0 to {LONGEST_SECONDS:g} seconds, and {self.offset} was given."
+                f"Expected an offset of 0 to {MAX_DURATION_S:g} s for {self.name}, got {self.offset}. Correct it.",
+                code="invalid_argument",
             )
         if not 2 <= self.num_frames <= MAX_FRAMES:
             raise FeatureError(
-                f"{self.name} needs 2 to {MAX_FRAMES} frames to be divided, and {self.num_frames} were given.",
+                f"Expected 2 to {MAX_FRAMES} frames for {self.name}, got {self.num_frames}. Correct the frame count.",
                 code="invalid_frame_count",
             )
         check_frame_rate(self.name, self.num_frames, self.duration)
 
     @property
     def end(self) -> float:
-        """Seconds from the start of the video file, as players count, to the end of the last picture."""
+        """Return the seconds from the start of the video file, as in players, to the end of the last picture."""
         return self.offset + self.duration
 
     @classmethod
@@ -241,18 +241,18 @@ class Video:
         clock: ClipTiming | None = None,
         origin: Origin | None = None,
     ) -> Video:
-        """Read a `.npy`, `.npz` or `.pt` feature file. Neither torch nor the running of code in the file is needed.
+        """Read a `.npy`, `.npz` or `.pt` feature file, without torch and without running code in the file.
 
         Args:
-            path: a (num_clips, D) float array.
-            duration: seconds.
-            num_frames: taken from the number of clips when not given, which is right to within one clip stride.
-            name: the file's stem when not given.
-            clock: how clips lie on frames, for `num_frames`.
-            origin: where it comes from; a source of its own when not given.
+            path: file of a (num_clips, D) float array.
+            duration: length in seconds.
+            num_frames: length in frames; default: computed from the number of clips, up to one clip stride too low.
+            name: name in reports; default: the stem of the file.
+            clock: clip timing from which `num_frames` is computed; default: that of C3D.
+            origin: origin of the video; default: a new one.
 
         Raises:
-            FeatureError: the file is missing, is not such an array, or holds values that are not finite.
+            FeatureError: the file is missing, is not such an array, or contains values that are not finite.
         """
         check_path(path, FeatureError)
         clock = ClipTiming() if clock is None else clock
@@ -267,14 +267,14 @@ class Video:
     def segments(self, num_segments: int, pooling: Pooling = "mmaction2", clock: ClipTiming | None = None) -> Segments:
         """Divide the video into `num_segments` equal parts and max-pool the clips of each.
 
+        The result is cached for later queries.
+
         Args:
             num_segments: T.
-            pooling: whose borders and rows. `mmaction2`: the first part starts at 0 and the last ends one frame
-                early, a part keeps every clip from the one its first frame is in to the one its last frame is in.
-                `drn`: borders count frames from 1, and a part of at most one window keeps a single clip.
-            clock: how clips lie on frames.
-
-        The result is kept, so that every further query of this video gets it for nothing.
+            pooling: rule for borders and clips. `mmaction2`: the first part starts at 0, the last ends one frame before
+                the end, and a part contains the clips from that of its first to that of its last frame. `drn`: borders
+                count frames from 1, and a part of at most one window contains a single clip.
+            clock: clip timing of the features; default: that of C3D.
 
         Raises:
             FeatureError: see `check`.
@@ -285,22 +285,23 @@ class Video:
         try:
             result = self._segments.get(key)
         except TypeError:
-            result = None  # An argument that cannot be hashed has the wrong type.
+            result = None  # An unhashable argument has the wrong type, which the checks below report.
         if result is None:
             check_argument("num_segments", num_segments, numbers.Integral, "a number of segments", FeatureError)
             check_argument("pooling", pooling, str, "a rule of pooling", FeatureError)
             if not 1 <= num_segments <= MAX_FRAMES:
                 raise FeatureError(
-                    f"A video has 1 to {MAX_FRAMES} segments, and {excerpt(num_segments)} were asked for."
+                    f"Expected 1 to {MAX_FRAMES} for num_segments, got {excerpt(num_segments)}. Correct the argument.",
+                    code="invalid_argument",
                 )
             self.check(key[2])
             self._segments[key] = pool_segments(self.features, self.num_frames, *key)
         return self._segments[key]
 
     def check(self, clock: ClipTiming) -> None:
-        """Raise FeatureError unless clips and frames fit each other and the clips differ from each other.
+        """Raise FeatureError unless clips match frames and the clips are not all equal.
 
-        See `Origin.check` and `check_varies`. Frames that were counted from the clips cannot contradict them.
+        See `Origin.check` and `check_varies`. Frames that were computed from the clips always match.
         """
         check_argument("clock", clock, ClipTiming, "a ClipTiming", FeatureError)
         if self.counted is None:
@@ -313,7 +314,7 @@ class Video:
 def pool_segments(
     features: np.ndarray, num_frames: int, num_segments: int, pooling: Pooling, clock: ClipTiming
 ) -> Segments:
-    """Return the segments of (num_clips, D) features that cover `num_frames` frames; see `Video.segments`."""
+    """Return the segments of (num_clips, D) features of `num_frames` frames; see `Video.segments`."""
     first, last, spans = segment_rows(num_frames, num_segments, pooling, clock)
     return Segments(max_over_rows(features, first, last).astype(np.float32, copy=False), spans)
 
@@ -321,11 +322,11 @@ def pool_segments(
 def segment_rows(
     num_frames: int, num_segments: int, pooling: Pooling, clock: ClipTiming
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the first and last clip of each segment, (T,) integers, last included, and the spans (T, 2) float64."""
+    """Return the (T,) first and the (T,) last clip of each segment, integers, and the (T, 2) float64 spans."""
     if pooling == "mmaction2":
         step = (num_frames - 1) / num_segments
         borders = (step * np.arange(num_segments + 1)).astype(np.int64)
-        # T * ((N - 1) / T) may round below N - 1, and the last border is N - 1 by definition.
+        # T * ((N - 1) / T) may round to less than N - 1, which is the last border by definition.
         borders[-1] = num_frames - 1
         starts, ends = borders[:-1], borders[1:]
         return starts // clock.stride, ends // clock.stride, np.stack((starts, ends), 1) / num_frames
@@ -336,17 +337,17 @@ def segment_rows(
         last = np.where(ends - starts <= clock.window, first, np.maximum(first, (ends - 1) // clock.stride))
         return first, last, np.stack((starts, ends), 1) / num_frames
     raise FeatureError(
-        f"Segments are pooled as mmaction2 or drn, and {excerpt(pooling)} was asked for.", code="invalid_setting"
+        f"Expected 'mmaction2' or 'drn' for pooling, got {excerpt(pooling)}. Correct it.", code="invalid_setting"
     )
 
 
 def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Return (T, D) element-wise maxima over rows first..last, last included, of (num_clips, D) features.
+    """Return (T, D) element-wise maxima over the rows first to last, inclusive, of (num_clips, D) features.
 
-    Rows past the end are clipped to the last one: feature files shorter than their frame count occur.
+    Rows after the end are clipped to the last row, because some feature files are shorter than their frame count.
     """
     end = len(features) - 1
-    # NumPy compares halves in software, ten times slower than integers of the same order.
+    # NumPy compares float16 in software, ten times slower than integers of the same order.
     ordered = _sortable_float16_bits(features.view(np.int16)) if features.dtype == np.float16 else features
     rows = np.stack(
         [ordered[start : stop + 1].max(axis=0) for start, stop in zip(np.minimum(first, end), np.minimum(last, end))]
@@ -355,35 +356,33 @@ def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> 
 
 
 def _sortable_float16_bits(bits: np.ndarray) -> np.ndarray:
-    """Return the bits of finite halves as integers of the same order, and such integers as the bits again: negative
-    numbers grow in magnitude, so all but their sign is turned round."""
+    """Return the int16 bits of finite float16 as integers of the same order, and the reverse.
+
+    All bits but the sign of negative numbers are inverted.
+    """
     return bits ^ ((bits >> 15) & np.int16(0x7FFF))
 
 
 def load_features(path: str | os.PathLike[str]) -> np.ndarray:
-    """Return the clip features in a `.npy`, `.npz` or `.pt` file as (num_clips, D) floats; a large `.npy` is mapped.
+    """Return the (num_clips, D) floats in a `.npy`, `.npz` or `.pt` file; a large `.npy` file is memory-mapped.
 
     Raises:
-        FeatureError: the file is missing, empty, truncated, holds no such array, or would run code when read.
+        FeatureError: the file is missing, empty or truncated, contains no such array, or would run code when read.
     """
     path = Path(path)
     check_file(path, "The feature file", FeatureError, "check the path or the name of the video")
     if path.stat().st_size == 0:
         raise FeatureError(
-            f"The feature file {path} is empty; extract the features of this video again.", code="empty_file"
+            f"The feature file {path} is empty. Extract the features of this video again.", code="empty_file"
         )
     if path.suffix not in FEATURE_SUFFIXES:
         raise FeatureError(
-            f"{path} should end in .npy, .npz or .pt; convert the features to one of them.", code="wrong_suffix"
+            f"Expected a .npy, .npz or .pt file of features, got {path}. Convert the features.", code="wrong_suffix"
         )
     with reading(path, "a NumPy array of clip features", FeatureError, "extract the features of this video again"):
         value = FEATURE_SUFFIXES[path.suffix](path)
         if value.ndim != 2 or value.dtype.kind != "f":
-            raise FeatureError(
-                f"The features of {path} should be floats of shape (num_clips, D), and are {value.dtype} of shape "
-                f"{value.shape}.",
-                code="wrong_array",
-            )
+            raise _wrong_array(path, value.dtype, value.shape)
         return value
 
 
@@ -391,7 +390,7 @@ def _mapped_array(path: Path) -> np.ndarray:
     with open(path, "rb") as stream:
         if stream.read(2) == b"PK":
             raise FeatureError(
-                f"{path} is an archive of arrays under the name of one; save the array with numpy.save.",
+                f"Expected one array in {path}, got an archive. Save the array with numpy.save.",
                 code="ambiguous_features",
             )
     return load_array(path, MAPPED_BYTES)
@@ -402,7 +401,7 @@ def _only_array(path: Path) -> np.ndarray:
     arrays = read_archive(path, max_members=1)
     if len(arrays) != 1:
         raise FeatureError(
-            f"{path} should hold one array of clip features, and holds none; save it again.", code="ambiguous_features"
+            f"Expected one array of clip features in {path}, got none. Save it again.", code="ambiguous_features"
         )
     return next(iter(arrays.values()))
 
@@ -413,10 +412,11 @@ def _tensor(path: Path) -> np.ndarray:
     try:
         value = torch_reader.load(path)
     except CheckpointError as error:
-        raise FeatureError(f"{path} should be a tensor of clip features: {error}", code=error.code) from error
+        raise FeatureError(str(error), code=error.code) from error
     if not isinstance(value, np.ndarray):
         raise FeatureError(
-            f"{path} should be one tensor of clip features, and holds a {type(value).__name__}.", code="wrong_array"
+            f"Expected a tensor of clip features in {path}, got a {type(value).__name__}. Save the tensor alone.",
+            code="wrong_array",
         )
     return value
 
@@ -432,46 +432,57 @@ FEATURE_SUFFIXES: dict[str, Callable[[Path], np.ndarray]] = {
 def check_features(features: np.ndarray, name: str) -> None:
     """Raise FeatureError unless `features` is a (num_clips, D) array of finite floats with at least one clip."""
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
-        shape = getattr(features, "shape", None)
-        kind = getattr(features, "dtype", type(features).__name__)
-        raise FeatureError(
-            f"The features of {name} should be floats of shape (num_clips, D), and are {kind} of shape {shape}.",
-            code="wrong_array",
-        )
+        raise _wrong_array(name, getattr(features, "dtype", type(features).__name__), getattr(features, "shape", None))
     if 0 in features.shape:
         raise FeatureError(
-            f"The features of {name} hold no clips (shape {features.shape}); at least one is needed.", code="no_clips"
+            f"The features of {name} contain no clips (shape {features.shape}). Extract them again.", code="no_clips"
         )
-    # The sum is finite only if every value is, and costs no array of flags. A float16 sum could overflow.
+    # The sum is finite only if every value is, and needs no array of flags. A float16 sum could overflow.
     with np.errstate(invalid="ignore", over="ignore"):
         total = features.sum(dtype=np.float64)
     if np.isfinite(total):
-        # Finite, and yet too large for any layer? The sum of magnitudes decides without a look at each.
-        if not abs(total) <= LARGEST_FEATURE:
+        if not abs(total) <= MAX_FEATURE:
             raise FeatureError(
-                f"The features of {name} are as large as {np.abs(features).max():.1e}; extract them again.",
+                f"The features of {name} have values up to {np.abs(features).max():.1e}, more than any layer can use. "
+                "Extract them again.",
                 code="features_too_large",
             )
     else:
-        bad = np.argwhere(~np.isfinite(features))
-        if len(bad):
+        indices = np.argwhere(~np.isfinite(features))
+        if len(indices):
             raise FeatureError(
-                f"The features of {name} hold {len(bad)} values that are not finite, "
-                f"the first in clip {bad[0][0]}; extract them again.",
+                f"The features of {name} have {len(indices)} values that are not finite, the first in clip "
+                f"{indices[0][0]}. Extract them again.",
                 code="non_finite_features",
             )
 
 
+def check_duration(duration: float, name: str) -> None:
+    """Raise FeatureError (code `invalid_frame_count`) unless a duration is above 0 and at most `MAX_DURATION_S`."""
+    if not 0 < duration <= MAX_DURATION_S:
+        raise FeatureError(
+            f"Expected a duration in (0, {MAX_DURATION_S:g}] seconds for {name}, got {duration}. Correct it.",
+            code="invalid_frame_count",
+        )
+
+
+def _wrong_array(source: object, dtype: object, shape: object) -> FeatureError:
+    return FeatureError(
+        f"Expected floats of shape (num_clips, D) for {source}, got {dtype} of shape {shape}. Extract them again.",
+        code="wrong_array",
+    )
+
+
 def _check_number(field: str, value: object, name: str) -> None:
-    """Raise FeatureError unless a field of a video is one real number, and a whole one if it counts frames."""
-    # An array without axes is what NumPy reads from a file of one number.
+    """Raise FeatureError unless a field of a video is a real number, and an integer if it counts frames."""
+    # Files of one number are read as arrays without axes.
     kind = value.dtype.kind if isinstance(value, np.ndarray) and value.ndim == 0 else ""
     is_real = kind in ("i", "u", "f") or (isinstance(value, numbers.Real) and not isinstance(value, bool))
-    whole = field == "num_frames"
-    if not is_real or (whole and cast(float, value) % 1 != 0):
+    is_count = field == "num_frames"
+    if not is_real or (is_count and cast(float, value) % 1 != 0):
         raise FeatureError(
-            f"The {field} of {name} must be {'a whole number' if whole else 'a number of seconds'}, and "
-            f"{excerpt(value)} ({type(value).__name__}) was given. Give it as {'an int' if whole else 'a float'}.",
+            f"Expected {'an integer' if is_count else 'a number of seconds'} for {field} of {name}, got "
+            f"{excerpt(value)} ({type(value).__name__}). Correct the argument.",
             code="invalid_argument",
         )
 
@@ -479,12 +490,12 @@ def _check_number(field: str, value: object, name: str) -> None:
 def check_varies(features: np.ndarray, name: str) -> None:
     """Raise FeatureError (code `constant_features`) if clips differ by rounding alone, or a single one is about zero.
 
-    Features of still pictures differ more from clip to clip, unless the frames are equal in every bit. No moment of
-    such a video can be distinguished either.
+    Features of still pictures differ more, unless the frames are identical. Moments of such videos cannot be
+    distinguished either.
     """
     dtype = np.promote_types(features.dtype, np.float32)
     reference = features[:1].astype(dtype) if len(features) > 1 else np.zeros(features.shape, dtype)
-    # In nearly all files the first and the last row differ, and no other row is compared.
+    # In nearly all files the first and the last row differ, so that no other row is compared.
     for rows in (features[-1:], *(features[start : start + 1024] for start in range(0, len(features), 1024))):
         if not np.allclose(rows.astype(dtype, copy=False), reference, NEGLIGIBLE, NEGLIGIBLE):
             return
@@ -493,7 +504,7 @@ def check_varies(features: np.ndarray, name: str) -> None:
     else:
         value = f"the value {features.flat[0]:g}" if np.ptp(features[0]) == 0 else "the same values"
     raise FeatureError(
-        f"The features of {name} hold {value} in all {len(features)} clips, so no moment can be distinguished. "
+        f"The features of {name} have {value} in all {len(features)} clips, so moments cannot be distinguished. "
         "Extract them again.",
         code="constant_features",
     )

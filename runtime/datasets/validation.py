@@ -1,60 +1,62 @@
-"""Values that published annotation files hold, checked once where they are read."""
+"""Check the values of published annotation files when they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.text_files import is_number
-from runtime.core.video import LONGEST_SECONDS, MAX_FRAMES
+from runtime.core.names import by_fold, near_name
+from runtime.core.video import MAX_DURATION_S, MAX_FRAMES
 
 SPLITS = ("train", "val", "test")
-# Suffixes of video files, which some data sets have in the names of their videos (TACoS: s17-d69.avi).
+# Suffixes of video files, which are part of the names of videos in some data sets (TACoS: s17-d69.avi).
 FILE_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm")
-# File systems take 255 bytes, the suffix of a feature file included.
+# File names have at most 255 bytes, including the suffix of a feature file.
 MAX_NAME_BYTES = 250
-# Frames a second; high-speed cameras record some thousands.
+# Maximum number of frames per second; high-speed cameras record some thousands.
 MAX_FRAME_RATE = 1e6
 
 
 class VideoTable:
-    """The videos of a data set and their lengths, each name once."""
+    """The lengths of the videos of a data set, whose names must be distinct."""
 
     def __init__(self) -> None:
         self.durations: dict[str, float] = {}
         self.num_frames: dict[str, int] = {}
-        self._called: dict[str, str] = {}
+        self._names: dict[str, str] = {}
 
     def add(self, name: str, duration: Any, location: str, num_frames: Any | None = None) -> None:
-        """Take a video in, again if it is the same.
+        """Add a video; the same video may be added again.
 
         Args:
-            name: as the annotations call it.
-            duration: seconds.
-            location: where it is said, for messages.
-            num_frames: None where nothing is said of it.
+            name: name in the annotations.
+            duration: length in seconds.
+            location: location of the values, for messages.
+            num_frames: length in frames; None if unknown.
 
         Raises:
-            AnnotationError: the name or a number is none, or another video has this name.
+            AnnotationError: the name or a number is invalid, or another video has this name.
         """
         check_video_name(name, location)
-        if not is_number(duration) or not 0 < duration <= LONGEST_SECONDS:
+        if not is_number(duration) or not 0 < duration <= MAX_DURATION_S:
             raise AnnotationError(
-                f"{location}: the duration should be seconds above 0, and is {excerpt(duration)}.",
+                f"{location}: expected a duration above 0 seconds, got {excerpt(duration)}. Correct it.",
                 code="invalid_frame_count",
             )
         if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MAX_FRAMES):
             raise AnnotationError(
-                f"{location}: the frame count should be at least 2, and is {excerpt(num_frames)}.",
+                f"{location}: expected at least 2 frames, got {excerpt(num_frames)}. Correct the frame count.",
                 code="invalid_frame_count",
             )
-        _check_distinct(self._called, name, location)
+        _check_distinct(self._names, name, location)
         recorded = (self.durations.setdefault(name, duration), self.num_frames.get(name, num_frames))
         if recorded != (duration, num_frames):
             raise AnnotationError(
-                f"{location}: two videos have the name {excerpt(name)}, of {recorded[0]:g} and of {duration:g} "
-                "seconds; rename one.",
+                f"{location}: two videos of {recorded[0]:g} and {duration:g} seconds have the name {excerpt(name)}. "
+                "Rename one.",
                 code="ambiguous_video_name",
             )
         if num_frames is not None:
@@ -62,7 +64,7 @@ class VideoTable:
 
 
 def is_file_name(name: str) -> bool:
-    """Return whether a name stays in the directory it is looked up in."""
+    """Return whether a name can be the name of a file in a given directory."""
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
@@ -73,54 +75,74 @@ def is_file_name(name: str) -> bool:
 
 
 def check_video_name(name: str, location: str) -> None:
-    """Raise AnnotationError for a name that no file could have, or only one in another directory."""
+    """Raise AnnotationError (code `invalid_video_name`) unless `is_file_name`, because features are found by name."""
     if not is_file_name(name):
         raise AnnotationError(
-            f"{location}: {excerpt(name)} cannot be the name of a video, as its features are found by it; use at most "
+            f"{location}: expected the name of a video that can be a file name, got {excerpt(name)}. Use at most "
             f"{MAX_NAME_BYTES} bytes without slashes and line breaks.",
             code="invalid_video_name",
         )
+
+
+def missing_split(split: str, path: Path, available: Iterable[str]) -> AnnotationError:
+    """Return the error for a split whose file does not exist."""
+    return AnnotationError(
+        f"Expected one of the splits {', '.join(available) or '(none)'}, got {excerpt(split)}. {path} does not exist.",
+        code="missing_split",
+    )
+
+
+def unlisted_video(video: str, known: Iterable[str], files: Iterable[str], location: str) -> AnnotationError:
+    """Return the error for a video that the annotations do not list.
+
+    Args:
+        video: its name.
+        known: names of the listed videos, of which a similar one is suggested.
+        files: names of the files that list videos.
+        location: location of the name, for the message.
+    """
+    return AnnotationError(
+        f"{location}: the video {excerpt(video)} is not in {', '.join(files)}. Check the name."
+        + near_name(by_fold(known), video),
+        code="unlisted_video",
+    )
 
 
 def check_distinct_names(names: Iterable[str], location: str) -> None:
     """Raise AnnotationError (code `ambiguous_video_name`) if the features of two videos could be one file.
 
     Args:
-        names: of videos, each once.
-        location: where they are said, for messages.
+        names: names of videos, each once.
+        location: location of the names, for messages.
     """
-    called: dict[str, str] = {}
+    by_stem: dict[str, str] = {}
     for name in names:
-        _check_distinct(called, name, location)
+        _check_distinct(by_stem, name, location)
 
 
-def _check_distinct(called: dict[str, str], name: str, location: str) -> None:
-    """Add a name to the names by stem; AnnotationError if another one has this stem."""
-    known = called.setdefault(file_stem(name), name)
+def _check_distinct(by_stem: dict[str, str], name: str, location: str) -> None:
+    """Add a name to the names by stem; AnnotationError if another name has this stem."""
+    known = by_stem.setdefault(file_stem(name), name)
     if known != name:
         raise AnnotationError(
-            f"{location}: two videos have one name, {excerpt(known)} and {excerpt(name)}, and their features could not "
-            "be distinguished. Rename one, or remove its entry.",
+            f"{location}: the features of the videos {excerpt(known)} and {excerpt(name)} could be one file. Rename "
+            "one, or remove its entry.",
             code="ambiguous_video_name",
         )
 
 
 def file_stem(name: str) -> str:
-    """Return a video's name without the suffix of a video file."""
+    """Return the name of a video without the suffix of a video file."""
     if not name.lower().endswith(FILE_SUFFIXES):
         return name
-    for suffix in FILE_SUFFIXES:
-        if name.lower().endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
+    return name.rpartition(".")[0] or name
 
 
 def sentence_of(value: Any, location: str) -> str:
-    """Return a sentence in one line; AnnotationError if it is none."""
+    """Return a sentence in one line; AnnotationError for empty text and other types."""
     sentence = " ".join(value.split()) if isinstance(value, str) else ""
     if not sentence:
         raise AnnotationError(
-            f"{location}: a sentence is expected, and {excerpt(value)} was found; correct it or leave it out.",
-            code="malformed_row",
+            f"{location}: expected a sentence, got {excerpt(value)}. Correct or remove it.", code="malformed_row"
         )
     return sentence

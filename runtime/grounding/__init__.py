@@ -1,3 +1,6 @@
-"""Ground queries in videos: one Grounder, its evaluation, and how answers are written and drawn."""
+"""Ground queries in videos, evaluate the results, and format and plot them.
+
+`runtime.benchmarking`, `corpus`, `service`, `triton`, the commands and the packages above `runtime` may import it.
+"""
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.errors import VideoFileError
 from runtime.core.io.input_files import check_file
-from runtime.core.video import LONGEST_SECONDS, MAX_FRAME_RATE, MAX_FRAMES, MIN_FRAME_RATE
+from runtime.core.video import MAX_DURATION_S, MAX_FRAME_RATE, MAX_FRAMES, MIN_FRAME_RATE
 from runtime.media.container import MAGIC_BYTES, load_av, open_container
 from runtime.media.frames import FrameResizer, orientation, upright
 from runtime.media.packets import Packets, read_packets
@@ -132,7 +132,7 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
     if first is None:
         raise VideoFileError(f"No frame of {path} can be decoded. Copy or download it again.", code="no_frames")
     num_frames = round((int(times[-1]) - int(times[0])) * unit * rate) + 1
-    if num_frames > MAX_FRAMES or num_frames / rate > LONGEST_SECONDS:
+    if num_frames > MAX_FRAMES or num_frames / rate > MAX_DURATION_S:
         raise VideoFileError(
             f"{path} has {num_frames} frames in {num_frames / rate:.3g} s by its time stamps, which exceeds the limit. "
             "Rewrite the time stamps, for example with `ffmpeg -i FILE -c copy NEW.mkv`.",

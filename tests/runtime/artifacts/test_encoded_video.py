@@ -32,13 +32,13 @@ onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opene
 
 
 class PlantedPair:
-    """The planted model in two: its encoding is the features themselves, laid on their side."""
+    """The planted model in two parts; an encoding is the transposed features."""
 
     def __init__(self, whole: Any, model: str = "1" * 64) -> None:
         self.whole = whole
         self.manifest = dataclasses.replace(whole.manifest, part="query", video_part={"planted.video.onnx": model})
         self.encoded = 0
-        self.asked: list[tuple[int, int]] = []
+        self.requests: list[tuple[int, int]] = []
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
         self.encoded += len(segment_features)
@@ -46,7 +46,7 @@ class PlantedPair:
 
     def ask(self, query_tokens: Any, query_length: Any, videos: Any, video_index: Any) -> Heads:
         assert query_tokens.dtype == query_length.dtype == video_index.dtype == np.int32
-        self.asked.append((len(query_length), len(videos)))
+        self.requests.append((len(query_length), len(videos)))
         features = np.stack([videos[index].features.T for index in video_index])
         spans = np.stack([videos[index].spans for index in video_index])
         return self.whole.run(Batch(query_tokens, query_length, features, spans))
@@ -66,19 +66,19 @@ def grounder(pair: PlantedPair) -> Grounder:
 
 
 def test_encoded_video_gives_same_moments_as_video(grounder: Grounder, planted_backend: Any) -> None:
-    wanted = Grounder(planted_backend()).ground_batch(PAIRS)
-    assert grounder.ground_batch(PAIRS) == wanted
+    expected = Grounder(planted_backend()).ground_batch(PAIRS)
+    assert grounder.ground_batch(PAIRS) == expected
     encoded = [(grounder.encode(video), query) for video, query in PAIRS]
-    assert grounder.ground_batch(encoded) == wanted
+    assert grounder.ground_batch(encoded) == expected
     mixed = [encoded[i] if i % 2 else PAIRS[i] for i in range(len(PAIRS))]
-    assert grounder.ground_batch(mixed, batch_size=2) == wanted
-    assert [grounder.ground(*asked) for asked in encoded] == wanted
+    assert grounder.ground_batch(mixed, batch_size=2) == expected
+    assert [grounder.ground(*pair) for pair in encoded] == expected
 
 
 def test_offset_video_moments_are_in_player_time(grounder: Grounder, planted_backend: Any, tmp_path: Path) -> None:
     plain = video(10.0, cat=(0, 3))
     late = dataclasses.replace(plain, offset=4.0)
-    wanted = [
+    expected = [
         dataclasses.replace(moment, start=4.0 + moment.start, end=4.0 + moment.end)
         for moment in grounder.ground(plain, "cat")
     ]
@@ -86,9 +86,9 @@ def test_offset_video_moments_are_in_player_time(grounder: Grounder, planted_bac
     encoded.save(tmp_path / "late.npz")
     assert isinstance(encoded, EncodedVideo)
     for subject in (late, encoded, EncodedVideo.load(tmp_path / "late.npz")):
-        assert grounder.ground(subject, "cat") == wanted
-        assert grounder.ground_batch([(subject, "cat"), (plain, "dog")])[0] == wanted
-    # In windows, and where nothing is likely in any of them.
+        assert grounder.ground(subject, "cat") == expected
+        assert grounder.ground_batch([(subject, "cat"), (plain, "dog")])[0] == expected
+    # In windows, and without a likely location in any of them.
     grounder.windows = Windows(4.0, 4.0, 2.0)
     for word in ("cat", "dog"):
         shifted = grounder.ground_batch([(late, word)])[0]
@@ -108,10 +108,10 @@ def test_encoding_of_another_scale_is_no_damage(planted_backend: Any, damaged: b
     if windows:
         grounder.windows = Windows(30.0, 30.0, 10.0)
     encoded = grounder.encode(Video(3000 * QUARTER.features, QUARTER.num_frames, 60.0, "scaled"))
-    expected, code = (ModelFileError, NON_FINITE) if damaged else (FeatureError, "features_out_of_scale")
-    with raises(expected, code):
+    error, code = (ModelFileError, NON_FINITE) if damaged else (FeatureError, "features_out_of_scale")
+    with raises(error, code):
         grounder.ground_batch([(encoded, "dog")])
-    with raises(expected, code):
+    with raises(error, code):
         grounder.ground(encoded, "dog")
 
 
@@ -119,7 +119,7 @@ def test_each_video_is_encoded_and_batched_once(grounder: Grounder, pair: Plante
     subject = video(10.0, cat=(0, 3))
     grounder.ground_batch([(subject, "cat"), (QUARTER, "dog"), (subject, "dog"), (subject, "cat")])
     assert pair.encoded == 2
-    assert pair.asked == [(4, 2)]
+    assert pair.requests == [(4, 2)]
     grounder.ground(subject, "person cat")
     assert pair.encoded == 2
 
@@ -175,7 +175,7 @@ def test_encoding_key_depends_on_video_and_model(planted_backend: Any) -> None:
         Grounder(PlantedPair(planted_backend(Decoding(num_segments=64)))).encode(QUARTER).key,
     ]
     assert len(set(keys)) == 4
-    # Neither the name nor the duration changes what the network sees.
+    # Name and duration are not inputs of the network.
     assert one.encode(video(30.0, dog=(8, 15))).key == keys[0]
 
 
@@ -224,7 +224,7 @@ def test_edited_encoding_metadata_is_rejected(
     if not has_digest:
         del facts["digest"]
     np.savez(path, **{**arrays, "about": np.array(json.dumps(facts))})
-    # Without a digest, as in files of version 0.1, only impossible values can be seen.
+    # Files of version 0.1 have no digest, so only invalid values are detected.
     if has_digest or not (change.get("duration") == 3200.0 or "name" in change):
         with pytest.raises(FeatureError):
             EncodedVideo.load(path)
@@ -236,7 +236,7 @@ def test_encoding_of_another_model_is_rejected(planted_backend: Any, pair: Plant
     encoded = Grounder(PlantedPair(planted_backend(), "2" * 64)).encode(QUARTER)
     with raises(FeatureError, "encoding_of_another_model", "dog", "2" * 12, "1" * 12):
         Grounder(pair).ground(encoded, "dog")
-    assert pair.asked == []
+    assert pair.requests == []
 
 
 def test_encoding_of_another_width_is_rejected(grounder: Grounder) -> None:
@@ -262,7 +262,7 @@ def test_encode_with_prepare_returns_the_plain_encoding(grounder: Grounder, capl
     assert len(caplog.records) == 1
 
 
-# Real files from here on: the tiny graph, and the same cut by hand.
+# Tests with files: the tiny graph, and its two parts.
 
 
 @pytest.fixture
@@ -274,11 +274,11 @@ def copied(pair_files: Path, tmp_path: Path) -> Path:
 
 def test_query_part_opens_the_split_pair(pair_files: Path, tiny_model: Path, mini: Path) -> None:
     subject = DataSet(mini).video("AAAA1")
-    wanted = Grounder.load(tiny_model, "cpu").ground(subject, "person opens the door")
+    expected = Grounder.load(tiny_model, "cpu").ground(subject, "person opens the door")
     split = Grounder.load(pair_files, "cpu")
     assert split.is_pair
-    assert split.ground(subject, "person opens the door") == wanted
-    assert split.ground(split.encode(subject), "person opens the door") == wanted
+    assert split.ground(subject, "person opens the door") == expected
+    assert split.ground(split.encode(subject), "person opens the door") == expected
 
 
 def test_video_part_alone_is_rejected(pair_files: Path) -> None:
@@ -311,14 +311,14 @@ def test_split_evaluation_equals_full_and_encodes_once(
 ) -> None:
     data_set = DataSet(mini)
     annotations = data_set.annotations("test")
-    wanted = evaluate(Grounder.load(tiny_model, "cpu"), data_set, annotations)
+    expected = evaluate(Grounder.load(tiny_model, "cpu"), data_set, annotations)
     split = Grounder.load(pair_files, "cpu")
     encoded: list[int] = []
     original = split.backend.encode  # type: ignore[attr-defined]
     monkeypatch.setattr(split.backend, "encode", lambda rows: encoded.append(len(rows)) or original(rows))
-    found = evaluate(split, data_set, annotations, batch_size=2)
-    assert found.report == wanted.report
-    np.testing.assert_array_equal(found.detections[0.5], wanted.detections[0.5])
+    actual = evaluate(split, data_set, annotations, batch_size=2)
+    assert actual.report == expected.report
+    np.testing.assert_array_equal(actual.detections[0.5], expected.detections[0.5])
     assert sum(encoded) == len({annotation.video for annotation in annotations})
 
 
@@ -335,12 +335,12 @@ def test_commands_accept_the_query_part(pair_files: Path, mini: Path, run_comman
 def test_bound_tensors_equal_arrays_and_stay_on_device(
     pair_files: Path, tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a GPU does, on a CPU: tensors are bound, and of encodings the last few are kept."""
+    """Emulate a GPU: tensors are bound, and the last encodings are cached."""
     monkeypatch.setattr("runtime.backends.onnxruntime_backend.MAX_ENCODINGS_ON_DEVICE", 2)
     data_set = DataSet(mini)
     subjects = [data_set.video(name) for name in ("AAAA1", "BBBB2", "CCCC3")]
     pairs = [(subject, query) for subject in subjects for query in ("person opens the door", "person sits")]
-    wanted = Grounder.load(tiny_model, "cpu").ground_batch(pairs)
+    expected = Grounder.load(tiny_model, "cpu").ground_batch(pairs)
     split = Grounder.load(pair_files, "cpu")
     backend: Any = split.backend
     placed: list[int] = []
@@ -348,15 +348,15 @@ def test_bound_tensors_equal_arrays_and_stay_on_device(
     monkeypatch.setattr(backend._query, "to_device", lambda array: placed.append(len(array)) or original(array))
     for session in (backend._query, backend._video):
         monkeypatch.setattr(session, "uses_io_binding", True)
-    assert [split.ground(*pair) for pair in pairs] == wanted
+    assert [split.ground(*pair) for pair in pairs] == expected
     assert placed == [1, 1, 1]
-    assert split.ground(*pairs[0]) == wanted[0]
+    assert split.ground(*pairs[0]) == expected[0]
     assert placed == [1] * 4
-    assert split.ground_batch(pairs) == wanted
+    assert split.ground_batch(pairs) == expected
     with raises(ShapeError, "shape_mismatch", "segment_features"):
         backend.encode(np.zeros((1, 32, 5), np.float32))
     monkeypatch.setattr("os.getpid", lambda: -1)
-    # Neither with what is on the device nor with what would have to go there.
+    # Neither with cached nor with new encodings.
     monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_numpy", lambda *_: pytest.fail("CUDA was touched"))
     for pair in (pairs[0], pairs[2]):
         with raises(DeviceError, "forked_process"):

@@ -1,4 +1,4 @@
-"""`runtime.core.agreement`: two models' answers to the same queries, by hand."""
+"""Test `runtime.core.agreement` with values computed by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_compare_answers_counts_queries_that_one_model_answers() -> None:
     reference = picks((0.0, 0.5), (0.0, 0.4), (0.0, 1.0))
     other = picks((0.0, 0.3), (0.5, 1.0), (0.0, 1.0))
     paired = compare_answers(reference, other, TRUTH, np.array([10.0, 10.0, 30.0]), "drn")
-    # 0.3 of 0.5 is an IoU of 0.6: right at 0.5, wrong at 0.7.
+    # 0.3 of 0.5 is an IoU of 0.6: a hit at 0.5, but not at 0.7.
     assert paired.lost(0.5).tolist() == [False, False, False]
     assert paired.lost(0.7).tolist() == [True, False, False]
     assert paired.gained(0.5).tolist() == paired.gained(0.7).tolist() == [False, True, False]

@@ -1,4 +1,4 @@
-"""`runtime.core.batch`: queries and videos side by side."""
+"""Test `runtime.core.batch`: queries and videos in one batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`runtime.core.cli`: exit codes, and what is said where."""
+"""Test `runtime.core.cli`: exit codes, stdout and stderr."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_unwritable_log_does_not_fail_the_command() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX shells close descriptors")
 @pytest.mark.parametrize("redirection", [">&-", "2>&-"])
 def test_files_do_not_reuse_descriptors_of_closed_streams(tmp_path: Path, redirection: str) -> None:
-    # What a library prints to descriptor 1 or 2 would be written into the file.
+    # Otherwise text that a library prints to descriptor 1 or 2 would be written into the file.
     body = (
         f"with open({str(tmp_path / 'report')!r}, 'w') as stream:\n"
         "    os.write(1, b'noise'); os.write(2, b'noise'); stream.write('whole')"

@@ -1,4 +1,4 @@
-"""`runtime.core.command_help`: help from docstrings, options in groups."""
+"""Test `runtime.core.command_help`: help from docstrings, with options in groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`runtime.core.command_list`: the program `drn`, and the lists of commands."""
+"""Test `runtime.core.command_list`: the program `drn`, and the lists of commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DRN = "import sys; sys.argv[0] = 'drn'; from runtime.core.command_list import ma
 
 
 def drn(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `drn` as the installed script does: without the working directory in the module search path."""
+    """Run `drn` like the installed script, without the working directory in the module search path."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-P", "-c", DRN, *arguments]
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""`runtime.core.decoding`: heads to proposals, and both suppressions."""
+"""Test `runtime.core.decoding`: proposals from heads, and both kinds of NMS."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL = Decoding(num_segments=4, strides=(1, 2))
 
 
 def heads(rows: int = 1, decoding: Decoding = SMALL, logit: float = -20.0) -> Heads:
-    """Heads without a likely location, to be filled in."""
+    """Return heads without a likely location."""
     places = decoding.num_locations
     return Heads(
         np.full((rows, places), logit, np.float32),
@@ -49,7 +49,7 @@ def logit(probability: float) -> float:
 
 @st.composite
 def proposal_batches(draw: st.DrawFn, most_rows: int = 4, most_places: int = 12) -> Proposals:
-    """Any proposals: empty and reversed spans, equal scores, absent ones, rows without any."""
+    """Return a strategy of proposals with empty and reversed spans, equal and missing scores, and empty rows."""
     rows, places = draw(st.integers(1, most_rows)), draw(st.integers(1, most_places))
     unit = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.25, 0.5, 1.0])
     spans = draw(st.lists(unit, min_size=rows * places * 2, max_size=rows * places * 2))
@@ -175,7 +175,7 @@ def test_pre_nms_limit_keeps_best_locations_per_level() -> None:
 def test_pre_nms_limit_counts_only_locations_over_threshold() -> None:
     raw = heads()
     raw.matching_logits[0, :4] = 1, 2, -4, -4
-    # The unlikely locations have the higher score by far, and must not push the likely ones out.
+    # Unlikely locations have higher scores, but must not replace likely ones.
     raw.iou_logits[0, :4] = -9, -9, 9, 9
     limited = dataclasses.replace(SMALL, pre_nms_top_n=2)
     assert np.isfinite(score_proposals_with_fallback(raw, limited).scores[0]).tolist() == [
@@ -206,7 +206,7 @@ def one(*rows: tuple[float, float, float]) -> Proposals:
 
 
 def picked(picks: np.ndarray) -> list[list[float]]:
-    """The picks of one row without the padding."""
+    """Return the moments of one row without padding."""
     assert (np.isnan(picks).all(-1) == np.isnan(picks[..., 0])).all()
     return picks[0][~np.isnan(picks[0, :, 0])].tolist()
 
@@ -224,7 +224,8 @@ def test_soft_nms_long_picks_suppress_less() -> None:
 
 
 def test_soft_nms_overlap_at_threshold_does_not_decay() -> None:
-    # A pick of duration 0.625 asks for more than 0.5 + 0.4 * 0.625 = 0.75, and 0.46875 / 0.625 is 0.75 in float32.
+    # A selected span of duration 0.625 has the threshold 0.5 + 0.4 * 0.625 = 0.75, and 0.46875 / 0.625 is 0.75 in
+    # float32.
     assert picked(soft_nms(one((0, 0.625, 0.9), (0, 0.46875, 0.8))))[1][2] == np.float32(0.8)
     assert picked(soft_nms(one((0, 0.625, 0.9), (0, 0.47, 0.8))))[1][2] < 0.3
 
@@ -286,7 +287,7 @@ def test_authors_nms_threshold_is_below_metric_threshold() -> None:
     assert len(picked(apply_nms(rows, Decoding(), iou_threshold=0.3))) == 2
 
 
-# Laws of both suppressions
+# Properties of both kinds of NMS
 
 
 @both
@@ -302,12 +303,12 @@ def test_first_pick_is_the_best_proposal(name: str, proposals: Proposals) -> Non
 @both
 @given(proposal_batches())
 def test_picks_are_a_subset_of_the_proposals(name: str, proposals: Proposals) -> None:
-    found = SUPPRESSIONS[name](proposals, 20)
-    for picks, spans, scores in zip(found, proposals.spans, proposals.scores, strict=True):
+    actual = SUPPRESSIONS[name](proposals, 20)
+    for picks, spans, scores in zip(actual, proposals.spans, proposals.scores, strict=True):
         left = [tuple(span) for span in spans[scores > -np.inf].tolist()]
         for start, end, _ in picks[~np.isnan(picks[:, 0])].tolist():
             left.remove((start, end))
-        # Soft-NMS keeps them all in the end.
+        # Soft-NMS returns all proposals.
         assert not left or name == "hard"
 
 
@@ -316,10 +317,10 @@ def test_picks_are_a_subset_of_the_proposals(name: str, proposals: Proposals) ->
 def test_nms_scores_are_non_increasing(name: str, proposals: Proposals) -> None:
     scores = SUPPRESSIONS[name](proposals, 20)[..., 2]
     for row in scores:
-        found = row[~np.isnan(row)]
-        assert np.isnan(row[len(found) :]).all()
-        assert (np.diff(found) <= 0).all()
-        assert (found >= 0).all()
+        actual = row[~np.isnan(row)]
+        assert np.isnan(row[len(actual) :]).all()
+        assert (np.diff(actual) <= 0).all()
+        assert (actual >= 0).all()
 
 
 @both
@@ -334,10 +335,10 @@ def test_nms_does_not_depend_on_batch_order(name: str, proposals: Proposals, ran
 @both
 @given(proposal_batches())
 def test_nms_of_a_batch_row_equals_nms_of_single_row(name: str, proposals: Proposals) -> None:
-    whole = SUPPRESSIONS[name](proposals)
-    for row in range(len(whole)):
+    batch = SUPPRESSIONS[name](proposals)
+    for row in range(len(batch)):
         alone = Proposals(proposals.spans[[row]], proposals.scores[[row]])
-        np.testing.assert_array_equal(SUPPRESSIONS[name](alone)[0], whole[row])
+        np.testing.assert_array_equal(SUPPRESSIONS[name](alone)[0], batch[row])
 
 
 @both
@@ -369,7 +370,7 @@ def test_nms_does_not_modify_proposals(name: str, proposals: Proposals) -> None:
 
 @st.composite
 def separate_proposals(draw: st.DrawFn) -> list[list[float]]:
-    """Proper spans with distinct scores, on a grid."""
+    """Return a strategy of spans of positive length with distinct scores, on a grid."""
     places = draw(st.integers(1, 10))
     ticks = st.integers(0, 40)
     spans = draw(st.lists(st.tuples(ticks, ticks).filter(lambda x: x[0] < x[1]), min_size=places, max_size=places))
@@ -383,7 +384,7 @@ def naive_iou(a: list[float], b: list[float]) -> float:
 
 
 def published_picks(rows: list[list[float]]) -> list[list[float]]:
-    """The published loop, written plainly; examples whose outcome depends on rounding are dropped."""
+    """Run the published loop; discard examples whose result depends on rounding."""
     left = [list(row) for row in rows]
     picks: list[list[float]] = []
     while left and len(picks) <= 5:
@@ -406,7 +407,7 @@ def test_soft_nms_equals_naive_published_loop(rows: list[list[float]]) -> None:
 
 
 def random_heads(seed: int, rows: int, decoding: Decoding) -> Heads:
-    """Heads of which every location is likely, with spans of up to half of the video on either side."""
+    """Return heads with likely locations only and spans of up to half of the video on each side."""
     random = np.random.default_rng(seed)
     shape = (rows, decoding.num_locations)
     return Heads(
@@ -452,7 +453,7 @@ def test_hard_nms_equals_naive_loop(rows: list[list[float]], threshold: float) -
     np.testing.assert_allclose(picked(hard_nms(one(*map(tuple, rows)), 6, threshold)), expected[:6], atol=1e-6)
 
 
-# The whole of it
+# Complete decoding
 
 
 @settings(max_examples=30)
@@ -466,12 +467,12 @@ def test_decoding_a_batch_equals_decoding_each_query(seed: int, rows: int, proto
         random.normal(0, 2, (rows, 56)).astype(np.float32),
     )
     raw.matching_logits[random.random(rows) < 0.3] = -9
-    whole = decode(raw, decoding)
-    assert whole.shape == (rows, 6, 3)
-    assert whole.dtype == np.float32
+    batch = decode(raw, decoding)
+    assert batch.shape == (rows, 6, 3)
+    assert batch.dtype == np.float32
     for row in range(rows):
         alone = Heads(*(value[[row]] for value in vars(raw).values()))
-        np.testing.assert_array_equal(decode(alone, decoding)[0], whole[row])
+        np.testing.assert_array_equal(decode(alone, decoding)[0], batch[row])
 
 
 def test_decoding_survives_dict_conversion() -> None:
@@ -496,7 +497,7 @@ def test_unknown_protocol_is_rejected_by_name() -> None:
 
 
 def recorded_heads(reference: np.lib.npyio.NpzFile, batch: str) -> Heads:
-    """The heads of a golden batch, rows in its own length-sorted order."""
+    """Return the heads of a golden batch, whose rows are sorted by length."""
 
     def levels(name: str) -> np.ndarray:
         return np.concatenate([reference[f"{batch}_{name}_{level}"] for level in range(3)], axis=2)
@@ -571,7 +572,7 @@ def test_huge_head_values_are_decoded(name: str, rows: int) -> None:
     getattr(raw, name)[...] = 1e30
     picks = decode(raw, SMALL)
     assert ((picks[:, 0, :2] >= 0) & (picks[:, 0, :2] <= 1)).all()
-    # The largest number may not be reached by squares that are added, either.
+    # Sums of squares overflow although every value is finite.
     getattr(raw, name)[...] = np.finfo(np.float32).max
     np.testing.assert_array_equal(decode(raw, SMALL)[:, 0], picks[:, 0])
 

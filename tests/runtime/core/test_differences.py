@@ -1,4 +1,4 @@
-"""`runtime.core.differences`: where two JSON values differ."""
+"""Test `runtime.core.differences`: the differences of two JSON values."""
 
 from __future__ import annotations
 

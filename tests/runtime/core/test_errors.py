@@ -1,4 +1,4 @@
-"""`runtime.core.errors`: bounded and printable messages, and one class of error for every exception of a reader."""
+"""Test `runtime.core.errors`: bounded and printable messages, and one error class for all exceptions of a reader."""
 
 from __future__ import annotations
 
@@ -114,5 +114,5 @@ def test_reading_quotes_missing_keys_but_not_messages(key: str, missing: bool) -
     with pytest.raises(FeatureError) as caught, reading("a.h5", "an HDF5 file", FeatureError, "copy it again"):
         raise KeyError(key)
     check_error(caught.value, "damaged_file", key)
-    # Only a key is quoted.
+    # Keys are quoted, messages are not.
     assert quotes(str(caught.value), repr(key)) == missing

@@ -1,4 +1,4 @@
-"""`runtime.core.interrupts`: signals become one exception, which waits while files are created or removed."""
+"""Test `runtime.core.interrupts`: signals raise one exception, which is deferred while files are created or removed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.core.interrupts import Interrupted, deferred, handled
 
 
 def send(*numbers: signal.Signals) -> None:
-    """Send signals to this process, and give each the time to arrive."""
+    """Send signals to this process, and wait until each arrives."""
     for number in numbers:
         os.kill(os.getpid(), number)
         time.sleep(0.01)
@@ -74,7 +74,7 @@ def test_repeated_signal_does_not_interrupt_cleanup() -> None:
 
 @pytest.mark.usefixtures("default_signals")
 def test_later_signal_interrupts_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A library may have swallowed the first one.
+    # A library may have caught the first exception.
     monkeypatch.setattr(interrupts, "REPEAT_SECONDS", 0.0)
     with handled():
         for _ in range(2):

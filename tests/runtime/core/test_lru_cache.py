@@ -1,4 +1,4 @@
-"""Test `runtime.core.lru_cache`: the entries used last stay, up to a total weight."""
+"""Test `runtime.core.lru_cache`: the most recently used entries stay, up to a total weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPERATIONS = st.lists(st.tuples(st.sampled_from(["get", "put", "pop"]), st.sampl
 @given(st.integers(1, 9), OPERATIONS)
 def test_cache_keeps_last_used_entries(capacity: int, operations: list[tuple[str, str, int]]) -> None:
     cache: LruCache[str, int] = LruCache(capacity)
-    # Key, value and weight, the least recently used first.
+    # Key, value and weight, least recently used first.
     expected: list[tuple[str, int, int]] = []
     for number, (operation, key, weight) in enumerate(operations):
         stored = next((entry for entry in expected if entry[0] == key), None)

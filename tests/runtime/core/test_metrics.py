@@ -1,4 +1,4 @@
-"""`runtime.core.metrics`: recall, mean IoU, and the prior."""
+"""Test `runtime.core.metrics`: recall, mean IoU, and the prior."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def lists(golden: Path) -> np.lib.npyio.NpzFile:
 
 
 def padded(lists: np.lib.npyio.NpzFile, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The recorded predictions of N queries as (N, K, 3), NaN after the last, and their truth (N, 2)."""
+    """Return the recorded (N, K, 3) predictions of N queries, NaN after the last, and their (N, 2) ground truth."""
     counts = lists[f"{name}_count"]
     picks = np.full((len(counts), counts.max(), 3), np.nan, np.float32)
     picks[np.arange(counts.max()) < counts[:, None]] = lists[f"{name}_pred"]
@@ -75,8 +75,8 @@ def test_recall_after_hard_nms_matches_authors_evaluation(
     name: str, threshold: float, lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
 ) -> None:
     picks, truth = padded(lists, name)
-    kept = hard_nms(proposals(picks), 6, threshold - 0.05)
-    assert recalls(kept, truth, threshold, "drn") == recorded["official"][f"{name}@{threshold} nms=True"]
+    selected = hard_nms(proposals(picks), 6, threshold - 0.05)
+    assert recalls(selected, truth, threshold, "drn") == recorded["official"][f"{name}@{threshold} nms=True"]
 
 
 @LISTS
@@ -96,8 +96,7 @@ def test_soft_nms_matches_200_recorded_queries(lists: np.lib.npyio.NpzFile) -> N
     np.testing.assert_allclose(picks, expected, rtol=0, atol=DETECTIONS)
 
 
-# Where the published metric counts a hit and we do not: a moment that ends before it starts has no length,
-# and NaN is nowhere.
+# Cases in which the published metric counts a hit, but this one does not: moments that end before they start, and NaN.
 ANSWERED_OTHERWISE = ("reversed both", "nan prediction")
 
 
@@ -134,7 +133,7 @@ def test_iou_equal_to_threshold_is_a_hit_for_authors_only() -> None:
 
 
 def test_mmaction2_compares_float32_and_authors_float64() -> None:
-    # 0.3 is less than float32(0.3): an overlap of float32(0.3) lies above the one and not above the other.
+    # 0.3 is less than float32(0.3), so an IoU of float32(0.3) is above the former only.
     picks, truth = np.array([[[0, np.float32(0.3), 1]]], np.float32), np.array([[0.0, 1.0]])
     assert not is_hit(picks, truth, 1, 0.3, "mmaction2")[0]
     assert is_hit(picks, truth, 1, 0.3, "drn")[0]
@@ -164,10 +163,10 @@ def test_report_matches_hand_computed_values() -> None:
         np.float32,
     )
     truth = np.array([[0, 0.5], [0, 1], [0, 1], [0.5, 1]])
-    found = report(dict.fromkeys((0.3, 0.5, 0.7), picks), truth, "mmaction2").to_dict()
-    # Overlaps of the first picks: 0.5, 0.4, none, 1; the second of the first query is right.
-    assert found.pop("mIoU") == pytest.approx((0.5 + 0.4 + 0 + 1) / 4)
-    assert found == {
+    actual = report(dict.fromkeys((0.3, 0.5, 0.7), picks), truth, "mmaction2").to_dict()
+    # IoUs of the first moments: 0.5, 0.4, 0, 1; the second moment of the first query is a hit.
+    assert actual.pop("mIoU") == pytest.approx((0.5 + 0.4 + 0 + 1) / 4)
+    assert actual == {
         "R@1 IoU=0.3": 0.75,
         "R@1 IoU=0.5": 0.25,
         "R@1 IoU=0.7": 0.25,
@@ -249,12 +248,12 @@ def test_best_constant_moment_for_mean_iou_equals_the_truth() -> None:
 
 def test_prior_is_fitted_on_training_truth_only() -> None:
     training, truth = np.array([[0.0, 0.5]] * 4), np.array([[0.0, 0.5], [0.9, 1.0]])
-    found = prior_report(training, truth, "mmaction2")
-    assert found.values["R@1 IoU=0.7"] == 0.5
-    assert found.values["R@5 IoU=0.7"] == 0.5
-    assert found.values["mIoU"] == pytest.approx(0.5, abs=1e-6)
-    assert found.queries == 2
-    assert tuple(found.values) == METRICS
+    actual = prior_report(training, truth, "mmaction2")
+    assert actual.values["R@1 IoU=0.7"] == 0.5
+    assert actual.values["R@5 IoU=0.7"] == 0.5
+    assert actual.values["mIoU"] == pytest.approx(0.5, abs=1e-6)
+    assert actual.queries == 2
+    assert tuple(actual.values) == METRICS
 
 
 def test_prior_on_real_annotations_matches_recorded_values(real_data: Path) -> None:
@@ -262,7 +261,7 @@ def test_prior_on_real_annotations_matches_recorded_values(real_data: Path) -> N
     training = data_set.spans(data_set.annotations("train", invalid="drop"))
     values = prior_report(training, data_set.spans(data_set.annotations("test")), "mmaction2").values
     floor = {"R@1 IoU=0.5": 0.3056, "R@1 IoU=0.7": 0.1745, "R@5 IoU=0.5": 0.8565, "R@5 IoU=0.7": 0.4866}
-    # Other greedy choices among nearly equal windows move it by less than a point.
+    # Other greedy choices among nearly equal spans change it by less than a point.
     assert {name: values[name] for name in floor} == pytest.approx(floor, abs=0.01)
 
 

@@ -1,4 +1,4 @@
-"""`runtime.core.moments`: temporal IoU."""
+"""Test `runtime.core.moments`: temporal IoU."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_iou_of_a_moment_with_itself_is_one(span: tuple[float, float]) -> None:
 
 @given(SPANS, SPANS, st.integers(-6, 6))
 def test_iou_does_not_depend_on_time_unit(a: tuple[float, float], b: tuple[float, float], power: int) -> None:
-    # Powers of two only: they scale without rounding (away from the subnormal numbers).
+    # Multiplication by powers of two does not round, apart from subnormal numbers.
     grid = [tuple(round(time * 64) / 64 for time in span) for span in (a, b)]
     scaled = [tuple(time * 2.0**power for time in span) for span in grid]
     assert iou(*scaled) == iou(*grid)
@@ -87,10 +87,10 @@ def test_iou_does_not_depend_on_time_unit(a: tuple[float, float], b: tuple[float
 def test_temporal_iou_broadcasts_leading_dimensions() -> None:
     a = np.random.default_rng(0).random((3, 4, 2))
     b = np.random.default_rng(1).random((3, 5, 2))
-    whole = temporal_iou(a, b)
-    assert whole.shape == (3, 4, 5)
+    together = temporal_iou(a, b)
+    assert together.shape == (3, 4, 5)
     for row in range(3):
-        np.testing.assert_array_equal(whole[row], temporal_iou(a[row], b[row]))
+        np.testing.assert_array_equal(together[row], temporal_iou(a[row], b[row]))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -15,7 +15,7 @@ from tests.runtime.backends.test_tensorrt_backend import Graphs, graphs
 __all__ = ["graphs"]
 
 ROOT = Path(__file__).parents[3]
-# As nvtx 0.2: a context manager that is a decorator, and takes these keywords.
+# nvtx 0.2 has a context manager that is also a decorator, with these keywords.
 NVTX = """
 from contextlib import ContextDecorator
 
@@ -48,7 +48,7 @@ print(json.dumps([seen, hasattr(Grounder._run_rows, "__wrapped__")]))
 
 
 def ranges(model: Path, folder: Path, **environment: str) -> list[object]:
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(model)],
         env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -56,8 +56,8 @@ def ranges(model: Path, folder: Path, **environment: str) -> list[object]:
         check=False,
         timeout=120,
     )
-    assert found.returncode == 0, found.stderr
-    return list(json.loads(found.stdout))
+    assert result.returncode == 0, result.stderr
+    return list(json.loads(result.stdout))
 
 
 @pytest.fixture

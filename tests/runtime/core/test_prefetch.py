@@ -1,4 +1,4 @@
-"""Test `runtime.core.prefetch`: a thread computes a few items ahead, and errors come at their item."""
+"""Test `runtime.core.prefetch`: a thread computes items ahead, and errors are raised at their item."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_prefetch_yields_items_and_error_in_order(depth: int) -> None:
     deadline = time.monotonic() + 10
     while len(computed) <= depth and time.monotonic() < deadline:
         time.sleep(0.001)
-    # Long enough to compute one item too many.
+    # Enough time to compute more items than allowed.
     time.sleep(0.05)
     assert len(computed) == depth + 1
     with pytest.raises(ValueError, match="seven"):

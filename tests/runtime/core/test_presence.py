@@ -1,4 +1,4 @@
-"""`runtime.core.presence`: a threshold that tells pairs apart, and models that say where nothing fits."""
+"""Test `runtime.core.presence`: a threshold that separates pairs, and models that return no moment below it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ SCORES = st.lists(st.floats(0.0625, 1, width=32) | st.just(-np.inf), min_size=1,
 
 
 def test_fit_threshold_separates_separable_scores() -> None:
-    found = fit_threshold(np.array([0.9, 0.6, 0.7]), np.array([0.2, 0.4, -np.inf, 0.1]))
-    assert found == Presence(0.5, 1.0, 1.0, 3, 4, "balanced accuracy")
+    actual = fit_threshold(np.array([0.9, 0.6, 0.7]), np.array([0.2, 0.4, -np.inf, 0.1]))
+    assert actual == Presence(0.5, 1.0, 1.0, 3, 4, "balanced accuracy")
 
 
 def test_fit_threshold_matches_hand_computed_values() -> None:
     matching, mismatched = np.array([0.9, 0.8, 0.3, -np.inf]), np.array([0.7, 0.35, 0.2, 0.1])
-    # Of 0.9, 0.8 and 0.3 the second has the best mean: 1/2 and 4/4.
-    found = fit_threshold(matching, mismatched)
-    assert dataclasses.astuple(found)[:3] == (pytest.approx(0.75), 0.5, 1.0)
+    # Of the candidates 0.9, 0.8 and 0.3, 0.8 has the best mean of shares: 1/2 and 4/4.
+    actual = fit_threshold(matching, mismatched)
+    assert dataclasses.astuple(actual)[:3] == (pytest.approx(0.75), 0.5, 1.0)
     kept = fit_threshold(matching, mismatched, keep=0.6)
     assert dataclasses.astuple(kept)[:3] == (pytest.approx(0.25), 0.75, 0.5)
     assert kept.rule == "at least 60 % kept"
@@ -63,23 +63,23 @@ def test_fit_threshold_is_optimal_and_reports_its_shares(
     matching: list[float], mismatched: list[float], keep: float | None
 ) -> None:
     own, other = np.array(matching), np.array(mismatched)
-    most = (own > -np.inf).mean()
-    if most == 0 or (keep or 0) > most:
+    max_share = (own > -np.inf).mean()
+    if max_share == 0 or (keep or 0) > max_share:
         with raises(GroundingError, "no_threshold"):
             fit_threshold(own, other, keep)
         return
-    found = fit_threshold(own, other, keep)
-    assert found.kept == pytest.approx((own >= found.threshold).mean())
-    assert found.refused == pytest.approx((other < found.threshold).mean())
-    # A threshold that answers nobody at all is none.
+    actual = fit_threshold(own, other, keep)
+    assert actual.kept == pytest.approx((own >= actual.threshold).mean())
+    assert actual.refused == pytest.approx((other < actual.threshold).mean())
+    # A threshold must keep at least one matching pair.
     for threshold in np.linspace(0.01, own.max(), 50):
         kept, refused = (own >= threshold).mean(), (other < threshold).mean()
         if keep is None:
-            assert found.kept + found.refused >= kept + refused - 1e-9
+            assert actual.kept + actual.refused >= kept + refused - 1e-9
         elif kept >= keep:
-            assert found.refused >= refused - 1e-9
+            assert actual.refused >= refused - 1e-9
     if keep is not None:
-        assert found.kept >= keep - 1e-9
+        assert actual.kept >= keep - 1e-9
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, float("nan")])
@@ -95,7 +95,7 @@ def test_invalid_presence_threshold_is_rejected(threshold: Any) -> None:
 
 
 def carrying(backend: Any, threshold: float) -> Any:
-    """The same model with a threshold."""
+    """Return a model with a threshold."""
     presence = dataclasses.replace(HALF, threshold=threshold)
     backend.manifest = dataclasses.replace(backend.manifest, presence=presence)
     return backend
@@ -105,7 +105,7 @@ def test_presence_threshold_removes_moments_unless_disabled(planted_backend: Any
     grounder = Grounder(carrying(planted_backend(), 0.9))
     without = Grounder(planted_backend()).ground_batch(PAIRS)
     answers = grounder.ground_batch(PAIRS)
-    # The second half of a video alone scores 0.8 at most.
+    # The score of the second half of a video is at most 0.8.
     assert answers == [moments if moments[0].score >= 0.9 else [] for moments in without]
     assert grounder.ground(video(10.0, cat=(0, 3)), "dog") == []
     assert grounder.ground(QUARTER, "dog") == without[0]
@@ -120,17 +120,17 @@ def test_full_video_fallback_is_not_a_match(planted_backend: Any) -> None:
 
 
 def test_long_video_without_window_above_threshold_has_no_match(planted_backend: Any) -> None:
-    whole = carrying(Finder(planted_backend(), WINDOWS), 0.5)
-    pair = PlantedPair(whole)
+    model = carrying(Finder(planted_backend(), WINDOWS), 0.5)
+    pair = PlantedPair(model)
     subject = long_video(300, dog=(200, 210))
-    for grounder in (Grounder(whole), Grounder(pair)):
-        found, nothing = grounder.ground_batch([(subject, "dog"), (subject, "cat")])
-        assert round(found[0].start / 10) == 20
+    for grounder in (Grounder(model), Grounder(pair)):
+        actual, nothing = grounder.ground_batch([(subject, "dog"), (subject, "cat")])
+        assert round(actual[0].start / 10) == 20
         assert nothing == []
         assert grounder.ground(subject, "cat", presence=False)[0].score == 1
-    # Found, and yet not well enough.
-    assert Grounder(carrying(whole, 0.99)).ground(subject, "dog") == []
-    assert Grounder(carrying(whole, 0.9)).ground(subject, "dog")
+    # The score of the moment is below the threshold.
+    assert Grounder(carrying(model, 0.99)).ground(subject, "dog") == []
+    assert Grounder(carrying(model, 0.9)).ground(subject, "dog")
 
 
 def test_evaluation_ignores_the_presence_threshold(
@@ -150,10 +150,10 @@ def test_infer_prints_no_moment_found(
 ) -> None:
     strict = dataclasses.replace(tiny_manifest, presence=dataclasses.replace(HALF, threshold=1.0))
     model = write_graph(tmp_path / "strict.onnx", {METADATA_KEY: strict.to_json()})
-    asked = ("--model", model, "--data", mini, "--video", "AAAA1", "--query", "dog sits")
-    assert run_command(infer, *asked).out.endswith("“dog sits”\n  no moment found\n")
-    assert '"moments": []' in run_command(infer, *asked, "--format", "json").out
-    assert "no moment found" not in run_command(infer, *asked, "--always-answer").out
+    arguments = ("--model", model, "--data", mini, "--video", "AAAA1", "--query", "dog sits")
+    assert run_command(infer, *arguments).out.endswith("“dog sits”\n  no moment found\n")
+    assert '"moments": []' in run_command(infer, *arguments, "--format", "json").out
+    assert "no moment found" not in run_command(infer, *arguments, "--always-answer").out
 
 
 def test_tables_and_subtitles_are_empty_without_a_match() -> None:

@@ -1,4 +1,4 @@
-"""`runtime.core.repeat_filter`: a message is logged once within a block."""
+"""Test `runtime.core.repeat_filter`: a message is logged once within a block."""
 
 from __future__ import annotations
 

@@ -29,13 +29,13 @@ from tests.runtime.grounding.test_grounder import CHANNELS, PAIRS
 CLOCK = ClipTiming()
 RATE = 24
 CLIP = CLOCK.stride / RATE
-# As Charades-STA's, but for what is long: so that tests need not be.
+# Windows of Charades-STA, but shorter, so that tests are fast.
 WINDOWS = Windows(longest=50.0, length=43.0, overlap=14.5)
 SEGMENT = WINDOWS.length / 32
 
 
 class Finder:
-    """The planted model without its second half: a moment is the surer the more of it is seen."""
+    """The planted model without its second half: the score of a moment rises with its visible part."""
 
     def __init__(self, planted: Any, windows: Windows | None = WINDOWS) -> None:
         self.planted = planted
@@ -44,20 +44,20 @@ class Finder:
     def run(self, batch: Batch) -> Heads:
         heads: Heads = self.planted.run(batch)
         heads.matching_logits[heads.matching_logits < 3] = -9
-        found = heads.matching_logits > 0
+        is_likely = heads.matching_logits > 0
         seen = heads.boundary_distances.sum(-1)
-        heads.matching_logits[found] = 3 + 0.05 * seen[found]
+        heads.matching_logits[is_likely] = 3 + 0.05 * seen[is_likely]
         return heads
 
 
 def long_video(seconds: float, dim: int = 8, **moments: tuple[float, float]) -> Video:
-    """A video in which words happen at given seconds; a clip shows what happens at its first frame."""
+    """Return a video whose words happen at given seconds; a clip contains the words at its first frame."""
     num_frames = round(seconds * RATE)
     features = np.zeros((CLOCK.num_clips(num_frames), dim), np.float32)
     for word, (start, end) in moments.items():
         features[int(np.ceil(start / CLIP)) : int(np.ceil(end / CLIP)), CHANNELS[word]] = 1
     if not moments:
-        # Of constant features nothing is asked.
+        # Constant features are rejected, and smaller differences count as rounding.
         features[0, 0] = 1e-5
     return Video(features, num_frames, num_frames / RATE, "long")
 
@@ -107,8 +107,8 @@ def test_moment_in_long_video_equals_short_clip_result(planted_backend: Any, sta
     video = long_video(600, dog=(start, start + length))
     assert len(grounder.cut(video)) > 20
     best = grounder.ground(video, "person dog")[0]
-    # A segment shows what any of its clips does, and so does the clip that two segments share; a clip stands for a
-    # third of a second.
+    # A segment contains the words of all its clips, also of a clip that two segments share. A clip has a third of a
+    # second.
     tolerance = SEGMENT + 2 * CLIP
     assert best.start == pytest.approx(start, abs=tolerance)
     assert best.end == pytest.approx(start + length, abs=tolerance)
@@ -121,7 +121,7 @@ def test_moment_in_long_video_equals_short_clip_result(planted_backend: Any, sta
 
 
 def test_single_window_equals_grounding_without_windows(finder: Finder) -> None:
-    # Clips of 43 s, and a few frames more than those.
+    # 43 s of clips and a few more frames.
     video = dataclasses.replace(long_video(43, dog=(10, 20)), num_frames=43 * RATE + 4, duration=43 + 4 / RATE)
     grounder = Grounder(finder)
     grounder.windows = Windows(43, 43, 10)
@@ -140,13 +140,13 @@ def test_moment_in_two_windows_is_returned_once(finder: Finder) -> None:
     assert best.score > 0.9
     for other in others:
         overlap = temporal_iou(np.array([[best.start, best.end]]), np.array([[other.start, other.end]]))[0, 0]
-        # What was seen of it from 37 s on is another proposal, and soft-NMS leaves it; the same moment again is lowered
-        # by exp(-IoU^2 / 0.4).
+        # The part after 37 s is another proposal, which soft-NMS keeps. The score of an equal moment decays by
+        # exp(-IoU^2 / 0.4).
         assert overlap < 0.6 or other.score < 0.2
 
 
 class Noisy:
-    """Proposes anything anywhere."""
+    """A model with random proposals."""
 
     def __init__(self, planted: Any) -> None:
         self.manifest = dataclasses.replace(planted.manifest, windows=WINDOWS)
@@ -163,12 +163,12 @@ class Noisy:
 
 def test_merged_windows_respect_the_nms_threshold(planted_backend: Any) -> None:
     grounder = Grounder(Noisy(planted_backend(Decoding(protocol="drn"))))
-    found = grounder.ground(long_video(300), "dog", top_k=200)
-    spans = np.array([(moment.start, moment.end) for moment in found])
-    assert len(found) > 20
-    assert max(moment.end for moment in found) > 280
+    actual = grounder.ground(long_video(300), "dog", top_k=200)
+    spans = np.array([(moment.start, moment.end) for moment in actual])
+    assert len(actual) > 20
+    assert max(moment.end for moment in actual) > 280
     overlap = temporal_iou(spans, spans)[~np.eye(len(spans), dtype=bool)]
-    # Seconds are rounded after the rule was kept.
+    # Seconds are rounded after NMS.
     assert overlap.max() <= 0.5 - HARD_NMS_MARGIN + 1e-5
     assert overlap.max() > 0.3
 
@@ -176,9 +176,9 @@ def test_merged_windows_respect_the_nms_threshold(planted_backend: Any) -> None:
 def test_windows_fall_back_to_full_video_only_once(finder: Finder) -> None:
     grounder = Grounder(finder)
     video = long_video(300, dog=(200, 210))
-    found, nothing = grounder.ground_batch([(video, "dog"), (video, "cat")])
-    assert all(195 < moment.start < moment.end < 215 for moment in found)
-    # As published, once for the video rather than once for each window.
+    actual, nothing = grounder.ground_batch([(video, "dog"), (video, "cat")])
+    assert all(195 < moment.start < moment.end < 215 for moment in actual)
+    # As published, the fallback applies once for the video, not for each window.
     assert nothing == [Moment(0.0, 300.0, 1.0)]
 
 
@@ -197,17 +197,17 @@ def test_short_videos_are_unaffected_by_long_ones_in_batch(planted_backend: Any)
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_split_model_encodes_each_window_once(planted_backend: Any, batch_size: int) -> None:
-    whole = Finder(planted_backend())
-    pair = PlantedPair(whole)
+    model = Finder(planted_backend())
+    pair = PlantedPair(model)
     grounder = Grounder(pair)
     video = long_video(300, dog=(200, 210), cat=(20, 30))
-    asked = [(video, "dog"), (video, "cat"), (video, "person dog"), (video, "person runs cat")]
-    wanted = Grounder(whole).ground_batch(asked)
-    assert grounder.ground_batch(asked, batch_size=batch_size) == wanted
+    pairs = [(video, "dog"), (video, "cat"), (video, "person dog"), (video, "person runs cat")]
+    expected = Grounder(model).ground_batch(pairs)
+    assert grounder.ground_batch(pairs, batch_size=batch_size) == expected
     assert pair.encoded == len(grounder.cut(video)) == 11
     encoded = grounder.encode(video)
     assert isinstance(encoded, EncodedWindows)
-    assert grounder.ground_batch([(encoded, query) for _, query in asked]) == wanted
+    assert grounder.ground_batch([(encoded, query) for _, query in pairs]) == expected
     assert pair.encoded == 22
     assert grounder.encode(encoded) is encoded
 
@@ -221,7 +221,7 @@ def test_encoded_windows_survive_save_and_load(planted_backend: Any, tmp_path: P
     assert (back.windows, back.duration, back.name) == (tuple(grounder.cut(video)), 120.0, "long")
     assert [part.key for part in back.parts] == [part.key for part in encoded.parts]  # type: ignore[union-attr]
     assert grounder.ground(back, "dog") == grounder.ground(video, "dog")
-    with raises(FeatureError, "damaged_file", "'drn-encoding/1'"):
+    with raises(FeatureError, "unknown_format", "'drn-encoding/1'"):
         EncodedVideo.load(tmp_path / "long.npz")
     changed = dict(np.load(tmp_path / "long.npz"))
     changed["features"][1, 0, 0] += 1
@@ -261,13 +261,13 @@ def test_two_hour_video_is_grounded_in_bounded_memory(
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert isinstance(mapped.features, np.memmap)
-    # A batch of 32 windows takes 1 MB, of features of 22 MB.
+    # A batch of 32 windows has 1 MB, and the features 22 MB.
     assert peak < size / 4
     assert [round(moments[0].start / 100) for moments in answers] == 10 * [1, 50]
 
 
 class Nothing(list[Any]):
-    """Forgets what it is given."""
+    """A file that discards its input."""
 
     def append(self, _: Any) -> None:
         pass
@@ -280,7 +280,7 @@ def test_invalid_window_sizes_are_rejected(sizes: tuple[Any, ...]) -> None:
 
 
 def test_window_sizes_derive_from_training_durations() -> None:
-    found = Windows.of([10.0 * n for n in range(1, 22)], [float(n) for n in range(1, 22)])
-    assert found == Windows(longest=210.0, length=200.0, overlap=20.0)
-    # Moments that fill their videos: neighbours share half.
+    actual = Windows.of([10.0 * n for n in range(1, 22)], [float(n) for n in range(1, 22)])
+    assert actual == Windows(longest=210.0, length=200.0, overlap=20.0)
+    # If moments fill their videos, adjacent windows overlap by half.
     assert Windows.of([30.0, 30.0], [30.0, 29.0]) == Windows(30.0, 30.0, 15.0)

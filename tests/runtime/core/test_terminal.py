@@ -1,4 +1,4 @@
-"""`runtime.core.terminal`: what is printed neither steers a terminal nor fails for want of a character."""
+"""Test `runtime.core.terminal`: output has no control characters and no encoding errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from runtime.core.terminal import Formatter, argument, escape_drawing, escape_results, protected_streams, shell_words
 
-# Everything that an argument of a process can hold: any byte but zero.
+# All bytes that an argument of a process can contain.
 words = st.binary(max_size=40).map(lambda value: os.fsdecode(value.replace(b"\0", b"")))
 
 

@@ -1,4 +1,4 @@
-"""`runtime.core.tokenizer`: sentences to word ids."""
+"""Test `runtime.core.tokenizer`: word ids of sentences."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_word_table_is_lower_case_sorted_by_frequency() -> None:
     assert list(word_table(sentences).items()) == [
         ("the", 1), ("cat", 2), ("dog", 3), (",", 4), ("a", 5), ("sits", 6),
     ]  # fmt: skip
-    assert word_table(sentences, least=2) == {"the": 1, "cat": 2, "dog": 3}
+    assert word_table(sentences, min_count=2) == {"the": 1, "cat": 2, "dog": 3}
     assert word_table([]) == {}
     Vocabulary(word_table(sentences), "error").encode("The cat, a dog")
 

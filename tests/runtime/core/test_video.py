@@ -1,4 +1,4 @@
-"""`runtime.core.video`: feature files, the clip clock, and pooling clips into segments."""
+"""Test `runtime.core.video`: feature files, clip timing, and pooling of clips into segments."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from tests.raising import check_error, raises
 
 
 def naive_rows(num_frames: int, num_segments: int, pooling: str) -> tuple[list[list[int]], list[tuple]]:
-    """The clips of each segment and its borders in frames, one at a time and in whole numbers, for windows of 16
-    frames every 8. As in the published loader, and in the authors' with its proposal file."""
+    """Return the clips and the borders in frames of each segment, for windows of 16 frames every 8.
+
+    Computes in integers, one segment at a time, like the published loader and that of the authors.
+    """
     rows, borders = [], []
     for index in range(num_segments):
         if pooling == "mmaction2":
@@ -124,7 +126,7 @@ def test_pooling_depends_on_clip_timing() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_segments_are_float32_for_any_stored_dtype(dtype: type) -> None:
-    # Cast once for a video, not once for each of its queries.
+    # Converted once for a video, not for each query.
     assert Video(np.arange(18).reshape(9, 2).astype(dtype), 100, 3.0).segments(32).features.dtype == np.float32
 
 
@@ -260,7 +262,7 @@ def test_video_single_clip_is_accepted() -> None:
 
 @pytest.mark.parametrize(
     ("num_frames", "num_clips"),
-    # Four times as many clips, a quarter, a little beyond the bound; short videos too.
+    # Four times as many clips, a quarter, and just above the limit; also for short videos.
     [(928, 460), (928, 28), (928, 173), (928, 76), (32, 12), (48, 20), (80, 1), (16, 4)],
 )
 def test_video_clips_contradicting_frames_are_rejected(num_frames: int, num_clips: int) -> None:
@@ -343,7 +345,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def huge_npy() -> bytes:
-    """A header that promises 16 TB."""
+    """Return a header that declares 16 TB."""
     stream = io.BytesIO()
     header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 4096)}
     np.lib.format.write_array_header_1_0(stream, header)

@@ -1,4 +1,4 @@
-"""Arrays that promise more than they hold, and archives that unfold to more than they should."""
+"""Test `runtime.core.io.array_files`: truncated arrays, and archives that expand beyond the limits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def npy(array: np.ndarray, version: tuple[int, int] = (1, 0)) -> bytes:
 
 
 def headed(shape: object, descr: str = "<f4", content: bytes = b"") -> bytes:
-    """A `.npy` file with such a header, whatever follows it."""
+    """Return a `.npy` file with this header and any content."""
     text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode()
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + content
 
@@ -110,8 +110,8 @@ def test_archive_with_false_member_size_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez_compressed(path, features=np.zeros((1000, 1000), np.float32))
     content = bytearray(path.read_bytes())
-    place = content.rindex(b"PK\1\2")
-    content[place + 24 : place + 28] = struct.pack("<I", 200)
+    offset = content.rindex(b"PK\1\2")
+    content[offset + 24 : offset + 28] = struct.pack("<I", 200)
     path.write_bytes(content)
     with pytest.raises(FeatureError):
         load_features(path)

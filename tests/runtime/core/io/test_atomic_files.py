@@ -1,4 +1,4 @@
-"""`runtime.core.io.atomic_files`: whole or not there."""
+"""Test `runtime.core.io.atomic_files`: files are complete or absent."""
 
 from __future__ import annotations
 
@@ -100,18 +100,18 @@ def failing(number: int) -> Any:
     return fail
 
 
-@pytest.mark.parametrize("place", ["os.replace", "pathlib.Path.write_text", "tempfile.mkstemp"])
-def test_full_disk_raises_and_keeps_previous_file(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("target", ["os.replace", "pathlib.Path.write_text", "tempfile.mkstemp"])
+def test_full_disk_raises_and_keeps_previous_file(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "report.json").write_text("old")
     with monkeypatch.context() as patched:
-        patched.setattr(place, failing(errno.ENOSPC))
+        patched.setattr(target, failing(errno.ENOSPC))
         with raises(OutputError, "disk_full", tmp_path / "report.json"):
             write_json(tmp_path / "report.json", {"a": 1})
     assert content(tmp_path) == {"report.json": "old"}
 
 
 def test_disk_filling_during_write_leaves_no_file(tmp_path: Path) -> None:
-    # The limit on file sizes stands for the disk's end; both stop a write half-way.
+    # The limit on file sizes stops a write like a full disk does.
     code = (
         f"from runtime.core.io.atomic_files import write_text; write_text({str(tmp_path / 'big.txt')!r}, 'x' * 100_000)"
     )
@@ -284,7 +284,7 @@ NAMES = {"long": "x" * 300, "under_file": "file/below", "null": "x\0y"}
 
 
 def causes(kind: str, path: Path) -> list[object]:
-    """Return what the message about an unreadable path quotes."""
+    """Return the quoted part of the message about an unreadable path."""
     if kind == "long":
         return [os.strerror(errno.ENAMETOOLONG)]
     if kind == "null":
@@ -313,7 +313,7 @@ def test_check_directory_file_is_not_called_missing(tmp_path: Path) -> None:
     check_file(tmp_path / "x", "The file", AnnotationError)
 
 
-# Every reader of a file that a command line names, and the flag that names it.
+# Readers of files on the command line, and their flags.
 READERS: dict[str, Callable[[Path], object]] = {
     "--model": open_backend,
     "--features": load_features,
@@ -351,11 +351,11 @@ def test_output_below_a_file_names_that_file(tmp_path: Path) -> None:
         check_writable(tmp_path / "x" / "run.json")
 
 
-# What killed processes leave
+# Temporary files of killed processes
 
 
 def start_writer(body: str) -> subprocess.Popen[str]:
-    """Start a process that prints a line when it is in the middle of this body, and waits."""
+    """Start a process that prints a line in the middle of this body, and waits."""
     code = "import sys, time\nfrom pathlib import Path\n"
     code += "from runtime.core.io.atomic_files import Staging, locked, atomic_write\n"
     wait = "print('ready', flush=True); sys.stdin.read()"
@@ -379,7 +379,7 @@ def staged(path: Path) -> str:
 
 @pytest.fixture
 def writer() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-    """Start writers that have reached their middle; they end with the test."""
+    """Start writers that wait in the middle of a write, and end them after the test."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(body: str) -> subprocess.Popen[str]:
@@ -404,8 +404,8 @@ def test_next_write_removes_files_of_killed_process(
     process.kill()
     process.wait()
     assert len(list(tmp_path.iterdir())) == 1
-    write_text(path, "whole")
-    assert content(tmp_path) == {"report.json": "whole"}
+    write_text(path, "complete")
+    assert content(tmp_path) == {"report.json": "complete"}
 
 
 @pytest.mark.parametrize("body", [half, staged])
@@ -416,9 +416,9 @@ def test_next_staging_removes_files_of_killed_process(
     process.kill()
     process.wait()
     with Staging() as staging:
-        staging.path(tmp_path / "other.json").write_text("whole")
+        staging.path(tmp_path / "other.json").write_text("complete")
         staging.settle()
-    assert content(tmp_path) == {"other.json": "whole"}
+    assert content(tmp_path) == {"other.json": "complete"}
 
 
 @pytest.mark.parametrize("body", [half, staged])
@@ -427,7 +427,7 @@ def test_live_writers_of_one_file_keep_their_temporary_files(
 ) -> None:
     path = tmp_path / "report.json"
     processes = [writer(body(path)) for _ in range(2)]
-    write_text(path, "whole")
+    write_text(path, "complete")
     remove_strays(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     for process in processes:
@@ -483,7 +483,7 @@ def test_without_file_locks_only_old_files_are_removed(tmp_path: Path, monkeypat
         os.utime(temporary, (0, 0))
         remove_strays(tmp_path)
         assert not temporary.exists()
-        temporary.write_text("whole")
+        temporary.write_text("complete")
 
 
 def test_link_named_like_temporary_file_is_not_followed(tmp_path: Path) -> None:
@@ -574,7 +574,7 @@ def test_lock_is_not_inherited_by_forked_children(writer: Callable[[str], Any], 
         "    begun, begins = os.pipe()\n"
         "    child = os.fork()\n"
         "    if child == 0:\n        os.write(begins, b'.')\n        time.sleep(60)\n        os._exit(0)\n"
-        # The child gives the lock up as soon as it runs, which on a busy machine may be later.
+        # The child releases the lock when it runs, which may be later on a busy machine.
         "    os.read(begun, 1)\n"
         "    print(child, flush=True)\n    WAIT\n"
     )
@@ -636,13 +636,13 @@ def test_concurrently_removed_directory_is_recreated(tmp_path: Path, monkeypatch
             directory.rmdir()
 
     monkeypatch.setattr(atomic_files, "_sweep", removed)
-    atomic_files.write_text(tmp_path / "run" / "a.txt", "whole")
-    assert (tmp_path / "run" / "a.txt").read_text() == "whole"
+    atomic_files.write_text(tmp_path / "run" / "a.txt", "complete")
+    assert (tmp_path / "run" / "a.txt").read_text() == "complete"
     assert not removals
 
 
 def test_file_systems_that_merge_names_are_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file systems of Linux distinguish them; that of macOS is emulated."""
+    """Check a file system of Linux, which distinguishes names, and an emulated one of macOS."""
     assert not merges_names(tmp_path)
     assert not merges_names(tmp_path / "new" / "directory")
     assert list(tmp_path.iterdir()) == []

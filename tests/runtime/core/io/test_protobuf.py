@@ -1,4 +1,4 @@
-"""`runtime.core.io.protobuf`: fields of messages, compared with the protobuf package."""
+"""Test `runtime.core.io.protobuf` against the protobuf package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text, line formats and JSON as other programs write them, and damaged."""
+"""Test `runtime.core.io.text_files`: text, lines and JSON of other programs, and damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`runtime.core.io.torch_reader` against torch itself, and against files that mean harm."""
+"""Test `runtime.core.io.torch_reader` against torch, and with hostile files."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def save(value: Any, path: Path, zipped: bool = True) -> Path:
 
 
 class Persistent:
-    """Pickled as a reference to something outside the pickle."""
+    """An object that is pickled as a persistent id."""
 
     def __init__(self, identity: Any) -> None:
         self.identity = identity
 
 
 class Call:
-    """Pickled as a call of `function` on `arguments`, as an attacker would."""
+    """An object that is pickled as a call of `function` with `arguments`."""
 
     def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
         self.parts = (function, arguments) if state is None else (function, arguments, state)
@@ -68,7 +68,7 @@ def pickled(value: Any, protocol: int = 2) -> bytes:
 
 
 def zip_file(path: Path, value: Any, records: dict[str, bytes] | None = None, **options: Any) -> Path:
-    """A torch file whose pickle is `value` (bytes are taken as the pickle itself)."""
+    """Return a torch file with the pickle of `value`, or with `value` as the pickle if it is bytes."""
     content = value if isinstance(value, bytes) else pickled(value)
     with zipfile.ZipFile(path, "w", **options) as archive:
         archive.writestr("archive/data.pkl", content)
@@ -109,13 +109,13 @@ def test_containers_load_with_arrays_for_tensors(tmp_path: Path, zipped: bool) -
         3: {(1, "a"): -1},
     }
     value["weights"]._metadata = {"": {"version": 1}}
-    found = torch_reader.load(save(value, tmp_path / "f.pt", zipped))
-    assert list(found) == list(value)
-    np.testing.assert_array_equal(found["weights"]["a"], [[0, 1, 2], [3, 4, 5]])
-    np.testing.assert_array_equal(found["weights"]["b"], [1, 1])
-    assert found["list"] == value["list"]
-    assert found["list"][5][0].shape == ()
-    assert found[3] == value[3]
+    actual = torch_reader.load(save(value, tmp_path / "f.pt", zipped))
+    assert list(actual) == list(value)
+    np.testing.assert_array_equal(actual["weights"]["a"], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(actual["weights"]["b"], [1, 1])
+    assert actual["list"] == value["list"]
+    assert actual["list"][5][0].shape == ()
+    assert actual[3] == value[3]
 
 
 @FORMS
@@ -125,12 +125,12 @@ def test_training_checkpoint_with_optimizer_is_read(tmp_path: Path, zipped: bool
     module(torch.randn(4, 3)).square().sum().backward()
     optimizer.step()
     content = {"state_dict": module.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
-    found = torch_reader.load(save(content, tmp_path / "f.pt", zipped))
+    actual = torch_reader.load(save(content, tmp_path / "f.pt", zipped))
     for name, weight in module.state_dict().items():
-        np.testing.assert_array_equal(found["state_dict"][name], weight.numpy())
-        assert found["state_dict"][name].shape == tuple(weight.shape)
+        np.testing.assert_array_equal(actual["state_dict"][name], weight.numpy())
+        assert actual["state_dict"][name].shape == tuple(weight.shape)
     moments = optimizer.state_dict()["state"][0]["exp_avg"].numpy()
-    np.testing.assert_array_equal(found["optimizer"]["state"][0]["exp_avg"], moments)
+    np.testing.assert_array_equal(actual["optimizer"]["state"][0]["exp_avg"], moments)
 
 
 @FORMS
@@ -139,19 +139,19 @@ def test_training_checkpoint_with_optimizer_is_read(tmp_path: Path, zipped: bool
     ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8"],
 )
 def test_tensor_dtypes_are_preserved(tmp_path: Path, zipped: bool, dtype: str) -> None:
-    wanted = torch.tensor([0, 1, 100]).to(getattr(torch, dtype))
-    found = torch_reader.load(save(wanted, tmp_path / "f.pt", zipped))
-    assert found.dtype == wanted.numpy().dtype
-    np.testing.assert_array_equal(found, wanted.numpy())
+    expected = torch.tensor([0, 1, 100]).to(getattr(torch, dtype))
+    actual = torch_reader.load(save(expected, tmp_path / "f.pt", zipped))
+    assert actual.dtype == expected.numpy().dtype
+    np.testing.assert_array_equal(actual, expected.numpy())
 
 
 @FORMS
 def test_bfloat16_becomes_float32_exactly(tmp_path: Path, zipped: bool) -> None:
-    wanted = torch.tensor([1.5, -3.0e38, float("inf"), 1e-40]).to(torch.bfloat16)
-    found = torch_reader.load(save({"a": wanted, "view": wanted[1:]}, tmp_path / "f.pt", zipped))
-    assert found["a"].dtype == np.float32
-    np.testing.assert_array_equal(found["a"], wanted.float().numpy())
-    assert np.shares_memory(found["a"], found["view"])
+    expected = torch.tensor([1.5, -3.0e38, float("inf"), 1e-40]).to(torch.bfloat16)
+    actual = torch_reader.load(save({"a": expected, "view": expected[1:]}, tmp_path / "f.pt", zipped))
+    assert actual["a"].dtype == np.float32
+    np.testing.assert_array_equal(actual["a"], expected.float().numpy())
+    assert np.shares_memory(actual["a"], actual["view"])
 
 
 @FORMS
@@ -166,13 +166,13 @@ def test_tensor_views_are_loaded(zipped: bool, data: st.DataObject) -> None:
         begin = data.draw(st.integers(0, view.shape[axis]))
         view = view[(slice(None),) * axis + (slice(begin, None, data.draw(st.integers(1, 3))),)]
     with tempfile.TemporaryDirectory() as directory:
-        found = torch_reader.load(save([base, view], Path(directory, "f.pt"), zipped))
-    for array, wanted in zip(found, (base, view), strict=True):
-        assert array.shape == tuple(wanted.shape)
-        assert array.dtype == wanted.numpy().dtype
-        np.testing.assert_array_equal(array, wanted.numpy())
+        actual = torch_reader.load(save([base, view], Path(directory, "f.pt"), zipped))
+    for array, expected in zip(actual, (base, view), strict=True):
+        assert array.shape == tuple(expected.shape)
+        assert array.dtype == expected.numpy().dtype
+        np.testing.assert_array_equal(array, expected.numpy())
     if view.numel():
-        assert np.shares_memory(*found)
+        assert np.shares_memory(*actual)
 
 
 @FORMS
@@ -186,8 +186,8 @@ def test_arrays_are_writable_and_share_storage(tmp_path: Path, zipped: bool) -> 
 
 
 def test_expanded_tensor_is_loaded(tmp_path: Path) -> None:
-    found = torch_reader.load(save(torch.tensor([1.0, 2.0]).expand(3, 2), tmp_path / "f.pt"))
-    np.testing.assert_array_equal(found, [[1, 2]] * 3)
+    actual = torch_reader.load(save(torch.tensor([1.0, 2.0]).expand(3, 2), tmp_path / "f.pt"))
+    np.testing.assert_array_equal(actual, [[1, 2]] * 3)
 
 
 def test_big_endian_records_are_refused(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_published_glove_table_loads_as_in_torch(real_data: Path) -> None:
     np.testing.assert_array_equal(torch_reader.load(path), torch.load(path, weights_only=True).numpy())
 
 
-# Hostile files. `load` refuses every one. `check` may pass them on to torch. Neither runs them.
+# Hostile files. `load` rejects all of them, `check` may accept them for torch, and neither runs them.
 
 
 def attacks(sentinel: Path) -> dict[str, tuple[Any, str]]:
@@ -244,16 +244,16 @@ def attacks(sentinel: Path) -> dict[str, tuple[Any, str]]:
 def test_pickled_call_is_rejected_by_name_without_running(
     tmp_path: Path, sentinel: Path, name: str, zipped: bool
 ) -> None:
-    value, asked = attacks(sentinel)[name]
+    value, name_in_file = attacks(sentinel)[name]
     path = (zip_file if zipped else legacy_file)(tmp_path / "f.pt", value)
-    with raises(CheckpointError, "code_in_file", path, asked):
+    with raises(CheckpointError, "code_in_file", path, name_in_file):
         torch_reader.load(path)
     assert not sentinel.exists()
     if name == "in a persistent id":
         with raises(CheckpointError, "damaged_file", path):
             torch_reader.check(path)
     else:
-        assert any(known.endswith(asked) for known in torch_reader.check(path))
+        assert any(known.endswith(name_in_file) for known in torch_reader.check(path))
     assert not sentinel.exists()
 
 
@@ -280,7 +280,7 @@ def test_no_pickle_opcode_can_call_a_function(tmp_path: Path, sentinel: Path, op
 @pytest.mark.parametrize(
     "program",
     [
-        # BUILD on the stand-in of a function: would give it attributes or defaults.
+        # BUILD on a function would set its attributes or defaults.
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__)stb.",
         b"\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb.",
         b"\x80\x02ctorch\nSize\n)\x81}b.",
@@ -333,13 +333,13 @@ def test_unknown_objects_are_replaced_and_all_else_is_read(tmp_path: Path, monke
     }
     path = save(content, tmp_path / "f.pth")
     monkeypatch.delitem(sys.modules, module.__name__)
-    made = HistoryBuffer.calls
-    found = checkpoints.read(path, unknown_objects=True)
-    assert found["weights"]["a"].tolist() == [0, 1, 2]
-    for value in (found["hub"]["loss"], found["hub"]["mean"], found["when"], found["objects"], found["number"]):
+    calls = HistoryBuffer.calls
+    actual = checkpoints.read(path, unknown_objects=True)
+    assert actual["weights"]["a"].tolist() == [0, 1, 2]
+    for value in (actual["hub"]["loss"], actual["hub"]["mean"], actual["when"], actual["objects"], actual["number"]):
         assert isinstance(value, checkpoints.UnreadObject)
-    assert found["hub"]["class"] is checkpoints.UnreadObject
-    assert HistoryBuffer.calls == made
+    assert actual["hub"]["class"] is checkpoints.UnreadObject
+    assert HistoryBuffer.calls == calls
     assert module.__name__ not in sys.modules
     for read in (torch_reader.load, checkpoints.read):
         with raises(CheckpointError, "code_in_file", path):
@@ -372,7 +372,7 @@ def load_or_be_refused(path: Path) -> None:
         assert "\n" not in sentence
 
 
-# Tensors that lie about themselves.
+# Tensors with invalid sizes, strides and storages.
 
 
 @pytest.mark.parametrize(
@@ -430,11 +430,11 @@ def test_overlapping_records_are_rejected(tmp_path: Path) -> None:
         archive.writestr("archive/data/0", bytes(4000))
         first = archive.getinfo("archive/data/0")
         for i in range(1, 50):
-            twin = zipfile.ZipInfo(f"archive/data/{i}")
-            twin.header_offset, twin.file_size = first.header_offset, first.file_size
-            twin.compress_size, twin.CRC = first.compress_size, first.CRC
-            archive.filelist.append(twin)
-            archive.NameToInfo[twin.filename] = twin
+            copy = zipfile.ZipInfo(f"archive/data/{i}")
+            copy.header_offset, copy.file_size = first.header_offset, first.file_size
+            copy.compress_size, copy.CRC = first.compress_size, first.CRC
+            archive.filelist.append(copy)
+            archive.NameToInfo[copy.filename] = copy
     with raises(CheckpointError, "damaged_file", path, path.stat().st_size):
         torch_reader.load(path)
 
@@ -477,17 +477,17 @@ def test_changed_tensor_value_is_detected(tmp_path: Path) -> None:
 
 @FORMS
 def test_truncated_file_is_rejected(tmp_path: Path, zipped: bool) -> None:
-    whole = save({"a": torch.arange(20.0), "b": torch.ones(3)}, tmp_path / "whole.pt", zipped).read_bytes()
+    content = save({"a": torch.arange(20.0), "b": torch.ones(3)}, tmp_path / "whole.pt", zipped).read_bytes()
     cut = tmp_path / "cut.pt"
-    for length in range(0, len(whole), 7):
-        cut.write_bytes(whole[:length])
+    for length in range(0, len(content), 7):
+        cut.write_bytes(content[:length])
         with raises(CheckpointError, "damaged_file" if length else "empty_file", cut):
             torch_reader.load(cut)
 
 
 @functools.cache
 def _saved(zipped: bool) -> bytes:
-    """Return a torch file, the same each time. Names of storages in legacy files are addresses."""
+    """Return a torch file that does not depend on addresses, which are names of storages in legacy files."""
     stream = io.BytesIO()
     value = {"a": torch.arange(4.0), "n": [1, -2.5], "s": {1: None}, "z": torch.tensor(1).half()}
     torch.save(value, stream, _use_new_zipfile_serialization=zipped)
@@ -571,7 +571,7 @@ def _zipped(path: Path, content: bytes) -> Path:
 
 
 def _doubled(levels: int, pair: bytes, start: bytes = b"K\1\x85") -> bytes:
-    """Opcodes of a container that holds itself twice, so many times over."""
+    """Return opcodes of `levels` nested containers, each with two references to the next."""
     steps = b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + pair for n in range(levels))
     return start + steps
 
