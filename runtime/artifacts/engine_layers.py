@@ -1,11 +1,11 @@
-"""Read what TensorRT's engine inspector writes: which layers multiply, and in which data types.
+"""Read the output of TensorRT's engine inspector: which layers multiply, and in which data types.
 
-Three kinds of evidence show the data type that a layer computes in. In order of weight:
+Three kinds of evidence show the data type that a layer computes in. In order of priority:
 
 1. The name of its kernel (`TacticName`), as `sm80_xmma_gemm_f16f16_f16f32_f32_...`.
 2. The type of its weights (`"Weights": {"Type": "Half", ...}`).
 3. The types of the tensors that it reads. An inspector without an execution context, or without all input shapes,
-   does not show them (`IEngineInspector::setExecutionContext` in NvInferRuntime.h).
+   does not report them (`IEngineInspector::setExecutionContext` in NvInferRuntime.h).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ VERDICTS = (PROVEN, NOT_PROVEN, CONTRADICTED)
 
 @dataclasses.dataclass(frozen=True)
 class ProfileView:
-    """The inspector's report of one optimization profile, with a context bound at its opt shapes.
+    """The inspector's output for one optimization profile, with a context at its opt shapes.
 
     Attributes:
-        name: of the profile.
+        name: name of the profile.
         shapes: input name to shape.
-        text: the inspector's JSON; None where no context could be bound.
-        reason: why not; empty where there is `text`.
+        text: JSON of the inspector; None if no context could be created.
+        reason: reason for the missing `text`, else "".
     """
 
     name: str
@@ -50,22 +50,22 @@ class ProfileView:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """Everything the inspector wrote about one engine.
+    """The complete output of the inspector for one engine.
 
     Attributes:
-        unbound: its JSON without an execution context.
-        profiles: its JSON for each profile.
+        unbound: JSON without an execution context.
+        profiles: JSON for each profile.
     """
 
     unbound: str
     profiles: tuple[ProfileView, ...] = ()
 
     def views(self) -> list[str]:
-        """Return the JSON of each profile: bound where a context could be bound, else unbound."""
+        """Return the JSON of each profile, without an execution context if none could be created."""
         return [self.unbound if view.text is None else view.text for view in self.profiles] or [self.unbound]
 
     def reason(self) -> str:
-        """Return why a profile could not be bound; empty if every one was."""
+        """Return the reason why a profile has no JSON; "" if all have one."""
         return next((view.reason for view in self.profiles if view.text is None), "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Inspection:
 
 
 def _parsed(text: str) -> Any:
-    """Return JSON as a value; text that is not JSON as it is."""
+    """Return the value of JSON, or the text itself if it is not JSON."""
     try:
         return _loads(text)
     except (ValueError, RecursionError):
@@ -92,7 +92,7 @@ def _parsed(text: str) -> Any:
 
 
 def _loads(text: str) -> Any:
-    """Return the inspector's JSON as a value. TensorRT 8.6 separates metadata by control characters, unescaped."""
+    """Return the value of the inspector's JSON. TensorRT 8.6 separates metadata by unescaped control characters."""
     return json.loads(text, strict=False)
 
 
@@ -101,13 +101,13 @@ class Layer:
     """One layer of an engine.
 
     Attributes:
-        name: as TensorRT calls it: the names of the graph's nodes that it computes, among others.
-        nodes: names of the graph's nodes, as far as they can be read from `name` and the metadata.
-        multiplies: whether it is a convolution or a matrix product, alone or fused with others.
-        foreign: whether it is a Myelin ForeignNode: part of the graph, compiled as one, of which the inspector shows
-            the border only.
-        computes: data type of its multiplications; None where nothing shows it.
-        reads, writes: data types of its inputs and outputs that are shown.
+        name: name in TensorRT, which includes the names of the graph nodes that it computes.
+        nodes: names of these graph nodes, from `name` and the metadata.
+        multiplies: whether it is a convolution or a matrix product, alone or fused.
+        foreign: whether it is a Myelin ForeignNode: a part of the graph that is compiled as one, of which the inspector
+            reports inputs and outputs only.
+        computes: data type of its multiplications; None if unknown.
+        reads, writes: known data types of its inputs and outputs.
     """
 
     name: str
@@ -120,12 +120,13 @@ class Layer:
 
 
 def read_layers(text: str, profile: int = 0) -> list[Layer]:
-    """Return the layers of one profile from the inspector's JSON; none where it lists layer names only.
+    """Return the layers of one profile from the inspector's JSON; empty if it lists layer names only.
 
     Args:
-        text: what `IEngineInspector.get_engine_information` returned. Up to TensorRT 10 a tensor has one
+        text: result of `IEngineInspector.get_engine_information`. Up to TensorRT 10 a tensor has one
             "Format/Datatype"; from 11 on "Format" and "Datatype" are separate.
-        profile: index of the profile. TensorRT 8 lists the layers of each, with " [profile N]" after their names.
+        profile: index of the profile. TensorRT 8 lists the layers of all profiles, with " [profile N]" after their
+            names.
 
     Raises:
         ModelFileError: the text is not such JSON.
@@ -136,11 +137,13 @@ def read_layers(text: str, profile: int = 0) -> list[Layer]:
         names = [str(entry.get("Name", "")) for entry in layers]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelFileError(
-            f"Expected the JSON of TensorRT's engine inspector, got something else ({one_line(error)})."
+            f"Expected the JSON of TensorRT's engine inspector, got other text ({one_line(error)}). Build the engine "
+            "again.",
+            code="damaged_file",
         ) from error
-    numbers = [int(result[1]) if (result := _PROFILE.search(name)) else 0 for name in names]
-    only = profile if any(numbers) else 0
-    return [_layer(entry) for entry, number in zip(layers, numbers) if number == only]
+    indices = [int(result[1]) if (result := _PROFILE.search(name)) else 0 for name in names]
+    selected = profile if any(indices) else 0
+    return [_layer(entry) for entry, index in zip(layers, indices) if index == selected]
 
 
 _PROFILE = re.compile(r"\[profile (\d+)\]\s*\Z")
@@ -159,11 +162,11 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
         weights = entry.get("Weights")
         computes = _tactic_type(tactic) or _type(weights.get("Type") if isinstance(weights, dict) else None)
     if computes is None and multiplies and not foreign:
-        # A convolution reads its data first, and then perhaps what is added to it. Of a matrix product both factors
-        # count: weights that are only stored in 8 bits are multiplied in the type of the other.
+        # The first input of a convolution is its data. Of a matrix product the wider factor counts, because weights
+        # that are only stored in 8 bits are multiplied in the type of the other factor.
         factors = inputs[:1] if "conv" in kind else inputs[:2]
         computes = max((factor for factor in factors if factor), key=WIDTHS.__getitem__, default=None)
-    # A ForeignNode that shows nothing may hold no multiplication at all.
+    # A ForeignNode without a known type may not multiply at all.
     return Layer(
         name,
         _nodes(name, str(entry.get("Metadata", ""))),
@@ -175,7 +178,7 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
     )
 
 
-# Layers that change layout or type only, whatever their kernels are called.
+# Layers that only change layout or type, even if their kernels have names of multiplications.
 _MOVES = ("reformat", "shuffle", "noop", "slice", "constant")
 _MULTIPLIES = re.compile(r"conv(?!er)|gemm|matrixmultiply|matmul|fullyconnected|\brnn|lstm")
 _KERNELS = re.compile(r"gemm|gemv|fprop|dgrad|cudnn|mma|_mha|conv(?!er)")
@@ -188,15 +191,16 @@ _NAMES = {
     "tf32": "tf32", "f32": "fp32",
 }  # fmt: skip
 _T = r"(bf16|tf32|f16|f32|i32|i8|u8|e4m3|e5m2)"
-# As xmma kernels are called: input and output, then what is multiplied and what is added up, then the epilogue.
-# i8f32_i8i32_f32 multiplies INT8 and writes FP32; f32f32_tf32f32_f32 multiplies TF32.
+# Names of xmma kernels: input and output, factors and accumulator, epilogue. i8f32_i8i32_f32 multiplies INT8 and writes
+# FP32; f32f32_tf32f32_f32 multiplies TF32.
 _XMMA = re.compile(rf"_{_T}{_T}_{_T}{_T}_{_T}(?![a-z0-9])")
-# As cuBLAS's are: sm50_xmma_cublas_gemvx_f16f16_f32.
+# Names of cuBLAS kernels: sm50_xmma_cublas_gemvx_f16f16_f32.
 _CUBLAS = re.compile(rf"_{_T}{_T}_{_T}(?![a-z0-9])")
-# As CUTLASS 3's are: both factors, then what is added up: cutlass3x_sm100_tensorop_i128x128x32gemm_s8_s8_s32_f16_f16.
+# Names of CUTLASS 3 kernels: both factors and accumulator, as in
+# cutlass3x_sm100_tensorop_i128x128x32gemm_s8_s8_s32_f16_f16.
 _FACTOR = r"(bf16|tf32|f16|f32|s8|u8|e4m3|e5m2)"
 _CUTLASS = re.compile(rf"_{_FACTOR}_{_FACTOR}_(s32|f32|f16)(?![a-z0-9])")
-# Other kernels (cuDNN, CUTLASS 2, generated ones). Narrow first: their names also hold what is added up and written.
+# Other kernels (cuDNN, CUTLASS 2, generated). Narrow types first, because names also contain accumulator and output.
 _KERNEL_TYPES = (
     (r"int8|i8i8|imma|i8816|i16816|i16832|(?<![a-z0-9])i8(?![0-9])", "int8"),
     (r"e4m3|e5m2|fp8|f8f8|qmma", "fp8"),
@@ -208,9 +212,9 @@ _KERNEL_TYPES = (
 
 
 def _tactic_type(tactic: str) -> str | None:
-    """Return the data type that a kernel multiplies, by its name in lower case; None where the name does not show it.
+    """Return the data type that a kernel multiplies, by its name in lower case; None if the name does not show it.
 
-    The names are those that trtexec --exportLayerInfo and Nsight Systems show for cuDNN, cuBLAS, CUTLASS and xmma.
+    Source: names of cuDNN, cuBLAS, CUTLASS and xmma kernels in trtexec --exportLayerInfo and Nsight Systems.
     """
     for pattern, group in ((_XMMA, 3), (_CUBLAS, 1), (_CUTLASS, 1)):
         result = pattern.search(tactic)
@@ -235,9 +239,9 @@ def _type(text: Any) -> str | None:
 
 
 def _tensor_types(tensors: Any) -> list[str | None]:
-    """Return the type of each tensor; None where it is not shown, or is no type that multiplications have.
+    """Return the type of each tensor; None if it is unknown or not a type of multiplications.
 
-    Hidden types are written "N/A due to dynamic shapes" by TensorRT 8.6 and 10.
+    TensorRT 8.6 and 10 write "N/A due to dynamic shapes" for unknown types.
     """
     results = []
     for tensor in tensors if isinstance(tensors, list) else ():
@@ -247,7 +251,7 @@ def _tensor_types(tensors: Any) -> list[str | None]:
 
 
 def _nodes(name: str, metadata: str) -> tuple[str, ...]:
-    """Return the graph's nodes that a layer computes: from its metadata, where that names any, or else its name.
+    """Return the graph nodes that a layer computes, from its metadata or, if these name none, from its name.
 
     `a/Conv + PWN(b/Relu, c/Mul) [profile 1]` computes a/Conv, b/Relu and c/Mul.
     """
@@ -261,12 +265,12 @@ class EngineLayerStats:
     """The layers of an engine by data type.
 
     Attributes:
-        layers: data type -> number of layers that write it.
-        quantised_inputs: data type -> number of layers that read tensors of it; int8 kernels may write wider types.
+        layers: data type to number of layers that write it.
+        quantised_inputs: data type to number of layers that read it; int8 kernels may write wider types.
         plan_bytes: size of the plan.
-        arithmetic: data type -> number of convolutions and matrix products that compute in it.
-        unknown: number of those of which nothing shows the type.
-        foreign: number of ForeignNodes of which nothing shows what they compute in.
+        arithmetic: data type to number of convolutions and matrix products that compute in it.
+        unknown: number of convolutions and matrix products of unknown type.
+        foreign: number of ForeignNodes of unknown type.
     """
 
     layers: Mapping[str, int]
@@ -280,7 +284,7 @@ class EngineLayerStats:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        """Return the arithmetic layers in words, as "9 in fp16, 1 in fp32, 2 of unknown type"."""
+        """Return the arithmetic layers as text: "9 in fp16, 1 in fp32, 2 of unknown type"."""
         parts = [f"{count} in {kind}" for kind, count in self.arithmetic.items()]
         parts += [f"{self.unknown} of unknown type"] if self.unknown else []
         if self.foreign:
@@ -290,7 +294,12 @@ class EngineLayerStats:
 
 
 def count_layers(layers: Iterable[Layer], plan_bytes: int = 0) -> EngineLayerStats:
-    """Return the layers by data type."""
+    """Count layers by data type.
+
+    Args:
+        layers: layers of one profile, from `read_layers`.
+        plan_bytes: size of the plan.
+    """
     written: collections.Counter[str] = collections.Counter()
     read: collections.Counter[str] = collections.Counter()
     arithmetic: collections.Counter[str] = collections.Counter()
@@ -307,25 +316,20 @@ def count_layers(layers: Iterable[Layer], plan_bytes: int = 0) -> EngineLayerSta
     return EngineLayerStats(dict(written), dict(read), plan_bytes, dict(arithmetic), unknown, foreign)
 
 
-def engine_layer_stats(inspector: str, plan_bytes: int = 0) -> EngineLayerStats:
-    """Count an engine's layers by data type from the inspector's JSON; raises as `read_layers`."""
-    return count_layers(read_layers(inspector), plan_bytes)
-
-
 def layers_path(engine: str | os.PathLike[str]) -> Path:
-    """Return where the inspector's JSON of an engine is kept: drn.fp16.layers.json.gz for drn.fp16.engine."""
+    """Return the path of the layers file of an engine: drn.fp16.layers.json.gz for drn.fp16.engine."""
     engine = Path(engine)
     return engine.with_name(f"{engine.stem}{SUFFIX}")
 
 
 def packed(inspection: Inspection, engine: str, digest: str, library: str) -> bytes:
-    """Return the content of an engine's layers file.
+    """Return the compressed content of a layers file.
 
     Args:
-        inspection: what it holds.
+        inspection: output of the inspector.
         engine: file name of the plan.
         digest: SHA-256 of the plan.
-        library: name and version of what wrote the JSON.
+        library: name and version of the library of the inspector.
     """
     content = {
         "format": FORMAT,
@@ -334,19 +338,19 @@ def packed(inspection: Inspection, engine: str, digest: str, library: str) -> by
         "library": library,
         **inspection.to_dict(),
     }
-    # The same bytes for the same content: gzip would write the time.
+    # Without a modification time, equal content gives equal bytes.
     return gzip.compress(json.dumps(content).encode(), mtime=0)
 
 
 MAX_LAYERS_BYTES = 256 << 20
-"""Size of an unpacked layers file beyond which it is not read: an engine of ours has some hundred layers."""
+"""Maximum size of a decompressed layers file; engines of DRN have some hundred layers."""
 
 
 def read_layers_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the content of a layers file.
 
     Raises:
-        ModelFileError: it is damaged, of another format, or too large.
+        ModelFileError: the file is damaged, of another format, or too large.
     """
     path = Path(path)
     advice = "build the engine again, or delete the file"
@@ -354,20 +358,16 @@ def read_layers_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         unpacker = zlib.decompressobj(wbits=31)
         text = unpacker.decompress(path.read_bytes(), MAX_LAYERS_BYTES)
         if not unpacker.eof:
-            raise ModelFileError(f"{path} is truncated, or holds over {MAX_LAYERS_BYTES >> 20} MiB; {advice}.")
+            raise ValueError(f"it is truncated, or has more than {MAX_LAYERS_BYTES >> 20} MiB")
         content = json.loads(text)
         check_format(content, FORMAT, f"{path}", ModelFileError, advice)
-        if not isinstance(content.get("profiles"), list) or not all(
-            isinstance(view, dict) for view in content["profiles"]
-        ):
-            raise ModelFileError(
-                f"{path} is damaged: 'profiles' should be a list of tables; {advice}.", code="damaged_file"
-            )
+        if not all(isinstance(view, dict) for view in content["profiles"]):
+            raise ValueError("its profiles are not objects")
     return content
 
 
 def layer_stats_of_file(content: Mapping[str, Any]) -> list[tuple[str, EngineLayerStats | None]]:
-    """Return for each profile in a layers file its name and its layers by type; None where no layer is described."""
+    """Return name and layer counts of each profile in a layers file; None for counts if no layer is described."""
     results: list[tuple[str, EngineLayerStats | None]] = []
     views = content["profiles"] or [{"name": "no profile"}]
     for index, view in enumerate(views):

@@ -1,4 +1,4 @@
-"""The JSON beside a TensorRT plan: what the plan is, and the hashes of both."""
+"""Read and check the metadata file (sidecar) of a TensorRT plan, a JSON file with digests of both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from runtime.artifacts import extractor_manifest
 from runtime.artifacts.engine_layers import VERDICTS
 from runtime.artifacts.manifest import Manifest
-from runtime.core.errors import ModelFileError, excerpt, printable_line
+from runtime.core.errors import ModelFileError, as_sentence, excerpt, printable_line
 from runtime.core.io.digests import json_digest, sha256
 from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import check_format
@@ -20,7 +20,7 @@ FORMAT = "drn-engine/1"
 
 
 class ModelMetadata(Protocol):
-    """The keys of every manifest in a sidecar, of a model or of an extractor."""
+    """The common properties of the manifests of models and extractors."""
 
     @property
     def part(self) -> str:
@@ -28,7 +28,7 @@ class ModelMetadata(Protocol):
 
     @property
     def precision(self) -> str:
-        """Of its weights and arithmetic."""
+        """Return the precision of weights and arithmetic."""
 
     @property
     def sources(self) -> Mapping[str, str]:
@@ -40,11 +40,11 @@ class EngineMetadata(Protocol):
 
     @property
     def manifest(self) -> ModelMetadata:
-        """Of the network."""
+        """Return the manifest of the network."""
 
     @property
     def content(self) -> Mapping[str, Any]:
-        """Everything else."""
+        """Return all keys of the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Sidecar:
     """The content of a TensorRT engine's metadata file.
 
     Attributes:
-        manifest: of the model.
-        content: everything else: `library`, `target`, `gpu`, `profiles`, `options`, `census`, `sha256`, and of a plan
-            with others beside it for short queries `unrolled`, their names and hashes.
+        manifest: manifest of the model.
+        content: all keys of the file: `library`, `target`, `gpu`, `profiles`, `options`, `sha256`, `census` (layers by
+            data type) and `unrolled` (names and digests of the plans for short queries).
     """
 
     manifest: Manifest
@@ -62,22 +62,23 @@ class Sidecar:
 
 
 def metadata_path(plan: str | os.PathLike[str]) -> Path:
-    """Return where the sidecar of a plan is."""
+    """Return the path of the sidecar of a plan."""
     plan = Path(plan)
     return plan.with_name(f"{plan.name}.json")
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a sidecar with the `digest` that `read_sidecar` asks for: of all the rest of it.
-
-    A digest that is there already is replaced.
-    """
-    rest = _unsealed(content)
+    """Return the content of a sidecar with a `digest` of all other keys, as `read_verified` requires."""
+    rest = _without_digest(content)
     return {**rest, "digest": json_digest(rest)}
 
 
 def read_sidecar(plan: str | os.PathLike[str]) -> Sidecar:
-    """Return the sidecar of a model's plan, checked; ModelFileError as of `read_verified`, or if it is no model's."""
+    """Return the checked sidecar of the plan of a model.
+
+    Raises:
+        ModelFileError: see `read_verified`, or the plan is that of an extractor (code `wrong_model_kind`).
+    """
     content = read_verified(plan)
     if content["manifest"].get("format") == extractor_manifest.FORMAT:
         raise extractor_manifest.no_model(Path(plan))
@@ -85,56 +86,53 @@ def read_sidecar(plan: str | os.PathLike[str]) -> Sidecar:
 
 
 def read_verified(plan: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Return what the sidecar of a plan says, after checking that it is whole and records the hash of that very file.
+    """Return the content of the sidecar of a plan after checking the digests of both.
 
-    A plan is code: it must not be deserialised unless this returns.
+    A plan is code: it must not be deserialized unless this function returns.
 
     Raises:
-        ModelFileError: there is no sidecar, it is of another version, edited or damaged, or the plan is not the one it
-            was written for.
+        ModelFileError: the sidecar is missing, of another format, edited or damaged, or belongs to another plan.
     """
     plan, path = Path(plan), metadata_path(plan)
     if not path.exists():
         raise ModelFileError(
-            f"{path}, the sidecar without which an engine is not loaded, does not exist; copy it from where "
-            f"{plan.name} was built, or build both again with `python -m export.build_engine`.",
+            f"The sidecar {path} of {plan.name} does not exist. Copy it from the directory of the build, or build both "
+            "again with `python -m export.build_engine`.",
             code="missing_file",
         )
     content = read_json(path, "sidecar of an engine", ModelFileError)
-    check_format(content, FORMAT, f"{path}", ModelFileError, _REBUILD.rstrip("."))
-    if content.get("digest") != json_digest(_unsealed(content)):
+    check_format(content, FORMAT, f"{path}", ModelFileError, ADVICE)
+    if content.get("digest") != json_digest(_without_digest(content)):
         raise ModelFileError(
-            f"{path} does not hash to its own digest, so it was edited or damaged; {_REBUILD}", code="digest_mismatch"
+            f"{path} does not match its digest, because it was edited or damaged. {as_sentence(ADVICE)}",
+            code="digest_mismatch",
         )
-    _check_shapes(content, path)
-    vouched, actual = content["sha256"].get(plan.name), sha256(plan)
-    if vouched != actual:
+    _check_fields(content, path)
+    expected, actual = content["sha256"].get(plan.name), sha256(plan)
+    if expected != actual:
         raise ModelFileError(
-            f"{plan} is not the plan that its sidecar was written for (SHA-256 {actual[:12]}… where "
-            f"{printable_line(str(vouched)[:12])}… is recorded): it is truncated, was tampered with, or renamed; "
-            "build it again.",
+            f"{plan}: expected the SHA-256 {printable_line(str(expected)[:12])}… of its sidecar, got {actual[:12]}…. "
+            f"{as_sentence(ADVICE)}",
             code="digest_mismatch",
         )
     return content
 
 
-_REBUILD = "build the engine again with `python -m export.build_engine`."
+ADVICE = "build the engine again with `python -m export.build_engine`"
 
 
-def _unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+def _without_digest(content: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name != "digest"}
 
 
-def _check_shapes(content: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelFileError unless every field is of the kind that its readers take it for."""
-    for name, (expected, fits, needed) in _FIELDS.items():
-        if name in content and not fits(content[name]):
+def _check_fields(content: Mapping[str, Any], path: Path) -> None:
+    """Raise ModelFileError (code `damaged_file`) unless every field has the expected type."""
+    for name, (expected, is_valid, required) in _FIELDS.items():
+        value = content.get(name)
+        if (name in content or required) and not is_valid(value):
             raise ModelFileError(
-                f"{path} is damaged: {excerpt(name)} should be {expected}; {_REBUILD}", code="damaged_file"
-            )
-        if needed and name not in content:
-            raise ModelFileError(
-                f"{path} is damaged: {excerpt(name)} is missing and should be {expected}; {_REBUILD}",
+                f"{path} is damaged: expected {expected} for {excerpt(name)}, got {excerpt(value)[:60]}. "
+                f"{as_sentence(ADVICE)}",
                 code="damaged_file",
             )
 
@@ -168,7 +166,7 @@ def _is_profile(value: Any) -> bool:
 
 
 def _is_layer_stats(value: Any) -> bool:
-    """The shares of the twin, the layers of the engine (none where no GPU counted them), and the verdict over them."""
+    """Return whether a value has the shares of the graph, the layers of the engine if inspected, and a verdict."""
     if not isinstance(value, dict) or not isinstance(value.get("twin", {}), dict):
         return False
     if not _is_table_of((int, float))(value.get("twin", {}).get("shares", {})):
@@ -183,7 +181,7 @@ def _is_layer_stats(value: Any) -> bool:
     )
 
 
-# Field to what it should be in words, whether a value is that, and whether it must be there.
+# Field to a description of its values, a function that checks a value, and whether the field is required.
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool], bool]] = {
     "manifest": ("a table", _is_table, True),
     "sha256": ("a table of file names and hashes", _is_table_of(str), True),
@@ -206,5 +204,5 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool], bool]] = {
         lambda value: _is_table_of(str)(value) and all(map(_is_sibling, value)),
         False,
     ),
-    "census": ("a table with the shares of the twin and the layers of the engine", _is_layer_stats, False),
+    "census": ("a table of the shares of the graph and the layers of the engine", _is_layer_stats, False),
 }

@@ -1,4 +1,4 @@
-"""Define the manifest of a model file: all that grounding needs besides the weights."""
+"""Define the manifest of a model file: everything that grounding needs besides the weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from runtime.core.tokenizer import Vocabulary
 from runtime.core.video import ClipTiming, Pooling
 
 FORMAT = "drn-manifest/1"
-AGAIN = "export the model again with `python -m export.to_onnx`"
+ADVICE = "export the model again with `python -m export.to_onnx`"
 METADATA_KEY = "drn.manifest"
 
 Part = Literal["whole", "video", "query", "prepare", "prepared"]
 PARTS: tuple[Part, ...] = get_args(Part)
-# Of features in channels and frames, and of queries in tokens.
+# Maximum number of channels, frames of a clip, and tokens of a query.
 MAX_SIZE = 1 << 20
 
 
@@ -30,10 +30,10 @@ class Features:
     """The clip features a model was trained on.
 
     Attributes:
-        kind: name of the extractor, for people.
-        dim: D.
-        window, stride: frames a clip saw, frames from clip to clip.
-        pooling: whose rule pools clips into segments.
+        kind: name of the extractor in reports.
+        dim: D, number of channels.
+        window, stride: frames of a clip, and frames from the start of a clip to the next.
+        pooling: rule by which clips are pooled into segments.
     """
 
     kind: str = "C3D"
@@ -45,42 +45,35 @@ class Features:
     def __post_init__(self) -> None:
         sizes = (self.dim, self.window, self.stride)
         if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in sizes):
-            raise ModelFileError(
-                f"Width, window and stride of features are whole numbers from 1 to {MAX_SIZE}, and {excerpt(sizes)} "
-                "was given; write the file again.",
-                code="invalid_setting",
-            )
+            raise _invalid(f"dim, window and stride from 1 to {MAX_SIZE} for features", sizes)
         if not isinstance(self.kind, str) or self.pooling not in get_args(Pooling):
-            raise ModelFileError(
-                f"Features have a name and are pooled as mmaction2 or drn, and {excerpt((self.kind, self.pooling))} "
-                "was given; write the file again.",
-                code="invalid_setting",
-            )
+            raise _invalid(f"a name and a pooling of {get_args(Pooling)} for features", (self.kind, self.pooling))
 
     @property
     def clock(self) -> ClipTiming:
+        """Return the clip timing."""
         return ClipTiming(self.window, self.stride)
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Everything a runtime must know of a model.
+    """The properties of a model besides its weights.
 
     Attributes:
-        vocabulary: word table, and what happens to other words.
-        decoding: how heads become moments.
-        features: what clip features it takes.
-        stage: the last training stage, 1 to 3.
-        precision: of the weights and arithmetic: fp32, fp16, bf16, int8.
-        max_query_length: most tokens of a query.
-        sources: what the file was made of: name to SHA-256.
-        producer: what made it: package to version.
-        training: how the weights came to be, for people.
-        part: `whole`, or which of the two files that a model was split into.
-        video_part: of a query part: the file of its video part, in the same directory, to SHA-256.
-        prepared_parts: of a query part of version 0.1: two more files, to SHA-256, which nothing reads any longer.
-        windows: how videos longer than the training videos are cut; None for files of before, which take them whole.
-        presence: the score below which no moment is found; None for a model that always answers.
+        vocabulary: word table, and policy for unknown words.
+        decoding: parameters of decoding.
+        features: clip features of the training.
+        stage: last training stage, 1 to 3.
+        precision: precision of weights and arithmetic: fp32, fp16, bf16, int8.
+        max_query_length: maximum number of tokens of a query.
+        sources: source files: name to SHA-256.
+        producer: packages that wrote the file: name to version.
+        training: settings of the training, for reports.
+        part: `whole`, or the part of a split model.
+        video_part: for a query part, the file of its video part in the same directory, to SHA-256.
+        prepared_parts: for a query part of version 0.1, two more files, to SHA-256, which are not read.
+        windows: windows of videos longer than the training videos; None for older files, which do not split videos.
+        presence: score below which no moment is found; None for a model that always returns moments.
     """
 
     vocabulary: Vocabulary
@@ -100,16 +93,10 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
-            raise ModelFileError(
-                f"A model file is one of {', '.join(PARTS)}, and {excerpt(self.part)} was given.",
-                code="invalid_setting",
-            )
+            raise _invalid(f"a part of {PARTS}", self.part)
         if self.stage not in (1, 2, 3) or not 1 <= self.max_query_length <= MAX_SIZE:
-            raise ModelFileError(
-                f"A model has a stage from 1 to 3 and takes queries of 1 to {MAX_SIZE} tokens, and "
-                f"{excerpt((self.stage, self.max_query_length))} was given.",
-                code="invalid_setting",
-            )
+            sizes = (self.stage, self.max_query_length)
+            raise _invalid(f"a stage of 1 to 3 and a max_query_length of 1 to {MAX_SIZE}", sizes)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -123,7 +110,7 @@ class Manifest:
             "producer": dict(self.producer),
             "training": dict(self.training),
             "vocabulary": self.vocabulary.to_dict(),
-            # Files of before there were parts say nothing, and are whole.
+            # Files of version 0.1 have no part and are whole.
             **({} if self.part == "whole" else {"part": self.part, "video_part": dict(self.video_part)}),
             **({"prepared_parts": dict(self.prepared_parts)} if self.prepared_parts else {}),
             **({"windows": self.windows.to_dict()} if self.windows else {}),
@@ -135,13 +122,17 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, value: Any, source: str = "the manifest") -> Manifest:
-        """Read a manifest; `source` names it in messages.
+        """Return the manifest of a JSON value.
+
+        Args:
+            value: result of `to_dict`, which may have a digest.
+            source: name of the file, for messages.
 
         Raises:
-            ModelFileError: it is of another version, or something is missing or of the wrong kind.
+            ModelFileError: the value is of another format, or a key is missing or invalid.
         """
-        check_format(value, FORMAT, f"The manifest of {source}", ModelFileError, AGAIN)
-        with reading(f"The manifest of {source}", "complete", ModelFileError, AGAIN):
+        check_format(value, FORMAT, f"The manifest of {source}", ModelFileError, ADVICE)
+        with reading(f"The manifest of {source}", "a complete manifest", ModelFileError, ADVICE):
             return cls(
                 vocabulary=Vocabulary.from_dict(value["vocabulary"]),
                 decoding=Decoding.from_dict(value["decoding"]),
@@ -161,11 +152,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | None, source: str = "the manifest") -> Manifest:
-        """Read a manifest from JSON text; see `from_dict`. None stands for a file that carries none."""
+        """Return the manifest of a JSON text; see `from_dict`. None represents a file without one."""
         if text is None:
             raise ModelFileError(
-                f"{source} carries no {METADATA_KEY!r}, so it was not exported by drn-deploy; "
-                "export the checkpoint with `python -m export.to_onnx`.",
+                f"{source} has no {METADATA_KEY!r}, because drn-deploy did not export it. Export the checkpoint with "
+                "`python -m export.to_onnx`.",
                 code="missing_manifest",
             )
-        return cls.from_dict(parse_json(text, f"The manifest of {source}", ModelFileError, advice=AGAIN), source)
+        return cls.from_dict(parse_json(text, f"The manifest of {source}", ModelFileError, advice=ADVICE), source)
+
+
+def _invalid(expected: str, actual: object) -> ModelFileError:
+    return ModelFileError(f"Expected {expected}, got {excerpt(actual)}. Write the file again.", code="invalid_setting")

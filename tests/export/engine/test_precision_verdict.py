@@ -16,7 +16,8 @@ from runtime.artifacts.engine_layers import (
     EngineLayerStats,
     Inspection,
     ProfileView,
-    engine_layer_stats,
+    count_layers,
+    read_layers,
     read_layers_file,
 )
 from runtime.core.errors import CheckFailed
@@ -105,7 +106,7 @@ def test_control_characters_in_inspector_json_are_read() -> None:
     assert "\x1e" in text
     with pytest.raises(json.JSONDecodeError):
         json.loads(text)
-    assert engine_layer_stats(text).arithmetic == {"fp16": 4}
+    assert count_layers(read_layers(text)).arithmetic == {"fp16": 4}
     (view,) = Inspection(text, (ProfileView("all queries", {}, text),)).to_dict()["profiles"]
     assert len(view["bound"]["Layers"]) == len(json.loads(text, strict=False)["Layers"])
 
@@ -149,7 +150,7 @@ def test_one_contradicting_profile_contradicts_the_engine() -> None:
 
 
 def test_tensorrt_8_layers_are_counted_for_one_profile() -> None:
-    assert engine_layer_stats(document("8.6", "convolutions", bound=True, profiles=3)).arithmetic == {"fp16": 4}
+    assert count_layers(read_layers(document("8.6", "convolutions", bound=True, profiles=3))).arithmetic == {"fp16": 4}
 
 
 def test_fp32_modules_of_the_graph_do_not_contradict() -> None:
@@ -223,8 +224,8 @@ def test_engine_size_over_expectation_is_only_a_warning() -> None:
 
 
 def test_both_inspector_formats_are_read() -> None:
-    together = engine_layer_stats(document("10.16", "int8", bound=True), 7)
-    apart = engine_layer_stats(document("11.4", "int8", bound=True), 7)
+    together = count_layers(read_layers(document("10.16", "int8", bound=True)), 7)
+    apart = count_layers(read_layers(document("11.4", "int8", bound=True)), 7)
     assert (
         together
         == apart
@@ -246,4 +247,4 @@ def test_cutlass_kernel_names_reveal_input_types(kernel: str, kind: str) -> None
     layer = {
         "Name": "prop_fc.conv/Conv", "LayerType": "CaskConvolution", "TacticName": kernel, "Weights": {"Type": "Int8"},
     }  # fmt: skip
-    assert engine_layer_stats(json.dumps({"Layers": [layer]})).arithmetic == {kind: 1}
+    assert count_layers(read_layers(json.dumps({"Layers": [layer]}))).arithmetic == {kind: 1}

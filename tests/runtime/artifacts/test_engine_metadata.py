@@ -1,4 +1,4 @@
-"""`runtime.artifacts.engine_metadata`: no plan is taken that its sidecar does not vouch for."""
+"""Test `runtime.artifacts.engine_metadata`: a plan is accepted only if it matches its sidecar."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plan(tmp_path: Path, tiny_manifest: Manifest) -> Path:
 
 
 def change(plan: Path, **fields: Any) -> None:
-    """Write other fields into a sidecar, and seal it again."""
+    """Replace fields of a sidecar, and write its digest."""
     content = json.loads(metadata_path(plan).read_text())
     metadata_path(plan).write_text(json.dumps(with_digest({**content, **fields})))
 
@@ -174,11 +174,11 @@ def test_engine_without_metadata_file_is_rejected(plan: Path) -> None:
 
 def test_describe_prints_engine_facts(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     describe(plan)
-    told = capsys.readouterr().out
-    assert "tensorrt 11.4.0, for 9.0" in told
-    assert "97.0 % fp16, 3.0 % fp32" in told
-    assert "profile: one query" in told
-    assert "unrolled" not in told
+    output = capsys.readouterr().out
+    assert "tensorrt 11.4.0, for 9.0" in output
+    assert "97.0 % fp16, 3.0 % fp32" in output
+    assert "profile: one query" in output
+    assert "unrolled" not in output
     change(plan, unrolled={"drn.fp16.12.engine": "0" * 64, "drn.fp16.8.engine": "1" * 64})
     describe(plan)
     assert "queries of at most 8 and 12 tokens" in capsys.readouterr().out

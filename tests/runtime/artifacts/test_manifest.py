@@ -1,4 +1,4 @@
-"""`runtime.artifacts.manifest`: what a model file says of itself."""
+"""Test `runtime.artifacts.manifest`: the manifest of a model file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.raising import raises
 
 
 def full() -> Manifest:
-    """Nothing in it is a default."""
+    """Return a manifest without default values."""
     return Manifest(
         Vocabulary({"person": 1, "“door”": 2}, "zero"),
         Decoding(64, (1, 2, 4, 8), 0.1, 16, False, "drn"),

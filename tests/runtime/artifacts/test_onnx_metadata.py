@@ -1,4 +1,4 @@
-"""`runtime.artifacts.onnx_metadata`: metadata without the graph."""
+"""Test `runtime.artifacts.onnx_metadata`: metadata are read without the graph."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_read_metadata_returns_written_properties(write_graph: Callable[..., Pat
 
 
 def test_read_metadata_rejects_files_that_are_not_onnx(write_graph: Callable[..., Path], tmp_path: Path) -> None:
-    whole = write_graph(tmp_path / "m.onnx", {METADATA_KEY: "{}" * 5000}).read_bytes()
-    for name, content in (("cut", whole[:-40]), ("text", b"not a graph at all"), ("odd", b"\xff" * 64)):
+    graph = write_graph(tmp_path / "m.onnx", {METADATA_KEY: "{}" * 5000}).read_bytes()
+    for name, content in (("cut", graph[:-40]), ("text", b"not a graph at all"), ("odd", b"\xff" * 64)):
         path = tmp_path / name
         path.write_bytes(content)
         with raises(ModelFileError, "not_onnx", path):
