@@ -20,7 +20,7 @@ from runtime.core.tokenizer import Vocabulary, tokenize, word_table
 from runtime.core.video import ClipTiming
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.datasets.feature_stores import HDF5_SUFFIXES, FeatureStore, open_store
-from runtime.datasets.qvhighlights import ABOUT, FORMAT, WORDS
+from runtime.datasets.qvhighlights import DESCRIPTION, FORMAT, WORDS
 from train.network.glove import glove_vectors
 
 log = logging.getLogger("drn")
@@ -113,7 +113,7 @@ def prepare(
     texts = {f"{split}.jsonl": _rows(data_set, filtered.annotations) for split, filtered in splits.items()}
     if words:
         texts[WORDS] = json.dumps(dict(words), indent=1) + "\n"
-    texts[ABOUT] = json.dumps(_description(data_set, splits, location, store, clip_timing), indent=2) + "\n"
+    texts[DESCRIPTION] = json.dumps(_description(data_set, splits, location, store, clip_timing), indent=2) + "\n"
     if words and vectors:
         texts[VECTORS] = "".join(_vector_lines(words, vectors))
     _write(output, texts)
@@ -188,10 +188,10 @@ def _features(data_set: DataSet, output: Path, given: Path | None) -> tuple[str 
             )
         return str(given.resolve()), open_store(given.parent, given)
     own = open_store(output, None)
-    if own.place.exists():
+    if own.location.exists():
         return None, own
     published = data_set.store
-    return (str(published.place.resolve()), published) if published.place.exists() else (None, None)
+    return (str(published.location.resolve()), published) if published.location.exists() else (None, None)
 
 
 def _with_features(data_set: DataSet, split: str, store: FeatureStore | None) -> FilteredSplit:
@@ -200,7 +200,7 @@ def _with_features(data_set: DataSet, split: str, store: FeatureStore | None) ->
     dropped: dict[str, list[str]] = {}
     has_features: dict[str, bool] = {}
     cut_off = 0
-    for row, annotation, problems in data_set.judged(split):
+    for row, annotation, problems in data_set.checked_rows(split):
         if problems:
             dropped.setdefault(NO_SENSE, []).append(f"{row.label}: {problems[0]}")
         if annotation is None:

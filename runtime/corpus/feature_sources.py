@@ -135,7 +135,7 @@ class DataSetSource:
 
     def shared_file(self, video: VideoRef) -> Path | None:
         store = self._data_set.store
-        return store.place if isinstance(store, FeatureArchive) else None
+        return store.location if isinstance(store, FeatureArchive) else None
 
     def load(self, videos: Sequence[VideoRef], clock: ClipTiming) -> Iterator[Video | str]:
         for video in videos:

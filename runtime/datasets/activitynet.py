@@ -1,4 +1,4 @@
-"""ActivityNet Captions as published for grounding: durations and timestamps in seconds."""
+"""Read ActivityNet Captions as published for grounding, with durations and timestamps in seconds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from runtime.datasets.presets import PRESETS
 
 
 def activitynet(root: Path, splits: Mapping[str, Entries]) -> Captions:
-    """Read `{"v_X": {"duration", "timestamps": [[start, end], ...], "sentences": [...]}}`; see `Captions`."""
+    """Return the data set in `{"v_X": {"duration", "timestamps": [[start, end], ...], "sentences": [...]}}`."""
     return Captions(root, splits, PRESETS["activitynet"], _clock, "a duration in seconds")
 
 
 def is_activitynet(entry: Mapping[str, Any]) -> bool:
+    """Return whether the entry of a video may be of this format."""
     return "duration" in entry
 
 

@@ -1,6 +1,4 @@
-"""Read the JSON format that ActivityNet Captions and TACoS share: one file per split, with the sentences of each
-video.
-"""
+"""Read the JSON format of ActivityNet Captions and TACoS: one file per split, with the sentences of each video."""
 
 from __future__ import annotations
 
@@ -12,12 +10,11 @@ from typing import Any
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import is_number
-from runtime.core.names import by_fold, near_name
 from runtime.datasets.presets import Preset
 from runtime.datasets.schema import Annotation, Row
-from runtime.datasets.validation import SPLITS, VideoTable, sentence_of
+from runtime.datasets.validation import SPLITS, VideoTable, missing_split, sentence_of, unlisted_video
 
-# Video to what is said of it.
+# Video to its length, timestamps and sentences.
 Entries = Mapping[str, Mapping[str, Any]]
 
 
@@ -26,9 +23,9 @@ class Clock:
     """The length of a video.
 
     Attributes:
-        duration: seconds.
-        num_frames: frames; None where the annotations have none.
-        second: how much a second is in the unit of the timestamps.
+        duration: length in seconds.
+        num_frames: length in frames; None if the annotations have none.
+        second: length of a second in the unit of the timestamps.
     """
 
     duration: float
@@ -40,14 +37,14 @@ class Captions:
     """`{"VIDEO": {"timestamps": [[start, end], ...], "sentences": [...], ...}}` in `SPLIT.json`; see `DatasetFormat`.
 
     Args:
-        root: the directory.
-        splits: the content of its files, by split.
-        preset: of the data set.
-        clock_of: reads the length of a video off its entry; TypeError, KeyError or ValueError if there is none.
-        clock: what `clock_of` looks for, for messages.
+        root: directory of the data set.
+        splits: content of its files by split.
+        preset: preset of the data set.
+        clock_of: returns the length of a video from its entry; raises TypeError, KeyError or ValueError if it has none.
+        clock: description of the keys that `clock_of` reads, for messages.
 
     Raises:
-        AnnotationError: a file is malformed, or two give one video different lengths.
+        AnnotationError: a file is malformed, or two files have different lengths of one video.
     """
 
     unit, correction, simulated = "sentences", "correct the entry or leave it out", False
@@ -70,8 +67,8 @@ class Captions:
                     result = clock_of(entry)
                 except (KeyError, TypeError, ValueError, ArithmeticError):
                     raise AnnotationError(
-                        f"{location}: {clock} are expected beside timestamps and sentences; correct the entry, and "
-                        "keep data sets of different formats in different directories.",
+                        f"{location}: expected {clock}, timestamps and sentences, got {excerpt(list(entry))[:80]}. "
+                        "Correct the entry, or use one directory for each data set.",
                         code="missing_field",
                     ) from None
                 videos.add(name, result.duration, location, result.num_frames)
@@ -87,7 +84,7 @@ class Captions:
     def words(self) -> None:
         return None
 
-    def feature_place(self) -> None:
+    def feature_location(self) -> None:
         return None
 
     def videos(self, split: str) -> set[str]:
@@ -100,42 +97,34 @@ class Captions:
             times, sentences = entry.get("timestamps"), entry.get("sentences")
             if not isinstance(times, list) or not isinstance(sentences, list) or len(times) != len(sentences):
                 raise AnnotationError(
-                    f"{location}: as many timestamps as sentences are expected; correct the entry.",
+                    f"{location}: expected lists of equally many timestamps and sentences, got others. Correct the "
+                    "entry.",
                     code="malformed_row",
                 )
             for index, (window, sentence) in enumerate(zip(times, sentences), 1):
                 number += 1
-                where = f"{location}, sentence {index}"
+                row_location = f"{location}, sentence {index}"
                 if not isinstance(window, list) or len(window) != 2 or not all(map(is_number, window)):
                     raise AnnotationError(
-                        f"{where}: the timestamps should be [start, end], and are {excerpt(window)}.",
+                        f"{row_location}: expected timestamps [start, end], got {excerpt(window)}. Correct them.",
                         code="malformed_row",
                     )
                 start, end = (float(value) / self._second[name] for value in window)
-                annotation = Annotation(name, start, end, sentence_of(sentence, where), number)
-                yield Row(annotation, f"{name} sentence {index}", where)
+                annotation = Annotation(name, start, end, sentence_of(sentence, row_location), number)
+                yield Row(annotation, f"{name} sentence {index}", row_location)
 
     def check_known(self, video: str, location: str) -> None:
         if video not in self.durations:
-            files = ", ".join(f"{split}.json" for split in self._splits)
-            near = near_name(by_fold(self.durations), video)
-            raise AnnotationError(
-                f"{location}: the video {excerpt(video)} is not in {files}; check the name.{near}",
-                code="unlisted_video",
-            )
+            raise unlisted_video(video, self.durations, [f"{split}.json" for split in self._splits], location)
 
     def _entries(self, split: str) -> Entries:
         if split not in self._splits:
-            raise AnnotationError(
-                f"{self.path(split)} does not exist, so there is no split {excerpt(split)} in this data set; there are "
-                f"{', '.join(self._splits) or 'none'}.",
-                code="missing_split",
-            )
+            raise missing_split(split, self.path(split), self._splits)
         return self._splits[split]
 
 
 def read_splits(root: Path) -> dict[str, Entries]:
-    """Return the content of the split files of a directory; AnnotationError for what is no such file."""
+    """Return the content of the split files of a directory; AnnotationError if one is malformed."""
     paths = {split: root / f"{split}.json" for split in SPLITS}
     return {split: _entries(path) for split, path in paths.items() if path.exists()}
 
@@ -144,8 +133,8 @@ def _entries(path: Path) -> Entries:
     entries = read_json(path, "annotations by video")
     if not isinstance(entries, dict) or not entries or not all(isinstance(e, dict) for e in entries.values()):
         raise AnnotationError(
-            f"{path} should map videos to their timestamps and sentences, as ActivityNet Captions and TACoS do, and "
-            "holds something else.",
+            f"Expected a JSON object of videos with timestamps and sentences in {path}, got other JSON. Correct the "
+            "file, or move it to another directory.",
             code="unexpected_structure",
         )
     return entries

@@ -1,4 +1,4 @@
-"""Charades-STA as published: a line for each sentence, and tables of videos and words."""
+"""Read Charades-STA as published, with a line for each sentence and tables of videos and words."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from typing import Any
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import read_lines
-from runtime.core.names import by_fold, near_name
 from runtime.datasets.presets import PRESETS
 from runtime.datasets.schema import Annotation, Row
-from runtime.datasets.validation import check_distinct_names, check_video_name
+from runtime.datasets.validation import (
+    SPLITS,
+    check_distinct_names,
+    check_video_name,
+    missing_split,
+    unlisted_video,
+)
 
 DURATIONS, FRAMES, WORDS = "Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json"
 TABLES = (DURATIONS, FRAMES, WORDS)
@@ -21,7 +26,7 @@ FEATURE_DIRECTORY = "C3D_unit16_overlap0.5_merged"
 
 
 class CharadesSTA:
-    """`Charades_sta_SPLIT.txt`, one `VIDEO START END##SENTENCE` a line, and JSON tables; see `DatasetFormat`.
+    """`Charades_sta_SPLIT.txt` with lines `VIDEO START END##SENTENCE`, and JSON tables; see `DatasetFormat`.
 
     Raises:
         AnnotationError: a table is missing or malformed.
@@ -39,7 +44,7 @@ class CharadesSTA:
 
     @staticmethod
     def claims(root: Path) -> list[Path]:
-        """Return the files of a directory that are of this format."""
+        """Return the files of a directory that have this format."""
         named = [root / name for name in TABLES if (root / name).exists()]
         return [*named, *sorted(root.glob("Charades_sta_*.txt"))]
 
@@ -52,7 +57,7 @@ class CharadesSTA:
     def words(self) -> Mapping[str, int]:
         return self._table(WORDS, "word to id")
 
-    def feature_place(self) -> Path:
+    def feature_location(self) -> Path:
         return self.root / FEATURE_DIRECTORY
 
     def videos(self, split: str) -> set[str]:
@@ -63,7 +68,8 @@ class CharadesSTA:
         lines = self._lines(split)
         if not lines:
             raise AnnotationError(
-                f"{path} is empty; one annotation a line is expected: VIDEO START END##SENTENCE.", code="empty_file"
+                f"Expected lines VIDEO START END##SENTENCE in {path}, got an empty file. Copy it again.",
+                code="empty_file",
             )
         for number, line in enumerate(lines, 1):
             location = f"{path}, line {number}"
@@ -72,30 +78,25 @@ class CharadesSTA:
     def _lines(self, split: str) -> list[str]:
         path = self.path(split)
         if not path.exists():
-            raise AnnotationError(
-                f"{path} does not exist, so there is no split {excerpt(split)} in this data set.", code="missing_split"
-            )
+            raise missing_split(split, path, [name for name in SPLITS if self.path(name).exists()])
         return read_lines(path, "lines of VIDEO START END##SENTENCE")
 
     def check_known(self, video: str, location: str) -> None:
         for table, name in ((self.durations, DURATIONS), (self.num_frames, FRAMES)):
             if video not in table:
-                raise AnnotationError(
-                    f"{location}: the video {excerpt(video)} is not in {name}; add it there or check the name."
-                    + near_name(by_fold(table), video),
-                    code="unlisted_video",
-                )
+                raise unlisted_video(video, table, [name], location)
 
-    def _table(self, name: str, what: str) -> dict[str, Any]:
-        table = read_json(self.root / name, what)
+    def _table(self, name: str, description: str) -> dict[str, Any]:
+        table = read_json(self.root / name, description)
         if not isinstance(table, dict) or not table:
             raise AnnotationError(
-                f"{self.root / name} should map {what}, and holds something else.", code="unexpected_structure"
+                f"{self.root / name}: expected a JSON object ({description}), got {excerpt(table)[:60]}. Correct it.",
+                code="unexpected_structure",
             )
         for key, value in table.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
                 raise AnnotationError(
-                    f"{self.root / name} should map {what}, and maps {excerpt(key)} to {excerpt(value)}.",
+                    f"{self.root / name}: expected {description}, got {excerpt(key)} to {excerpt(value)}. Correct it.",
                     code="unexpected_structure",
                 )
         return table
@@ -105,7 +106,7 @@ class CharadesSTA:
         fields = parts[0].split()
         if len(parts) != 2 or len(fields) != 3 or not parts[1].strip():
             raise AnnotationError(
-                f"{location}: expected VIDEO START END##SENTENCE and found {line.strip()[:80]!r}; correct the line.",
+                f"{location}: expected VIDEO START END##SENTENCE, got {line.strip()[:80]!r}. Correct the line.",
                 code="malformed_row",
             )
         try:
@@ -114,8 +115,8 @@ class CharadesSTA:
             start = end = math.nan
         if not (math.isfinite(start) and math.isfinite(end)):
             raise AnnotationError(
-                f"{location}: start and end should be seconds, and are {excerpt(fields[1])} and "
-                f"{excerpt(fields[2])}; correct the line.",
+                f"{location}: expected a start and an end in seconds, got {excerpt(fields[1])} and "
+                f"{excerpt(fields[2])}. Correct the line.",
                 code="malformed_row",
             )
         self.check_known(fields[0], location)

@@ -1,4 +1,4 @@
-"""Read the clip features of a data set: one file per video, or one HDF5 file."""
+"""Read the clip features of a data set from one file per video, or from one HDF5 file."""
 
 from __future__ import annotations
 
@@ -27,68 +27,73 @@ HDF5_SUFFIXES = (".h5", ".hdf5")
 
 
 class FeatureStore(Protocol):
-    """The clip features of many videos, by name. Every method raises MissingFeatures for a video that is not
-    there, and FeatureError for one that cannot be read.
+    """The clip features of many videos by name.
+
+    Every method raises MissingFeatures for a video without features, and FeatureError for features that cannot be read.
 
     Attributes:
-        place: the directory, or the file.
+        location: the directory, or the HDF5 file.
     """
 
-    place: Path
+    location: Path
 
     def path(self, video: str) -> Path:
-        """Return the file that holds a video."""
+        """Return the file with the features of a video."""
 
     def load(self, video: str) -> np.ndarray:
-        """Return the features of a video, as stored."""
+        """Return the (num_clips, D) features of a video as stored."""
 
     def num_clips(self, video: str) -> int:
-        """Return how many clips a video has, without reading them where the format allows it."""
+        """Return the number of clips of a video, without reading the features if the format allows it."""
 
     def stamp(self, video: str) -> tuple[Any, ...]:
-        """Return what changes whenever the features of a video do: name, size and time of the file, the place in it,
-        and a hash of samples of the content."""
+        """Return a stamp of the features of a video that changes with their name, file, modification time or content.
+
+        Of large files only samples are read; see `content_stamp`.
+        """
 
     def file_stamp(self, video: str) -> tuple[Any, ...] | None:
-        """Return what changes whenever the file that holds a video is written or replaced, without reading the file;
-        None where there is none."""
+        """Return a stamp that changes when the file of a video is written or replaced; None if it does not exist.
+
+        The file is not read.
+        """
 
     def content(self, video: str) -> bytes:
-        """Return all that the features of a video are, to be hashed."""
+        """Return the features of a video as bytes, for digests."""
 
 
 class FeatureFiles:
-    """A directory with a `.pt`, `.npy` or `.npz` file for each video; of several for one, the first of these counts."""
+    """A directory with a `.pt`, `.npy` or `.npz` file for each video, in this order of priority."""
 
     def __init__(self, directory: Path) -> None:
-        self.place = directory
+        self.location = directory
         self._warned = False
 
     def path(self, video: str) -> Path:
-        paths = [self.place / f"{name}{suffix}" for name in _spellings(video) for suffix in SUFFIXES]
+        paths = [self.location / f"{name}{suffix}" for name in _spellings(video) for suffix in SUFFIXES]
         files = [path for path in paths if path.is_file()]
         if len(files) > 1 and not self._warned:
             self._warned = True
             log.warning(
-                "%s holds %s for one video, and %s is used. Remove the others; further such videos are not listed.",
-                self.place, " and ".join(path.name for path in files), files[0].name,
+                "%s has %s for one video, and %s is used. Remove the others; this warning appears once.",
+                self.location, " and ".join(path.name for path in files), files[0].name,
                 extra={"code": "ambiguous_features"},
             )  # fmt: skip
         if files:
             return files[0]
-        check_directory(self.place, f"There are no features of {excerpt(video)}: the directory", MissingFeatures)
+        check_directory(self.location, f"The directory of the features of {excerpt(video)},", MissingFeatures)
         for path in paths:
             if path.exists():
                 check_file(path, "The feature file", FeatureError)
         raise MissingFeatures(
-            f"There are no features of {excerpt(video)}: {self.place / video}{SUFFIXES[0]} (or "
-            f"{', '.join(SUFFIXES[1:])}) is missing." + near_name(self._names, *_spellings(video))
+            f"Expected {paths[0]} (or {', '.join(SUFFIXES[1:])}) for the video {excerpt(video)}, got no file. Extract "
+            "its features." + near_name(self._names, *_spellings(video))
         )
 
     @functools.cached_property
     def _names(self) -> dict[str, str]:
-        """Names of the files, without their suffix, for `near_name`: listed once, when a video is missing."""
-        paths = (Path(name) for name in os.listdir(self.place))
+        """Names of the files without their suffixes for `near_name`, listed only if a video is missing."""
+        paths = (Path(name) for name in os.listdir(self.location))
         return by_fold(path.stem for path in paths if path.suffix in SUFFIXES)
 
     def load(self, video: str) -> np.ndarray:
@@ -97,7 +102,7 @@ class FeatureFiles:
     def num_clips(self, video: str) -> int:
         path = self.path(video)
         if path.suffix == ".npy":
-            # Whatever is wrong with the file, `load_features` reports it.
+            # `load_features` reports errors of the file.
             with contextlib.suppress(Exception), open(path, "rb") as stream:
                 return read_header(stream).shape[0]
         return len(load_features(path))
@@ -109,7 +114,7 @@ class FeatureFiles:
     def file_stamp(self, video: str) -> tuple[Any, ...] | None:
         for name in _spellings(video):
             for suffix in SUFFIXES:
-                stamp = file_stamp(os.path.join(self.place, name + suffix))
+                stamp = file_stamp(os.path.join(self.location, name + suffix))
                 if stamp is not None:
                     return name, suffix, *stamp
         return None
@@ -119,18 +124,18 @@ class FeatureFiles:
 
 
 class FeatureArchive:
-    """One HDF5 file: a dataset (num_clips, D) named after each video, or a group of that name with one in it.
+    """One HDF5 file with a (num_clips, D) dataset for each video, or a group that contains one.
 
-    Links within the file are followed. Links out of it, virtual datasets and values in external files are refused.
+    Links within the file are followed. Links out of it, virtual datasets and values in external files are rejected.
     """
 
     def __init__(self, file: Path) -> None:
-        self.place = file
+        self.location = file
         self._reader = Hdf5Reader(file)
 
     def path(self, video: str) -> Path:
         self._reader.describe(_spellings(video))
-        return self.place
+        return self.location
 
     def load(self, video: str) -> np.ndarray:
         return self._reader.read(_spellings(video))
@@ -140,13 +145,13 @@ class FeatureArchive:
 
     def stamp(self, video: str) -> tuple[Any, ...]:
         name = self._reader.describe(_spellings(video))["name"]
-        return self.place.name, *content_stamp(self.place), name
+        return self.location.name, *content_stamp(self.location), name
 
     def file_stamp(self, video: str) -> tuple[Any, ...] | None:
-        return file_stamp(self.place)
+        return file_stamp(self.location)
 
     def close(self) -> None:
-        """End the process that reads the file, until it is read again."""
+        """End the process that reads the file; the next read starts another."""
         self._reader.close()
 
     def content(self, video: str) -> bytes:
@@ -155,15 +160,15 @@ class FeatureArchive:
 
 
 def open_store(root: Path, location: Path | None) -> FeatureStore:
-    """Return the features of the data set in a directory.
+    """Return the feature store of the data set in a directory.
 
     Args:
-        root: the directory.
-        location: a directory or an HDF5 file; None for `features/` in the directory or, without it, its one HDF5 file.
-            A `place` that is not there gives way to the one HDF5 file too.
+        root: directory of the data set.
+        location: directory or HDF5 file of the features; default: `features/` in `root`. If the directory does not
+            exist, the HDF5 file in `root` is used.
 
     Raises:
-        FeatureError: the directory holds several HDF5 files, or one beside `features/`.
+        FeatureError: `root` has several HDF5 files, or an HDF5 file in addition to the directory.
     """
     if location is not None and location.suffix in HDF5_SUFFIXES:
         return FeatureArchive(location)
@@ -172,16 +177,17 @@ def open_store(root: Path, location: Path | None) -> FeatureStore:
     if len(archives) > 1 or (archives and directory.is_dir()):
         siblings = [path.name for path in archives] + ([f"{directory.name}/"] if directory.is_dir() else [])
         raise FeatureError(
-            f"{root} holds features in {' and '.join(siblings)}; keep one of them.", code="ambiguous_features"
+            f"Expected one store of features in {root}, got {' and '.join(siblings)}. Remove the others.",
+            code="ambiguous_features",
         )
     return FeatureArchive(archives[0]) if archives else FeatureFiles(directory)
 
 
 def _spellings(video: str) -> list[str]:
-    """Return how a video's features may be called: by its name, or without the suffix of a video file."""
+    """Return the possible names of the features of a video: its name, with and without the suffix of a video file."""
     if not is_file_name(video):
         raise FeatureError(
-            f"{excerpt(video)} cannot be the name of a video, as its features are found by it.",
+            f"Expected the name of a video that can be a file name, got {excerpt(video)}. Correct the name.",
             code="invalid_video_name",
         )
     return list(dict.fromkeys((video, file_stem(video))))

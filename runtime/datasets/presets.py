@@ -1,4 +1,4 @@
-"""Define the defaults of each data set: segments, clip features, metrics, query lengths."""
+"""Define the default settings of each data set: segments, clip features, metrics and query lengths."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 
 from runtime.artifacts.manifest import Features
-from runtime.core.errors import AnnotationError
+from runtime.core.errors import AnnotationError, excerpt
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """The defaults of a data set for the options of commands.
+    """The default options of a data set.
 
     Attributes:
-        title: the data set, as papers call it.
+        title: name of the data set in papers.
         num_segments: T. Moments far shorter than 1 / T of their video cannot be found.
-        features: kind, clip clock and width of the features published for it. The width is read off the files.
-        iou_thresholds: of the recall that papers report.
-        query_length: shortest, usual and longest query in tokens: what graphs and engines are made for.
-        spread: whether a video whose clips do not fit its frame count is divided by its clips; see `DataSet.frames`.
+        features: kind, clip timing and width of the published features. The width in the files takes precedence.
+        iou_thresholds: IoU thresholds of the recall in papers.
+        query_length: min, opt and max query length in tokens, for graphs and engines.
+        spread: whether a video whose clips do not match its frame count is divided by its clips; see `DataSet.frames`.
     """
 
     title: str
@@ -37,31 +37,30 @@ class Preset:
         object.__setattr__(self, "query_length", tuple(self.query_length))
         lengths, thresholds = self.query_length, self.iou_thresholds
         if self.num_segments < 4 or self.num_segments % 4:
-            raise AnnotationError(
-                f"The number of segments is a multiple of 4, and {self.num_segments} is not.", code="invalid_setting"
-            )
-        # Models are compared at 0.5 and 0.7, whatever the data set.
+            raise _invalid("a multiple of 4 for num_segments", self.num_segments)
+        # Models are compared at 0.5 and 0.7 on every data set.
         if not {0.5, 0.7} <= set(thresholds) or not all(0 < threshold < 1 for threshold in thresholds):
-            raise AnnotationError(
-                f"IoU thresholds lie between 0 and 1, 0.5 and 0.7 among them, and are {list(thresholds)}.",
-                code="invalid_setting",
-            )
+            raise _invalid("iou_thresholds between 0 and 1, including 0.5 and 0.7", thresholds)
         if len(lengths) != 3 or not 1 <= lengths[0] <= lengths[1] <= lengths[2]:
-            raise AnnotationError(
-                f"Query lengths are MIN OPT MAX, from 1 and rising, and are {list(lengths)}.", code="invalid_setting"
-            )
+            raise _invalid("1 <= min <= opt <= max for query_length", lengths)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Preset:
-        """Read what `to_dict` returned; TypeError, ValueError or a GroundingError where it is something else."""
+        """Return the preset of the result of `to_dict`; TypeError, ValueError or GroundingError for other values."""
         return cls(**{**value, "features": Features(**value["features"])})
 
 
+def _invalid(expected: str, actual: object) -> AnnotationError:
+    return AnnotationError(
+        f"Expected {expected}, got {excerpt(actual)}. Correct the preset of the data set.", code="invalid_setting"
+    )
+
+
 def query_length_of(training: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return shortest, usual and longest query of the data set that a model learnt from, by what its file says."""
+    """Return min, opt and max query length of the training data of a model, from `training` of its manifest."""
     query_length = training.get("query_length")
     if (
         isinstance(query_length, (list, tuple))
@@ -86,25 +85,25 @@ def length_quantiles(lengths: Iterable[int]) -> tuple[int, int]:
 
 
 def length_quantiles_of(training: Mapping[str, Any]) -> tuple[tuple[int, int], str] | None:
-    """Return the 90 % and 99 % quantiles of the query lengths that a model was trained on, and their source.
+    """Return the 90 % and 99 % quantiles of the query lengths in the training of a model, and their source.
 
     Args:
-        training: of a manifest. Training records the quantiles; for files without them, those of the published data set
-            are returned, and those of Charades-STA for files that name no data set.
+        training: `training` of a manifest. If it has no quantiles, those of the published data set are returned, and
+            those of Charades-STA if it has no data set.
 
     Returns:
-        The quantiles in tokens and a phrase that names where they are from; None for an unknown data set.
+        Quantiles in tokens, and a phrase that names their source; None for an unknown data set.
     """
     recorded = training.get("query_length_quantiles")
     if isinstance(recorded, (list, tuple)) and len(recorded) == 2 and all(type(length) is int for length in recorded):
-        return (recorded[0], recorded[1]), "the training queries, as the model records them"
+        return (recorded[0], recorded[1]), "the training queries, as recorded in the model"
     title = training.get("data_set", PRESETS["charades-sta"].title)
     published = LENGTH_QUANTILES.get(title) if isinstance(title, str) else None
     return (published, f"the queries of {title}") if published else None
 
 
 QUANTILES = (0.9, 0.99)
-"""Shares of queries that have a plan with a written-out LSTM."""
+"""Shares of queries for whose lengths a plan with an unrolled LSTM is built."""
 
 # Measured with `length_quantiles` on the training splits as published, 2026-11-29; of QVHighlights on val.
 LENGTH_QUANTILES: Mapping[str, tuple[int, int]] = {
@@ -121,7 +120,7 @@ PRESETS: Mapping[str, Preset] = {
     "tacos": Preset(
         "TACoS", num_segments=128, iou_thresholds=(0.1, 0.3, 0.5, 0.7), query_length=(1, 8, 64), spread=True
     ),
-    # Clips of two seconds side by side: 60 frames, were there 30 a second.
+    # Adjacent clips of two seconds, which are 60 frames at 30 frames per second.
     "qvhighlights": Preset(
         "QVHighlights", num_segments=64, features=Features("CLIP", 512, window=60, stride=60), query_length=(1, 10, 64)
     ),

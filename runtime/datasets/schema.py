@@ -1,4 +1,4 @@
-"""The neutral form that every published layout is read into."""
+"""Define the common form into which every published layout is read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Annotation:
     """One sentence of a data set and the moment it describes.
 
     Attributes:
-        video: its name.
+        video: name of the video.
         start, end: seconds, as written in the file.
-        sentence: as written in the file.
-        line: its number in the file, from 1: the line, or in a JSON file the how-many-eth sentence.
-        qid: its own name where the data set gives it one.
-        several: all moments it describes, where there are several; `start` and `end` are the first.
+        sentence: the sentence, as written in the file.
+        line: number of the line, or of the sentence in a JSON file, starting at 1.
+        qid: id of the sentence, if the data set has ids.
+        several: all moments, if there are several; `start` and `end` are the first.
     """
 
     video: str
@@ -40,40 +40,40 @@ class Annotation:
 
     @property
     def moments(self) -> tuple[Times, ...]:
-        """Every moment it describes, one or more, in seconds."""
+        """Return all moments, one or more, in seconds."""
         return self.several or ((self.start, self.end),)
 
     def narrowed(self, moments: tuple[Times, ...]) -> Annotation:
-        """Return the same sentence with only these of its moments."""
+        """Return the annotation with only these of its moments, at least one."""
         (start, end), *others = moments
         return dataclasses.replace(self, start=start, end=end, several=moments if others else ())
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An annotation as it is read, before its times are judged.
+    """An annotation as it is read, before its times are checked.
 
     Attributes:
-        annotation: what it says.
-        label: how a list of rows calls it.
-        place: how a message begins that is about it: the file, and where in it.
+        annotation: the annotation.
+        label: name of the row in a list of rows.
+        location: file and line or sentence, with which messages begin.
     """
 
     annotation: Annotation
     label: str
-    place: str
+    location: str
 
 
 class DatasetFormat(Protocol):
     """A directory in one of the published formats.
 
     Attributes:
-        preset: what is usual for the data set.
+        preset: default options of the data set.
         durations: video to seconds.
-        num_frames: video to frame count, where the annotations have it.
-        unit: what its rows are called: lines or sentences.
-        correction: what to do with a row that makes no sense, as the end of a message.
-        simulated: whether the annotations themselves say that their features are.
+        num_frames: video to frame count; empty if the annotations have none.
+        unit: name of its rows: lines or sentences.
+        correction: instruction for an invalid row, as an imperative without a full stop.
+        simulated: whether the annotations state that the features are simulated.
     """
 
     preset: Preset
@@ -84,22 +84,22 @@ class DatasetFormat(Protocol):
     simulated: bool
 
     def path(self, split: str) -> Path:
-        """Return the annotation file of a split, whether or not there is one."""
+        """Return the path of the annotation file of a split, which may not exist."""
 
     def rows(self, split: str) -> Iterator[Row]:
-        """Yield the rows of a split in file order; AnnotationError where one is malformed."""
+        """Yield the rows of a split in file order; AnnotationError if one is malformed."""
 
     def videos(self, split: str) -> set[str]:
-        """Return the names of the videos of a split, without a look at what is said of them."""
+        """Return the names of the videos of a split without parsing their annotations."""
 
     def files(self, split: str) -> list[Path]:
-        """Return all that decides what the rows of a split, and their words, are read as."""
+        """Return the files from which the rows of a split and the words are read."""
 
     def words(self) -> Mapping[str, int] | None:
-        """Return the word table, or None where the format has none."""
+        """Return the word table; None if the format has none."""
 
-    def feature_place(self) -> Path | None:
-        """Return the directory or HDF5 file of the features; None for the usual places."""
+    def feature_location(self) -> Path | None:
+        """Return the directory or HDF5 file of the features; None for the default, see `open_store`."""
 
     def check_known(self, video: str, location: str) -> None:
-        """Raise AnnotationError, beginning with `place`, if the annotations do not know a video."""
+        """Raise AnnotationError, whose message begins with `location`, if the annotations do not list a video."""

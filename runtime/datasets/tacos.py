@@ -1,4 +1,4 @@
-"""TACoS as published for grounding: frame counts, and timestamps that are frame numbers."""
+"""Read TACoS as published for grounding, with frame counts and with timestamps in frames."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from runtime.datasets.validation import MAX_FRAME_RATE
 
 
 def tacos(root: Path, splits: Mapping[str, Entries]) -> Captions:
-    """Read `{"X.avi": {"fps", "num_frames", "timestamps": [[first, last], ...], "sentences": [...]}}`; `Captions`."""
+    """Return the data set in `{"X.avi": {"fps", "num_frames", "timestamps": [[first, last], ...], "sentences"}}`."""
     return Captions(root, splits, PRESETS["tacos"], _clock, "fps and num_frames")
 
 
 def is_tacos(entry: Mapping[str, Any]) -> bool:
+    """Return whether the entry of a video may be of this format."""
     return "num_frames" in entry and "fps" in entry
 
 

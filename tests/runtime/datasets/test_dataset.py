@@ -1,4 +1,4 @@
-"""`runtime.datasets.dataset`: data sets in the published layout."""
+"""Test `runtime.datasets.dataset`: data sets in published layouts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEATURES = "C3D_unit16_overlap0.5_merged"
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A data set of two videos, of 30 and of 10 seconds, without a split."""
+    """Return a directory with tables of two videos of 30 and 10 seconds, without a split."""
     for name, table in {
         "Charades_duration.json": {"AAAAA": 30.0, "BBBBB": 10},
         "Charades_frames_info.json": {"AAAAA": 900, "BBBBB": 300},
@@ -209,10 +209,10 @@ def test_different_clip_timing_gives_warning(golden: Path, caplog: pytest.LogCap
 def test_commands_check_clip_timing_of_model_and_data(
     command: Any, models: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[ClipTiming] = []
-    monkeypatch.setattr(DataSet, "check_clock", lambda self, clock: asked.append(clock))
+    timings: list[ClipTiming] = []
+    monkeypatch.setattr(DataSet, "check_clock", lambda self, clock: timings.append(clock))
     command(models / "drn.onnx", planted, limit=1, **({"videos": 2} if command is rank else {}))
-    assert asked == [ClipTiming(16, 8)]
+    assert timings == [ClipTiming(16, 8)]
 
 
 def test_simulated_features_are_detected(directory: Path) -> None:
@@ -239,16 +239,16 @@ def test_four_invalid_lines_of_real_training_file_are_dropped(
     real_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data_set = DataSet(real_data / "charades_sta")
-    kept = data_set.annotations("train", "keep")
+    annotations = data_set.annotations("train", "keep")
     dropped = data_set.annotations("train", "drop")
-    assert (len(kept), len(dropped)) == (12408, 12404)
-    broken = sorted({a.line for a in kept} - {a.line for a in dropped})
-    assert [kept[line - 1].video for line in broken] == ["LEOL6", "IOL8Q", "AKKWU", "AKKWU"]
+    assert (len(annotations), len(dropped)) == (12408, 12404)
+    broken = sorted({a.line for a in annotations} - {a.line for a in dropped})
+    assert [annotations[line - 1].video for line in broken] == ["LEOL6", "IOL8Q", "AKKWU", "AKKWU"]
     assert len(records(caplog, logging.WARNING, "Charades_sta_train.txt", 4)) == 1
     with raises(AnnotationError, "impossible_moment", broken[0]):
         data_set.annotations("train")
     assert len(data_set.annotations("test")) == 3720
-    late = sum(a.end > data_set.durations[a.video] for a in kept)
+    late = sum(a.end > data_set.durations[a.video] for a in annotations)
     assert late == 1768
 
 

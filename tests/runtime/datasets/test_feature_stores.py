@@ -1,4 +1,4 @@
-"""`runtime.datasets.feature_stores`: features in files by video, or in one HDF5 file."""
+"""Test `runtime.datasets.feature_stores`: one feature file per video, or one HDF5 file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLIPS = np.arange(24, dtype=np.float32).reshape(6, 4)
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """One file with a group a video, as ActivityNet's, and a dataset a video, as TACoS's."""
+    """Return one file with groups for videos, as in ActivityNet, and datasets for videos, as in TACoS."""
     with h5py.File(tmp_path / "features.hdf5", "w") as file:
         file["v_a/c3d_features"] = CLIPS
         file["v_a/other"] = CLIPS + 1
@@ -96,9 +96,9 @@ def test_external_hdf5_links_are_not_followed(tmp_path: Path, published: Path) -
         file.create_virtual_dataset("v_virtual", layout)
     store = FeatureArchive(tmp_path / "links.h5")
     for video in ("v_out", "v_soft", "v_within", "v_inside", "v_raw", "v_virtual"):
-        with pytest.raises(FeatureError) as refused:
+        with pytest.raises(FeatureError) as caught:
             store.load(video)
-        assert refused.value.code == "features_outside_file"
+        assert caught.value.code == "features_outside_file"
 
 
 def test_soft_links_within_the_file_are_followed(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_soft_links_within_the_file_are_followed(tmp_path: Path) -> None:
         np.testing.assert_array_equal(store.load(video), CLIPS)
         assert store.num_clips(video) == len(CLIPS)
     for video in ("v_nothing", "v_beyond", "v_circle", "v_growing", "v_here"):
-        with pytest.raises(FeatureError) as refused:
+        with pytest.raises(FeatureError) as caught:
             store.load(video)
-        assert refused.value.code == "broken_link"
+        assert caught.value.code == "broken_link"
 
 
 def test_invalid_or_truncated_hdf5_file_is_named(tmp_path: Path, published: Path) -> None:
@@ -232,7 +232,7 @@ def bomb(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         np.savez_compressed(path, np.zeros((1000, 400), np.float32))
     else:
         with h5py.File(path, "w") as file:
-            # Nothing is stored of chunks that were never written.
+            # Chunks that are never written take no space.
             file.create_dataset("bomb", (200_000, 400), "f4", compression="gzip", chunks=(1000, 400))
 
 
@@ -249,7 +249,7 @@ def test_decompression_bomb_is_rejected_before_loading(
 
 
 def captions(directory: Path, entry: dict[str, Any], clips: int) -> DataSet:
-    """A data set of one video with so many clips of features."""
+    """Return a data set of one video with this number of clips."""
     entry = {"timestamps": [[0, 1]], "sentences": ["A man sits."], **entry}
     (directory / "train.json").write_text(json.dumps({"v.avi": entry}))
     (directory / "features").mkdir()
@@ -265,18 +265,18 @@ def test_frame_count_is_derived_from_clips_when_missing(tmp_path: Path) -> None:
 def test_mismatched_frame_count_splits_clips_with_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "fits").mkdir()
     (tmp_path / "other").mkdir()
-    told = {"fps": 30.0, "num_frames": 1000}
-    assert captions(tmp_path / "fits", told, clips=ClipTiming().num_clips(1000) - 1).frames("v.avi") == 1000
+    entry = {"fps": 30.0, "num_frames": 1000}
+    assert captions(tmp_path / "fits", entry, clips=ClipTiming().num_clips(1000) - 1).frames("v.avi") == 1000
     assert not caplog.records
-    # One clip of 64 frames every 16, say: half as many as the clock expects.
-    data_set = captions(tmp_path / "other", told, clips=60)
+    # Half of the expected clips, as with a window of 64 and a stride of 16 frames.
+    data_set = captions(tmp_path / "other", entry, clips=60)
     with caplog.at_level(logging.WARNING, "drn"):
         video = data_set.video("v.avi")
         data_set.frames("v.avi")
     assert len(caplog.records) == len(records(caplog, logging.WARNING, "'v.avi'", 60, 1000, 124)) == 1
     segments = video.segments(4)
     np.testing.assert_allclose(segments.spans[:, 0], [0, 0.25, 0.5, 0.75], atol=0.01)
-    # The last segment sees the last quarter of the clips, and no segment sees one clip again and again.
+    # The last segment has the last quarter of the clips, and segments do not repeat one clip.
     np.testing.assert_array_equal(segments.features[-1], video.features[45:].max(axis=0))
 
 
@@ -285,7 +285,7 @@ def test_crash_of_hdf5_reader_raises_one_error(published: Path) -> None:
     expected = store.load("v_a")
     process = store._reader._process
     assert process is not None
-    # A process that is stopped answers neither this question nor any other.
+    # A stopped process does not reply to any request.
     os.kill(process.pid, signal.SIGSTOP)
     threading.Timer(0.2, process.kill).start()
     with raises(FeatureError, "damaged_file", published):
@@ -316,10 +316,10 @@ def test_archive_is_read_by_threads_and_forked_processes(published: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("stored", "asked"), [("Vid\u00e9o1", "Vide\u0301o1"), ("Vide\u0301o1", "Vid\u00e9o1.mp4"), ("v_ABC", "v_abc")]
+    ("stored", "requested"), [("Vid\u00e9o1", "Vide\u0301o1"), ("Vide\u0301o1", "Vid\u00e9o1.mp4"), ("v_ABC", "v_abc")]
 )
 @pytest.mark.parametrize("archive", [False, True])
-def test_missing_features_error_names_similar_video(tmp_path: Path, stored: str, asked: str, archive: bool) -> None:
+def test_missing_features_error_names_similar_video(tmp_path: Path, stored: str, requested: str, archive: bool) -> None:
     store: FeatureFiles | FeatureArchive
     if archive:
         with h5py.File(tmp_path / "features.h5", "w") as file:
@@ -330,9 +330,9 @@ def test_missing_features_error_names_similar_video(tmp_path: Path, stored: str,
         store = FeatureFiles(tmp_path)
     np.testing.assert_array_equal(store.load(stored), CLIPS)
     for _ in range(2):
-        with pytest.raises(MissingFeatures) as refused:
-            store.load(asked)
-        assert excerpt(stored) in str(refused.value).split("; rename")[0].rpartition(".")[2]
-    with pytest.raises(MissingFeatures) as refused:
+        with pytest.raises(MissingFeatures) as caught:
+            store.load(requested)
+        assert excerpt(stored) in str(caught.value)
+    with pytest.raises(MissingFeatures) as caught:
         store.load("other")
-    assert stored not in str(refused.value)
+    assert stored not in str(caught.value)

@@ -1,4 +1,4 @@
-"""`runtime.datasets.formats`: every published format is told by its files and read into one form."""
+"""Test `runtime.datasets.formats`: files determine the format, and all formats are read into one form."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def test_qvhighlights_query_keeps_id_and_all_moments(tmp_path: Path, name: str) 
 def test_only_impossible_moments_of_a_query_are_dropped(tmp_path: Path) -> None:
     rows = [{**ROWS[0], "relevant_windows": [[5, 4], [20, 30], [151, 160]]}, {**ROWS[1], "relevant_windows": [[9, 9]]}]
     data_set = DataSet(write_rows(tmp_path, "train.jsonl", rows))
-    (kept,) = data_set.annotations("train", "drop")
-    assert (kept.qid, kept.moments, kept.several) == (7, ((20, 30),), ())
+    (annotation,) = data_set.annotations("train", "drop")
+    assert (annotation.qid, annotation.moments, annotation.several) == (7, ((20, 30),), ())
     with raises(AnnotationError, "impossible_moment", tmp_path / "train.jsonl", 1, 4, 5):
         data_set.annotations("train")
 

@@ -1,4 +1,4 @@
-"""`runtime.datasets.presets`: what is usual for each data set."""
+"""Test `runtime.datasets.presets`: default options of each data set."""
 
 from __future__ import annotations
 
