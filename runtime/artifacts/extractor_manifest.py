@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from runtime.artifacts.manifest import Features
-from runtime.core.errors import FeatureError, GroundingError, ModelFileError, VideoFileError, excerpt, reading
+from runtime.core.errors import FeatureError, GroundingError, ModelFileError, VideoFileError, invalid_setting, reading
 from runtime.core.io.text_files import check_format, is_number
 from runtime.core.video import ClipTiming
 
 FORMAT = "drn-extractor/1"
 METADATA_KEY = "drn.extractor"
 
+ADVICE = "correct the manifest of the extractor"
 # A clip of 64 frames of 448 x 448 pixels has 39 MB. Far larger clips are mistakes, or fill the memory.
 MAX_CLIP_BYTES, MAX_SIDE = 1 << 28, 1 << 16
 # Minimum and maximum of `std` and `white`, for which scaled pixels stay within float32.
@@ -57,7 +58,7 @@ class ExtractorManifest:
             object.__setattr__(self, "resize", tuple(self.resize))
         counts = (self.dim, self.window, self.stride)
         if not all(type(count) is int and count > 0 for count in counts):
-            raise _invalid("1 or more for dim, window and stride", counts)
+            raise invalid_setting("1 or more for dim, window and stride", counts, ADVICE)
         low, high = SCALES
         scales = (self.mean, self.std, self.white)
         if not (
@@ -66,16 +67,18 @@ class ExtractorManifest:
             and all(abs(value) <= high for value in self.mean)
             and all(low <= value <= high for value in (*self.std, self.white))
         ):
-            raise _invalid(f"three numbers each for mean and std, with std and white from {low:g} to {high:g}", scales)
+            raise invalid_setting(
+                f"three numbers each for mean and std, with std and white from {low:g} to {high:g}", scales, ADVICE
+            )
         texts = (self.kind, self.precision, *self.sources, *self.sources.values())
         if not all(isinstance(text, str) for text in texts):
-            raise _invalid("text for kind, precision and sources", texts)
+            raise invalid_setting("text for kind, precision and sources", texts, ADVICE)
         try:
             height, width = self.framing.crop
         except GroundingError as error:
             raise ModelFileError(str(error), code=error.code) from error
         if 3 * self.window * height * width > MAX_CLIP_BYTES:
-            raise _invalid(f"clips of at most {MAX_CLIP_BYTES} bytes", (self.window, height, width))
+            raise invalid_setting(f"clips of at most {MAX_CLIP_BYTES} bytes", (self.window, height, width), ADVICE)
 
     @property
     def framing(self) -> ResizeCrop:
@@ -125,12 +128,6 @@ class ExtractorManifest:
             )
 
 
-def _invalid(expected: str, actual: object) -> ModelFileError:
-    return ModelFileError(
-        f"Expected {expected} of an extractor, got {excerpt(actual)}. Correct its manifest.", code="invalid_setting"
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class ExtractorSidecar:
     """The content of the metadata file of an extractor engine.
@@ -168,11 +165,8 @@ class ResizeCrop:
         sides = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
         counts = len(sides) == len(self.crop) == 2 and all(type(side) is int for side in (*sides, *self.crop))
         if not counts or not all(0 < cut <= side <= MAX_SIDE for cut, side in zip(self.crop, sides)):
-            raise VideoFileError(
-                f"Expected a crop within a resize of at most {MAX_SIDE} pixels, got {excerpt(self.crop)} within "
-                f"{excerpt(self.resize)}. Correct the manifest of the extractor.",
-                code="invalid_setting",
-            )
+            expected = f"a resize of at most {MAX_SIDE} pixels, and a crop within it"
+            raise invalid_setting(expected, (self.resize, self.crop), ADVICE, VideoFileError)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of a resized frame of this height and width."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from runtime.core.decoding import Decoding
-from runtime.core.errors import ModelFileError, excerpt, reading
+from runtime.core.errors import ModelFileError, invalid_setting, reading
 from runtime.core.io.text_files import check_format, parse_json
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Windows
@@ -45,9 +45,11 @@ class Features:
     def __post_init__(self) -> None:
         sizes = (self.dim, self.window, self.stride)
         if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in sizes):
-            raise _invalid(f"dim, window and stride from 1 to {MAX_SIZE} for features", sizes)
+            raise invalid_setting(f"dim, window and stride from 1 to {MAX_SIZE} for features", sizes, ADVICE)
         if not isinstance(self.kind, str) or self.pooling not in get_args(Pooling):
-            raise _invalid(f"a name and a pooling of {get_args(Pooling)} for features", (self.kind, self.pooling))
+            raise invalid_setting(
+                f"a name and a pooling of {get_args(Pooling)} for features", (self.kind, self.pooling), ADVICE
+            )
 
     @property
     def clock(self) -> ClipTiming:
@@ -93,10 +95,10 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
-            raise _invalid(f"a part of {PARTS}", self.part)
+            raise invalid_setting(f"a part of {PARTS}", self.part, ADVICE)
         if self.stage not in (1, 2, 3) or not 1 <= self.max_query_length <= MAX_SIZE:
             sizes = (self.stage, self.max_query_length)
-            raise _invalid(f"a stage of 1 to 3 and a max_query_length of 1 to {MAX_SIZE}", sizes)
+            raise invalid_setting(f"a stage of 1 to 3 and a max_query_length of 1 to {MAX_SIZE}", sizes, ADVICE)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -160,7 +162,3 @@ class Manifest:
                 code="missing_manifest",
             )
         return cls.from_dict(parse_json(text, f"The manifest of {source}", ModelFileError, advice=ADVICE), source)
-
-
-def _invalid(expected: str, actual: object) -> ModelFileError:
-    return ModelFileError(f"Expected {expected}, got {excerpt(actual)}. Write the file again.", code="invalid_setting")

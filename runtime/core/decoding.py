@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from runtime.core.batch import Heads
-from runtime.core.errors import ModelFileError, excerpt
+from runtime.core.errors import ModelFileError, invalid_setting
 from runtime.core.moments import temporal_iou
 
 Protocol = Literal["mmaction2", "drn"]
@@ -33,6 +33,7 @@ SMALL_BATCH = 4096
 # Number of queries that are decoded at a time and fit into the CPU cache.
 BLOCK = 256
 MAX_SEGMENTS = 1 << 20
+ADVICE = "export the model again"
 # Error code of heads that contain NaN or infinities.
 NON_FINITE = "non_finite_output"
 
@@ -61,15 +62,15 @@ class Decoding:
         object.__setattr__(self, "strides", tuple(self.strides))
         counts = (self.num_segments, self.pre_nms_top_n, *self.strides)
         if not all(isinstance(count, int) and 1 <= count <= MAX_SEGMENTS for count in counts) or not self.strides:
-            raise _invalid(f"segments, strides and pre_nms_top_n from 1 to {MAX_SEGMENTS}", counts)
+            raise invalid_setting(f"segments, strides and pre_nms_top_n from 1 to {MAX_SEGMENTS}", counts, ADVICE)
         if not isinstance(self.score_threshold, (int, float)) or not 0 <= self.score_threshold < 1:
-            raise _invalid("a score_threshold in [0, 1)", self.score_threshold)
+            raise invalid_setting("a score_threshold in [0, 1)", self.score_threshold, ADVICE)
         if not isinstance(self.use_iou_scores, bool):
-            raise _invalid("true or false for use_iou_scores", self.use_iou_scores)
+            raise invalid_setting("true or false for use_iou_scores", self.use_iou_scores, ADVICE)
         if any(self.num_segments % stride for stride in self.strides):
-            raise _invalid(f"strides that divide {self.num_segments} segments", self.strides)
+            raise invalid_setting(f"strides that divide {self.num_segments} segments", self.strides, ADVICE)
         if self.protocol not in ("mmaction2", "drn"):
-            raise _invalid("the protocol 'mmaction2' or 'drn'", self.protocol)
+            raise invalid_setting("the protocol 'mmaction2' or 'drn'", self.protocol, ADVICE)
 
     @property
     def num_locations(self) -> int:
@@ -82,12 +83,6 @@ class Decoding:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Decoding:
         return cls(**value)
-
-
-def _invalid(expected: str, actual: object) -> ModelFileError:
-    return ModelFileError(
-        f"Expected {expected}, got {excerpt(actual)}. Export the model again.", code="invalid_setting"
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -185,6 +185,20 @@ def check_path(path: object, error: type[GroundingError] = GroundingError) -> No
         )
 
 
+def invalid_setting(
+    expected: str, actual: object, advice: str, error: type[GroundingError] = ModelFileError
+) -> GroundingError:
+    """Return an error (code `invalid_setting`) for a value of a setting.
+
+    Args:
+        expected: description of the accepted values.
+        actual: the value.
+        advice: what the reader should do, as an imperative without a full stop.
+        error: class of the error.
+    """
+    return error(f"Expected {expected}, got {excerpt(actual)}. {as_sentence(advice)}", code="invalid_setting")
+
+
 def from_fields(constructor: Callable[..., Value], fields: object) -> Value:
     """Return `constructor(**fields)`; ModelFileError unless `fields` is a mapping of its parameters."""
     check_argument("value", fields, Mapping, "the result of `to_dict`", ModelFileError)

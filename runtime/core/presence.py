@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.errors import GroundingError, ModelFileError, excerpt, from_fields
+from runtime.core.errors import GroundingError, from_fields, invalid_setting
 
 BALANCED = "balanced accuracy"
 
@@ -37,11 +37,8 @@ class Presence:
     def __post_init__(self) -> None:
         shares = (self.threshold, self.kept, self.refused)
         if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares) or not self.threshold:
-            raise ModelFileError(
-                "Expected a threshold in (0, 1] and shares in [0, 1] for threshold, kept and refused, got "
-                f"{excerpt(shares)}. Fit them again with `python -m train.fit_presence`.",
-                code="invalid_setting",
-            )
+            expected = "a threshold in (0, 1], and shares kept and refused in [0, 1]"
+            raise invalid_setting(expected, shares, "fit them again with `python -m train.fit_presence`")
 
     def __str__(self) -> str:
         return (

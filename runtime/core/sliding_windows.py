@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.core.decoding import Proposals
-from runtime.core.errors import GroundingError, ModelFileError, excerpt, from_fields
+from runtime.core.errors import GroundingError, from_fields, invalid_setting
 from runtime.core.video import MAX_DURATION_S, ClipTiming
 
 # Quantile of the durations of training videos and moments that sets length and overlap of windows.
@@ -36,12 +36,9 @@ class Windows:
         if not all(isinstance(size, (int, float)) for size in sizes) or not (
             0 < self.length <= self.longest <= MAX_DURATION_S and 0 <= self.overlap <= self.length / 2
         ):
-            raise ModelFileError(
-                f"Expected windows with 0 < length <= longest and 0 <= overlap <= length / 2, got a length of "
-                f"{excerpt(self.length)}, a maximum of {excerpt(self.longest)} and an overlap of "
-                f"{excerpt(self.overlap)} seconds. Correct --window and --overlap.",
-                code="invalid_setting",
-            )
+            expected = f"0 < length <= longest <= {MAX_DURATION_S:g} and 0 <= overlap <= length / 2 in seconds"
+            actual = {"length": self.length, "longest": self.longest, "overlap": self.overlap}
+            raise invalid_setting(expected, actual, "correct --window and --overlap")
 
     @classmethod
     def of(cls, videos: Sequence[float], moments: Sequence[float]) -> Windows:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from runtime.core.errors import ModelFileError, QueryError, as_sentence, check_argument, excerpt
+from runtime.core.errors import ModelFileError, QueryError, as_sentence, check_argument, excerpt, invalid_setting
 
 log = logging.getLogger("drn")
 
@@ -69,10 +69,7 @@ class Vocabulary:
                 code="word_numbers_not_consecutive",
             )
         if not isinstance(unknown, str) or unknown not in ("skip", "zero", "error"):
-            raise ModelFileError(
-                f"Expected skip, zero or error for unknown words, got {excerpt(unknown)}. Correct the policy.",
-                code="invalid_setting",
-            )
+            raise invalid_setting("skip, zero or error for unknown words", unknown, "correct the policy")
         self.words: dict[str, int] = dict(words)
         self.unknown: Unknown = unknown
 

@@ -19,6 +19,7 @@ from runtime.core.errors import (
     check_argument,
     check_path,
     excerpt,
+    invalid_setting,
     reading,
 )
 from runtime.core.io.array_files import load_array, read_archive
@@ -336,9 +337,7 @@ def segment_rows(
         first = starts // clock.stride
         last = np.where(ends - starts <= clock.window, first, np.maximum(first, (ends - 1) // clock.stride))
         return first, last, np.stack((starts, ends), 1) / num_frames
-    raise FeatureError(
-        f"Expected 'mmaction2' or 'drn' for pooling, got {excerpt(pooling)}. Correct it.", code="invalid_setting"
-    )
+    raise invalid_setting("'mmaction2' or 'drn' for pooling", pooling, "correct the argument", FeatureError)
 
 
 def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from runtime.artifacts.manifest import Features
-from runtime.core.errors import AnnotationError, excerpt
+from runtime.core.errors import AnnotationError, invalid_setting
+
+ADVICE = "correct the preset of the data set"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Preset:
         object.__setattr__(self, "query_length", tuple(self.query_length))
         lengths, thresholds = self.query_length, self.iou_thresholds
         if self.num_segments < 4 or self.num_segments % 4:
-            raise _invalid("a multiple of 4 for num_segments", self.num_segments)
+            raise invalid_setting("a multiple of 4 for num_segments", self.num_segments, ADVICE, AnnotationError)
         # Models are compared at 0.5 and 0.7 on every data set.
         if not {0.5, 0.7} <= set(thresholds) or not all(0 < threshold < 1 for threshold in thresholds):
-            raise _invalid("iou_thresholds between 0 and 1, including 0.5 and 0.7", thresholds)
+            raise invalid_setting(
+                "iou_thresholds between 0 and 1, including 0.5 and 0.7", thresholds, ADVICE, AnnotationError
+            )
         if len(lengths) != 3 or not 1 <= lengths[0] <= lengths[1] <= lengths[2]:
-            raise _invalid("1 <= min <= opt <= max for query_length", lengths)
+            raise invalid_setting("1 <= min <= opt <= max for query_length", lengths, ADVICE, AnnotationError)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -51,12 +55,6 @@ class Preset:
     def from_dict(cls, value: Mapping[str, Any]) -> Preset:
         """Return the preset of the result of `to_dict`; TypeError, ValueError or GroundingError for other values."""
         return cls(**{**value, "features": Features(**value["features"])})
-
-
-def _invalid(expected: str, actual: object) -> AnnotationError:
-    return AnnotationError(
-        f"Expected {expected}, got {excerpt(actual)}. Correct the preset of the data set.", code="invalid_setting"
-    )
 
 
 def query_length_of(training: Mapping[str, Any]) -> tuple[int, int, int]:
