@@ -155,7 +155,7 @@ def _write(output: Path, texts: Mapping[str, str]) -> None:
         _check_empty(output)
         for name, text in texts.items():
             staging.path(output / name).write_text(text, encoding="utf-8")
-        staging.settle()
+        staging.commit()
 
 
 def _check_empty(output: Path) -> None:

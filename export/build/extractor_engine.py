@@ -138,10 +138,10 @@ def build_extractor(
                     report["engine"] = dataclasses.asdict(_check_engine(staged, part, source, threads))
             write_json(staged.sibling_path("parity.json"), report)
         except CheckFailed:
-            staging.settle(lambda name: ".rejected." in name)
+            staging.commit(lambda name: ".rejected." in name)
             raise
-        settled = staging.settle()
-    print(f"Written: {', '.join(path.name for path in settled)}.")
+        written = staging.commit()
+    print(f"Written: {', '.join(path.name for path in written)}.")
     runs = job.output if job.target == "onnxruntime" or runs_here(options) else job.graph_path
     suggest_next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
     print(job.output)

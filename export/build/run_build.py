@@ -32,7 +32,7 @@ from runtime.core.cli import suggest_next_command
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError
 from runtime.core.gpu_info import cuda_gpu
 from runtime.core.io.atomic_files import Staging, locked
-from runtime.core.repeat_filter import said_once
+from runtime.core.repeat_filter import logged_once
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.datasets.presets import query_length_of
 from runtime.grounding.evaluation import askable_rows
@@ -212,16 +212,16 @@ class _EngineBuild:
         """
         assert self.source is not None
         job = self.job
-        with said_once(), locked(job.output.parent, job.output.name), Staging() as staging:
+        with logged_once(), locked(job.output.parent, job.output.name), Staging() as staging:
             staged = dataclasses.replace(job, requested_output=staging.path(job.output))
             try:
                 report, has_engine = self._build(staged)
             except CheckFailed:
                 # A calibration table and a plan take minutes to compute and remain valid.
-                staging.settle(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
+                staging.commit(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
                 raise
-            settled = staging.settle()
-        print(f"Written: {', '.join(path.name for path in settled)}.")
+            written = staging.commit()
+        print(f"Written: {', '.join(path.name for path in written)}.")
         if report:
             print(f"{report.sentence()} The report is {job.sibling_path('passport.html')}.")
         else:

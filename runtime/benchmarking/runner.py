@@ -30,7 +30,7 @@ from runtime.benchmarking.workload import (
 from runtime.core import cpu_info
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, QueryError, check_option
 from runtime.core.io.input_files import check_file
-from runtime.core.repeat_filter import said_once
+from runtime.core.repeat_filter import logged_once
 from runtime.core.terminal import command_line
 
 log = logging.getLogger("drn")
@@ -101,7 +101,7 @@ class BenchmarkRun:
 
     def measure(self) -> None:
         """Open the models and measure everything."""
-        with said_once():
+        with logged_once():
             self._open_models()
             self._compare_answers()
             inputs = CaseInputs(self._models, self._options.batch, self._note)

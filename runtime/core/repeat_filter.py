@@ -31,7 +31,7 @@ class RepeatFilter(logging.Filter):
 
 
 @contextlib.contextmanager
-def said_once(repeats: RepeatFilter | None = None) -> Iterator[None]:
+def logged_once(repeats: RepeatFilter | None = None) -> Iterator[None]:
     """Log each message of the block once, because several steps read one data set and would repeat its warnings.
 
     Messages of other threads are filtered too.

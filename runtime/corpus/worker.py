@@ -19,7 +19,7 @@ from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import json_digest, sha256
 from runtime.core.io.input_files import read_json
 from runtime.core.names import by_fold, near_name
-from runtime.core.repeat_filter import RepeatFilter, said_once
+from runtime.core.repeat_filter import RepeatFilter, logged_once
 from runtime.core.sliding_windows import resolve_windows
 from runtime.core.video import Video
 from runtime.corpus.feature_sources import FeatureSource, VideoRef, open_source
@@ -173,7 +173,7 @@ class Worker:
                         f"The process ended in each of {attempts - 1} attempts, the last of them "
                         f"{_previous_attempt(attempts_path)}. Check its memory."
                     )
-                with said_once(self._repeats):
+                with logged_once(self._repeats):
                     errors = self._write(shard, path)
                 return ShardResult(shard.number, len(shard), errors, attempts)
         except GroundingError as error:

@@ -106,7 +106,7 @@ def _create_in(directory: Path, create: Callable[[], Created]) -> Created:
 
 
 class Staging:
-    """A context manager for files that replace their predecessors together, in `settle`.
+    """A context manager for files that replace their predecessors together, in `commit`.
 
     At the end of the context all temporary files are removed.
     """
@@ -139,13 +139,13 @@ class Staging:
                 raise _unwritable(final, error) from error
         return self._staged[parent].path / final.name
 
-    def settle(self, expected: Callable[[str], bool] = lambda name: True) -> list[Path]:
+    def commit(self, expected: Callable[[str], bool] = lambda name: True) -> list[Path]:
         """Rename the written files to their final paths, in the order of their names, and return these paths.
 
         Args:
             expected: returns whether a file of this name is renamed; others are removed.
         """
-        settled = []
+        written = []
         # A signal between two renames would leave one new and one old file.
         with deferred():
             for parent, temporary in self._staged.items():
@@ -156,8 +156,8 @@ class Staging:
                         os.replace(file, parent / file.name)
                     except OSError as error:
                         raise _unwritable(parent / file.name, error) from error
-                    settled.append(parent / file.name)
-        return settled
+                    written.append(parent / file.name)
+        return written
 
 
 @contextlib.contextmanager

@@ -6,14 +6,14 @@ import logging
 
 import pytest
 
-from runtime.core.repeat_filter import RepeatFilter, said_once
+from runtime.core.repeat_filter import RepeatFilter, logged_once
 
 log = logging.getLogger("drn")
 
 
 def test_message_is_logged_once_in_a_block(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "drn"):
-        with said_once():
+        with logged_once():
             for count in (1, 1, 2):
                 log.warning("%d left out", count)
             log.info("1 left out")
@@ -30,7 +30,7 @@ def test_repeat_filter_counts_templates_over_blocks(caplog: pytest.LogCaptureFix
     repeats = RepeatFilter(2, by_template=True)
     with caplog.at_level(logging.INFO, "drn"):
         for count in (1, 2, 3):
-            with said_once(repeats):
+            with logged_once(repeats):
                 log.warning("%d left out", count)
                 log.warning("other")
     messages = [record.getMessage() for record in caplog.records]

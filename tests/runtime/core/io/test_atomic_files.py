@@ -239,8 +239,8 @@ def test_staged_files_are_committed_together(tmp_path: Path) -> None:
         for name in ("a.txt", "b.txt", "draft.txt"):
             staging.path(tmp_path / name).write_text("new")
         assert (tmp_path / "a.txt").read_text() == "old"
-        settled = staging.settle(lambda name: name != "draft.txt")
-    assert [path.name for path in settled] == ["a.txt", "b.txt"]
+        written = staging.commit(lambda name: name != "draft.txt")
+    assert [path.name for path in written] == ["a.txt", "b.txt"]
     assert content(tmp_path) == {"a.txt": "new", "b.txt": "new"}
 
 
@@ -374,7 +374,7 @@ def half(path: Path) -> str:
 
 def staged(path: Path) -> str:
     write = f"staging.path({str(path)!r}).write_text('half')"
-    return f"with Staging() as staging:\n    {write}\n    WAIT\n    staging.settle()\n"
+    return f"with Staging() as staging:\n    {write}\n    WAIT\n    staging.commit()\n"
 
 
 @pytest.fixture
@@ -417,7 +417,7 @@ def test_next_staging_removes_files_of_killed_process(
     process.wait()
     with Staging() as staging:
         staging.path(tmp_path / "other.json").write_text("complete")
-        staging.settle()
+        staging.commit()
     assert content(tmp_path) == {"other.json": "complete"}
 
 
@@ -524,14 +524,14 @@ def test_signal_during_commit_still_writes_all_files(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "replace", interrupted)
 
-    def settle_three() -> None:
+    def commit_three() -> None:
         with handled(), Staging() as staging:
             for name in ("a", "b", "c"):
                 staging.path(tmp_path / name).write_text("new")
-            staging.settle()
+            staging.commit()
 
     with pytest.raises(Interrupted):
-        settle_three()
+        commit_three()
     assert content(tmp_path) == {"a": "new", "b": "new", "c": "new"}
 
 
