@@ -82,7 +82,12 @@ def pad_queries(queries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches_by_length(queries: Sequence[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """Yield indices of at most `batch_size` queries of similar length, so that batches have little padding."""
+    """Yield the indices of batches of queries of similar length, so that batches have little padding.
+
+    Args:
+        queries: token ids of each query, (L_i,).
+        batch_size: maximum number of queries of a batch.
+    """
     order = np.argsort([len(tokens) for tokens in queries], kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

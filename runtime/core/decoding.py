@@ -100,7 +100,12 @@ class Proposals:
 
 @functools.cache
 def locations(num_segments: int, strides: tuple[int, ...]) -> np.ndarray:
-    """Return the center of each location in segments, (P,) float32: stride * k + stride / 2, levels finest first."""
+    """Return the center of each location in segments, (P,) float32: stride * k + stride / 2, levels finest first.
+
+    Args:
+        num_segments: T.
+        strides: segments per location of each level, finest first.
+    """
     return np.concatenate(
         [np.arange(0, num_segments, stride, dtype=np.float32) + np.float32(stride / 2) for stride in strides]
     )
@@ -346,6 +351,11 @@ def apply_nms(
 
 def decode(heads: Heads, decoding: Decoding, count: int = PUBLISHED_COUNT) -> np.ndarray:
     """Return the best moments of B queries.
+
+    Args:
+        heads: raw outputs for B queries.
+        decoding: parameters of the model.
+        count: maximum number of moments per query.
 
     Returns:
         (B, count, 3) float32 starts and ends (fractions of the video) and scores, best first; NaN after the last.

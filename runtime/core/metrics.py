@@ -65,10 +65,13 @@ def best_iou(picks: np.ndarray, truth: np.ndarray, rank: int) -> np.ndarray:
 
 
 def is_hit(picks: np.ndarray, truth: np.ndarray, rank: int, iou_threshold: float, protocol: Protocol) -> np.ndarray:
-    """Return whether one of the first `rank` moments of each query is a hit, (N,) bool; see `best_iou`.
+    """Return whether one of the first `rank` moments of each query is a hit, (N,) bool.
 
-    mmaction2 computes in float32 and requires an IoU above the threshold. The authors compute in float64 and accept the
-    threshold itself.
+    Args:
+        picks, truth, rank: see `best_iou`.
+        iou_threshold: temporal IoU of a hit.
+        protocol: `mmaction2` computes in float32 and requires an IoU above the threshold; `drn` computes in float64 and
+            accepts the threshold itself.
     """
     if protocol == "mmaction2":
         overlap = best_iou(picks.astype(np.float32), truth.astype(np.float32), rank)

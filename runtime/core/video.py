@@ -323,7 +323,17 @@ def pool_segments(
 def segment_rows(
     num_frames: int, num_segments: int, pooling: Pooling, clock: ClipTiming
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the (T,) first and the (T,) last clip of each segment, integers, and the (T, 2) float64 spans."""
+    """Return the clips and the spans of the segments of a video; see `Video.segments` for the rules.
+
+    Args:
+        num_frames: length in frames.
+        num_segments: T.
+        pooling: rule for borders and clips.
+        clock: clip timing of the features.
+
+    Returns:
+        (T,) indices of the first clips, (T,) indices of the last clips, and (T, 2) float64 spans as fractions.
+    """
     if pooling == "mmaction2":
         step = (num_frames - 1) / num_segments
         borders = (step * np.arange(num_segments + 1)).astype(np.int64)

@@ -119,7 +119,11 @@ def read_array(
 
 
 def load_array(path: str | os.PathLike[str], mapped_bytes: int = -1) -> np.ndarray:
-    """Return the array of a `.npy` file, memory-mapped if the file has more than `mapped_bytes` bytes.
+    """Return the array of a `.npy` file.
+
+    Args:
+        path: the file.
+        mapped_bytes: size above which the file is memory-mapped and not read.
 
     Raises:
         ValueError: see `read_array`.
@@ -195,6 +199,10 @@ def read_member(
 
 def read_archive(path: str | os.PathLike[str], max_members: int) -> dict[str, np.ndarray]:
     """Return the arrays of a `.npz` file by name.
+
+    Args:
+        path: the file.
+        max_members: maximum number of arrays.
 
     Raises:
         FeatureError: see `check_unfolded`.
