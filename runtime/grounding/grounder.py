@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-import itertools
 import logging
-import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, cast
@@ -24,9 +22,7 @@ from runtime.core.errors import (
     GroundingError,
     ModelFileError,
     QueryError,
-    ShapeError,
     check_argument,
-    excerpt,
 )
 from runtime.core.moments import Moment
 from runtime.core.nvtx_ranges import marked
@@ -34,8 +30,24 @@ from runtime.core.prefetch import prefetch
 from runtime.core.sliding_windows import Window, Windows, split_into_windows
 from runtime.core.video import LARGE_FEATURE, Segments, Video, pool_segments
 from runtime.grounding.moment_decoder import MomentDecoder
-from runtime.grounding.requests import VideoInput, check_query, check_request, check_video, describe_value
-from runtime.grounding.scheduling import EncodingCache, WindowGroup, distinct, retry_in_halves
+from runtime.grounding.requests import (
+    VideoInput,
+    check_query,
+    check_request,
+    check_sizes,
+    check_video,
+    describe_value,
+    features_out_of_scale,
+)
+from runtime.grounding.scheduling import (
+    EncodingCache,
+    distinct,
+    ground_on_server,
+    retry_in_halves,
+    window_groups,
+)
+
+# This file has over 500 lines because the docstrings of `Grounder` are the reference of the Python API.
 
 log = logging.getLogger("drn")
 
@@ -186,7 +198,7 @@ class Grounder:
         windows_of = {id(video): self.cut(video) for video in {id(video): video for video, _ in pairs}.values()}
         windows = [windows_of[id(video)] for video, _ in pairs]
         decoder = MomentDecoder([video for video, _ in pairs], windows, self.manifest, top_k, presence=presence)
-        for group in self._groups(pairs, windows, batch_size):
+        for group in window_groups(pairs, windows, self._encoding, self._encode_windows, batch_size):
             queries = [tokens[pairs[pair][1]] for pair in group.pairs]
             for rows, heads in self.run(queries, group.encodings, batch_size):
                 indices = [group.pairs[row] for row in rows]
@@ -212,53 +224,16 @@ class Grounder:
             raise self.cause_of(error, [(video, tokens)]) from error
         return decoder.moments
 
-    def _groups(
-        self, pairs: Sequence[tuple[VideoInput, str]], windows: Sequence[Sequence[Window]], batch_size: int
-    ) -> Iterator[WindowGroup]:
-        """Yield groups of windows that are in memory together.
-
-        All videos of one window form one group. Longer videos are encoded in groups that fill a batch.
-
-        Args:
-            pairs: N videos and queries.
-            windows: of the video of each pair; empty if the entire video is one window.
-            batch_size: maximum number of queries in a batch.
-        """
-        single = [pair for pair, split in enumerate(windows) if not split]
-        videos = {id(pairs[pair][0]): pairs[pair][0] for pair in single}
-        encoded = {key: self._encoding(video) for key, video in videos.items()}
-        yield WindowGroup(single, [0] * len(single), [encoded[id(pairs[pair][0])] for pair in single])
-        pairs_of_video: dict[int, list[int]] = {}
-        for pair, split in enumerate(windows):
-            if split:
-                pairs_of_video.setdefault(id(pairs[pair][0]), []).append(pair)
-        for same_video in pairs_of_video.values():
-            encodings = enumerate(self._encode_windows(pairs[same_video[0]][0], windows[same_video[0]]))
-            while part := list(itertools.islice(encodings, max(1, batch_size // len(same_video)))):
-                yield WindowGroup(
-                    same_video * len(part),
-                    [index for index, _ in part for _ in same_video],
-                    [encoding for _, encoding in part for _ in same_video],
-                )
-
     def _ground_on_server(self, pairs: Sequence[tuple[Video, str]], top_k: int, presence: bool) -> list[list[Moment]]:
         """Return the moments of each pair, with one request for each video; ServerError if that fails."""
         assert self._server is not None
         for query in dict.fromkeys(query for _, query in pairs):
             # Check queries and warn of unknown words before the first request.
             self.encode_query(query)
-        videos = {id(video): video for video, _ in pairs}
-        for video in videos.values():
+        for video in distinct([video for video, _ in pairs])[0]:
             self.check_fits(video)
         windows: Windows | Literal["model"] | None = "model" if self.windows == self.manifest.windows else self.windows
-        answers: list[list[Moment]] = [[] for _ in pairs]
-        for key, video in videos.items():
-            indices = [index for index, (other, _) in enumerate(pairs) if id(other) == key]
-            queries = [pairs[index][1] for index in indices]
-            results = self._server.ground(video, queries, top_k, windows=windows, always=not presence)
-            for index, moments in zip(indices, results):
-                answers[index] = moments
-        return answers
+        return ground_on_server(self._server, pairs, top_k, windows, always=not presence)
 
     def cut(self, video: VideoInput) -> Sequence[Window]:
         """Return the windows into which a video is split.
@@ -381,16 +356,7 @@ class Grounder:
         Example:
             grounder.warm(batches=[1, 8], lengths=range(1, 13))
         """
-        for name, sizes in (("batches", batches), ("lengths", lengths)):
-            check_argument(name, sizes, Sequence, "a list of integers", ShapeError)
-            for size in sizes:
-                check_argument(name, size, numbers.Integral, "integers", ShapeError)
-        max_length = self.manifest.max_query_length
-        if min((*batches, *lengths), default=1) < 1 or max(lengths, default=1) > max_length:
-            raise ShapeError(
-                f"Expected batches of at least 1 query and lengths of 1 to {max_length} tokens, got "
-                f"{excerpt(list(batches))} and {excerpt(list(lengths))}. Correct the sizes."
-            )
+        check_sizes(batches, lengths, self.manifest.max_query_length)
         if not batches or not lengths:
             return 0
         warm = getattr(self.backend, "warm", None)
@@ -538,23 +504,15 @@ class Grounder:
         """
         if error.code != NON_FINITE:
             return error
-        videos = {id(video): video for video, _ in pairs}.values()
-        inputs = [part for video in videos for part in self._network_inputs(video)]
+        inputs = [part for video in distinct([video for video, _ in pairs])[0] for part in self._network_inputs(video)]
         largest = max(float(np.abs(part.features).max()) for part in inputs)
         if self.manifest.precision != "fp32" and largest < LARGE_FEATURE:
             return error
         zeros = self._encode_zeros(inputs[0].spans)
-        for _, query in pairs:
-            for _, heads in self.run([query], [zeros]):
-                if not all(np.isfinite(values).all() for values in vars(heads).values()):
-                    return error
-        inputs_name = "encodings" if isinstance(inputs[0], EncodedVideo) else "features"
-        return FeatureError(
-            f"The model's output is not finite for {inputs_name} up to {largest:.3g}, but is finite for zeros, so the "
-            f"features have another scale than those of the training. Extract {self.manifest.features.kind} features "
-            "as for the training.",
-            code="features_out_of_scale",
-        )
+        heads = (heads for _, query in pairs for _, heads in self.run([query], [zeros]))
+        if not all(np.isfinite(values).all() for output in heads for values in vars(output).values()):
+            return error
+        return features_out_of_scale(inputs, largest, self.manifest.features.kind)
 
     def _network_inputs(self, video: VideoInput | Segments) -> Sequence[Segments | EncodedVideo]:
         """Return the segments of a video, or the encodings of its windows."""

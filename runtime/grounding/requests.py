@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Union
 
 import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
-from runtime.core.errors import FeatureError, GroundingError, QueryError, excerpt
-from runtime.core.video import Video
+from runtime.core.errors import FeatureError, GroundingError, QueryError, ShapeError, check_argument, excerpt
+from runtime.core.video import Segments, Video
 
 VideoInput = Union[Video, EncodedVideo, EncodedWindows]
 
@@ -47,6 +48,35 @@ def check_query(query: object) -> None:
     """Raise QueryError unless `query` is a str."""
     if not isinstance(query, str):
         raise QueryError(f"Expected a sentence as text, got {describe_value(query)}. Give one str for each query.")
+
+
+def check_sizes(batches: Sequence[int], lengths: Sequence[int], max_length: int) -> None:
+    """Raise ShapeError unless batch sizes are at least 1 and query lengths, in tokens, 1 to `max_length`."""
+    for name, sizes in (("batches", batches), ("lengths", lengths)):
+        check_argument(name, sizes, Sequence, "a list of integers", ShapeError)
+        for size in sizes:
+            check_argument(name, size, numbers.Integral, "integers", ShapeError)
+    if min((*batches, *lengths), default=1) < 1 or max(lengths, default=1) > max_length:
+        raise ShapeError(
+            f"Expected batches of at least 1 query and lengths of 1 to {max_length} tokens, got "
+            f"{excerpt(list(batches))} and {excerpt(list(lengths))}. Correct the sizes."
+        )
+
+
+def features_out_of_scale(inputs: Sequence[Segments | EncodedVideo], largest: float, kind: str) -> FeatureError:
+    """Return the error for features that make the output not finite, although it is finite for zeros.
+
+    Args:
+        inputs: segments or encodings that were run.
+        largest: their largest absolute value.
+        kind: name of the extractor that the model was trained with.
+    """
+    name = "encodings" if isinstance(inputs[0], EncodedVideo) else "features"
+    return FeatureError(
+        f"The model's output is not finite for {name} up to {largest:.3g}, but is finite for zeros, so the features "
+        f"have another scale than those of the training. Extract {kind} features as for the training.",
+        code="features_out_of_scale",
+    )
 
 
 def describe_value(value: object) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 
+from runtime.backends.base import QueryServer
 from runtime.backends.network import Encoding
 from runtime.core.batch import Heads
 from runtime.core.errors import DeviceMemoryError
 from runtime.core.lru_cache import LruCache
+from runtime.core.moments import Moment
+from runtime.core.sliding_windows import Window, Windows
 from runtime.core.video import Video
+from runtime.grounding.requests import VideoInput
 
 log = logging.getLogger("drn")
 
@@ -34,6 +39,72 @@ class WindowGroup:
     pairs: list[int]
     windows: list[int]
     encodings: list[Encoding]
+
+
+def window_groups(
+    pairs: Sequence[tuple[VideoInput, str]],
+    windows: Sequence[Sequence[Window]],
+    encode: Callable[[VideoInput], Encoding],
+    encode_windows: Callable[[VideoInput, Sequence[Window]], Iterator[Encoding]],
+    batch_size: int,
+) -> Iterator[WindowGroup]:
+    """Yield groups of windows that are in memory together.
+
+    All videos of one window form one group. Longer videos are encoded in groups that fill a batch.
+
+    Args:
+        pairs: N videos and queries.
+        windows: of the video of each pair; empty if the entire video is one window.
+        encode: returns the encoding of a video of one window.
+        encode_windows: yields the encodings of the windows of a longer video.
+        batch_size: maximum number of queries in a batch.
+    """
+    single = [pair for pair, split in enumerate(windows) if not split]
+    videos = {id(pairs[pair][0]): pairs[pair][0] for pair in single}
+    encoded = {key: encode(video) for key, video in videos.items()}
+    yield WindowGroup(single, [0] * len(single), [encoded[id(pairs[pair][0])] for pair in single])
+    pairs_of_video: dict[int, list[int]] = {}
+    for pair, split in enumerate(windows):
+        if split:
+            pairs_of_video.setdefault(id(pairs[pair][0]), []).append(pair)
+    for same_video in pairs_of_video.values():
+        encodings = enumerate(encode_windows(pairs[same_video[0]][0], windows[same_video[0]]))
+        while part := list(itertools.islice(encodings, max(1, batch_size // len(same_video)))):
+            yield WindowGroup(
+                same_video * len(part),
+                [index for index, _ in part for _ in same_video],
+                [encoding for _, encoding in part for _ in same_video],
+            )
+
+
+def ground_on_server(
+    server: QueryServer,
+    pairs: Sequence[tuple[Video, str]],
+    top_k: int,
+    windows: Windows | Literal["model"] | None,
+    *,
+    always: bool,
+) -> list[list[Moment]]:
+    """Return the moments of each (video, query) pair, with one request to the server for each video.
+
+    Args:
+        server: answers queries about one video.
+        pairs: N videos and sentences.
+        top_k: maximum number of moments of each pair.
+        windows: of long videos; "model" for those of the served model, None to turn windows off.
+        always: ignore the no-match threshold.
+
+    Raises:
+        ServerError: a request failed.
+    """
+    moments: list[list[Moment]] = [[] for _ in pairs]
+    videos, index = distinct([video for video, _ in pairs])
+    for number, video in enumerate(videos):
+        rows = np.flatnonzero(index == number).tolist()
+        results = server.ground(video, [pairs[row][1] for row in rows], top_k, windows=windows, always=always)
+        for row, result in zip(rows, results):
+            moments[row] = result
+    return moments
 
 
 def distinct(items: Sequence[Item]) -> tuple[list[Item], np.ndarray]:
