@@ -88,7 +88,7 @@ def test_rank_command_reports_chance_values(
     outcome = run_command(rank_command, *asked, "--videos", 2, "--output", tmp_path / "ranking.json")
     assert outcome.code == 0
     assert "chance           50.00       100.00         1.50" in outcome.out
-    assert "5 sentences of test, each among 2 of" in outcome.out
+    assert "5 queries of test, each with 2 " in outcome.out
     written = json.loads((tmp_path / "ranking.json").read_text())
     assert written["chance"]["R@1"] == 0.5
     assert len(written["ranks"]) == written["sentences"] == 5
