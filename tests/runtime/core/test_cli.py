@@ -129,8 +129,8 @@ def test_missing_package_error_names_the_extra(tmp_path: Path, command: str, pac
     )
     assert outcome.returncode == 2
     assert outcome.stderr == (
-        f"error: This command needs {package}, which is not installed; "
-        f"run `pip install '.[{extra}]'` in the drn-deploy directory.\n"
+        f"error: This command needs {package}, which is not installed. "
+        f"Run `pip install '.[{extra}]'` in the drn-deploy directory.\n"
     )
 
 
