@@ -24,6 +24,7 @@ from runtime.core.errors import (
 )
 from runtime.core.io.array_files import load_array, read_archive
 from runtime.core.io.input_files import check_file
+from runtime.core.pooling import max_over_rows
 
 Pooling = Literal["mmaction2", "drn"]
 
@@ -348,28 +349,6 @@ def segment_rows(
         last = np.where(ends - starts <= clock.window, first, np.maximum(first, (ends - 1) // clock.stride))
         return first, last, np.stack((starts, ends), 1) / num_frames
     raise invalid_setting("'mmaction2' or 'drn' for pooling", pooling, "correct the argument", FeatureError)
-
-
-def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Return (T, D) element-wise maxima over the rows first to last, inclusive, of (num_clips, D) features.
-
-    Rows after the end are clipped to the last row, because some feature files are shorter than their frame count.
-    """
-    end = len(features) - 1
-    # NumPy compares float16 in software, ten times slower than integers of the same order.
-    ordered = _sortable_float16_bits(features.view(np.int16)) if features.dtype == np.float16 else features
-    rows = np.stack(
-        [ordered[start : stop + 1].max(axis=0) for start, stop in zip(np.minimum(first, end), np.minimum(last, end))]
-    )
-    return _sortable_float16_bits(rows).view(np.float16) if features.dtype == np.float16 else rows
-
-
-def _sortable_float16_bits(bits: np.ndarray) -> np.ndarray:
-    """Return the int16 bits of finite float16 as integers of the same order, and the reverse.
-
-    All bits but the sign of negative numbers are inverted.
-    """
-    return bits ^ ((bits >> 15) & np.int16(0x7FFF))
 
 
 def load_features(path: str | os.PathLike[str]) -> np.ndarray:
