@@ -23,12 +23,17 @@ def compare(
 
     Args:
         first: predictions of one model.
-        second: predictions of the other, for the same queries.
-        tolerance: seconds by which the boundaries of a moment may differ; beyond it the exit code is 1.
+        second: predictions of the other model, for the same queries.
+        tolerance: maximum difference of the boundaries of a moment, in seconds.
+
+    Raises:
+        CheckFailed: a query has another number of moments, or a boundary differs by more.
     """
     rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in (first, second)]
     if [row["qid"] for row in rows[0]] != [row["qid"] for row in rows[1]]:
-        raise GroundingError(f"{first} and {second} do not answer the same queries in the same order.")
+        raise GroundingError(
+            f"{first} and {second} have different queries. Pass predictions of the same split.", code="models_differ"
+        )
     counts = differing = 0
     shifts, best_shifts = [], []
     for a, b in zip(*rows, strict=True):
@@ -47,7 +52,7 @@ def compare(
     print(f"boundary shift of all moments:     p99 {np.percentile(every, 99):.1e} s, largest {every.max():.1e} s")
     print(f"{beyond} queries with a moment that moved by more than {tolerance} s (order changed, or another moment).")
     if differing or beyond:
-        raise CheckFailed(f"{differing + beyond} of {len(rows[0])} queries are not answered alike.")
+        raise CheckFailed(f"{differing + beyond} of {len(rows[0])} queries have other moments. Compare the models.")
 
 
 if __name__ == "__main__":

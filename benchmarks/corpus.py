@@ -1,8 +1,4 @@
-"""Measure the time per pair of a corpus with one process and with two, and estimate a large corpus.
-
-A fresh network of full size and made-up features: they decide the answers, not the time. One process and two take
-turns, on a Ray that is started once for all.
-"""
+"""Measure the time per pair of a corpus with one process and with two, in turns, with an untrained network."""
 
 from __future__ import annotations
 
@@ -17,14 +13,10 @@ import numpy as np
 import ray
 from tqdm import tqdm
 
-from benchmarks.cpu import environment, multiply_adds
-from calib.graph.split_model import pair_paths, split_graph, write_split_model
-from export.tracing.tracer import export_model
-from runtime import Vocabulary
-from runtime.artifacts.manifest import Features, Manifest
+from benchmarks.measurement import environment, sparse_features, write_untrained_model
+from benchmarks.multiply_adds import c3d_multiply_adds, drn_multiply_adds
 from runtime.core.batch import Heads
 from runtime.core.cli import command
-from runtime.core.decoding import Decoding
 from runtime.core.io.atomic_files import check_writable, write_json
 from runtime.core.io.digests import json_digest
 from runtime.corpus.feature_sources import open_source
@@ -32,15 +24,10 @@ from runtime.corpus.queries import Question, read_questions
 from runtime.corpus.ray_runner import LOOPBACK_ONLY, NO_STATISTICS, OBJECT_STORE_BYTES, run_on_ray
 from runtime.corpus.sharding import Settings, Shard, plan
 from runtime.corpus.worker import CorpusJob, Worker
-from train.c3d import CROP, STRIDE, WINDOW, C3DConfig
+from train.c3d import C3DConfig
 from train.network.model import DRNConfig
-from train.training.trainer import fresh_model
 
 WORDS, QUERY_LENGTH, CLIPS, SECONDS = 1301, 7, 110, 30.0
-FRAMES_A_SECOND = 30
-# The shape of what C3D's convolutions see, in frames and in 112 x 112 pixels halved so many times; see
-# `train.c3d`.
-SEEN = ((1, 1), (1, 2), (2, 4), (2, 4), (4, 8), (4, 8), (8, 16), (8, 16))
 
 
 def corpus(
@@ -52,21 +39,21 @@ def corpus(
     fpn_dim: int = 512,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Time shards on one process and on two with one CPU thread each, and the parts that their cost is made of.
+    """Time shards on one process and on two, with one CPU thread each, and the parts of their time.
 
     Args:
-        videos: of half a minute; a shard each.
-        sentences: asked of every video.
-        rounds: of all that is timed; medians count.
-        feature_dim: D.
-        fpn_dim: width of the pyramid and the head.
-        output: JSON file for the figures.
+        videos: number of videos of half a minute; each is a shard.
+        sentences: sentences per video.
+        rounds: number of turns; the report has medians.
+        feature_dim: feature channels D.
+        fpn_dim: channels of the pyramid and the heads.
+        output: JSON file for the report.
     """
     check_writable(output)
     config = DRNConfig(WORDS, feature_dim=feature_dim, fpn_dim=fpn_dim)
-    with tempfile.TemporaryDirectory(prefix="corpus-") as place:
-        directory = Path(place)
-        model = _model(config, directory / "fresh.onnx")
+    with tempfile.TemporaryDirectory(prefix="corpus-") as scratch:
+        directory = Path(scratch)
+        model = write_untrained_model(config, directory / "untrained.onnx")
         queries = _inputs(directory / "features", feature_dim, videos, sentences)
         few, many = (_job(model, directory / "features", queries, directory / name, n) for name, n in
                      (("few", 2), ("many", sentences)))  # fmt: skip
@@ -82,7 +69,7 @@ def corpus(
         "ms of processor time": parts,
         "bytes of a row": size,
         "multiply-adds": {
-            **multiply_adds(config, QUERY_LENGTH),
+            **drn_multiply_adds(config, QUERY_LENGTH),
             "C3D, a clip": c3d_multiply_adds(C3DConfig()),
         },
     }
@@ -92,37 +79,13 @@ def corpus(
     return report
 
 
-def c3d_multiply_adds(config: C3DConfig) -> float:
-    """Return the multiply-adds of the features of one clip."""
-    total, before = 0.0, 3
-    for channels, (in_time, in_space) in zip(config.widths, SEEN, strict=True):
-        places = (WINDOW // in_time) * (CROP[0] // in_space) * (CROP[1] // in_space)
-        total += 27 * before * channels * places
-        before = channels
-    # What the last pooling leaves: one frame of 4 x 4.
-    return total + 16 * before * config.dim
-
-
-def clips_an_hour() -> float:
-    """Return the clips of an hour of video."""
-    return (3600 * FRAMES_A_SECOND - WINDOW) // STRIDE + 1
-
-
-def _model(config: DRNConfig, path: Path) -> Path:
-    vocabulary = Vocabulary({f"word{index}": index for index in range(1, WORDS + 1)})
-    decoding = Decoding(num_segments=config.num_segments, strides=config.strides)
-    model = export_model(fresh_model(config, 0), Manifest(vocabulary, decoding, Features(dim=config.feature_dim)))
-    write_split_model(*split_graph(model), path)
-    return pair_paths(path)[1]
-
-
 def _inputs(directory: Path, dim: int, videos: int, sentences: int) -> Path:
-    """Write features as sparse as C3D's and sentences of every video, and return the file of these."""
+    """Write features and sentences, and return the file of sentences."""
     rng = np.random.default_rng(0)
     directory.mkdir()
     names = [f"video{index:03d}" for index in range(videos)]
     for name in names:
-        np.save(directory / f"{name}.npy", np.maximum(rng.standard_normal((CLIPS, dim)) - 0.84, 0).astype(np.float16))
+        np.save(directory / f"{name}.npy", sparse_features(rng, CLIPS, dim).astype(np.float16))
     write_json(directory / "durations.json", dict.fromkeys(names, SECONDS))
     queries = directory.parent / "queries.jsonl"
     rows = (" ".join(f"word{word}" for word in rng.integers(1, WORDS + 1, QUERY_LENGTH)) for _ in range(sentences))
@@ -131,7 +94,7 @@ def _inputs(directory: Path, dim: int, videos: int, sentences: int) -> Path:
 
 
 def _job(model: Path, features: Path, queries: Path, output: Path, sentences: int) -> tuple[CorpusJob, list[Shard]]:
-    """Return a corpus of a shard for each video, as `runtime.corpus.job.ground` plans it."""
+    """Return a job with a shard per video, as `runtime.corpus.job.ground` plans it."""
     questions: list[Question] = read_questions(queries)[:sentences]
     common, shards = plan(open_source(features).listing(), questions, sentences)
     output.mkdir()
@@ -145,34 +108,34 @@ def _job(model: Path, features: Path, queries: Path, output: Path, sentences: in
 def _parts(
     few: CorpusJob, few_shards: list[Shard], many: CorpusJob, many_shards: list[Shard], rounds: int, config: DRNConfig
 ) -> tuple[dict[str, float], float]:
-    """Return the milliseconds of processor time that a video costs before it is asked, that a pair costs, and how much
-    of that is not the network: reading sentences, collating, decoding, NMS and writing the row; and the bytes of a
-    row with five moments."""
-    asked, alike = Worker(few), Worker(many)
-    empty = _without_network(Worker(many), config)
-    seconds: dict[str, list[float]] = {"few": [], "many": [], "around": []}
+    """Return milliseconds of processor time, and the bytes of a row with five moments.
+
+    The times are those of a video without its queries, of a pair, and of a pair without the network.
+    """
+    workers = (
+        ("few", Worker(few), few_shards),
+        ("many", Worker(many), many_shards),
+        ("around", _without_network(Worker(many), config), many_shards),
+    )
+    seconds: dict[str, list[float]] = {name: [] for name, *_ in workers}
     for turn in tqdm(range(rounds + 1), "timing parts", unit="round", leave=False, disable=None):
-        for name, worker, shards in (
-            ("few", asked, few_shards),
-            ("many", alike, many_shards),
-            ("around", empty, many_shards),
-        ):
+        for name, worker, shards in workers:
             for shard in shards[: 4 if turn else 1]:
-                spent, size = _made(worker, shard)
+                spent, size = _run_shard(worker, shard)
                 seconds[name].append(spent)
     few_s, many_s, around_s = (float(np.median(values[1:])) for values in seconds.values())
     pair = (many_s - few_s) / (len(many_shards[0]) - len(few_shards[0]))
-    told = {
+    milliseconds = {
         "a video": 1e3 * (few_s - len(few_shards[0]) * pair),
         "a pair": 1e3 * pair,
         "a pair, around the network": 1e3 * around_s / len(many_shards[0]),
     }
-    # Of the last that was made, which is without a network, and so with as many moments as there can be.
-    return told, size / len(many_shards[0])
+    # The last shard has the maximum number of moments, because it was written without the network.
+    return milliseconds, size / len(many_shards[0])
 
 
-def _made(worker: Worker, shard: Shard) -> tuple[float, int]:
-    """Return the processor seconds that a shard takes, and its bytes."""
+def _run_shard(worker: Worker, shard: Shard) -> tuple[float, int]:
+    """Return the processor seconds and the bytes of a shard."""
     started = time.process_time()
     done = worker(shard)
     seconds = time.process_time() - started
@@ -184,9 +147,8 @@ def _made(worker: Worker, shard: Shard) -> tuple[float, int]:
 
 
 def _without_network(worker: Worker, config: DRNConfig) -> Worker:
-    """Return a worker whose network answers at once, with heads of which half are likely."""
-    rng = np.random.default_rng(0)
-    locations = sum(config.num_segments // stride for stride in config.strides)
+    """Replace the network of a worker by constant heads, half of them likely."""
+    rng, locations = np.random.default_rng(0), config.num_locations
     heads = Heads(
         rng.standard_normal((64, locations), np.float32),
         rng.uniform(1, 8, (64, locations, 2)).astype(np.float32),
@@ -200,7 +162,7 @@ def _without_network(worker: Worker, config: DRNConfig) -> Worker:
 
 
 def _rates(job: CorpusJob, shards: list[Shard], rounds: int) -> dict[str, float]:
-    """Return pairs per second against processes, once each has made its first shard: medians over rounds."""
+    """Return number of processes to median pairs per second, without the first shard of each process."""
     for name, value in {**NO_STATISTICS, **LOOPBACK_ONLY}.items():
         os.environ.setdefault(name, value)
     ray.init(
@@ -217,6 +179,7 @@ def _rates(job: CorpusJob, shards: list[Shard], rounds: int) -> dict[str, float]
 
 
 def _rate(job: CorpusJob, shards: list[Shard], actors: int) -> float:
+    """Return the pairs per second of one run."""
     ended, pairs = [], []
     for done in run_on_ray(job, shards, actors, None):
         assert done.problem is None, done.problem
@@ -224,7 +187,7 @@ def _rate(job: CorpusJob, shards: list[Shard], actors: int) -> float:
         pairs.append(done.pairs)
     for shard in shards:
         job.path(shard).unlink()
-    # The first of each process opens the model, and while the last is made the others have nothing to do.
+    # The first shard of a process includes opening the model; during the last ones, other processes are idle.
     first, last = 2 * actors - 1, len(ended) - actors
     return sum(pairs[first + 1 : last + 1]) / (ended[last] - ended[first])
 

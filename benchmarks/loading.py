@@ -21,7 +21,7 @@ from runtime.core.io.digests import sha256
 
 
 class _Unchecked:
-    """Take the place of `onnx_metadata.DigestCheck`: read nothing."""
+    """A replacement of `onnx_metadata.DigestCheck` that reads nothing."""
 
     mismatch = None
 
@@ -33,50 +33,50 @@ class _Unchecked:
 
 
 def loading(model: Path, *, repeats: int = 9) -> dict[str, float]:
-    """Open a model in turn with and without the check of its digest, and check a checkpoint in turn with loading it.
+    """Open a model in turns with and without the check of its digest.
 
     Args:
-        model: .onnx file of a whole model, or .pt file.
-        repeats: how often each is timed; the median counts.
+        model: .onnx file of a model that is not split, or .pt file.
+        repeats: number of turns; the report has medians.
     """
     if repeats < 1:
-        raise GroundingError(f"--repeats must be at least 1, got {repeats}.")
+        raise GroundingError(f"Expected --repeats of at least 1, got {repeats}.", code="invalid_option")
     if model.suffix not in (".onnx", ".pt"):
-        raise ModelFileError(f"{model} should end in .onnx or .pt; engines are compared before they are loaded.")
+        raise ModelFileError(f"Expected a .onnx or .pt file, got {model}. Pass one of these.", code="wrong_suffix")
     opened, unchecked = _graph(model) if model.suffix == ".onnx" else _checkpoint(model)
     opened()
     times: dict[str, list[float]] = {}
     for _ in range(repeats):
         for name, open_model in (("checked", opened), ("unchecked", unchecked)):
-            began, cpu = time.perf_counter(), time.process_time()
+            started, cpu = time.perf_counter(), time.process_time()
             open_model()
-            times.setdefault(f"{name}_s", []).append(time.perf_counter() - began)
+            times.setdefault(f"{name}_s", []).append(time.perf_counter() - started)
             times.setdefault(f"{name}_cpu_s", []).append(time.process_time() - cpu)
         with _waits() as waits:
             opened()
         times.setdefault("waited_s", []).append(sum(waits))
-    found = {name: statistics.median(values) for name, values in times.items()}
+    results = {name: statistics.median(values) for name, values in times.items()}
     print(
-        f"{model.name}, {model.stat().st_size / 1e6:.0f} MB: {found['checked_s']:.3f} s with the check, "
-        f"{found['unchecked_s']:.3f} s without; CPU time {found['checked_cpu_s']:.3f} s and "
-        f"{found['unchecked_cpu_s']:.3f} s; {found['waited_s']:.3f} s spent waiting for the check"
+        f"{model.name}, {model.stat().st_size / 1e6:.0f} MB: {results['checked_s']:.3f} s with the check, "
+        f"{results['unchecked_s']:.3f} s without; CPU time {results['checked_cpu_s']:.3f} s and "
+        f"{results['unchecked_cpu_s']:.3f} s; {results['waited_s']:.3f} s waiting for the check"
     )
-    return found
+    return results
 
 
 @contextlib.contextmanager
 def _waits() -> Iterator[list[float]]:
-    """Yield the seconds that each thread that is joined, or each result of a thread, is waited for."""
+    """Yield a list that collects the seconds of every wait for a digest or for the result of a thread."""
     waits: list[float] = []
 
     def timed(wait: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(wait)
         def waited(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
+            started = time.perf_counter()
             try:
                 return wait(*arguments, **options)
             finally:
-                waits.append(time.perf_counter() - began)
+                waits.append(time.perf_counter() - started)
 
         return waited
 
@@ -112,7 +112,7 @@ def _checkpoint(model: Path) -> tuple[Callable[[], object], Callable[[], object]
 
     def unchecked() -> object:
         hashed = checkpoints.sha256_and_seal
-        # The manifest records the SHA-256 of the file all the same.
+        # The manifest still records the SHA-256 of the file.
         checkpoints.sha256_and_seal = lambda path: (sha256(path), True)
         try:
             return backend.open_checkpoint(model, "cpu")

@@ -1,7 +1,7 @@
-"""What people run today, written once to compare with: eager PyTorch, one query at a time, NMS over Python lists.
+"""Ground one query at a time in eager PyTorch as mmaction2's DRN does, as the baseline of the CPU benchmark.
 
-The network is ours with the same weights (it agrees with mmaction2's to rounding); the way of calling it and what
-stands around it follow mmaction2's DRN: batch 1, boxes and scores level by level with torch, soft-NMS over lists.
+The network is that of `train.network`, which agrees with mmaction2's to rounding. As in mmaction2, the batch size is 1,
+boxes and scores are computed per level in torch, and soft-NMS runs over Python lists.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from train.network.model import DRN, locations
 
 
 class EagerBaseline:
-    """Answers one query at a time."""
+    """Grounds one query at a time."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model: DRN = checkpoint.model()
@@ -27,7 +27,7 @@ class EagerBaseline:
 
     @torch.no_grad()
     def ground(self, video: Video, query: str) -> list[tuple[float, float, float]]:
-        """Return (start, end, score) in seconds, best first, at most six."""
+        """Return at most six (start, end, score), in seconds, best first."""
         tokens = torch.from_numpy(self.vocabulary.encode(query))[None]
         segments = video.segments(self.decoding.num_segments, self.features.pooling, self.features.clock)
         features = torch.from_numpy(segments.features.astype(np.float32))[None]
@@ -36,8 +36,9 @@ class EagerBaseline:
         rows = self._rows(heads.matching_logits[0], heads.boundary_distances[0], heads.iou_logits[0])
         return [(start * video.duration, end * video.duration, score) for start, end, score in soft_nms(rows)]
 
-    def _rows(self, matching: torch.Tensor, distances: torch.Tensor, overlap: torch.Tensor) -> list[list[float]]:
-        centre = locations(self.model.config)
+    def _rows(self, matching: torch.Tensor, distances: torch.Tensor, iou: torch.Tensor) -> list[list[float]]:
+        """Return [start, end, score] of all proposals, as fractions of the video."""
+        center = locations(self.model.config)
         segments = self.decoding.num_segments
         rows: list[list[float]] = []
         start = 0
@@ -45,16 +46,16 @@ class EagerBaseline:
             level = slice(start, start + segments // stride)
             start = level.stop
             p = matching[level].sigmoid()
-            kept = p > self.decoding.score_threshold
-            score = (p * overlap[level].sigmoid() if self.decoding.use_iou_scores else p)[kept].sqrt()
-            box = torch.stack((centre[level] - distances[level, 0], centre[level] + distances[level, 1]), 1)[kept]
+            likely = p > self.decoding.score_threshold
+            score = (p * iou[level].sigmoid() if self.decoding.use_iou_scores else p)[likely].sqrt()
+            box = torch.stack((center[level] - distances[level, 0], center[level] + distances[level, 1]), 1)[likely]
             box = (box / segments).clamp(0, 1)
             rows += torch.cat((box, score[:, None]), 1).tolist()
         return rows or [[0.0, 1.0, 1.0]]
 
 
 def soft_nms(rows: list[list[float]], count: int = 6) -> list[tuple[float, float, float]]:
-    """Suppress over plain lists, as the published code does; see `runtime.core.decoding.soft_nms` for the rule."""
+    """Apply soft-NMS to lists, as the published code does; see `runtime.core.decoding.soft_nms` for the rule."""
     rows = sorted(rows, key=lambda row: -row[2])
     picked: list[tuple[float, float, float]] = []
     while rows and len(picked) < count:

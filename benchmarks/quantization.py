@@ -7,18 +7,16 @@ as ONNX Runtime optimizes them.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import onnx
 from tqdm import tqdm
 
-from benchmarks.cpu import _cpu_name
+from benchmarks.measurement import environment
 from calib.accuracy import Candidate, table_of
 from calib.calibrate import measure_statistics
 from calib.calibration_set import CalibrationSet, coverage_table, sample_calibration_set
@@ -117,14 +115,10 @@ def tabulate(
     print(_markdown(entries))
     print(coverage_table(drawn.coverage))
     if output:
-        versions = {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "numpy")}
         write_json(
             output,
             {
-                "date": date.today().isoformat(),
-                "machine": _cpu_name(),
-                "threads": threads,
-                "versions": versions,
+                **environment(threads, ("onnx", "onnxruntime", "numpy")),
                 "split": split,
                 "queries": len(annotations),
                 "simulated_features": data_set.simulated,

@@ -1,8 +1,7 @@
-"""Measure the service under load from other processes, compared with `ground_batch` in one process.
+"""Measure the service under load from other processes, relative to `ground_batch` in one process.
 
-Service and `ground_batch` take turns of a few seconds, each while the other has nothing to do, so that a busy machine
-slows both; the ratio is the median of neighbouring turns. Every reply is compared with the offline answer to its own
-question.
+Service and `ground_batch` take turns of a few seconds; the ratio is the median over adjacent turns. Every reply is
+compared with the moments that `ground_batch` returns for its query.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.measurement import environment
 from runtime import Grounder
 from runtime.benchmarking.system_info import conditions
 from runtime.core.cli import command
@@ -36,14 +36,14 @@ from runtime.core.io.atomic_files import check_writable, write_json
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import BATCH_SIZE
 
-# A moment may differ by so many seconds, and a score by as much, from the one that was asked in another batch.
-CLOSE = 1e-3
-# Connections that one process keeps busy.
+# Tolerance of seconds and scores of a moment that was computed in another batch.
+TOLERANCE = 1e-3
+# Connections per client process.
 PER_PROCESS = 16
 WARM_UP_S = 3.0
-LEAST_RATIO = 0.8
-# More memory than this at the end of a level than at its start, as a share, is a leak.
-MOST_GROWTH = 0.05
+MIN_RATIO = 0.8
+# Maximum relative growth of memory within a level.
+MAX_GROWTH = 0.05
 
 Question = tuple[str, str]
 
@@ -60,25 +60,26 @@ def serving(
     threads: int | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Load the service with clients that each ask again as soon as they are answered.
+    """Load the service with clients that send the next query when they have the reply to the last.
 
     Args:
-        model: .onnx file; of a split model the query part.
-        data: data set whose sentences are asked.
-        split: of it.
-        concurrent: clients at a time; each number is a level.
-        seconds: that the service is loaded at each level, in turns.
-        turn: seconds of a turn.
-        questions: different ones, at most.
-        threads: CPU threads of the model, here and there.
-        output: JSON file for the figures.
-    """
-    # Late, since it brings in torch, which the clients can do without.
-    from benchmarks.cpu import environment
+        model: .onnx file; the query part of a split model.
+        data: data set whose sentences are the queries.
+        split: split of the data set.
+        concurrent: numbers of clients; each is a level.
+        seconds: seconds of load per level.
+        turn: seconds per turn.
+        questions: maximum number of distinct queries.
+        threads: number of CPU threads of the model.
+        output: JSON file for the report.
 
+    Raises:
+        CheckFailed: a reply is wrong, memory grows, or the service is slower than `MIN_RATIO` of `ground_batch`.
+    """
     if not (concurrent and min(concurrent) > 0 and 0 < turn <= seconds):
         raise GroundingError(
-            "--concurrent is one or more clients, and --turn above 0 and at most --seconds.", code="invalid_option"
+            f"Expected positive --concurrent and 0 < --turn <= --seconds, got {concurrent}, {turn} and {seconds}.",
+            code="invalid_option",
         )
     check_writable(output)
     grounder = Grounder.load(model, "cpu", threads)
@@ -96,9 +97,9 @@ def serving(
     }
     with _service(model, data, threads) as (process, port), _reference(model, data, threads, asked) as reference:
         for count in concurrent:
-            found = _level(count, seconds, turn, (process.pid, port), reference, asked, expected)
-            report["levels"].append(found)
-            print(_row(found), flush=True)
+            level = _level(count, seconds, turn, (process.pid, port), reference, asked, expected)
+            report["levels"].append(level)
+            print(_row(level), flush=True)
         process.send_signal(signal.SIGTERM)
         report["exit code"] = process.wait(60)
     report["load"] = [before.load, conditions("after").load]
@@ -106,28 +107,33 @@ def serving(
         write_json(output, report)
     wrong = [level for level in report["levels"] if level["errors"] or level["wrong"] or not level["flat"]]
     if wrong or report["exit code"]:
-        raise CheckFailed(f"Errors, wrong answers or growing memory at {[level['concurrent'] for level in wrong]}.")
-    slow = [level["concurrent"] for level in report["levels"] if level["of ground_batch"] < LEAST_RATIO]
+        raise CheckFailed(
+            f"Errors, wrong replies or growing memory with {[level['concurrent'] for level in wrong]} clients. See the "
+            "levels above."
+        )
+    slow = [level["concurrent"] for level in report["levels"] if level["of ground_batch"] < MIN_RATIO]
     if slow:
-        raise CheckFailed(f"Less than {LEAST_RATIO} of ground_batch at {slow} clients.")
+        raise CheckFailed(f"Less than {MIN_RATIO} of ground_batch with {slow} clients. Repeat on an idle machine.")
     return report
 
 
 def _questions(
-    grounder: Grounder, data: Path, split: str, most: int
+    grounder: Grounder, data: Path, split: str, limit: int
 ) -> tuple[list[Question], list[list[dict[str, float]]]]:
-    """Return what is asked, in random order, and the moments of each."""
+    """Return distinct queries in random order, and the moments of each."""
     data_set = DataSet(data)
-    pairs = list(dict.fromkeys((one.video, one.sentence) for one in data_set.annotations(split, "keep", quiet=True)))
-    order = np.random.default_rng(0).permutation(len(pairs))[:most]
+    annotations = data_set.annotations(split, "keep", quiet=True)
+    pairs = list(dict.fromkeys((annotation.video, annotation.sentence) for annotation in annotations))
+    order = np.random.default_rng(0).permutation(len(pairs))[:limit]
     asked = [pairs[index] for index in order]
     videos = {name: data_set.video(name) for name in {video for video, _ in asked}}
-    found = grounder.ground_batch([(videos[video], query) for video, query in asked])
-    return asked, [[vars(moment) for moment in moments] for moments in found]
+    answers = grounder.ground_batch([(videos[video], query) for video, query in asked])
+    return asked, [[vars(moment) for moment in moments] for moments in answers]
 
 
 @contextmanager
 def _service(model: Path, data: Path, threads: int | None) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Run the service; yield its process and port."""
     words = ["--model", model, "--data", data, "--port", 0, *(["--threads", threads] if threads else [])]
     process = subprocess.Popen(
         [sys.executable, "-m", "runtime.serve", *map(str, words)], stdout=subprocess.PIPE, text=True
@@ -136,7 +142,7 @@ def _service(model: Path, data: Path, threads: int | None) -> Iterator[tuple[sub
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         if not url:
-            raise GroundingError("The service did not start; what it said stands above.")
+            raise GroundingError("The service did not start. See its error above.")
         yield process, int(url.strip("/").rsplit(":", 1)[1])
     finally:
         if process.poll() is None:
@@ -146,7 +152,7 @@ def _service(model: Path, data: Path, threads: int | None) -> Iterator[tuple[sub
 
 @contextmanager
 def _other(target: Any, *arguments: Any) -> Iterator[Connection]:
-    """Run a function in a process of its own, at the other end of a pipe."""
+    """Run a function in another process; yield a connection to it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
@@ -161,13 +167,14 @@ def _other(target: Any, *arguments: Any) -> Iterator[Connection]:
 
 @contextmanager
 def _reference(model: Path, data: Path, threads: int | None, asked: list[Question]) -> Iterator[Connection]:
+    """Run `_ground` in another process."""
     with _other(_ground, model, data, threads, asked) as connection:
         connection.recv()
         yield connection
 
 
 def _ground(pipe: Connection, model: Path, data: Path, threads: int | None, asked: list[Question]) -> None:
-    """Ground so many pairs at a time for so many seconds, again and again, and say how many a second that were."""
+    """Receive batch size and seconds, ground for that time, and send the pairs per second; repeat."""
     grounder, data_set = Grounder.load(model, "cpu", threads), DataSet(data)
     videos: dict[str, Any] = {}
     for name, _ in asked:
@@ -189,7 +196,7 @@ def _ground(pipe: Connection, model: Path, data: Path, threads: int | None, aske
 
 
 def _clients(pipe: Connection, port: int, count: int, asked: list[Question], expected: list[Any], seed: int) -> None:
-    """Keep connections busy for so many seconds, again and again; see `_ask`."""
+    """Receive seconds, run `count` clients for that time, and send their latencies and counts; repeat."""
     bodies = [json.dumps({"video": video, "query": query}, ensure_ascii=False).encode() for video, query in asked]
     heads = [
         b"POST /v1/ground HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
@@ -203,14 +210,14 @@ def _clients(pipe: Connection, port: int, count: int, asked: list[Question], exp
         while True:
             until = time.perf_counter() + await asyncio.to_thread(pipe.recv)
             orders = [rng.permutation(len(asked)).tolist() for _ in streams]
-            found = await asyncio.gather(
+            results = await asyncio.gather(
                 *(
                     _ask(*stream, until, order, heads, asked, expected)
                     for stream, order in zip(streams, orders, strict=True)
                 )
             )
-            latencies = [latency for part, _ in found for latency in part]
-            pipe.send((latencies, sum((counts for _, counts in found), Counter())))
+            latencies = [latency for part, _ in results for latency in part]
+            pipe.send((latencies, sum((counts for _, counts in results), Counter())))
 
     asyncio.run(run())
 
@@ -224,7 +231,7 @@ async def _ask(
     asked: Sequence[Question],
     expected: Sequence[Any],
 ) -> tuple[list[float], Counter[str]]:
-    """Ask one question after the other until it is time, and compare every answer with that of its own question."""
+    """Send one query after the other until a time, and compare every reply with the expected moments."""
     latencies: list[float] = []
     counts: Counter[str] = Counter()
     turn = 0
@@ -247,15 +254,16 @@ async def _ask(
     return latencies, counts
 
 
-def _is_answer(found: Any, question: Question, expected: Sequence[dict[str, float]]) -> bool:
-    (answer,) = found
+def _is_answer(reply: Any, question: Question, expected: Sequence[dict[str, float]]) -> bool:
+    """Return whether a reply has the video, query and moments that are expected."""
+    (answer,) = reply
     return (
         (answer["video"], answer["query"]) == question
         and len(answer["moments"]) == len(expected)
         and all(
-            abs(one[name] - other[name]) <= CLOSE
-            for one, other in zip(answer["moments"], expected, strict=True)
-            for name in other
+            abs(moment[name] - value) <= TOLERANCE
+            for moment, other in zip(answer["moments"], expected, strict=True)
+            for name, value in other.items()
         )
     )
 
@@ -269,7 +277,7 @@ def _level(
     asked: list[Question],
     expected: list[Any],
 ) -> dict[str, Any]:
-    """Load the service with so many clients, and return what was seen."""
+    """Load the service with `count` clients, and return the report of the level."""
     pid, port = service
     processes = -(-count // PER_PROCESS)
     shares = [count // processes + (index < count % processes) for index in range(processes)]
@@ -284,10 +292,10 @@ def _level(
             reference.send((size, turn / 3))
             references.append(reference.recv())
             started = time.perf_counter()
-            found = _turn(clients, turn)
+            results = _turn(clients, turn)
             took = time.perf_counter() - started
-            rates.append(sum(len(part) for part, _ in found) / took)
-            for part, part_counts in found:
+            rates.append(sum(len(part) for part, _ in results) / took)
+            for part, part_counts in results:
                 latencies += part
                 counts += part_counts
     memory.append(_rss_mib(pid))
@@ -306,7 +314,7 @@ def _level(
         "of ground_batch": statistics.median(ours / theirs for ours, theirs in zip(rates, references, strict=True)),
         "ms": {"p50": p50, "p95": p95, "p99": p99, "largest": 1e3 * max(latencies)},
         "rss MiB": memory,
-        "flat": late <= (1 + MOST_GROWTH) * early,
+        "flat": late <= (1 + MAX_GROWTH) * early,
     }
 
 

@@ -1,17 +1,15 @@
-"""Compare training steps with eager steps in mmaction2's style, as ratios of one run.
+"""Compare training steps with eager steps as mmaction2 takes them, in turns on the same batches in memory.
 
-Both learn from the same batches, which lie ready in memory, and take turns, so that a busy machine slows both alike.
-What delivers the batches is timed apart.
+The delivery of batches is timed separately.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import importlib.metadata
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measurement import environment, interleave, medians, print_report
 from benchmarks.training_baseline import EagerTraining, Sample
 from runtime.core.cli import command
-from runtime.core.cpu_info import cpu_name
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import write_json
 from runtime.datasets.dataset import DataSet
@@ -44,8 +42,9 @@ from train.training.recipes import RECIPES, Stage
 from train.training.stage_trainer import StageTrainer
 from train.training.trainer import fresh_model
 
-# Of a loss, relative: sums in another order, over a few steps.
-SAME = 1e-3
+# Relative tolerance of a loss after a few steps; sums are in another order.
+TOLERANCE = 1e-3
+WARM_UP = 2
 MAP, MEMORY, STEMS = "from the memory map", "from the device's memory", "stems, computed already"
 
 
@@ -61,18 +60,18 @@ def benchmark(
     threads: int = 1,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Time training steps of every stage against eager ones, what stage 2 computes once, and the delivery of batches.
+    """Time training steps of every stage and eager ones, the cached stem of stage 2, and the delivery of batches.
 
     Args:
-        data: directory of a data set (docs/formats.md); a small one of full width is made up when not given.
-        checkpoint: drn.pt to start from; a fresh network of the published size when not given.
-        queries: of the training split that are drawn, at most.
-        steps: of each kind and stage; the median counts.
+        data: directory of a data set (docs/formats.md). Default: a small simulated one with features of full width.
+        checkpoint: drn.pt to start from. Default: an untrained network of the published size.
+        queries: maximum number of queries of the training split.
+        steps: steps per stage and kind; the report has medians.
         batch_size: queries per step.
-        stages: which stages to time.
-        device: cpu, or a GPU, where nothing stands beside our steps.
-        threads: CPU threads.
-        output: JSON file for the figures.
+        stages: stages to time.
+        device: cpu, or cuda, where eager steps are not timed.
+        threads: number of CPU threads.
+        output: JSON file for the report.
     """
     torch.set_num_threads(threads)
     target = torch_device(device)
@@ -82,18 +81,17 @@ def benchmark(
         training, config = _load(data, checkpoint, queries, Path(scratch))
         if len(training) < batch_size:
             raise GroundingError(
-                f"{data} holds {len(training)} queries, too few for a step; lower --batch-size.", code="too_few_queries"
+                f"{data} has {len(training)} queries, too few for a step. Pass a smaller --batch-size.",
+                code="too_few_queries",
             )
         model = load_checkpoint(checkpoint).model() if checkpoint else fresh_model(config, 0)
         report: dict[str, Any] = {
-            "date": date.today().isoformat(),
-            "machine": cpu_name() if target.type == "cpu" else torch.cuda.get_device_name(target),
-            "threads": threads,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+            **environment(threads, ("torch", "numpy")),
+            **({} if target.type == "cpu" else {"machine": torch.cuda.get_device_name(target)}),
             "queries": len(training),
             "batch size": batch_size,
         }
-        epoch = _epoch(training, batch_size, steps + 2)
+        epoch = _epoch(training, batch_size, steps + WARM_UP)
         for number in stages:
             stage = RECIPES["mmaction2"].stages[number - 1]
             report[f"stage {number}"] = _stage(stage, model, training, epoch, target)
@@ -104,20 +102,19 @@ def benchmark(
             for number in stages
             for name in ((STEMS,) if number == 2 else (MAP, MEMORY))
         }
-    for name, entry in report.items():
-        print(f"{name}: {_readable(entry)}")
+    print_report(report)
     if output:
         write_json(output, report)
     return report
 
 
 def _load(data: Path, checkpoint: Path | None, queries: int, cache: Path) -> tuple[TrainingData, DRNConfig]:
+    """Return all queries of some videos of the training split, and the network configuration."""
     data_set = DataSet(data)
     annotations = data_set.annotations("train", invalid="drop")
-    # Those of some videos, as many for each video as there are.
-    videos = np.random.default_rng(0).permutation(sorted({annotation.video for annotation in annotations}))
-    place = {video: index for index, video in enumerate(videos.tolist())}
-    annotations = sorted(annotations, key=lambda annotation: place[annotation.video])[:queries]
+    names = np.random.default_rng(0).permutation(sorted({annotation.video for annotation in annotations}))
+    order = {video: index for index, video in enumerate(names.tolist())}
+    annotations = sorted(annotations, key=lambda annotation: order[annotation.video])[:queries]
     vocabulary, features = data_set.vocabulary, data_set.features()
     config = DRNConfig(vocab_size=len(vocabulary), feature_dim=features.dim)
     if checkpoint:
@@ -130,7 +127,7 @@ def _load(data: Path, checkpoint: Path | None, queries: int, cache: Path) -> tup
 
 
 def _epoch(training: TrainingData, batch_size: int, steps: int) -> list[np.ndarray]:
-    """Return the indices of so many batches, over as many epochs as it takes."""
+    """Return the indices of `steps` batches, over as many epochs as necessary."""
     batches: list[np.ndarray] = []
     while len(batches) < steps:
         batches += training.epoch(batch_size, (0, len(batches)))
@@ -140,8 +137,8 @@ def _epoch(training: TrainingData, batch_size: int, steps: int) -> list[np.ndarr
 def _stage(
     stage: Stage, model: DRN, training: TrainingData, epoch: list[np.ndarray], device: torch.device
 ) -> dict[str, float]:
-    """Return milliseconds per step and what follows from them."""
-    trainer = _trainer(stage, model, len(epoch[0]), device)
+    """Return milliseconds per step, alone and relative to eager steps and to a matrix product."""
+    trainer = stage_trainer(stage, model, len(epoch[0]), device)
     once, source = 0.0, None
     if stage.freezes_stem:
         started = time.perf_counter()
@@ -152,16 +149,17 @@ def _stage(
     source = source or open_source(training, device)
     batches = list(source.batches(epoch))
     multiply_adds = _multiply_adds(trainer, batches[0])
-    ours: dict[str, Callable[[int], Any]] = {"ours": lambda i: _take(trainer, batches[i], device)}
+    runs: dict[str, Callable[[int], Any]] = {"ours": lambda i: _take(trainer, batches[i], device)}
     if device.type == "cpu":
-        eager = EagerTraining(_copy(model), stage)
-        samples = [list(_samples(training, chosen)) for chosen in epoch]
-        _check_equal(_trainer(stage, model, len(epoch[0]), device), eager, HostSource(training, device), epoch, samples)
-        square = torch.rand(512, 4096), torch.rand(4096, 4096)
-        ours |= {"eager": lambda i: eager.step(samples[i]), "gemm": lambda i: square[0] @ square[1]}
-    turns = _interleave(ours, len(epoch))
-    seconds = {name: float(np.median(taken)) for name, taken in turns.items()}
-    # A stage computes its stems once for all of its epochs.
+        eager = EagerTraining(copy.deepcopy(model), stage)
+        samples = [list(_samples(training, indices)) for indices in epoch]
+        other = stage_trainer(stage, model, len(epoch[0]), device)
+        _check_equal(other, eager, HostSource(training, device), epoch, samples)
+        left, right = torch.rand(512, 4096), torch.rand(4096, 4096)
+        runs |= {"eager": lambda i: eager.step(samples[i]), "gemm": lambda i: left @ right}
+    turns = interleave(runs, len(epoch) - WARM_UP, WARM_UP)
+    seconds = medians(turns)
+    # A stage computes its stems once for all epochs.
     share = once * len(epoch[0]) / stage.epochs
     step = seconds["ours"] + share
     result = {"ms per step": 1e3 * step}
@@ -172,7 +170,7 @@ def _stage(
         limit = multiply_adds / (512 * 4096 * 4096) * seconds["gemm"]
         result |= {
             "ms per step, eager": 1e3 * seconds["eager"],
-            # Of neighbours in time, since a shared machine is not as fast in all turns.
+            # The median of ratios within a turn, because the speed of a shared machine varies.
             "times eager": float(np.median(turns["eager"] / (turns["ours"] + share))),
             "ms at the rate of a large matrix product": 1e3 * limit,
             "of that rate": limit / seconds["ours"],
@@ -180,7 +178,8 @@ def _stage(
     return result
 
 
-def _trainer(stage: Stage, model: DRN, batch_size: int, device: torch.device) -> StageTrainer:
+def stage_trainer(stage: Stage, model: DRN, batch_size: int, device: torch.device) -> StageTrainer:
+    """Return a trainer in FP32 of a copy of the model."""
     recipe = RECIPES["mmaction2"]
     settings = TrainingSettings(
         recipe="mmaction2",
@@ -194,20 +193,14 @@ def _trainer(stage: Stage, model: DRN, batch_size: int, device: torch.device) ->
         processes=1,
         synchronised=True,
     )
-    trainer = StageTrainer(stage, settings, Processes(), _copy(model).to(device))
+    trainer = StageTrainer(stage, settings, Processes(), copy.deepcopy(model).to(device))
     trainer.model.train()
     return trainer
 
 
-def _copy(model: DRN) -> DRN:
-    copy = DRN(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
-def _samples(training: TrainingData, chosen: np.ndarray) -> Iterator[Sample]:
-    """Yield queries as mmaction2's loader hands them over, one by one."""
-    for index in chosen:
+def _samples(training: TrainingData, indices: np.ndarray) -> Iterator[Sample]:
+    """Yield queries one by one, as mmaction2's loader does."""
+    for index in indices:
         row = int(training.video_rows[index])
         yield Sample(
             torch.from_numpy(training.queries[index].astype(np.int64)),
@@ -220,14 +213,14 @@ def _samples(training: TrainingData, chosen: np.ndarray) -> Iterator[Sample]:
 def _check_equal(
     trainer: StageTrainer, eager: EagerTraining, source: Source, epoch: list[np.ndarray], samples: list[list[Sample]]
 ) -> None:
-    """A faster step that learns something else is no gain."""
+    """Raise GroundingError unless the losses of both are equal in two steps."""
     for (inputs, truth), published in zip(source.batches(epoch[:2]), samples[:2], strict=True):
-        found = trainer.step(inputs, truth)[:3].tolist()
-        wanted = list(eager.step(published).values())
-        if not np.allclose(found, wanted, rtol=SAME, atol=1e-5):
+        actual = trainer.step(inputs, truth)[:3].tolist()
+        expected = list(eager.step(published).values())
+        if not np.allclose(actual, expected, rtol=TOLERANCE, atol=1e-5):
             raise GroundingError(
-                f"Losses of stage {eager.stage.number} differ: {found} here and {wanted} in the eager step; "
-                "one of the two is wrong.",
+                f"Expected the losses {expected} of the eager step of stage {eager.stage.number}, got {actual}. "
+                "Correct one of the two implementations.",
                 code="models_differ",
             )
 
@@ -243,34 +236,23 @@ def _finish(device: torch.device) -> None:
 
 
 def _multiply_adds(trainer: StageTrainer, batch: Any) -> float:
-    """Return the multiply-adds that a step does, as torch counts them in matrix products and convolutions."""
+    """Return the multiply-adds of a step, as torch counts them in matrix products and convolutions."""
     counter = FlopCounterMode(display=False)
     with counter:
         trainer.step(*batch)
     return counter.get_total_flops() / 2
 
 
-def _interleave(runs: dict[str, Callable[[int], Any]], count: int) -> dict[str, np.ndarray]:
-    """Return the seconds of each in every turn but the first two, which warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(count):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run(index)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: np.array(values[2:]) for name, values in seconds.items()}
-
-
 def _delivery(model: DRN, training: TrainingData, batch_size: int, device: torch.device) -> dict[str, float]:
-    """Return how many queries each source delivers in a second, the second time it is asked."""
+    """Return the queries per second of each source, in its second epoch."""
     sources: dict[str, Callable[[], Source]] = {
         MAP: lambda: HostSource(training, device, workers=0 if device.type == "cpu" else 2),
         MEMORY: lambda: DeviceSource(training, device),
-        STEMS: lambda: CachedStemSource(training, _copy(model).to(device), device, None),
+        STEMS: lambda: CachedStemSource(training, copy.deepcopy(model).to(device), device, None),
     }
     rates = {}
-    for name, open_it in sources.items():
-        source = open_it()
+    for name, open_named in sources.items():
+        source = open_named()
         epoch = _epoch(training, batch_size, max(40, len(training) // batch_size))
         for _ in range(2):
             started = time.perf_counter()
@@ -279,12 +261,6 @@ def _delivery(model: DRN, training: TrainingData, batch_size: int, device: torch
             _finish(device)
             rates[name] = batch_size * len(epoch) / (time.perf_counter() - started)
     return rates
-
-
-def _readable(entry: Any) -> str:
-    if isinstance(entry, dict):
-        return "".join(f"\n  {name:<46} {_readable(value)}" for name, value in entry.items())
-    return format(entry, ".4g") if isinstance(entry, float) else str(entry)
 
 
 if __name__ == "__main__":

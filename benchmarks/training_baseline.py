@@ -1,9 +1,8 @@
-"""A training step as mmaction2 takes it, written once to compare with: eager, sample by sample where it is.
+"""Take eager training steps as mmaction2's DRN does, as the baseline of the training benchmark.
 
-The layers and weights are ours (they agree with mmaction2's to rounding); what surrounds them follows mmaction2's DRN:
-batches are lists, sorted by query length; positions are made for all three levels, of which one is used; targets are
-assigned video by video and level by level; stage 2 runs everything and detaches; all parameters are given to an Adam
-that takes them one by one.
+The layers are those of `train.network`, which agree with mmaction2's to rounding. As in mmaction2, batches are lists,
+sorted by query length; positions are computed for three levels, of which one is used; targets are assigned per video
+and level; stage 2 computes everything and detaches; Adam updates all parameters one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from train.training.recipes import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One query with the segments of its video: tokens (L,) int64, features (T, D), spans (T, 2), truth (2,)."""
+    """A query and the segments of its video: tokens (L,) int64, features (T, D), spans (T, 2), truth (2,)."""
 
     tokens: Tensor
     features: Tensor
@@ -30,7 +29,7 @@ class Sample:
 
 
 class EagerTraining:
-    """Takes training steps with a model in one stage."""
+    """Takes training steps of a stage."""
 
     def __init__(self, model: DRN, stage: Stage, clip_norm: float = 5.0) -> None:
         self.model, self.stage, self.clip_norm = model.train(), stage, clip_norm
@@ -42,7 +41,7 @@ class EagerTraining:
         ]
 
     def step(self, samples: list[Sample]) -> dict[str, float]:
-        """Learn from a batch and return the losses."""
+        """Take an optimizer step, and return the losses."""
         losses = self.losses(samples)
         self.optimizer.zero_grad()
         sum(loss.mean() for loss in losses.values()).backward()
@@ -55,13 +54,13 @@ class EagerTraining:
         samples = sorted(samples, key=lambda sample: -len(sample.tokens))
         heads = self._head(self._pyramid(samples))
         truths = [sample.truth * self.model.config.num_segments for sample in samples]
-        labels, wanted = self._targets(truths)
+        labels, expected = self._targets(truths)
         matching = torch.cat([level[0].permute(0, 2, 1).reshape(-1) for level in heads])
         distances = torch.cat([level[1].permute(0, 2, 1).reshape(-1, 2) for level in heads])
         positive = torch.nonzero(labels).squeeze(1)
         losses = {"matching": _focal(matching, labels).sum() / (len(positive) + len(samples))}
-        chosen, wanted = distances[positive], wanted[positive]
-        losses["boundary"] = _distance_loss(chosen, wanted).mean() if len(positive) else chosen.sum()
+        predicted, expected = distances[positive], expected[positive]
+        losses["boundary"] = _distance_loss(predicted, expected).mean() if len(positive) else predicted.sum()
         if self.stage.number == 2:
             losses = {name: loss.detach() for name, loss in losses.items()}
         losses["iou"] = self._iou_loss(heads, samples)
@@ -82,7 +81,7 @@ class EagerTraining:
         positions = []
         for level in range(3):
             if level == 1:
-                # Of merged pairs, on both coarser levels; nothing reads them.
+                # Unused, but computed by mmaction2.
                 spans = torch.stack((spans[:, ::2, 0], spans[:, 1::2, 1]), dim=-1)
             duration = spans[..., 1:] - spans[..., :1]
             positions.append(model.position_transform(torch.cat((spans, duration), dim=-1).float()).permute(0, 2, 1))
@@ -100,10 +99,10 @@ class EagerTraining:
     def _head(self, pyramid: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         head, levels = self.model.fcos.head, []
         for features, scale in zip(pyramid, head.scales, strict=True):
-            towards_match, towards_boundary = head.cls_tower(features), head.bbox_tower(features)
-            matching = head.cls_logits(towards_match)
-            distances = torch.exp(scale(head.bbox_pred(towards_boundary)))
-            mixed = torch.cat((towards_match, towards_boundary), dim=1)
+            matching_features, boundary_features = head.cls_tower(features), head.bbox_tower(features)
+            matching = head.cls_logits(matching_features)
+            distances = torch.exp(scale(head.bbox_pred(boundary_features)))
+            mixed = torch.cat((matching_features, boundary_features), dim=1)
             if self.stage.number == 2:
                 mixed, distances = mixed.detach(), distances.detach()
             levels.append((matching, distances, head.iou_scores(head.mix_fc(mixed))))
@@ -146,7 +145,7 @@ class EagerTraining:
         target = overlap / (hull + 1e-6)
         near = target > IOU_TARGET_THRESHOLD
         if not near.any():
-            # The published stage 2 dies here; a benchmark should not.
+            # The published stage 2 fails here.
             return 0 * logits.sum()
         return functional.smooth_l1_loss(logits[near].sigmoid(), target[near])
 
@@ -158,7 +157,7 @@ def _focal(logits: Tensor, labels: Tensor) -> Tensor:
     return (FOCAL_ALPHA * labels + (1 - FOCAL_ALPHA) * (1 - labels)) * entropy * (1 - p_true) ** FOCAL_GAMMA
 
 
-def _distance_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    overlap = torch.min(found, wanted).sum(dim=1)
-    union = found.sum(dim=1) + wanted.sum(dim=1) - overlap
+def _distance_loss(predicted: Tensor, expected: Tensor) -> Tensor:
+    overlap = torch.min(predicted, expected).sum(dim=1)
+    union = predicted.sum(dim=1) + expected.sum(dim=1) - overlap
     return -torch.log((overlap + 1e-8) / (union + 1e-8))

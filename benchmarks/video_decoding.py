@@ -1,4 +1,4 @@
-"""Measure frames per second from a video file to the network's clips, compared with PyAV alone."""
+"""Measure frames per second from a video file to the clips of a feature extractor, relative to PyAV alone."""
 
 from __future__ import annotations
 
@@ -20,35 +20,34 @@ from runtime.media.video_file import probe, read_frames
 
 
 def footage(videos: tyro.conf.Positional[tuple[Path, ...]], *, rounds: int = 9) -> dict[str, float]:
-    """Time decoding on one thread: PyAV's own loop to RGB arrays, and all that stands before an extractor.
-
-    Both are timed in turns, and the ratio is the median of the rounds', so that a busy machine slows both.
+    """Time decoding on one thread in turns: PyAV's loop to RGB arrays, and clips as for a feature extractor.
 
     Args:
         videos: video files.
-        rounds: how often each is timed.
+        rounds: number of turns; the ratio is the median over turns.
     """
     import av
 
     if not videos:
-        raise VideoFileError("No video was given; name the files to time.")
+        raise VideoFileError("Expected at least one video, got none. Pass the files to time.", code="missing_option")
     ratios = {}
     print(f"PyAV {av.__version__}, NumPy {np.__version__}, {platform.machine()}, one thread, {rounds} rounds\n")
     print("| video | size | PyAV, frames/s | clips, frames/s | ratio |\n| --- | --- | --- | --- | --- |")
     for path in videos:
-        found = probe(path)
-        ways: tuple[Callable[[], Iterator[Any]], ...] = (
-            lambda path=path: _bare(path),
-            lambda found=found: clips(read_frames(found, ResizeCrop(), threads=1), 16, 8),
+        video = probe(path)
+        loops: tuple[Callable[[], Iterator[Any]], ...] = (
+            lambda path=path: _frames(path),
+            lambda video=video: clips(read_frames(video, ResizeCrop(), threads=1), 16, 8),
         )
-        seconds = [[_seconds(way) for way in ways] for _ in range(rounds)]
-        ratios[path.stem] = statistics.median(bare / ours for bare, ours in seconds)
-        bare, ours = (found.num_frames / statistics.median(column) for column in zip(*seconds, strict=True))
-        print(f"| {path.stem} | {found.width} x {found.height} | {bare:.0f} | {ours:.0f} | {ratios[path.stem]:.2f} |")
+        seconds = [[_seconds(loop) for loop in loops] for _ in range(rounds)]
+        ratios[path.stem] = statistics.median(pyav / ours for pyav, ours in seconds)
+        pyav, ours = (video.num_frames / statistics.median(column) for column in zip(*seconds, strict=True))
+        print(f"| {path.stem} | {video.width} x {video.height} | {pyav:.0f} | {ours:.0f} | {ratios[path.stem]:.2f} |")
     return ratios
 
 
-def _bare(path: Path) -> Iterator[np.ndarray]:
+def _frames(path: Path) -> Iterator[np.ndarray]:
+    """Yield RGB frames decoded by PyAV."""
     import av
 
     with av.open(str(path)) as container:
@@ -58,9 +57,9 @@ def _bare(path: Path) -> Iterator[np.ndarray]:
             yield frame.to_ndarray(format="rgb24")
 
 
-def _seconds(way: Callable[[], Iterator[Any]]) -> float:
+def _seconds(loop: Callable[[], Iterator[Any]]) -> float:
     started = time.perf_counter()
-    for _ in way():
+    for _ in loop():
         pass
     return time.perf_counter() - started
 

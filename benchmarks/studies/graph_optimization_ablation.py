@@ -1,14 +1,12 @@
-"""Measure the speed-up of each optimization of the exported graph on a CPU, removing one at a time.
+"""Measure the speed-up of each optimization of the exported graph on a CPU, by removing one at a time.
 
-Every variant answers as the graph does, which is checked first. All take turns in one run, in random order, and
-processor time is counted, so that a busy machine disturbs little; what is printed is the time of a variant over that of
-the graph as it is exported: above 1, the rewriting gains.
+Each variant is checked against the exported graph. Results are ratios of processor time to that of the exported graph:
+above 1, the optimization is faster.
 """
 
 from __future__ import annotations
 
 import copy
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.cpu import environment
+from benchmarks.measurement import environment, interleave, medians, random_encoded_video, sparse_features
 from calib.graph.conv_padding import extract_padding
 from calib.graph.split_model import split_graph
 from export.tracing.exportable_model import ExportableConv, ExportableDRN
@@ -50,15 +48,15 @@ def rewritings(
     only: tuple[str, ...] = (),
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Export the graph with each rewriting undone, and time them all in ONNX Runtime on this CPU.
+    """Export the graph without each optimization, and time all variants in ONNX Runtime on this CPU.
 
     Args:
         checkpoint: drn.pt of a network of any size.
-        samples: runs of each at batch 1; a quarter of them at the larger batch. The median counts.
+        samples: runs of each at batch 1, and a quarter of them at the larger batch; the report has medians.
         batch: the larger batch.
-        threads: CPU threads.
-        only: parts of the names of variants to time; all when none is given.
-        output: JSON file for the figures.
+        threads: number of CPU threads.
+        only: parts of the names of variants to time. Default: all.
+        output: JSON file for the report.
     """
     torch.set_num_threads(threads)
     loaded = load_checkpoint(checkpoint)
@@ -71,30 +69,30 @@ def rewritings(
             change(graph, model)
         return export_model(model, manifest, opset=18, graph=graph)
 
-    def wanted(name: str) -> bool:
+    def selected(name: str) -> bool:
         return not only or any(part in name for part in only)
 
-    whole = exported()
-    graphs = {EXPORTED: whole}
-    graphs.update((name, exported(change)) for name, change in TRACED.items() if wanted(name))
-    graphs.update((name, rewrite(whole)) for name, rewrite in REWRITTEN.items() if wanted(name))
-    # Asked on an encoded video, where a rewriting weighs most; what encodes the video is timed by itself.
-    questions = {name: _session(extract_padding(split_graph(graph)[1]), threads) for name, graph in graphs.items()}
-    if wanted(PADDED):
-        questions[PADDED] = _session(split_graph(whole)[1], threads)
-    question = extract_padding(split_graph(whole)[1])
-    questions.update((name, _session(question, threads, change)) for name, change in SETTINGS.items() if wanted(name))
-    encoders = {EXPORTED: _session(split_graph(whole)[0], threads)}
-    if wanted(PRODUCT):
-        encoders[PRODUCT] = _session(split_graph(exported(_matrix_product))[0], threads)
+    complete = exported()
+    graphs = {EXPORTED: complete}
+    graphs.update((name, exported(change)) for name, change in TRACED.items() if selected(name))
+    graphs.update((name, rewrite(complete)) for name, rewrite in REWRITTEN.items() if selected(name))
+    # The query part is timed on an encoded video, the video part by itself.
+    query_parts = {name: _session(extract_padding(split_graph(graph)[1]), threads) for name, graph in graphs.items()}
+    if selected(PADDED):
+        query_parts[PADDED] = _session(split_graph(complete)[1], threads)
+    part = extract_padding(split_graph(complete)[1])
+    query_parts.update((name, _session(part, threads, change)) for name, change in SETTINGS.items() if selected(name))
+    video_parts = {EXPORTED: _session(split_graph(complete)[0], threads)}
+    if selected(PRODUCT):
+        video_parts[PRODUCT] = _session(split_graph(exported(_matrix_product))[0], threads)
 
     results: dict[str, dict[str, float]] = {}
     for size, length, runs in (*((1, length, samples) for length in LENGTHS), (batch, 8, max(5, samples // 4))):
-        found = _timed(questions, _question(model.config, size, length), runs)
-        results[f"{size} x {length} words"] = _relative(found, size)
+        seconds = _timed(query_parts, _queries(model.config, size, length), runs)
+        results[f"{size} x {length} words"] = _relative(seconds, size)
     for size in (1, 8):
-        found = _timed(encoders, _videos(model.config, size), max(5, samples // 2))
-        results[f"{size} videos"] = _relative(found, size)
+        seconds = _timed(video_parts, _videos(model.config, size), max(5, samples // 2))
+        results[f"{size} videos"] = _relative(seconds, size)
     print(_table(results))
     report = {**environment(threads), "time over that of the graph as exported": results}
     if output:
@@ -107,8 +105,8 @@ def _relative(seconds: dict[str, float], size: int) -> dict[str, float]:
     return {MILLISECONDS: 1e3 * base / size, **{name: value / base for name, value in seconds.items()}}
 
 
-def _apart(graph: ExportableDRN, model: DRN) -> None:
-    """Both towers by themselves."""
+def _separate_towers(graph: ExportableDRN, model: DRN) -> None:
+    """Compute both towers separately."""
     (joined,) = graph.fcos.head.towers
     weights, biases = joined.weight.chunk(2), joined.bias.chunk(2)
     halves = [ExportableConv(w[:, :, 0], b, relu=True) for w, b in zip(weights, biases, strict=True)]
@@ -125,7 +123,7 @@ def _apart(graph: ExportableDRN, model: DRN) -> None:
 
 
 def _by_level(graph: ExportableDRN, model: DRN) -> None:
-    """The head level by level, as the published code has it."""
+    """Compute the head level by level, as the published code does."""
     head = graph.fcos.head
     lengths = [model.config.num_segments // stride for stride in model.config.strides]
     scales = head.scales.split(lengths)
@@ -144,16 +142,16 @@ def _by_level(graph: ExportableDRN, model: DRN) -> None:
                 towers = level
                 for layer in self.towers:
                     towers = layer(towers)
-                overlap = self.iou_scores[1](self.iou_scores[0](self.mix_fc(towers))).flatten(1)
+                iou = self.iou_scores[1](self.iou_scores[0](self.mix_fc(towers))).flatten(1)
                 matching, boundary = self.predictions(towers).squeeze(2).split((1, 2), dim=1)
-                heads.append((matching.flatten(1), torch.exp(boundary * scale).transpose(1, 2), overlap))
+                heads.append((matching.flatten(1), torch.exp(boundary * scale).transpose(1, 2), iou))
             return tuple(torch.cat(parts, 1) for parts in zip(*heads, strict=True))  # type: ignore[return-value]
 
     graph.fcos.head = Levels()
 
 
 def _unfolded_norm(graph: ExportableDRN, model: DRN) -> None:
-    """Batch norm after its convolution. ONNX Runtime folds it while loading: this tells whether it does."""
+    """Apply batch norm after its convolution; ONNX Runtime is expected to fold it while loading."""
 
     class Normed(nn.Module):
         def __init__(self, conv: ExportableConv) -> None:
@@ -179,7 +177,7 @@ def _unfolded_norm(graph: ExportableDRN, model: DRN) -> None:
 
 
 def _positions_as_channels(graph: ExportableDRN, model: DRN) -> None:
-    """Spans through their linear layer to 256 channels beside the gated features, then one convolution of both."""
+    """Concatenate the positions, as 256 channels, with the gated features before the first convolution."""
     conv, norm, _ = model.backbone_net.layers[0]
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     weight = (scale[:, None, None] * conv.weight.double()).float()[:, :, None]
@@ -207,7 +205,7 @@ def _positions_as_channels(graph: ExportableDRN, model: DRN) -> None:
 
 
 def _one_dimension(graph: ExportableDRN, model: DRN) -> None:
-    """Convolutions over (B, C, T), as torch's Conv1d: ONNX Runtime has no blocked layout for them."""
+    """Convolve (B, C, T) as torch's Conv1d does; ONNX Runtime has no blocked layout for it."""
     for module in graph.modules():
         if isinstance(module, ExportableConv):
             module.__class__ = type("Flat", (_Flat, module.__class__), {})
@@ -225,7 +223,7 @@ class _Flat(ExportableConv):
 
 
 def _matrix_product(graph: ExportableDRN, model: DRN) -> None:
-    """`prop_fc` as the matrix product that it is."""
+    """Compute `prop_fc` as a matrix product."""
 
     class Product(nn.Module):
         def __init__(self) -> None:
@@ -240,7 +238,7 @@ def _matrix_product(graph: ExportableDRN, model: DRN) -> None:
 
 
 def _unfolded_score(graph: ExportableDRN, model: DRN) -> None:
-    """`W1` after the product of `W2` and each word, as the published code has it."""
+    """Apply `W1` after the product of `W2` and each word, as the published code does."""
     encoder, ours = model.query_encoder, graph.query_encoder
     weight = torch.cat([project.weight for project in encoder.W2]).detach().T.contiguous()
     ours.W2.weight = nn.Parameter(weight, requires_grad=False)
@@ -259,7 +257,7 @@ def _unfolded_score(graph: ExportableDRN, model: DRN) -> None:
 
 
 def _bidirectional(model: onnx.ModelProto) -> onnx.ModelProto:
-    """One LSTM operator over both directions, which knows the lengths."""
+    """Replace both LSTMs by one bidirectional LSTM operator with the query lengths."""
     graph = _copied(model)
     nodes = {node.name: node for node in graph.graph.node}
     constants = {entry.name: numpy_helper.to_array(entry) for entry in graph.graph.initializer}
@@ -284,7 +282,7 @@ def _bidirectional(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _word_table(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Words times input weights looked up in a table, and the recurrence as a Scan."""
+    """Look up the products of words and input weights in a table, and compute the recurrence as a Scan."""
     graph = _copied(model)
     constants = {entry.name: numpy_helper.to_array(entry) for entry in graph.graph.initializer}
     embedding = constants["query_encoder.embedding.weight"].astype(np.float64)
@@ -305,6 +303,7 @@ def _word_table(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _scan(scope: str, tokens: str, output: str, hidden: int) -> list[onnx.NodeProto]:
+    """Return the nodes of one direction of the LSTM as a Scan."""
     make = helper.make_node
 
     def rows(name: str, width: int) -> onnx.ValueInfoProto:
@@ -316,13 +315,13 @@ def _scan(scope: str, tokens: str, output: str, hidden: int) -> list[onnx.NodePr
             make("Add", ["recurrent", "word"], ["sum"]),
             make("Split", ["sum", f"{scope}.scan.parts"], ["logits", "candidate"], axis=-1),
             make("Sigmoid", ["logits"], ["gates"]),
-            make("Split", ["gates"], ["entry", "output", "forget"], axis=-1, num_outputs=3),
-            make("Tanh", ["candidate"], ["fresh"]),
-            make("Mul", ["entry", "fresh"], ["entered"]),
-            make("Mul", ["forget", "cell"], ["kept"]),
-            make("Add", ["entered", "kept"], ["new_cell"]),
-            make("Tanh", ["new_cell"], ["shown"]),
-            make("Mul", ["output", "shown"], ["new_state"]),
+            make("Split", ["gates"], ["input", "output", "forget"], axis=-1, num_outputs=3),
+            make("Tanh", ["candidate"], ["candidate_value"]),
+            make("Mul", ["input", "candidate_value"], ["new"]),
+            make("Mul", ["forget", "cell"], ["retained"]),
+            make("Add", ["new", "retained"], ["new_cell"]),
+            make("Tanh", ["new_cell"], ["activated"]),
+            make("Mul", ["output", "activated"], ["new_state"]),
             make("Identity", ["new_state"], ["row"]),
         ],
         "step",
@@ -352,7 +351,7 @@ def _copied(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _replaced(model: onnx.ModelProto, new: dict[str, list[onnx.NodeProto]]) -> onnx.ModelProto:
-    """Put nodes in the place of others; what nobody reads any more is dropped when the graph is loaded."""
+    """Replace nodes by name. ONNX Runtime removes unused nodes and constants when it loads the graph."""
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         nodes += new.get(node.name, [node])
@@ -366,7 +365,7 @@ TRACED: dict[str, Callable[[ExportableDRN, DRN], None]] = {
     "batch norm not folded": _unfolded_norm,
     "W1 not folded into W2": _unfolded_score,
     "positions as 256 channels": _positions_as_channels,
-    "two towers": _apart,
+    "two towers": _separate_towers,
     "head level by level": _by_level,
     "convolutions of one dimension": _one_dimension,
 }
@@ -409,48 +408,44 @@ def _session(model: onnx.ModelProto, threads: int, change: Callable[[Any], None]
     )
 
 
-def _question(config: DRNConfig, size: int, length: int) -> dict[str, np.ndarray]:
-    """Return what as many queries of one encoded video are asked with, one word less in every second."""
-    rng = np.random.default_rng(0)
-    borders = np.linspace(0, 1, config.num_segments + 1, dtype=np.float32)
+def _queries(config: DRNConfig, size: int, length: int) -> dict[str, np.ndarray]:
+    """Return the inputs of the query part for queries of `length` or one word less, on one encoded video."""
+    video = random_encoded_video(config)
     return {
-        "query_tokens": rng.integers(1, config.vocab_size + 1, (size, length), dtype=np.int32),
+        "query_tokens": np.random.default_rng(0).integers(1, config.vocab_size + 1, (size, length), dtype=np.int32),
         "query_length": np.array([length - index % 2 for index in range(size)], np.int32),
         VIDEO_INDEX: np.zeros(size, np.int32),
-        ENCODED_FEATURES: rng.standard_normal((1, config.feature_dim, config.num_segments), np.float32),
-        "segment_spans": np.stack((borders[:-1], borders[1:]), 1)[None],
+        ENCODED_FEATURES: video.features[None],
+        "segment_spans": video.spans[None],
     }
 
 
 def _videos(config: DRNConfig, size: int) -> dict[str, np.ndarray]:
-    values = np.random.default_rng(0).standard_normal((size, config.num_segments, config.feature_dim), np.float32)
-    return {"segment_features": np.maximum(values - 0.84, 0)}
+    """Return the inputs of the video part."""
+    rng = np.random.default_rng(0)
+    return {"segment_features": sparse_features(rng, size, config.num_segments, config.feature_dim)}
 
 
 def _timed(sessions: dict[str, Any], feed: dict[str, np.ndarray], runs: int) -> dict[str, float]:
-    """Return the median seconds of each; in random order, since whoever comes after finds other caches."""
-    wanted = sessions[EXPORTED].run(None, feed)
+    """Return the median seconds of each session, after a check of its outputs."""
+    expected = sessions[EXPORTED].run(None, feed)
     for name, session in sessions.items():
-        pairs = zip(session.run(None, feed), wanted, strict=True)
-        worst = max(relative_difference(ours, theirs) for ours, theirs in pairs)
-        if not worst <= TOLERANCE:
-            raise CheckFailed(f"{name!r} answers differently by {worst:.1e}; its time means nothing.")
-    seconds: dict[str, list[float]] = {name: [] for name in sessions}
-    turns = random.Random(0)
-    for _ in range(runs + 2):
-        for name in turns.sample(list(sessions), len(sessions)):
-            started = time.process_time()
-            sessions[name].run(None, feed)
-            seconds[name].append(time.process_time() - started)
-    return {name: float(np.median(values[2:])) for name, values in seconds.items()}
+        pairs = zip(session.run(None, feed), expected, strict=True)
+        difference = max(relative_difference(actual, reference) for actual, reference in pairs)
+        if not difference <= TOLERANCE:
+            raise CheckFailed(
+                f"The outputs of {name!r} differ by {difference:.1e}, more than {TOLERANCE:g}. Correct the variant."
+            )
+    calls = {name: lambda turn, session=session: session.run(None, feed) for name, session in sessions.items()}
+    return medians(interleave(calls, runs, 2, time.process_time))
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:
-    names = list(dict.fromkeys(name for found in results.values() for name in found))
+    names = list(dict.fromkeys(name for times in results.values() for name in times))
     width = max(map(len, names))
     lines = [" " * width + "".join(f"  {column:>13}" for column in results)]
     for name in names:
-        cells = (format(found[name], ".3f") if name in found else "" for found in results.values())
+        cells = (format(times[name], ".3f") if name in times else "" for times in results.values())
         lines.append(f"{name:<{width}}" + "".join(f"  {cell:>13}" for cell in cells))
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Measure recall in long videos joined from a data set's, grounded in one piece and in windows."""
+"""Measure recall in long videos, concatenated from those of a data set, without and with windows."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ SINGLE = "single videos"
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """A video made of several, and where each of them starts and how long it is there, in seconds."""
+    """A video concatenated from several.
+
+    Attributes:
+        video: the long video.
+        parts: name of a video to its start and duration in the long one, in seconds.
+    """
 
     video: Video
-    places: dict[str, tuple[float, float]]
+    parts: dict[str, tuple[float, float]]
 
 
 def joined_videos(
@@ -41,75 +46,79 @@ def joined_videos(
     device: Device = "cpu",
     threads: int | None = 1,
 ) -> dict[str, Report]:
-    """Put the videos of a split one after the other, so many at a time, and ask each sentence of all of them together.
+    """Concatenate the videos of a split in groups, and ground each sentence in the long video of its group.
 
-    A sentence may fit another of the videos joined as well as its own, so that no model reaches what it does in single
-    videos, which stands in the first row.
+    A sentence may also describe another video of the group, so that recall is lower than in single videos (first row).
 
     Args:
-        model: .onnx or .pt file whose manifest tells of windows.
+        model: .onnx or .pt file whose manifest has windows.
         data: directory of the data set.
-        join: videos in a row, in a seeded order.
+        join: videos per group, in random order.
         split: train or test.
-        seed: of that order.
-        limit: make only the first so many long videos.
+        seed: random seed of the order.
+        limit: maximum number of groups.
         device: auto, cpu or cuda.
-        threads: CPU threads.
+        threads: number of CPU threads.
+
+    Returns:
+        The metrics in single videos, in long ones without windows, and in long ones with windows.
     """
     if join < 2:
-        raise GroundingError(f"--join is at least 2, and {join} was given.")
+        raise GroundingError(f"Expected --join of at least 2, got {join}.", code="invalid_option")
     data_set, grounder = DataSet(data), Grounder.load(model, device, threads)
     windows = grounder.windows
     if windows is None:
-        raise GroundingError(f"{model} does not tell how long videos are cut; train or convert it again.")
+        raise GroundingError(
+            f"The manifest of {model} has no windows. Train or convert the model again.", code="missing_field"
+        )
     annotations = data_set.annotations(split)
     names = sorted({annotation.video for annotation in annotations})
     order = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
     groups = [order[start : start + join] for start in range(0, len(order), join)][:limit]
-    about: dict[str, list[Annotation]] = {}
+    by_video: dict[str, list[Annotation]] = {}
     for annotation in annotations:
-        about.setdefault(annotation.video, []).append(annotation)
+        by_video.setdefault(annotation.video, []).append(annotation)
     in_windows = dataclasses.replace(windows, longest=windows.length)
-    ways = {SINGLE: None, "joined, whole": None, "joined, in windows": in_windows}
-    picks: dict[str, list[np.ndarray]] = {way: [] for way in ways}
+    methods = {SINGLE: None, "joined, whole": None, "joined, in windows": in_windows}
+    picks: dict[str, list[np.ndarray]] = {method: [] for method in methods}
     truth = []
     for group in tqdm(groups, desc="joining", unit="video", leave=False, disable=None):
         videos = {name: data_set.video(name) for name in group}
         long = join_videos(list(videos.values()), grounder.manifest.features.clock)
-        asked = [annotation for name in group for annotation in about[name]]
-        truth.append(data_set.spans(asked))
-        for way, cut in ways.items():
-            grounder.windows, single = cut, way == SINGLE
-            pairs = [(videos[annotation.video] if single else long.video, annotation.sentence) for annotation in asked]
-            places = [(0.0, videos[a.video].duration) if single else long.places[a.video] for a in asked]
+        queries = [annotation for name in group for annotation in by_video[name]]
+        truth.append(data_set.spans(queries))
+        for method, method_windows in methods.items():
+            grounder.windows, single = method_windows, method == SINGLE
+            pairs = [(videos[query.video] if single else long.video, query.sentence) for query in queries]
+            parts = [(0.0, videos[query.video].duration) if single else long.parts[query.video] for query in queries]
             answers = grounder.ground_batch(pairs, PUBLISHED_COUNT, presence=False)
-            picks[way] += [_picks(moments, *place) for moments, place in zip(answers, places, strict=True)]
+            picks[method] += [_picks(moments, *part) for moments, part in zip(answers, parts, strict=True)]
     protocol = grounder.manifest.decoding.protocol
     reports = {
-        way: report(dict.fromkeys(IOU_THRESHOLDS, np.stack(rows)), np.concatenate(truth), protocol)
-        for way, rows in picks.items()
+        method: report(dict.fromkeys(IOU_THRESHOLDS, np.stack(rows)), np.concatenate(truth), protocol)
+        for method, rows in picks.items()
     }
     print(format_table(list(reports.items())))
     print(f"{sum(map(len, truth))} queries of {split}, {len(groups)} long videos of {join} each, percent.")
     if data_set.simulated:
-        print("Features are simulated: not comparable with published numbers.")
+        print("The features are simulated: recall on them is not comparable with published numbers.")
     return reports
 
 
 def join_videos(videos: Sequence[Video], clock: ClipTiming) -> Joined:
-    """Return videos one after the other, each as long as its clips; a second lasts as many frames in all of them."""
+    """Concatenate the clips of videos, at the mean frame rate."""
     rate = sum(video.num_frames for video in videos) / sum(video.duration for video in videos)
     counts = [min(len(video.features), clock.num_clips(video.num_frames)) for video in videos]
     features = np.concatenate([video.features[:count] for video, count in zip(videos, counts, strict=True)])
     firsts = np.cumsum([0, *counts[:-1]]) * clock.stride
     num_frames = clock.num_frames(sum(counts))
     long = Video(features, num_frames, num_frames / rate, "+".join(video.name for video in videos))
-    places = {video.name: (first / rate, video.num_frames / rate) for video, first in zip(videos, firsts, strict=True)}
-    return Joined(long, places)
+    parts = {video.name: (first / rate, video.num_frames / rate) for video, first in zip(videos, firsts, strict=True)}
+    return Joined(long, parts)
 
 
 def _picks(moments: Sequence[Moment], start: float, length: float) -> np.ndarray:
-    """Return moments as (6, 3) picks, as fractions of the part that starts at `start`, NaN after the last."""
+    """Return (6, 3) start, end and score as fractions of a part of a video; NaN after the last moment."""
     picks = np.full((PUBLISHED_COUNT, 3), np.nan, np.float32)
     for rank, moment in enumerate(moments):
         picks[rank] = (moment.start - start) / length, (moment.end - start) / length, moment.score

@@ -1,4 +1,4 @@
-"""Measure the time and memory that a long video takes."""
+"""Measure the time and memory of grounding in a long video."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from runtime.grounding.grounder import Grounder
 
 FRAME_RATE = 25
 SEED = 0
-# A made-up sentence is as long as one of Charades-STA.
+# Mean length of the sentences of Charades-STA.
 WORDS = 6
 
 
 def long_video(
     model: Path, *, hours: float = 2.0, queries: int = 20, device: Device = "cpu", threads: int | None = 1
 ) -> dict[str, float]:
-    """Ground made-up sentences in a video of made-up features, in a file, as the model cuts it.
+    """Ground random sentences in the windows of a video with random features, stored in a file.
 
     Args:
-        model: .onnx or .pt file whose manifest tells of windows.
-        hours: length of the video, at 25 frames a second.
-        queries: asked together.
+        model: .onnx or .pt file whose manifest has windows.
+        hours: length of the video, at 25 frames per second.
+        queries: number of sentences, in one batch.
         device: auto, cpu or cuda.
-        threads: CPU threads.
+        threads: number of CPU threads.
     """
     grounder = Grounder.load(model, device, threads)
     if grounder.windows is None:
         raise ModelFileError(
-            f"{model} does not tell how long videos are cut; train or convert it again.", code="missing_field"
+            f"The manifest of {model} has no windows. Train or convert the model again.", code="missing_field"
         )
     features = grounder.manifest.features
     rng = np.random.default_rng(SEED)
@@ -49,24 +49,24 @@ def long_video(
         with Memory() as opening:
             video = Video.load(path, num_frames / FRAME_RATE, num_frames, clock=features.clock)
             windows = grounder.cut(video)
-        with Memory() as asking:
+        with Memory() as grounding:
             answers = grounder.ground_batch([(video, " ".join(sentence)) for sentence in words])
         size = path.stat().st_size / 2**20
-    found = {
+    results = {
         "windows": len(windows),
         "features_mib": size,
         "opening_s": opening.seconds,
-        "asking_s": asking.seconds,
-        "peak_mib": asking.peak_mib,
+        "asking_s": grounding.seconds,
+        "peak_mib": grounding.peak_mib,
         "moments": float(sum(map(len, answers))),
     }
     print(f"{model.name}, NumPy {np.__version__}, {platform.machine()}, {threads} thread(s)")
     print(
         f"{hours:g} h in {len(windows)} windows of {windows[0].duration:.1f} s, {queries} queries: "
-        f"{asking.seconds:.1f} s of CPU time and at most {asking.peak_mib:.0f} MiB beyond the open model; the features "
-        f"are {size:.0f} MiB, looked through in {opening.seconds:.1f} s."
+        f"{grounding.seconds:.1f} s of CPU time and at most {grounding.peak_mib:.0f} MiB besides the model; the features "
+        f"are {size:.0f} MiB, checked in {opening.seconds:.1f} s."
     )
-    return found
+    return results
 
 
 def _write(path: Path, num_clips: int, dim: int, rng: np.random.Generator) -> None:
@@ -78,15 +78,15 @@ def _write(path: Path, num_clips: int, dim: int, rng: np.random.Generator) -> No
 
 
 class Memory:
-    """Watches the process's own memory while the block runs: not the pages of mapped files, which can be dropped.
+    """Measures the anonymous memory of this process, without mapped files, during a `with` statement.
 
     Attributes:
-        seconds: of CPU time that the block took, which other work on the machine hardly changes.
-        peak_mib: most memory beyond that at its start.
+        seconds: CPU time of the statement.
+        peak_mib: maximum memory above that at its start.
     """
 
     def __enter__(self) -> Memory:
-        self._done, self._before, self.peak_mib = threading.Event(), _own_mib(), 0.0
+        self._done, self._initial, self.peak_mib = threading.Event(), _own_mib(), 0.0
         self._started = time.process_time()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -99,11 +99,11 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._done.wait(0.01):
-            self.peak_mib = max(self.peak_mib, _own_mib() - self._before)
+            self.peak_mib = max(self.peak_mib, _own_mib() - self._initial)
 
 
 def _own_mib() -> float:
-    """Return the anonymous memory of this process, as Linux tells it."""
+    """Return the anonymous memory of this process, as Linux reports it."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) / 1024
 

@@ -1,12 +1,7 @@
-"""Measure how the time of a full-size network grows with segments, query length, batch and queries per video.
-
-Everything takes turns in one run, in random order, and processor time is counted, so that a busy machine disturbs
-little. Weights are fresh: they decide the answers, not the time.
-"""
+"""Measure how processor time grows with segments, query length and queries per video, with an untrained network."""
 
 from __future__ import annotations
 
-import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,22 +11,25 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.cpu import environment, multiply_adds
-from calib.graph.split_model import pair_paths, split_graph, write_split_model
-from export.tracing.tracer import export_model
-from runtime import EncodedVideo, Grounder, Vocabulary
-from runtime.artifacts.manifest import Features, Manifest
+from benchmarks.measurement import (
+    environment,
+    interleave,
+    medians,
+    random_encoded_video,
+    sparse_features,
+    write_untrained_model,
+)
+from benchmarks.multiply_adds import drn_multiply_adds
+from runtime import Grounder
 from runtime.backends.onnxruntime_backend import OnnxRuntimePair
 from runtime.core.cli import check_plots, command
-from runtime.core.decoding import Decoding
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import atomic_write, check_writable, write_json
 from train.network.model import DRNConfig
-from train.training.trainer import fresh_model
 
 WORDS, QUERY_LENGTH = 1301, 8
 SEGMENTS, QUERY_LENGTHS, QUERIES = (32, 64, 128, 256), (2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32, 64)
-# What is timed over these, and the unit of what comes out.
+# Names in the report.
 BY_SEGMENTS, BY_LENGTH, BY_QUERIES = "segments", "words of a query", "queries at once"
 ENCODE, ONE, MANY = "encode a video", "one query on an encoded video", "32 queries on one, each"
 EACH, ENCODED_FOR = "on one encoded video, each", "on one video, encoded for them, each"
@@ -47,19 +45,19 @@ def growth(
     output: Path | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:
-    """Time the two parts of networks that differ in T alone, on this CPU in ONNX Runtime.
+    """Time the two parts of split networks that differ in T only, in ONNX Runtime on this CPU.
 
     Args:
-        segments: values of T, the first of which is used for all else.
-        feature_dim: D.
-        fpn_dim: width of the pyramid and the head.
-        samples: runs of each; the median counts.
-        threads: CPU threads.
-        output: JSON file for the figures.
+        segments: values of T; the other measurements use the first.
+        feature_dim: feature channels D.
+        fpn_dim: channels of the pyramid and the heads.
+        samples: runs of each; the report has medians.
+        threads: number of CPU threads.
+        output: JSON file for the report.
         plot: PNG file for the curves.
     """
     if not segments or any(count < 4 or count % 4 for count in segments):
-        raise GroundingError(f"--segments are multiples of 4, and {segments} was given.", code="invalid_option")
+        raise GroundingError(f"Expected --segments to be multiples of 4, got {segments}.", code="invalid_option")
     check_writable(output, plot)
     check_writable(plot)
     if plot:
@@ -69,12 +67,11 @@ def growth(
         for count in tqdm(segments, "exporting", unit="network", leave=False, disable=None):
             config = DRNConfig(WORDS, num_segments=count, feature_dim=feature_dim, fpn_dim=fpn_dim)
             parts[count] = (config, _opened(config, Path(directory) / f"{count}.onnx", threads))
-        runs = dict(_runs(parts))
-        seconds = _timed(runs, samples)
+        seconds = _timed(dict(_runs(parts)), samples)
     first = parts[segments[0]][0]
     curves: dict[str, dict[str, dict[int, float]]] = {}
-    for (over, case, value), found in seconds.items():
-        curves.setdefault(over, {}).setdefault(case, {})[value] = 1e3 * found
+    for (over, case, value), median in seconds.items():
+        curves.setdefault(over, {}).setdefault(case, {})[value] = 1e3 * median
     for queries, encoding in curves[BY_QUERIES][ENCODED_FOR].items():
         curves[BY_QUERIES][ENCODED_FOR][queries] = encoding / queries + curves[BY_QUERIES][EACH][queries]
     report = {
@@ -82,7 +79,7 @@ def growth(
         "network": {"D": feature_dim, "pyramid": fpn_dim, "words": QUERY_LENGTH, "T": first.num_segments},
         "ms": curves,
         "1e6 multiply-adds": {
-            count: {part: work / 1e6 for part, work in multiply_adds(config, QUERY_LENGTH).items()}
+            count: {part: work / 1e6 for part, work in drn_multiply_adds(config, QUERY_LENGTH).items()}
             for count, (config, _) in parts.items()
         },
     }
@@ -95,12 +92,8 @@ def growth(
 
 
 def _opened(config: DRNConfig, path: Path, threads: int) -> OnnxRuntimePair:
-    """Return the pair of a fresh network of this shape."""
-    vocabulary = Vocabulary({f"word{index}": index for index in range(1, WORDS + 1)})
-    decoding = Decoding(num_segments=config.num_segments, strides=config.strides)
-    model = export_model(fresh_model(config, 0), Manifest(vocabulary, decoding, Features(dim=config.feature_dim)))
-    write_split_model(*split_graph(model), path)
-    pair = Grounder.load(pair_paths(path)[1], "cpu", threads).backend
+    """Return an untrained split network."""
+    pair = Grounder.load(write_untrained_model(config, path), "cpu", threads).backend
     assert isinstance(pair, OnnxRuntimePair)
     return pair
 
@@ -108,7 +101,7 @@ def _opened(config: DRNConfig, path: Path, threads: int) -> OnnxRuntimePair:
 def _runs(
     parts: dict[int, tuple[DRNConfig, OnnxRuntimePair]],
 ) -> Iterator[tuple[tuple[str, str, int], tuple[Callable[[], Any], int]]]:
-    """Yield what is timed: (over what, case, value) to a call and by what its time is divided."""
+    """Yield (variable, case, value), and a call with the number that its time is divided by."""
     for count, (config, pair) in parts.items():
         for case, queries in ((ONE, 1), (MANY, 32)):
             yield (BY_SEGMENTS, case, count), (_asking(config, pair, queries, QUERY_LENGTH), queries)
@@ -123,32 +116,24 @@ def _runs(
 
 
 def _asking(config: DRNConfig, pair: OnnxRuntimePair, queries: int, length: int) -> Callable[[], Any]:
-    rng = np.random.default_rng(0)
-    borders = np.linspace(0, 1, config.num_segments + 1, dtype=np.float32)
-    features = rng.standard_normal((config.feature_dim, config.num_segments), np.float32)
-    video = EncodedVideo(features, np.stack((borders[:-1], borders[1:]), 1), 30.0)
-    tokens = rng.integers(1, WORDS + 1, (queries, length), dtype=np.int32)
+    """Return a call of the query part."""
+    video = random_encoded_video(config)
+    tokens = np.random.default_rng(0).integers(1, WORDS + 1, (queries, length), dtype=np.int32)
     lengths, index = np.full(queries, length, np.int32), np.zeros(queries, np.int32)
     return lambda: pair.ask(tokens, lengths, [video], index)
 
 
 def _encoding(config: DRNConfig, pair: OnnxRuntimePair) -> Callable[[], Any]:
-    values = np.random.default_rng(0).standard_normal((1, config.num_segments, config.feature_dim), np.float32)
-    features = np.maximum(values - 0.84, 0)
+    """Return a call of the video part."""
+    features = sparse_features(np.random.default_rng(0), 1, config.num_segments, config.feature_dim)
     return lambda: pair.encode(features)
 
 
 def _timed(runs: dict[Any, tuple[Callable[[], Any], int]], samples: int) -> dict[Any, float]:
-    """Return the median seconds of each; in random order, since whoever comes after finds other caches."""
-    seconds: dict[Any, list[float]] = {key: [] for key in runs}
-    turns = random.Random(0)
-    for _ in tqdm(range(samples + 1), "timing", unit="round", leave=False, disable=None):
-        for key in turns.sample(list(runs), len(runs)):
-            call, share = runs[key]
-            started = time.process_time()
-            call()
-            seconds[key].append((time.process_time() - started) / share)
-    return {key: float(np.median(values[1:])) for key, values in seconds.items()}
+    """Return the median seconds of each, divided by its number."""
+    calls = {key: lambda turn, call=call: call() for key, (call, _) in runs.items()}
+    seconds = medians(interleave(calls, samples, clock=time.process_time))
+    return {key: seconds[key] / share for key, (_, share) in runs.items()}
 
 
 def _table(curves: dict[str, dict[str, dict[int, float]]]) -> str:
@@ -156,8 +141,8 @@ def _table(curves: dict[str, dict[str, dict[int, float]]]) -> str:
     for over, cases in curves.items():
         values = list(next(iter(cases.values())))
         lines.append(f"{'ms of processor time':<32}" + "".join(f"{value:>9}" for value in values) + f"  {over}")
-        for case, found in cases.items():
-            lines.append(f"  {case:<30}" + "".join(f"{found[value]:>9.2f}" for value in values))
+        for case, curve in cases.items():
+            lines.append(f"  {case:<30}" + "".join(f"{curve[value]:>9.2f}" for value in values))
     return "\n".join(lines)
 
 
@@ -167,8 +152,8 @@ def _draw(curves: dict[str, dict[str, dict[int, float]]], config: DRNConfig, pat
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, len(curves))
     for axes, (over, cases) in zip(panels, curves.items(), strict=True):
-        for case, found in cases.items():
-            axes.plot(list(found), list(found.values()), marker="o", markersize=4, label=case)
+        for case, curve in cases.items():
+            axes.plot(list(curve), list(curve.values()), marker="o", markersize=4, label=case)
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(next(iter(cases.values()))))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -177,8 +162,8 @@ def _draw(curves: dict[str, dict[str, dict[int, float]]], config: DRNConfig, pat
         axes.set_ylabel("ms")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    told = f"D = {config.feature_dim}, {QUERY_LENGTH} words and T = {config.num_segments} where not told otherwise"
-    figure.suptitle(f"Processor time of the network, FP32, one CPU: {told}", fontsize=10)
+    defaults = f"D = {config.feature_dim}, {QUERY_LENGTH} words and T = {config.num_segments} unless varied"
+    figure.suptitle(f"Processor time of the network, FP32, one CPU: {defaults}", fontsize=10)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 

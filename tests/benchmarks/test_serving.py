@@ -19,7 +19,7 @@ pytest.importorskip("fastapi", reason="the service needs the extra [serve]")
 @pytest.fixture
 def load(planted: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """A second of load on a small network, for which HTTP takes longer than the model."""
-    monkeypatch.setattr(serving, "LEAST_RATIO", 0.0)
+    monkeypatch.setattr(serving, "MIN_RATIO", 0.0)
     monkeypatch.setattr(serving, "WARM_UP_S", 0.1)
     options = {"seconds": 0.8, "turn": 0.4, "threads": 1, "questions": 12}
     return lambda **more: serving.serving(models / "drn.onnx", planted, **{**options, **more})

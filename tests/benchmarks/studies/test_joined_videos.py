@@ -11,17 +11,17 @@ from benchmarks.studies.joined_videos import join_videos, joined_videos
 from runtime.core.video import ClipTiming, Video
 
 
-def test_join_videos_places_match_frame_positions() -> None:
+def test_join_videos_parts_match_frame_positions() -> None:
     clock = ClipTiming()
     clips = [np.full((count, 4), count, np.float32) for count in (10, 30)]
     videos = [Video(c, clock.num_frames(len(c)) + 3, 5.0 * len(c), str(len(c))) for c in clips]
     joined = join_videos(videos, clock)
     assert len(joined.video.features) == 40
     seconds = joined.video.duration / joined.video.num_frames
-    start, length = joined.places["30"]
+    start, length = joined.parts["30"]
     assert start / seconds == pytest.approx(10 * clock.stride)
     assert length / seconds == pytest.approx(videos[1].num_frames)
-    assert joined.places["10"][0] == 0
+    assert joined.parts["10"][0] == 0
 
 
 def test_results_are_listed_per_video_layout(models: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
