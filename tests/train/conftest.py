@@ -1,4 +1,4 @@
-"""What the tests of training share: the published network's numbers, a tiny network, and one short run of it."""
+"""Share the published network's outputs, a tiny network, and one short run of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint behind the runtime's protocol answers as the network does."""
+"""Test `train.backend`: the checkpoint backend returns the heads of the network."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def as_batch(reference: Any, name: str) -> Batch:
 def test_empty_batch_returns_empty_heads(reference: Any, published: Path) -> None:
     backend, batch = open_backend(published, device="cpu"), as_batch(reference, "a")
     none = Batch(*(values[:0] for values in vars(batch).values()))
-    for found, some in zip(vars(backend.run(none)).values(), vars(backend.run(batch)).values(), strict=True):
-        assert found.shape == (0, *some.shape[1:])
-        assert found.dtype == some.dtype
+    for actual, some in zip(vars(backend.run(none)).values(), vars(backend.run(batch)).values(), strict=True):
+        assert actual.shape == (0, *some.shape[1:])
+        assert actual.dtype == some.dtype
 
 
 @pytest.mark.parametrize("batch", ["a", "b", "c"])
@@ -56,10 +56,10 @@ def test_backend_heads_match_published_code(reference: Any, published: Path, bat
     heads = open_backend(published, device="cpu").run(as_batch(reference, batch))
     wanted = reference.heads(batch, reference.arrays[f"{batch}_sort_index"])
     assert isinstance(heads, Heads)
-    for found, expected in zip(vars(heads).values(), wanted, strict=True):
-        assert found.dtype == np.float32
-        assert found.flags.c_contiguous
-        np.testing.assert_allclose(found, expected, rtol=0, atol=HEADS * np.abs(expected).max())
+    for actual, expected in zip(vars(heads).values(), wanted, strict=True):
+        assert actual.dtype == np.float32
+        assert actual.flags.c_contiguous
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=HEADS * np.abs(expected).max())
 
 
 def test_backend_equals_the_trained_network(short_run: Path, planted: Path) -> None:
@@ -71,8 +71,8 @@ def test_backend_equals_the_trained_network(short_run: Path, planted: Path) -> N
     batch = collate([checkpoint.vocabulary.encode(a.sentence) for a in annotations], segments)
     with torch.no_grad():
         wanted = checkpoint.model()(*(torch.from_numpy(array) for array in vars(batch).values()))
-    for found, expected in zip(vars(backend.run(batch)).values(), wanted, strict=True):
-        np.testing.assert_array_equal(found, expected.numpy())
+    for actual, expected in zip(vars(backend.run(batch)).values(), wanted, strict=True):
+        np.testing.assert_array_equal(actual, expected.numpy())
     assert backend.manifest.vocabulary == data_set.vocabulary
     assert backend.manifest.sources == {"drn.pt": sha256(short_run / "drn.pt")}
     assert backend.manifest.decoding.num_segments == checkpoint.config.num_segments == 16

@@ -1,4 +1,4 @@
-"""C3D is the published network at every layer, and published weights become `c3d.pt` whatever their names."""
+"""Test `train.c3d`: the layers equal the published ones, and all published layouts convert."""
 
 from __future__ import annotations
 
@@ -116,11 +116,11 @@ def test_c3d_equals_numpy_reference(tiny: C3D) -> None:
     x = np.pad(convolved(convolved(x, "5a"), "5b"), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
     # 7 with one on each side are 9, of which the last row and column find no partner.
     x = pooled(x[:, :, :8, :8], 2)
-    wanted = np.maximum(state["fc6.weight"] @ x.ravel() + state["fc6.bias"], 0)
+    expected = np.maximum(state["fc6.weight"] @ x.ravel() + state["fc6.bias"], 0)
     with torch.inference_mode():
-        found = tiny(torch.from_numpy(clip)[None]).numpy()[0]
-    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-    assert (found > 0).any()
+        actual = tiny(torch.from_numpy(clip)[None]).numpy()[0]
+    assert actual == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert (actual > 0).any()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -149,9 +149,9 @@ def test_converted_weights_swap_bgr_to_rgb(tmp_path: Path, tiny: C3D) -> None:
     theirs = plain(tiny)
     with torch.inference_mode():
         bgr = clip.flip(-1).permute(0, 4, 1, 2, 3) - torch.tensor([90.25, 97.66, 101.41]).reshape(3, 1, 1, 1)
-        wanted = torch.nn.functional.conv3d(bgr, theirs["conv1.weight"], theirs["conv1.bias"], padding=1)
-        found = model.conv1a(clip.permute(0, 4, 1, 2, 3) - model.mean)
-    assert torch.allclose(found, wanted, atol=1e-3)
+        expected = torch.nn.functional.conv3d(bgr, theirs["conv1.weight"], theirs["conv1.bias"], padding=1)
+        actual = model.conv1a(clip.permute(0, 4, 1, 2, 3) - model.mean)
+    assert torch.allclose(actual, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(

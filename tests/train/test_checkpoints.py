@@ -1,4 +1,4 @@
-"""drn.pt holds all that a network needs, loads without running code, and says what is wrong with one that does not."""
+"""Test `train.checkpoints`: round trips, loading without code, and errors of damaged files."""
 
 from __future__ import annotations
 

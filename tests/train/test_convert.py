@@ -1,4 +1,4 @@
-"""Published checkpoints, made up with recipe weights, become `drn.pt` without losing a bit or running a line."""
+"""Test `train.convert`: published checkpoints convert without changes, and without running code."""
 
 from __future__ import annotations
 
@@ -162,10 +162,10 @@ def test_converted_weights_and_outputs_equal_the_source(
     batch = (torch.tensor([[1, 5, 9], [7, 2, 0]]), torch.tensor([3, 2]))
     features = torch.rand(2, 32, 64, generator=generator)
     with torch.no_grad():
-        for found, expected in zip(
+        for actual, expected in zip(
             checkpoint.model()(*batch, features, spans), wanted.eval()(*batch, features, spans), strict=True
         ):
-            assert torch.equal(found, expected)
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -222,11 +222,11 @@ def test_published_size_is_recognized(tmp_path: Path, recipe: types.ModuleType, 
         (name, torch.zeros((), dtype=getattr(torch, dtype)).expand(shape)) for name, shape, dtype in shapes
     )
     path = published(state, tmp_path / "f.pth")
-    found = read(path)
-    config = read_config(found.weights, path)
+    actual = read(path)
+    config = read_config(actual.weights, path)
     assert config == DRNConfig()
     checkpoint = Checkpoint(config, Features(), Vocabulary({}), Decoding(), state, {"stage": 3})
-    printed = report(checkpoint, found, tmp_path / "drn.pt")
+    printed = report(checkpoint, actual, tmp_path / "drn.pt")
     assert quotes(printed, "39,214,288", 120, "4,096")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints and states of runs: one flipped bit is refused, or changes nothing."""
+"""Test that a flipped bit in a checkpoint or training state is rejected or has no effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`train.fit_presence`: a threshold fitted on what the training held out, which every file of the model carries."""
+"""Test `train.fit_presence`: a threshold fitted on held-out videos, in every file of the model."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def test_exported_manifest_contains_presence_and_windows(fitted: Path) -> None:
 
 
 def test_fit_presence_keeps_at_least_requested_share(trained: Path, planted: Path, tmp_path: Path) -> None:
-    found = fit_presence(trained, planted, tmp_path / "drn.pt", keep=0.95, mismatched=1, device="cpu")
-    assert found.kept >= 0.95
-    assert found.rule == "at least 95 % kept"
+    actual = fit_presence(trained, planted, tmp_path / "drn.pt", keep=0.95, mismatched=1, device="cpu")
+    assert actual.kept >= 0.95
+    assert actual.rule == "at least 95 % kept"
 
 
 def test_checkpoint_without_held_out_videos_requires_option(
@@ -110,8 +110,8 @@ def test_threshold_is_fitted_on_val_split_by_default(
     data_set = DataSet(tmp_path / "data")
     data_set.annotations_path("test").rename(data_set.annotations_path("val"))
     caplog.set_level("INFO", "drn")
-    found = fit_presence(trained, data_set.root, tmp_path / "drn.pt", mismatched=1, device="cpu")
-    assert found.matching == len(data_set.annotations("val", invalid="drop"))
+    actual = fit_presence(trained, data_set.root, tmp_path / "drn.pt", mismatched=1, device="cpu")
+    assert actual.matching == len(data_set.annotations("val", invalid="drop"))
     assert records(caplog, logging.INFO, "val")
     asked = fit_presence(trained, data_set.root, tmp_path / "drn.pt", held_out=0.1, mismatched=1, device="cpu")
     seed = load_checkpoint(trained).training["seed"]

@@ -1,4 +1,4 @@
-"""Bad input of `python -m train` ends in one sentence, exit code 2 and no run left behind."""
+"""Test `python -m train`: invalid input raises one error with exit code 2 and leaves no files."""
 
 from __future__ import annotations
 
@@ -273,9 +273,9 @@ def test_defaults_match_the_published_recipe(planted: Path, tmp_path: Path, monk
     for recipe in ("mmaction2", "drn"):
         with pytest.raises(KeyboardInterrupt):
             train(planted, tmp_path / "run", recipe=recipe, embed_dim=8, hidden_dim=8, fpn_dim=8)  # type: ignore[arg-type]
-        wanted = RECIPES[recipe]
-        assert seen[-1].stages == wanted.stages
-        assert (seen[-1].batch_size, seen[-1].clip_norm) == (wanted.batch_size, wanted.clip_norm)
+        expected = RECIPES[recipe]
+        assert seen[-1].stages == expected.stages
+        assert (seen[-1].batch_size, seen[-1].clip_norm) == (expected.batch_size, expected.clip_norm)
     assert not seen[-1].faithful
 
 

@@ -1,4 +1,4 @@
-"""`python -m train.prepare`: every published format becomes the common form, and what is left out is said."""
+"""Test `train.prepare`: every published format converts, and excluded rows are reported."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_prepared_data_set_equals_the_published_one(tmp_path: Path, name: str) -
     assert dict(after.words) == dict(before.words)
     assert after.num_frames == before.num_frames
     for split in before.splits:
-        wanted, found = before.annotations(split), after.annotations(split)
-        assert [(a.name, a.video, a.sentence) for a in found] == [(a.name, a.video, a.sentence) for a in wanted]
-        np.testing.assert_array_equal(after.truths(found), before.truths(wanted))
+        expected, actual = before.annotations(split), after.annotations(split)
+        assert [(a.name, a.video, a.sentence) for a in actual] == [(a.name, a.video, a.sentence) for a in expected]
+        np.testing.assert_array_equal(after.truths(actual), before.truths(expected))
     again = prepare(after.root, tmp_path / "again")
     assert contents(again).keys() == contents(after.root).keys()
     assert (again / "train.jsonl").read_bytes() == (after.root / "train.jsonl").read_bytes()
@@ -53,9 +53,9 @@ def test_prepare_charades_keeps_words_frames_and_features(planted: Path, tmp_pat
     annotations = before.annotations("test")
     np.testing.assert_array_equal(after.spans(after.annotations("test")), before.spans(annotations))
     video = annotations[0].video
-    found, wanted = (data_set.video(video) for data_set in (after, before))
-    assert (found.num_frames, found.duration) == (wanted.num_frames, wanted.duration)
-    np.testing.assert_array_equal(found.features, wanted.features)
+    actual, expected = (data_set.video(video) for data_set in (after, before))
+    assert (actual.num_frames, actual.duration) == (expected.num_frames, expected.duration)
+    np.testing.assert_array_equal(actual.features, expected.features)
     assert after.features() == before.features()
     assert after.simulated
 
@@ -115,8 +115,8 @@ def test_words_of_other_splits_are_added_with_vectors(tmp_path: Path, caplog: py
     assert "zebra" in words
     assert "naps" not in words
     lines = (common / "word_vectors.txt").read_text().splitlines()
-    found = {word: np.array(row, np.float32).tolist() for word, *row in (line.split() for line in lines)}
-    assert found == {word: np.float32(vectors[word]).tolist() for word in ("person", "zebra")}
+    actual = {word: np.array(row, np.float32).tolist() for word, *row in (line.split() for line in lines)}
+    assert actual == {word: np.float32(vectors[word]).tolist() for word in ("person", "zebra")}
     # In the form that training reads.
     from train.network.initialization import glove_vectors
 
@@ -125,15 +125,15 @@ def test_words_of_other_splits_are_added_with_vectors(tmp_path: Path, caplog: py
 
 def test_prepared_data_set_finds_original_or_given_features(tmp_path: Path) -> None:
     data = write_qvhighlights(tmp_path / "data")
-    wanted = DataSet(data).store.load("train0_0.0_150.0")
-    np.testing.assert_array_equal(DataSet(prepare(data, tmp_path / "a")).store.load("train0_0.0_150.0"), wanted)
+    expected = DataSet(data).store.load("train0_0.0_150.0")
+    np.testing.assert_array_equal(DataSet(prepare(data, tmp_path / "a")).store.load("train0_0.0_150.0"), expected)
     (data / "features").rename(tmp_path / "elsewhere")
     common = prepare(data, tmp_path / "b", features=tmp_path / "elsewhere")
-    np.testing.assert_array_equal(DataSet(common).store.load("train0_0.0_150.0"), wanted)
+    np.testing.assert_array_equal(DataSet(common).store.load("train0_0.0_150.0"), expected)
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "c" / "features")
     common = prepare(data, tmp_path / "c")
     assert "features" not in json.loads((common / "dataset.json").read_text())
-    np.testing.assert_array_equal(DataSet(common).store.load("train0_0.0_150.0"), wanted)
+    np.testing.assert_array_equal(DataSet(common).store.load("train0_0.0_150.0"), expected)
 
 
 def test_clock_option_sets_clip_timing_and_frames(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Simulated data sets: their layout, their determinism, what the features depend on, and bad input."""
+"""Test `train.simulate`: layout, determinism, dependencies of the features, and invalid input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fresh network starts as the published ones do, and word vectors land on their words."""
+"""Test `train.network.initialization`: initial weights, and word vectors from files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses, targets and gradients are the published ones, and batches that break the published code train here."""
+"""Test `train.network.losses`: losses, targets and gradients equal the published ones."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def test_each_loss_matches_the_published_one_on_fixed_heads(unit: dict[str, np.n
         if name == "iou" and stage == 1:
             assert head.grad is None
             continue
-        wanted = np.concatenate([unit[f"loss_s{stage}_grad_{name}_{level}"] for level in range(3)], 2)
-        found = head.grad.numpy().reshape(len(truth), 56, -1).transpose(0, 2, 1)
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-7)
+        expected = np.concatenate([unit[f"loss_s{stage}_grad_{name}_{level}"] for level in range(3)], 2)
+        actual = head.grad.numpy().reshape(len(truth), 56, -1).transpose(0, 2, 1)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_boundary_loss_matches_the_published_one(unit: dict[str, np.ndarray]) -> None:
-    predicted, wanted = torch.from_numpy(unit["iouloss_pred"]), torch.from_numpy(unit["iouloss_true"])
-    loss = distance_loss(predicted, wanted, torch.ones(len(predicted), dtype=torch.bool)).mean()
+    predicted, expected = torch.from_numpy(unit["iouloss_pred"]), torch.from_numpy(unit["iouloss_true"])
+    loss = distance_loss(predicted, expected, torch.ones(len(predicted), dtype=torch.bool)).mean()
     np.testing.assert_allclose(float(loss), unit["iouloss"], rtol=LOSSES)
 
 
@@ -110,11 +110,11 @@ def test_overlap_matches_the_published_one(unit: dict[str, np.ndarray]) -> None:
     distances = torch.ones(len(boxes), PUBLISHED.num_locations, 2)
     distances[:, : boxes.shape[1], 0] = centre - 32 * boxes[..., 0]
     distances[:, : boxes.shape[1], 1] = 32 * boxes[..., 1] - centre
-    found = proposal_overlap(distances, torch.from_numpy(unit["tiou_gt"])[:, 0], PUBLISHED, LossOptions())
+    actual = proposal_overlap(distances, torch.from_numpy(unit["tiou_gt"])[:, 0], PUBLISHED, LossOptions())
     # Boxes that stick out are cut off first, in a step that the recorded function does not have.
     inside = ((boxes >= 0) & (boxes <= 1)).all(-1).numpy()
     assert inside.sum() == 40
-    np.testing.assert_allclose(found[:, : boxes.shape[1]].numpy()[inside], unit["tiou"][inside], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(actual[:, : boxes.shape[1]].numpy()[inside], unit["tiou"][inside], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("truth", ["real", "near", "clip"])
@@ -133,8 +133,8 @@ def test_losses_and_gradients_match_the_published_ones(trained_reference: Any, t
         return
     compared = 0
     for name, parameter in model.named_parameters():
-        wanted = recorded[f"{prefix}_grad_{name}"]
-        if not len(wanted):
+        expected = recorded[f"{prefix}_grad_{name}"]
+        if not len(expected):
             # The published code leaves no gradient, or one of zeros, where nothing is to be learnt.
             assert parameter.grad is None or not parameter.grad.any(), name
             continue
@@ -143,10 +143,10 @@ def test_losses_and_gradients_match_the_published_ones(trained_reference: Any, t
             continue
         gradient = parameter.grad.double().flatten().numpy()
         projection = np.random.RandomState(1).standard_normal(len(gradient)) @ gradient
-        found = np.array([np.linalg.norm(gradient), gradient.sum(), projection, *gradient[:8]])
+        actual = np.array([np.linalg.norm(gradient), gradient.sum(), projection, *gradient[:8]])
         # A sum of n errors is at most the root of n times their norm.
-        spread = np.array([1, np.sqrt(len(gradient)), 10, *[1] * (len(found) - 3)])
-        assert (np.abs(found - wanted) <= GRADIENTS * wanted[0] * spread + 1e-12).all(), name
+        spread = np.array([1, np.sqrt(len(gradient)), 10, *[1] * (len(actual) - 3)])
+        assert (np.abs(actual - expected) <= GRADIENTS * expected[0] * spread + 1e-12).all(), name
         compared += 1
     assert compared >= {1: 71 - 3, 2: 10 - 2, 3: 71 - 3}[stage]
 
@@ -169,8 +169,8 @@ def test_full_size_network_has_the_published_losses(full_shapes: Path, recipe: M
         losses = losses_of(
             model, [tokens, length, torch.from_numpy(np.stack(features)), spans], small["a_in_gt_bbox"], 3
         )
-    wanted = [recorded["training"]["real_stage3"][f"loss_{name}"] for name in ("cls", "reg", "iou")]
-    np.testing.assert_allclose([float(loss) for loss in losses], wanted, rtol=HEADS)
+    expected = [recorded["training"]["real_stage3"][f"loss_{name}"] for name in ("cls", "reg", "iou")]
+    np.testing.assert_allclose([float(loss) for loss in losses], expected, rtol=HEADS)
 
 
 # Worked by hand.
@@ -199,10 +199,10 @@ def test_reversed_moment_has_no_positive_location() -> None:
 
 def test_focal_loss_matches_hand_computed_values() -> None:
     logits = torch.tensor([0.0, 0.0, 2.0])
-    found = focal_loss(logits, torch.tensor([True, False, False]))
+    actual = focal_loss(logits, torch.tensor([True, False, False]))
     p = 1 / (1 + np.exp(-2))
-    wanted = [0.25 * 0.25 * np.log(2), 0.75 * 0.25 * np.log(2), -0.75 * p**2 * np.log(1 - p)]
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    expected = [0.25 * 0.25 * np.log(2), 0.75 * 0.25 * np.log(2), -0.75 * p**2 * np.log(1 - p)]
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 def test_focal_loss_is_finite_for_extreme_logits() -> None:
@@ -214,9 +214,9 @@ def test_focal_loss_is_finite_for_extreme_logits() -> None:
 
 
 def test_boundary_loss_matches_hand_computed_values() -> None:
-    predicted, wanted = torch.tensor([[2.0, 2.0], [5.0, 5.0]]), torch.tensor([[1.0, 3.0], [-4.0, 9.0]])
-    found = distance_loss(predicted, wanted, torch.tensor([True, False]))
-    np.testing.assert_allclose(found, [np.log(5 / 3), 0], rtol=1e-6)
+    predicted, expected = torch.tensor([[2.0, 2.0], [5.0, 5.0]]), torch.tensor([[1.0, 3.0], [-4.0, 9.0]])
+    actual = distance_loss(predicted, expected, torch.tensor([True, False]))
+    np.testing.assert_allclose(actual, [np.log(5 / 3), 0], rtol=1e-6)
 
 
 def test_authors_iou_clip_applies_to_first_location_only() -> None:
@@ -274,8 +274,8 @@ def test_iou_head_can_be_trained_on_every_location() -> None:
     assert float(near.counts[2]) < 20
     assert float(everywhere.counts[2]) == 3 * 56
     overlap = proposal_overlap(heads.boundary_distances, truth, PUBLISHED, LossOptions())
-    wanted = 0.5 * (heads.iou_logits.sigmoid() - overlap).square().mean()
-    np.testing.assert_allclose(float(divide(everywhere).iou), float(wanted), rtol=1e-5)
+    expected = 0.5 * (heads.iou_logits.sigmoid() - overlap).square().mean()
+    np.testing.assert_allclose(float(divide(everywhere).iou), float(expected), rtol=1e-5)
 
 
 def test_only_overlaps_above_0_9_train_the_iou_head() -> None:

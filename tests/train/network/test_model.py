@@ -1,4 +1,4 @@
-"""The network is the published one, number for number, and a batch is nothing but its queries."""
+"""Test `train.network.model`: heads equal the published ones, and do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.tolerances import HEADS
 from train.network.model import BACKBONE_CHANNELS, DRN, DRNConfig, locations, with_duration
 
 
-def assert_close(found: Any, wanted: Any, tolerance: float = HEADS) -> None:
+def assert_close(actual: Any, wanted: Any, tolerance: float = HEADS) -> None:
     """Fail where `found` is further from `wanted` than `tolerance` times the largest number wanted."""
-    found, wanted = np.asarray(found), np.asarray(wanted)
-    assert found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+    actual, wanted = np.asarray(actual), np.asarray(wanted)
+    assert actual.shape == wanted.shape
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
@@ -73,8 +73,8 @@ def test_every_step_of_the_network_matches_the_published_one(reference: Any) -> 
 @torch.no_grad()
 def test_heads_match_the_published_ones(reference: Any, as_arrays: Any, batch: str) -> None:
     wanted = reference.heads(batch, reference.arrays[f"{batch}_sort_index"])
-    for found, expected in zip(as_arrays(reference.model()(*reference.inputs(batch))), wanted, strict=True):
-        assert_close(found, expected)
+    for actual, expected in zip(as_arrays(reference.model()(*reference.inputs(batch))), wanted, strict=True):
+        assert_close(actual, expected)
 
 
 @torch.no_grad()
@@ -82,8 +82,8 @@ def test_heads_in_training_mode_match_the_published_ones(reference: Any, as_arra
     if not reference.training:
         pytest.skip("no training goldens of this seed are here")
     wanted = reference.heads("near_train", reference.training["near_train_sort_index"])
-    for found, expected in zip(as_arrays(reference.model().train()(*reference.inputs("a"))), wanted, strict=True):
-        assert_close(found, expected)
+    for actual, expected in zip(as_arrays(reference.model().train()(*reference.inputs("a"))), wanted, strict=True):
+        assert_close(actual, expected)
 
 
 @torch.no_grad()
@@ -115,8 +115,8 @@ def test_padding_tokens_do_not_change_heads(reference: Any, as_arrays: Any) -> N
     rubbish = torch.full((len(tokens), tokens.shape[1] + 3), 7)
     for row, size in enumerate(length.tolist()):
         rubbish[row, :size] = tokens[row, :size]
-    for found, expected in zip(as_arrays(model(rubbish, length, features, spans)), wanted, strict=True):
-        assert_close(found, expected, 1e-5)
+    for actual, expected in zip(as_arrays(model(rubbish, length, features, spans)), wanted, strict=True):
+        assert_close(actual, expected, 1e-5)
 
 
 @torch.no_grad()

@@ -136,15 +136,15 @@ def test_pooled_hdf5_features_equal_files_and_refresh(simulated: tuple[str, Data
         return DataSet(root)
 
     features = files.features()
-    wanted = pool(files, videos, 16, features, tmp_path / "cache")
+    expected = pool(files, videos, 16, features, tmp_path / "cache")
     archive = write(1)
-    found = pool(archive, videos, 16, features, tmp_path / "cache")
-    np.testing.assert_array_equal(found.features, wanted.features)
-    np.testing.assert_array_equal(found.spans, wanted.spans)
-    assert found.key != wanted.key
+    actual = pool(archive, videos, 16, features, tmp_path / "cache")
+    np.testing.assert_array_equal(actual.features, expected.features)
+    np.testing.assert_array_equal(actual.spans, expected.spans)
+    assert actual.key != expected.key
     archive.store.close()  # type: ignore[attr-defined]
     doubled = pool(write(2), videos, 16, features, tmp_path / "cache")
-    np.testing.assert_array_equal(doubled.features, 2 * wanted.features)
+    np.testing.assert_array_equal(doubled.features, 2 * expected.features)
 
 
 def test_missing_hdf5_video_fails_before_writing(

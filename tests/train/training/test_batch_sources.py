@@ -1,4 +1,4 @@
-"""Wherever a batch comes from, it is the same batch, and what is computed once is what each step would compute."""
+"""Test `train.training.batch_sources`: all sources yield equal batches, and cached stems equal computed ones."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_all_sources_yield_the_same_batches(training: TrainingData, negatives: b
     assert len(host) == len(epoch) > 5
     assert [len(part) for part in host[0]] == [12 if negatives else 7] * 4 + [7]
     for source in (HostSource(training, CPU, workers=2), DeviceSource(training, CPU)):
-        for wanted, found in zip(host, source.batches(epoch, mismatched), strict=True):
-            for one, other in zip(wanted, flat(found), strict=True):
+        for expected, actual in zip(host, source.batches(epoch, mismatched), strict=True):
+            for one, other in zip(expected, flat(actual), strict=True):
                 assert one.dtype == other.dtype
                 assert torch.equal(one, other)
     first = training.batch(epoch[0], mismatched[0] if mismatched else None)
-    for wanted, found in zip((*vars(first.inputs).values(), first.truth), host[0], strict=True):
-        np.testing.assert_array_equal(found.numpy(), wanted)
+    for expected, actual in zip((*vars(first.inputs).values(), first.truth), host[0], strict=True):
+        np.testing.assert_array_equal(actual.numpy(), expected)
 
 
 def test_cached_stems_equal_the_stems_of_each_batch(training: TrainingData, model: DRN) -> None:
@@ -84,11 +84,11 @@ def test_cached_stems_equal_the_stems_of_each_batch(training: TrainingData, mode
     ):
         assert torch.equal(truth, same)
         with torch.no_grad():
-            wanted = model.stem(tokens, lengths, model.prop_fc(features), spans)
+            expected = model.stem(tokens, lengths, model.prop_fc(features), spans)
             heads = model.eval()(tokens, lengths, features, spans)
             for one, other in zip(StemContinuation(model)(*stem), heads, strict=True):
                 torch.testing.assert_close(one, other, rtol=HEADS, atol=1e-6)
-        for name, one, other in zip(Stem._fields, stem, wanted, strict=True):
+        for name, one, other in zip(Stem._fields, stem, expected, strict=True):
             assert not one.requires_grad
             torch.testing.assert_close(one, other, rtol=HEADS, atol=1e-6, msg=name)
 
@@ -161,7 +161,7 @@ def test_stage_2_with_cached_stems_gives_same_result(
     # Before a batch norm a bias changes nothing: its gradient is rounding noise, and its steps go either way.
     noise = {"fcos.head.mix_fc.0.bias", "fcos.head.iou_scores.0.bias"}
     for name in moved - noise:
-        one, other = (found[name].double() for found in weights)
+        one, other = (actual[name].double() for actual in weights)
         apart = (one - other).abs() / other.abs().max().clamp(min=1e-3)
         assert float(apart.median()) < (PROCESS_WEIGHTS if precision == "fp32" else 0.02), name
 
@@ -184,10 +184,10 @@ def test_resumed_stage_2_equals_uninterrupted_run(
         with pytest.raises(KeyboardInterrupt):
             run_training(planted, tmp_path / "cut", **options)
     run_training(planted, tmp_path / "cut", resume=True, **options)
-    wanted, found = (
+    expected, actual = (
         torch.load(tmp_path / name / "stage2" / "last.pt", weights_only=True)["model"] for name in ("whole", "cut")
     )
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(("free", "kind"), [(1 << 40, DeviceSource), (1 << 10, HostSource)])

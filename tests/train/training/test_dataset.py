@@ -1,4 +1,4 @@
-"""Pooled features are those of each video, kept as long as they hold, and an epoch deals each query once."""
+"""Test `train.training.dataset`: pooled features, their cache, and the batches of an epoch."""
 
 from __future__ import annotations
 
@@ -55,25 +55,25 @@ def test_cache_equals_pooling_of_each_video(
     features = dataclasses.replace(data_set.features(), pooling=pooling)
     pooled = pool(data_set, videos, num_segments, features, tmp_path / "cache")
     for video in videos:
-        wanted = data_set.video(video).segments(num_segments, pooling)
-        found = pooled.segments(video)
-        np.testing.assert_array_equal(found.features, wanted.features)
-        np.testing.assert_array_equal(found.spans, wanted.spans)
+        expected = data_set.video(video).segments(num_segments, pooling)
+        actual = pooled.segments(video)
+        np.testing.assert_array_equal(actual.features, expected.features)
+        np.testing.assert_array_equal(actual.spans, expected.spans)
 
 
 def test_published_layout_equals_published_loader(golden: Path, tmp_path: Path) -> None:
-    data_set, wanted = DataSet(golden / "mini"), np.load(golden / "dataset_mini.npz")
+    data_set, expected = DataSet(golden / "mini"), np.load(golden / "dataset_mini.npz")
     annotations = data_set.annotations("train", invalid="keep")
     pooled = fill(data_set, sorted({annotation.video for annotation in annotations}), tmp_path)
     training = TrainingData(data_set, annotations, pooled, data_set.vocabulary)
     assert len(training) > 5
     for index, annotation in enumerate(annotations):
         batch = training.batch(np.array([index]))
-        assert wanted[f"mini_{index}_vid_name"] == annotation.video
-        np.testing.assert_array_equal(batch.inputs.segment_features[0], wanted[f"mini_{index}_pooled"])
-        np.testing.assert_array_equal(pooled.segments(annotation.video).spans, wanted[f"mini_{index}_proposals"])
-        np.testing.assert_array_equal(batch.inputs.query_tokens[0], wanted[f"mini_{index}_tokens"])
-        np.testing.assert_array_equal(batch.truth[0], wanted[f"mini_{index}_gt_bbox"])
+        assert expected[f"mini_{index}_vid_name"] == annotation.video
+        np.testing.assert_array_equal(batch.inputs.segment_features[0], expected[f"mini_{index}_pooled"])
+        np.testing.assert_array_equal(pooled.segments(annotation.video).spans, expected[f"mini_{index}_proposals"])
+        np.testing.assert_array_equal(batch.inputs.query_tokens[0], expected[f"mini_{index}_tokens"])
+        np.testing.assert_array_equal(batch.truth[0], expected[f"mini_{index}_gt_bbox"])
 
 
 def test_truncated_cache_is_rebuilt(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
@@ -255,8 +255,8 @@ def test_mismatched_pairs_do_not_depend_on_process_count(
     data = Placed([*video_rows, 6])
     epochs = [data.epoch(4, (seed,), rank, processes) for rank in range(processes)]
     pairs = [data.mismatched(epoch, count, (seed,), rank, processes) for rank, epoch in enumerate(epochs)]
-    for epoch, found in zip(epochs, pairs, strict=True):
-        for batch, (queries, asked) in zip(epoch, found, strict=True):
+    for epoch, actual in zip(epochs, pairs, strict=True):
+        for batch, (queries, asked) in zip(epoch, actual, strict=True):
             assert len(queries) == count
             assert set(queries) <= set(batch)
             # Every sentence as often as any other, but for one time.
@@ -306,16 +306,16 @@ def test_held_out_videos_are_never_trained_on(num_videos: int, fraction: float, 
 def test_windows_derive_from_training_videos_and_moments(data_set: DataSet) -> None:
     data_set.durations.update(short=20.0, long=90.0)
     moments = [("short", 5.0, 15.0), ("short", 15.0, 30.0), ("long", 0.0, 40.0), ("short", 9.0, 8.0)]
-    found = windows_of(data_set, [Annotation(*moment, "a", 1) for moment in moments])
+    actual = windows_of(data_set, [Annotation(*moment, "a", 1) for moment in moments])
     # Cut off at the end of its video, the second lasts 5 s.
-    assert found == Windows.of([20.0, 90.0], [10.0, 5.0, 40.0])
-    assert found.longest == 90
+    assert actual == Windows.of([20.0, 90.0], [10.0, 5.0, 40.0])
+    assert actual.longest == 90
 
 
 def test_charades_sta_windows_match_published_networks(real_data: Path) -> None:
     data_set = DataSet(real_data / "charades_sta")
-    found = windows_of(data_set, data_set.annotations("train", invalid="drop"))
-    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(CHARADES_STA), abs=0.05)
+    actual = windows_of(data_set, data_set.annotations("train", invalid="drop"))
+    assert dataclasses.astuple(actual) == pytest.approx(dataclasses.astuple(CHARADES_STA), abs=0.05)
 
 
 def test_cache_file_is_readable_by_others(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:

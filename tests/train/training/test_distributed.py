@@ -1,4 +1,4 @@
-"""Processes that train together do what one does with the whole batch."""
+"""Test `train.training.distributed`: several processes compute what one computes on the complete batch."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def test_two_processes_equal_one_with_full_batch(planted: Path, tiny_sizes: dict
         assert mine["steps"] == theirs["steps"] > 5
         for name in ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm"):
             assert theirs[name] == pytest.approx(mine[name], rel=PROCESSES), (mine["stage"], name)
-    wanted, found = (load_checkpoint(tmp_path / name / "drn.pt").weights for name in ("one", "two"))
-    for name, tensor in wanted.items():
+    expected, actual = (load_checkpoint(tmp_path / name / "drn.pt").weights for name in ("one", "two"))
+    for name, tensor in expected.items():
         if name.endswith("num_batches_tracked"):
-            assert torch.equal(found[name], tensor), name
+            assert torch.equal(actual[name], tensor), name
             continue
         # Where the gradient is rounding noise, steps go either way.
-        apart = (found[name] - tensor).abs() / tensor.abs().max().clamp(min=1e-3)
+        apart = (actual[name] - tensor).abs() / tensor.abs().max().clamp(min=1e-3)
         assert float(apart.median()) < PROCESS_WEIGHTS or _is_noise(name), name
 
 

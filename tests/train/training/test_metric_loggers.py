@@ -1,4 +1,4 @@
-"""Loggers write every epoch to CSV, TensorBoard or Weights & Biases, and name a library that is missing."""
+"""Test `train.training.metric_loggers`: CSV, TensorBoard, Weights & Biases, and missing libraries."""
 
 from __future__ import annotations
 

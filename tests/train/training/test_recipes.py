@@ -1,4 +1,4 @@
-"""Each stage trains what the published one trains, at its rate."""
+"""Test `train.training.recipes`: trained parameters and learning rates equal the published ones."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def test_stage_trains_the_published_parameters(tiny: DRNConfig, number: int, cou
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_learning_rates_match_the_published_ones(golden: Path, number: int) -> None:
-    wanted = np.load(golden / "unit.npz")[f"lr_s{number}"]
+    expected = np.load(golden / "unit.npz")[f"lr_s{number}"]
     stage = RECIPES["mmaction2"].stages[number - 1]
-    assert stage.epochs == len(wanted)
-    np.testing.assert_allclose([stage.learning_rate_at(epoch) for epoch in range(stage.epochs)], wanted, rtol=1e-12)
+    assert stage.epochs == len(expected)
+    np.testing.assert_allclose([stage.learning_rate_at(epoch) for epoch in range(stage.epochs)], expected, rtol=1e-12)
 
 
 def test_authors_rates_have_no_warm_up() -> None:

@@ -1,4 +1,4 @@
-"""Options of a run are written as YAML and read back; flags override them, and damaged files are rejected."""
+"""Test `train.training.run_config`: options round-trip through YAML, and damaged files are rejected."""
 
 from __future__ import annotations
 

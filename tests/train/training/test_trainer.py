@@ -1,4 +1,4 @@
-"""A run learns, keeps its best, goes on after any interruption as if nothing had happened, and guards its directory."""
+"""Test `train.training.trainer`: steps, files, resumption, early stopping, progress, and learning."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def assert_same_run(one: Path, other: Path) -> None:
     """Fail unless two runs ended with the same weights, bit for bit, by the same way."""
     for name in ("drn.pt", *(f"stage{number}/best.pt" for number in (1, 2, 3))):
-        wanted, found = weights(one / name), weights(other / name)
-        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items()), name
+        wanted, actual = weights(one / name), weights(other / name)
+        assert all(torch.equal(actual[key], tensor) for key, tensor in wanted.items()), name
     for number in (1, 2, 3):
-        wanted, found = (torch.load(run / f"stage{number}/last.pt", weights_only=True) for run in (one, other))
-        moments = [state["optimizer"]["state"] for state in (wanted, found)]
+        wanted, actual = (torch.load(run / f"stage{number}/last.pt", weights_only=True) for run in (one, other))
+        moments = [state["optimizer"]["state"] for state in (wanted, actual)]
         assert moments[0].keys() == moments[1].keys()
         for key, state in moments[0].items():
             assert torch.equal(state["exp_avg_sq"], moments[1][key]["exp_avg_sq"])
@@ -144,8 +144,8 @@ def test_three_steps_match_the_published_ones(
     inputs = reference.inputs("a")
     data = GoldenData(inputs, torch.from_numpy(recorded[f"gt_{truth}"]), 3)
     golden_run(tmp_path, Stage(number, rate, 1), data).train(model)
-    found = [[float(loss.detach()) for loss in (step.total(), *step)] for step in taken]
-    np.testing.assert_allclose(found, recorded[f"{prefix}_steps"], rtol=STEPS, atol=1e-7)
+    actual = [[float(loss.detach()) for loss in (step.total(), *step)] for step in taken]
+    np.testing.assert_allclose(actual, recorded[f"{prefix}_steps"], rtol=STEPS, atol=1e-7)
     with torch.no_grad():
         heads = as_arrays(model.eval()(*inputs))
     for head, wanted in zip(heads, reference.heads(f"{prefix}_after", reference.arrays["a_sort_index"]), strict=True):
@@ -196,9 +196,9 @@ def test_overflowing_fp16_steps_are_skipped_and_counted(
 
 
 def test_run_writes_all_documented_files(short_run: Path, tiny_sizes: dict[str, Any]) -> None:
-    found = {str(path.relative_to(short_run)) for path in short_run.rglob("*") if path.is_file()}
+    actual = {str(path.relative_to(short_run)) for path in short_run.rglob("*") if path.is_file()}
     kept = {f"stage{number}/{name}.pt" for number in (1, 2, 3) for name in ("best", "last")}
-    assert found == {"run.json", "run.yaml", "history.jsonl", "curves.png", "drn.pt", *kept}
+    assert actual == {"run.json", "run.yaml", "history.jsonl", "curves.png", "drn.pt", *kept}
     assert (short_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     records = history(short_run)
     assert [(record["stage"], record["epoch"]) for record in records] == [(1, 1), (1, 2), (2, 1), (3, 1)]
@@ -364,8 +364,8 @@ def test_single_stage_starts_from_given_checkpoint(
 ) -> None:
     options = {**tiny_sizes, "epochs": (1,), "lr": (1e-3,)}
     run_training(planted, tmp_path, stage="2", load=short_run / "stage1" / "best.pt", **options)
-    wanted, found = weights(short_run / "stage2" / "best.pt"), weights(tmp_path / "drn.pt")
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    wanted, actual = weights(short_run / "stage2" / "best.pt"), weights(tmp_path / "drn.pt")
+    assert all(torch.equal(actual[name], tensor) for name, tensor in wanted.items())
 
 
 # Interruption.
