@@ -1,7 +1,7 @@
 """Measure the host time of one query on a GPU, with doubles of the driver and of TensorRT that take no time.
 
-The doubles (`benchmarks/fake_tensorrt.py`) compute every shape once in ONNX Runtime, then do nothing. The remaining time
-is that of tokens, staging, copies, decoding and NMS. On a real GPU, use `runtime.benchmark`.
+The doubles (`benchmarks/fake_tensorrt.py`) compute every shape once in ONNX Runtime, then do nothing. The time that
+remains is that of tokens, staging, copies, decoding and NMS. On a real GPU, use `runtime.benchmark`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from runtime.core.io.atomic_files import write_json
 from runtime.datasets.dataset import DataSet
 from train.backend import torch_device
 from train.checkpoints import load_checkpoint
+from train.network.losses import LossOptions
 from train.network.model import DRN, DRNConfig
 from train.simulate import simulate
 from train.training.batch_sources import (
@@ -178,16 +179,23 @@ def _stage(
     return result
 
 
-def stage_trainer(stage: Stage, model: DRN, batch_size: int, device: torch.device) -> StageTrainer:
-    """Return a trainer in FP32 of a copy of the model."""
+def stage_trainer(
+    stage: Stage,
+    model: DRN,
+    batch_size: int,
+    device: torch.device,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    losses: LossOptions | None = None,
+) -> StageTrainer:
+    """Return a trainer of a copy of the model, with the settings of mmaction2's recipe."""
     recipe = RECIPES["mmaction2"]
     settings = TrainingSettings(
         recipe="mmaction2",
         stages=(stage,),
         batch_size=batch_size,
         clip_norm=recipe.clip_norm,
-        losses=recipe.losses,
-        precision="fp32",
+        losses=losses or recipe.losses,
+        precision=precision,
         seed=0,
         faithful=False,
         processes=1,

@@ -63,8 +63,8 @@ def long_video(
     print(f"{model.name}, NumPy {np.__version__}, {platform.machine()}, {threads} thread(s)")
     print(
         f"{hours:g} h in {len(windows)} windows of {windows[0].duration:.1f} s, {queries} queries: "
-        f"{grounding.seconds:.1f} s of CPU time and at most {grounding.peak_mib:.0f} MiB besides the model; the features "
-        f"are {size:.0f} MiB, checked in {opening.seconds:.1f} s."
+        f"{grounding.seconds:.1f} s of CPU time and at most {grounding.peak_mib:.0f} MiB besides the model; features "
+        f"of {size:.0f} MiB, checked in {opening.seconds:.1f} s."
     )
     return results
 

@@ -1,4 +1,4 @@
-"""What `docs/scale.md` calculates with follows from the networks."""
+"""Test `benchmarks.corpus` and `benchmarks.multiply_adds`, on which docs/scale.md is based."""
 
 from __future__ import annotations
 

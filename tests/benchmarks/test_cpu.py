@@ -1,4 +1,4 @@
-"""What the machine can do is measured by what it is called."""
+"""Test `benchmarks.cpu`: the matrix product and its rates."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def test_packed_product_equals_matrix_product() -> None:
     rng = np.random.default_rng(0)
     left, right = rng.random((5, 24), np.float32), rng.random((24, 7), np.float32)
     session = _product(right, 1)
-    (found,) = session.run(None, {"left": left})
-    np.testing.assert_allclose(found, left @ right, rtol=tolerances.HEADS)
+    (actual,) = session.run(None, {"left": left})
+    np.testing.assert_allclose(actual, left @ right, rtol=tolerances.HEADS)
     assert session.get_session_options().intra_op_num_threads == 1
 
 

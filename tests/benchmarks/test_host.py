@@ -1,4 +1,4 @@
-"""What is timed of the host is a whole answer, and the right one."""
+"""Test `benchmarks.host`: the timed call returns the complete and correct answer."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def pair(models: Path, tmp_path: Path) -> Path:
 def test_report_has_all_figures_and_total_exceeds_parts(pair: Path, planted: Path, tmp_path: Path) -> None:
     report = host.host(pair, planted, batch=6, samples=20, output=tmp_path / "host.json")
     assert json.loads((tmp_path / "host.json").read_text()) == report
-    found = {name: latency["p50_ms"] for name, latency in report["ms"].items()}
-    assert set(found) == {host.ONE, host.ASKED, host.DECODED, host.many(6)}
-    assert found[host.ONE] > max(found[host.ASKED], found[host.DECODED]) > 0
+    actual = {name: latency["p50_ms"] for name, latency in report["ms"].items()}
+    assert set(actual) == {host.ONE, host.ASKED, host.DECODED, host.many(6)}
+    assert actual[host.ONE] > max(actual[host.ASKED], actual[host.DECODED]) > 0
     assert report["ms"][host.ONE]["samples"] == 20
     assert report["ms"][host.many(6)]["samples"] == 2
 
@@ -42,9 +42,9 @@ def test_timed_call_equals_graph_without_touching_the_gpu(pair: Path, planted: P
     calls, runs = bench.calls(), bench.library.runs
     before, computed = len(bench.driver.calls), len(runs)
     for number, (video, sentence) in enumerate(asked):
-        found = calls[host.ONE].run(calls[host.ONE].prepare(number))
-        wanted = reference.ground(video, sentence)
-        assert [moment.start for moment in found] == pytest.approx([moment.start for moment in wanted], abs=1e-3)
+        actual = calls[host.ONE].run(calls[host.ONE].prepare(number))
+        expected = reference.ground(video, sentence)
+        assert [moment.start for moment in actual] == pytest.approx([moment.start for moment in expected], abs=1e-3)
     made = counted(bench.driver.calls[before:])
     assert made["cuGraphLaunch"] == made["cuStreamSynchronize"] == len(asked)
     assert len(runs) == computed

@@ -1,4 +1,4 @@
-"""The time to open a model is measured with and without its digest."""
+"""Test `benchmarks.loading`: models open with and without the check of their digest."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from runtime.core.errors import GroundingError, ModelFileError
 
 @pytest.mark.parametrize("name", ["drn.onnx", "drn.pt"])
 def test_loading_times_both_modes_and_restores_digest_check(models: Path, name: str) -> None:
-    found = loading(models / name, repeats=1)
-    assert found["checked_s"] > 0
-    assert found["unchecked_s"] > 0
+    actual = loading(models / name, repeats=1)
+    assert actual["checked_s"] > 0
+    assert actual["unchecked_s"] > 0
     assert onnxruntime_session.DigestCheck is DigestCheck
 
 

@@ -1,4 +1,4 @@
-"""The load benchmark sees wrong answers, and says what it promises."""
+"""Test `benchmarks.serving`: wrong replies are detected, and the report is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training benchmark times steps that learn the same, and says by how much ours are faster."""
+"""Test `benchmarks.training`: only steps with equal losses are timed."""
 
 from __future__ import annotations
 

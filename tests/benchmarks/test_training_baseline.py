@@ -1,4 +1,4 @@
-"""The eager training step that ours is timed against learns what ours learns."""
+"""Test `benchmarks.training_baseline`: the eager step has the losses and gradients of the trainer."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_baseline_losses_and_gradients_match_trainer(
     stage = RECIPES["mmaction2"].stages[number - 1]
     ours = copy.deepcopy(model)
     stage.freeze(ours)
-    wanted = divide(loss_sums(ours(*inputs), truth, CONFIG, stage.trains_iou_head))
-    wanted.total().backward()
+    expected = divide(loss_sums(ours(*inputs), truth, CONFIG, stage.trains_iou_head))
+    expected.total().backward()
     eager = EagerTraining(model, stage)
     losses = eager.losses(samples_of(inputs, truth))
     for name, loss in losses.items():
-        assert float(loss.detach()) == pytest.approx(float(getattr(wanted, name).detach()), rel=1e-5), name
+        assert float(loss.detach()) == pytest.approx(float(getattr(expected, name).detach()), rel=1e-5), name
     assert all(float(loss.detach()) > 0 for name, loss in losses.items() if number > 1 or name != "iou")
     sum(loss.mean() for loss in losses.values()).backward()
     compared = 0

@@ -1,4 +1,4 @@
-"""`benchmarks.studies.joined_videos`: what is joined is found where it was put."""
+"""Test `benchmarks.studies.joined_videos`: moments are located in the concatenated videos."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def test_join_videos_parts_match_frame_positions() -> None:
 
 
 def test_results_are_listed_per_video_layout(models: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = joined_videos(models / "drn.onnx", planted, join=3, limit=1)
-    assert list(found) == ["single videos", "joined, whole", "joined, in windows"]
-    assert found["single videos"].queries > 3
+    actual = joined_videos(models / "drn.onnx", planted, join=3, limit=1)
+    assert list(actual) == ["single videos", "joined, whole", "joined, in windows"]
+    assert actual["single videos"].queries > 3
     said = capsys.readouterr().out
     assert "1 long videos of 3 each" in said
     assert "simulated" in said

@@ -1,4 +1,4 @@
-"""`benchmarks.studies.long_video` grounds what it makes, in windows."""
+"""Test `benchmarks.studies.long_video`: long videos are grounded in windows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.raising import raises
 
 
 def test_long_video_is_grounded_in_windows(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = long_video(models / "drn.onnx", hours=0.2, queries=3)
-    assert found["windows"] > 10
-    assert found["moments"] > 0
+    actual = long_video(models / "drn.onnx", hours=0.2, queries=3)
+    assert actual["windows"] > 10
+    assert actual["moments"] > 0
     assert "0.2 h in " in capsys.readouterr().out
 
 

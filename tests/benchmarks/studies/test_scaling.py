@@ -1,4 +1,4 @@
-"""Growth is timed over all that docs/performance.md tells of."""
+"""Test `benchmarks.studies.scaling`: all curves of docs/performance.md are timed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_every_curve_is_timed_and_drawn(tmp_path: Path, monkeypatch: pytest.Monk
     )  # fmt: skip
     curves = report["ms"]
     assert set(curves[scaling.BY_SEGMENTS]) == {scaling.ENCODE, scaling.ONE, scaling.MANY}
-    assert all(set(found) == {8, 16} for found in curves[scaling.BY_SEGMENTS].values())
-    assert all(set(found) == {2, 5} for found in curves[scaling.BY_LENGTH].values())
+    assert all(set(actual) == {8, 16} for actual in curves[scaling.BY_SEGMENTS].values())
+    assert all(set(actual) == {2, 5} for actual in curves[scaling.BY_LENGTH].values())
     for queries, each in curves[scaling.BY_QUERIES][scaling.EACH].items():
         assert curves[scaling.BY_QUERIES][scaling.ENCODED_FOR][queries] > each > 0
     # Twice the segments are twice the multiply-adds of the video.
