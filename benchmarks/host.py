@@ -148,7 +148,7 @@ class Bench:
     def _write_heads(self, number: int) -> int:
         """Write the heads of a query to the output buffers, as a GPU would, and return its index."""
         query = number % len(self._inputs)
-        for program in self._backend._network.contexts.states.values():
+        for _, program in self._backend._network.contexts.states.items():
             for name, view in program.outputs.items():
                 if len(view) == 1:
                     view[...] = getattr(self._heads[query], name)
