@@ -1,21 +1,20 @@
-"""A GPU and a TensorRT that are made of NumPy and ONNX Runtime, and that insist on the rules of the real ones.
+"""Double CUDA's driver and TensorRT with NumPy and ONNX Runtime, and enforce the rules of the real libraries.
 
-The driver is as late as a driver may be: what is put on a stream happens when the stream is waited for, so memory that
-is read or written too early shows. Device memory has addresses of its own, host memory must be page-locked, a thread
-must have entered the context, and nothing may be allocated or waited for while a stream is captured.
+The driver executes the work of a stream only when the stream is synchronized, so that early reads and writes of memory
+have visible effects. Device memory has its own addresses, host memory must be page-locked, a thread must have entered
+the context, and a stream must not be synchronized, nor memory allocated, during a capture.
 
-TensorRT has, for each version, the names that version has. A plan names the graph that it stands for; contexts want
-memory, a profile that was waited for, shapes within it, aligned addresses, and a run before they are captured.
+TensorRT has the names of its version. A plan contains the path of its graph. Contexts require memory, a profile whose
+stream was synchronized, shapes within it, aligned addresses, and a run before a capture.
 
-Rules about failures, and their sources:
+Rules of failures, and their sources:
 
-- A version-compatible plan is refused unless host code is allowed: `IRuntime::setEngineHostCodeAllowed` in
-  NvInferRuntime.h. The words are in libtensorrt_rtx.so of 1.7.1.
-- A TensorRT-RTX plan for other compute capabilities is refused, in the words of libtensorrt_rtx.so of 1.7.1.
-- TensorRT 8.6 captures no LSTM that is a loop, in the words of 8.6.0 on an H200 (2026-11-29; "the enqueue call may
-  return false if the current CUDA graph capture fails", sampleInference.cpp).
-- A context whose capture failed keeps failing (NVIDIA/TensorRT#2603: an enqueue that fails inside a capture leaves what
-  it had begun).
+- A version-compatible plan is rejected unless host code is allowed: `IRuntime::setEngineHostCodeAllowed` in
+  NvInferRuntime.h. The message is that of libtensorrt_rtx.so 1.7.1.
+- A TensorRT-RTX plan for other compute capabilities is rejected, with the message of libtensorrt_rtx.so 1.7.1.
+- TensorRT 8.6 cannot capture an LSTM that is a loop; the message is that of 8.6.0 on an H200 (2026-11-29; "the enqueue
+  call may return false if the current CUDA graph capture fails", sampleInference.cpp).
+- A context whose capture failed keeps failing (NVIDIA/TensorRT#2603).
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from typing import Any
 
 import numpy as np
 
-# The device's own.
+# Handle of the primary context.
 CONTEXT = 7
 OUT_OF_MEMORY, INVALID_VALUE, INVALID_CONTEXT = 2, 1, 201
 CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 900, 901
 _NAMES = {1: "CUDA_ERROR_INVALID_VALUE", 2: "CUDA_ERROR_OUT_OF_MEMORY", 201: "CUDA_ERROR_INVALID_CONTEXT"}
-# Host code that reads through a device address should crash rather than work.
+# Host code that dereferences a device address should crash.
 _DEVICE_SIDE = 1 << 56
 VERSIONS = ("8.6.1", "10.16.1.11", "11.4.0.106", "1.7.1.116")
 
@@ -49,7 +48,7 @@ def _written(pointer: Any, value: Any) -> None:
 
 @dataclasses.dataclass
 class Stream:
-    """Work that was asked for and has not happened yet."""
+    """Enqueued work that has not been executed."""
 
     waiting: list[Callable[[], None]] = dataclasses.field(default_factory=list)
     captured: list[Callable[[], None]] | None = None
@@ -57,13 +56,13 @@ class Stream:
 
 
 class Driver:
-    """libcuda, as far as `runtime.backends.cuda_driver` calls it.
+    """A double of the functions of libcuda that `runtime.backends.cuda_driver` calls.
 
     Attributes:
-        calls: every call's name, in order.
-        room: bytes of device memory that may be allocated.
-        full_at: the allocation, of those from when this was set, counted from 0, for which there is no room.
-        failing: name -> code, for calls that are to fail.
+        calls: names of all calls, in order.
+        room: bytes of device memory.
+        full_at: index of the allocation that fails, counted from 0 after this is set.
+        failing: name to error code of calls that fail.
     """
 
     def __init__(self, name: str = "NVIDIA H100", capability: tuple[int, int] = (9, 0), devices: int = 1) -> None:
@@ -92,7 +91,7 @@ class Driver:
             self.calls.append(name)
             if name in self.failing:
                 if name == "cuStreamEndCapture":
-                    # Whatever it says, the capture is over.
+                    # The capture ends in any case.
                     self.streams[arguments[0]].captured = None
                 return self.failing[name]
             free_of_context = ("cuInit", "cuDriver", "cuDevice", "cuGet", "cuCtx")
@@ -103,37 +102,39 @@ class Driver:
         return call
 
     def stack(self) -> list[int]:
-        """The contexts of this thread; the last is current."""
+        """Return the stack of contexts of this thread; the last is current."""
         if not hasattr(self._threads, "stack"):
             self._threads.stack = []
         return self._threads.stack
 
     def held(self) -> dict[str, int]:
-        """Everything that has not been given back."""
-        things = {
+        """Return the number of resources by kind that have not been released."""
+        resources = {
             "device": self._memory,
             "pinned": self._pinned,
             "streams": self.streams,
             "events": self.events,
             "graphs": self.graphs,
         }
-        return {name: len(held) for name, held in things.items() if held}
+        return {name: len(held) for name, held in resources.items() if held}
 
     def allocated(self) -> int:
+        """Return the bytes of allocated device memory."""
         return sum(len(block) for block in self._memory.values())
 
     def array(self, address: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """Return device memory as an array, for the network that works on it."""
+        """Return device memory as an array."""
         size = int(np.prod(shape)) * dtype.itemsize
         start, block = self._block(self._memory, address, size)
         return np.frombuffer(block, np.uint8, size, address - start).view(dtype).reshape(shape)
 
     def put(self, stream: int, work: Callable[[], None]) -> None:
-        """Put work on a stream, or into what it captures."""
+        """Enqueue work on a stream, or add it to its capture."""
         chosen = self.streams[stream]
         (chosen.waiting if chosen.captured is None else chosen.captured).append(work)
 
     def capturing(self) -> Stream | None:
+        """Return the stream with a capture, if there is one."""
         return next((stream for stream in self.streams.values() if stream.captured is not None), None)
 
     @staticmethod
@@ -141,7 +142,7 @@ class Driver:
         for start, block in blocks.items():
             if start <= address and address + size <= start + len(block):
                 return start, block
-        raise AssertionError(f"{size} bytes at {address:#x} are not in such memory")
+        raise AssertionError(f"{size} bytes at {address:#x} are not in this kind of memory")
 
     def _forbidden(self) -> int:
         stream = self.capturing()
@@ -205,7 +206,7 @@ class Driver:
             return CAPTURE_UNSUPPORTED
         if self._is_full() or self.allocated() + size > self.room:
             return OUT_OF_MEMORY
-        # What was in memory before is anything.
+        # The initial content of memory is arbitrary.
         block = bytearray(b"\xff" * size)
         start = _DEVICE_SIDE + (self._handle() << 32)
         self._memory[start] = block
@@ -308,17 +309,17 @@ class Driver:
 
 
 class Library:
-    """TensorRT of some version, or TensorRT-RTX for 1.x; its module's names are attributes.
+    """A double of the module of TensorRT, or of TensorRT-RTX for the versions 1.x.
 
     Attributes:
-        calls: name and arguments of every call that changes something.
-        runs: shapes of the inputs of every time the network was computed.
-        fed: what it was given last.
-        failing: names of calls that are to fail, with what the logger is told.
-        compiled: kernels that TensorRT-RTX compiled, which were in no runtime cache.
-        cuda_major: of the driver, as a runtime cache remembers it.
-        kept_errors: how many runs fail, in whichever context, because of a capture that failed before.
-        network_ms: what a run takes, by the driver's clock.
+        calls: name and arguments of every call that changes a state.
+        runs: input shapes of every run of a network.
+        fed: inputs of the last run.
+        failing: name to log message of calls that fail.
+        compiled: number of kernels that TensorRT-RTX compiled because no runtime cache had them.
+        cuda_major: major version of CUDA that a runtime cache records.
+        kept_errors: number of runs that fail, in any context, because of an earlier failed capture.
+        network_ms: milliseconds of a run, by the clock of the driver.
     """
 
     def __init__(self, driver: Driver, version: str) -> None:
@@ -358,7 +359,7 @@ class Runtime:
         self._library, self._logger = library, logger
         self.engine_host_code_allowed = False
         if "Runtime" in library.failing:
-            # What is wrong with CUDA is a warning.
+            # TensorRT logs errors of CUDA as warnings.
             logger.log(2, library.failing["Runtime"])
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
@@ -367,15 +368,15 @@ class Runtime:
         if "deserialize_cuda_engine" in self._library.failing:
             self._logger.log(1, self._library.failing["deserialize_cuda_engine"])
             return None
-        told = json.loads(plan)
-        if told.get("host_code") and not self.engine_host_code_allowed:
+        content = json.loads(plan)
+        if content.get("host_code") and not self.engine_host_code_allowed:
             self._logger.log(1, HOST_CODE)
             return None
         here = "{}.{}".format(*self._library.driver._capability)
-        if told.get("capabilities") and here not in told["capabilities"]:
+        if content.get("capabilities") and here not in content["capabilities"]:
             self._logger.log(1, f"The engine cannot run on this GPU, which has compute capability {here}.")
             return None
-        return Engine(self._library, self._logger, told)
+        return Engine(self._library, self._logger, content)
 
 
 HOST_CODE = "Cannot deserialize engine with lean runtime since IRuntime::getEngineHostCodeAllowed() is false."
@@ -387,7 +388,7 @@ NOT_CAPTURABLE = (
 
 
 class Engine:
-    """A plan's graph in ONNX Runtime; `half` features come and go as float16."""
+    """Runs the graph of a plan in ONNX Runtime."""
 
     SCRATCH = 4096
 
@@ -413,14 +414,14 @@ class Engine:
         if library.rtx:
             self.create_runtime_config = lambda: RuntimeConfig(library)
         self._types: dict[str, str] = plan.get("types", {})
-        # op_type, field 4 of NodeProto in onnx.proto, as it is in the file.
+        # The encoded field 4, op_type, of NodeProto in onnx.proto.
         self._loops = b'"\x04LSTM' in Path(plan["graph"]).read_bytes()
         # Before TensorRT 10 a profile belongs to one context.
         self._owners: dict[int, weakref.ref[Context]] = {}
 
     def create_execution_context(self, strategy: Any) -> Context | None:
-        wanted = "user" if not isinstance(strategy, RuntimeConfig) else strategy._strategy
-        assert wanted == "user", "it would allocate scratch memory of its own"
+        expected = "user" if not isinstance(strategy, RuntimeConfig) else strategy._strategy
+        assert expected == "user", "the context would allocate its own scratch memory"
         context = self._create()
         if context is not None and isinstance(strategy, RuntimeConfig):
             context._cache = strategy._cache
@@ -475,7 +476,7 @@ class RuntimeConfig:
 
 
 class RuntimeCache:
-    """Compiled kernels; its bytes are of one library, GPU and driver (IRuntimeCache.deserialize, 1.7.1)."""
+    """Compiled kernels for one library, GPU and driver (IRuntimeCache.deserialize, 1.7.1)."""
 
     __slots__ = ("_kernels", "_library")
 
@@ -552,10 +553,10 @@ class Context:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert self._waited, "the profile has not been waited for"
+        assert self._waited, "the stream of the profile has not been synchronized"
         self._profile = self._waited[-1]
         smallest, _, largest = self._engine._profiles[self._profile][name]
-        # No `strict`: the legs of the GPU acceptance run on this under Python 3.9 too.
+        # Without `strict`, because legs also run this under Python 3.9.
         if not all(low <= size <= high for low, size, high in zip(smallest, shape, largest)):  # noqa: B905
             self._engine._logger.log(1, f"{name} {shape} is outside profile {self._profile}")
             return False
@@ -578,20 +579,20 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         engine, library = self._engine, self._engine._library
         library.calls.append(("execute_async_v3", stream))
-        told = library.failing.get("execute_async_v3")
+        error = library.failing.get("execute_async_v3")
         capturing = library.driver.streams[stream].captured is not None
-        if told is None and capturing and "capture" in library.failing:
-            told = library.failing["capture"]
-        if told is None and capturing and library.old and engine._loops:
-            told = NOT_CAPTURABLE
-        if told is None and not capturing and (self._broken or library.kept_errors):
+        if error is None and capturing and "capture" in library.failing:
+            error = library.failing["capture"]
+        if error is None and capturing and library.old and engine._loops:
+            error = NOT_CAPTURABLE
+        if error is None and not capturing and (self._broken or library.kept_errors):
             library.kept_errors = max(library.kept_errors - 1, 0)
-            told = "Error Code 1: Cuda Runtime (operation failed due to a previous error during capture)"
-        if told is not None:
+            error = "Error Code 1: Cuda Runtime (operation failed due to a previous error during capture)"
+        if error is not None:
             if capturing:
                 library.driver.streams[stream].broken = True
                 self._broken = True
-            engine._logger.log(1, told)
+            engine._logger.log(1, error)
             return False
         if not library.old:
             assert self._scratch, "no device memory"
@@ -599,7 +600,7 @@ class Context:
             self._scratch = self.device_memory
         assert set(self._shapes) == set(engine._inputs)
         assert set(self._addresses) == set(engine._inputs) | set(engine._outputs)
-        assert not (capturing and self._fresh), "what was deferred is not settled before the capture"
+        assert not (capturing and self._fresh), "a context must run once before a capture"
         if not capturing:
             self._fresh = False
         if self._cache is not None:
@@ -635,7 +636,7 @@ def _from_bits(array: np.ndarray) -> np.ndarray:
 
 
 def _to_bits(array: np.ndarray) -> np.ndarray:
-    """Cut to bfloat16, without rounding."""
+    """Truncate to bfloat16."""
     return (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
 
 
@@ -648,11 +649,15 @@ def write_plan(
     types: dict[str, str] | None = None,
     **content: Any,
 ) -> Path:
-    """Write a plan that stands for a graph, and its sidecar, as `export.build_engine` writes them.
+    """Write a plan that represents a graph, and its sidecar, as `export.build_engine` does.
 
     Args:
-        profiles: `name`, `batch`, `query_length` and `shapes` of each.
-        types: inputs and outputs that are of another type than in the graph.
+        path: the plan.
+        graph: ONNX file that the plan represents.
+        profiles: `name`, `batch`, `query_length` and `shapes` of each optimization profile.
+        manifest: manifest of the model.
+        version: version of TensorRT.
+        types: name to type of inputs and outputs with another type than in the graph.
         content: other fields of the sidecar.
     """
     from runtime.artifacts.engine_metadata import FORMAT, metadata_path, with_digest
@@ -682,5 +687,5 @@ def write_plan(
 
 
 def counted(calls: Sequence[str]) -> collections.Counter[str]:
-    """How often each call was made."""
+    """Return the number of calls by name."""
     return collections.Counter(calls)

@@ -27,7 +27,7 @@ log = logging.getLogger("drn")
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt, and make Ctrl-C work where the shell started this in the background."""
+    """Turn SIGTERM into KeyboardInterrupt, and enable Ctrl-C in a process that a shell started in the background."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -41,7 +41,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def print_schedule(limits: Limits, chunks: Sequence[str], before_s: float) -> None:
-    """Print when each task would run if all took their expected time."""
+    """Print when each task runs if all take their expected time."""
     lines, plan_b = schedule(limits, chunks, before_s=before_s)
     if plan_b:
         print(f"plan B: {plan_b}")
@@ -56,18 +56,18 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         prog="benchmarks/gpu_lease.sh",
         description="Run the GPU acceptance on a machine that is available for minutes: the most valuable results "
         "first, no task that cannot end in time, and without TensorRT (plan B) if that cannot arrive in time. Exit "
-        "code 0: every promise so far was kept; 1: one was not; 2: an option or a package is wrong, or no GPU.",
+        "code 0: every check so far passed; 1: one failed; 2: an option or a package is wrong, or there is no GPU.",
     )
     parser.add_argument("--packages", type=Path, help="wheels and chunks (`python -m benchmarks.gpu_packages`)")
-    parser.add_argument("--output", type=Path, help="directory of the state and of everything that is made")
+    parser.add_argument("--output", type=Path, help="directory of the state, inputs and results")
     parser.add_argument("--results", type=Path, help="directory to which results are copied after every step")
-    parser.add_argument("--minutes", type=float, default=13.0, help="of the lease that may be used, its start included")
-    parser.add_argument("--call-minutes", type=float, default=9.5, help="that this call may take")
-    parser.add_argument("--used", type=float, help="seconds of the lease that were used before this call began")
+    parser.add_argument("--minutes", type=float, default=13.0, help="maximum minutes of the lease, including its start")
+    parser.add_argument("--call-minutes", type=float, default=9.5, help="maximum minutes of this call")
+    parser.add_argument("--used", type=float, help="seconds of the lease before this call")
     parser.add_argument("--more", action="store_true", help="later calls bring the chunks that are missing")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses, on test doubles")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearse on test doubles")
     parser.add_argument("--small", action="store_true", help="rehearse with a tiny network")
-    parser.add_argument("--check", action="store_true", help="check that no package is missing or damaged, and stop")
+    parser.add_argument("--check", action="store_true", help="check the packages, and stop")
     parser.add_argument("--python", default=current_python(), help="version of the machine's Python, for --check")
     parser.add_argument("--dry-run", action="store_true", help="print the expected schedule, and stop")
     return parser.parse_args(words)
@@ -90,28 +90,28 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _check(given: argparse.Namespace, limits: Limits) -> int:
     if given.packages is None:
-        raise GroundingError("--check and --dry-run are about packages. Name their directory with --packages.")
-    found = {library.name: library for library in check_whole(given.packages, given.python)}
-    chunks = sorted(found[TENSORRT].sha256) if TENSORRT in found else []
+        raise GroundingError("--check and --dry-run need packages. Pass their directory with --packages.")
+    libraries = {library.name: library for library in check_whole(given.packages, given.python)}
+    chunks = sorted(libraries[TENSORRT].sha256) if TENSORRT in libraries else []
     if given.dry_run:
         print_schedule(limits, chunks, given.used if given.used is not None else START_S)
     else:
-        print(f"{given.packages} is whole: wheels, {', '.join(found) or 'no library in chunks (plan B)'}.")
+        print(f"{given.packages} is complete: wheels, {', '.join(libraries) or 'no library in chunks (plan B)'}.")
     return 0
 
 
 def _run(given: argparse.Namespace, limits: Limits) -> int:
     if given.output is None:
-        raise GroundingError("There is no directory for the state and the results. Name one with --output.")
+        raise GroundingError("The directory of the state is missing. Pass --output.")
     if not limits.lease_s > CLOSING_S or not limits.call_s > CLOSING_S:
         raise GroundingError(
-            f"--minutes {given.minutes:g} and --call-minutes {given.call_minutes:g} must each be more than "
-            f"{CLOSING_S:.0f} s. Raise them."
+            f"Expected --minutes and --call-minutes of more than {CLOSING_S:.0f} s, got {given.minutes:g} and "
+            f"{given.call_minutes:g} minutes. Increase them."
         )
     if given.packages is not None and not given.packages.is_dir():
-        raise GroundingError(f"{given.packages} is not a directory. Name the one that holds wheels and chunks.")
+        raise GroundingError(f"--packages {given.packages} is not a directory. Pass that of the wheels and chunks.")
     if given.device == "cuda" and cuda_gpu() is None:
-        raise GroundingError("CUDA finds no GPU here. Pass --device cpu --small to rehearse.")
+        raise GroundingError("CUDA finds no GPU. Pass --device cpu --small to rehearse.")
     job = Job(given.output.resolve(), given.device, given.small, "lease", stand_in=given.device == "cpu")
     results = given.results.resolve() if given.results else None
     packages = given.packages.resolve() if given.packages else None
@@ -124,7 +124,7 @@ def _run(given: argparse.Namespace, limits: Limits) -> int:
         with _interruptible():
             stop = lease.run()
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on.", file=sys.stderr)
+        print("Interrupted. Repeat the command to continue.", file=sys.stderr)
         return 130
     finally:
         lease.content["calls"][-1]["ended"] = time.time()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_packages`: collect what a GPU machine without a registry lacks, as wheels and chunks."""
+"""Collect the packages that a GPU machine without a registry lacks, as wheels and chunks."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from runtime.core.errors import GroundingError
 
 log = logging.getLogger("drn")
 
-# What the machine's own Python has: these and what they need.
+# Packages of the machine's own Python.
 PRESENT = (
     "torch", "onnx", "onnxruntime", "numpy", "matplotlib", "tqdm",
     "ml-dtypes", "packaging", "typing-extensions", "sympy", "protobuf",
 )  # fmt: skip
-# What our code needs beside it; onnxscript is brought too, since torch's exporter needs it.
+# Other requirements of this repository; torch's exporter requires onnxscript.
 ROOTS = ("nltk", "tyro", "onnxscript")
-# A Python that comes with TensorRT's chunks has NumPy alone, and there is no torch for it.
+# The Python that comes with TensorRT's chunks has NumPy only, and no torch supports it.
 ROOTS_BESIDE_TENSORRT = ("nltk", "tyro", "tqdm", "onnx", "onnxruntime", "jinja2")
 PRESENT_BESIDE_TENSORRT = ("numpy",)
 # Newest first; pip matches each tag exactly.
 TAGS = ("2_39", "2_35", "2_34", "2_31", "2_28", "2_27", "2_24", "2_17", "2014", "2010", "1")
-# The version of Python that each TensorRT is packed with, where it is not the machine's own.
+# The version of Python that a TensorRT is packed with, if it is not the machine's own.
 PYTHON_OF_SET = {"tensorrt-86": "3.9"}
 
 Fetch = Callable[[str], Path]
 
 
 def collect(roots: Sequence[str], present: Sequence[str], python: str, fetch: Fetch) -> list[Path]:
-    """Return the wheels of `roots` and of all that they need and is not present.
+    """Return the wheels of `roots` and their requirements, without those that are present.
 
     Args:
         roots: names of distributions.
-        present: names that are there already; what they need is not looked at.
-        python: version that the wheels are for; environment markers are evaluated for it, which pip does not do.
-        fetch: returns a wheel for a requirement such as "regex>=2021.8.3".
+        present: names of installed distributions; their requirements are not collected.
+        python: version of Python, for which environment markers are evaluated; pip uses those of its own Python.
+        fetch: function from a requirement such as "regex>=2021.8.3" to a wheel.
     """
     environment = {
         "python_version": python, "python_full_version": f"{python}.0", "platform_system": "Linux",
@@ -74,12 +74,12 @@ def collect(roots: Sequence[str], present: Sequence[str], python: str, fetch: Fe
 
 
 def pinned(requirement: str) -> str:
-    """Return a requirement as constraints.txt pins it; as it is where that file does not name it."""
+    """Return a requirement as constraints.txt pins it, if it does."""
     name = normalized(Requirement(requirement).name)
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
-        found = re.match(r"([A-Za-z0-9_.-]+)==(\S+)", line)
-        if found and normalized(found[1]) == name:
-            return f"{found[1]}=={found[2]}"
+        match = re.match(r"([A-Za-z0-9_.-]+)==(\S+)", line)
+        if match and normalized(match[1]) == name:
+            return match[0]
     return requirement
 
 
@@ -96,9 +96,9 @@ def downloader(folder: Path, python: str, *, pin: bool) -> Fetch:
         result = subprocess.run([*words, "--dest", str(folder), chosen], capture_output=True, text=True)
         new = set(folder.glob("*.whl")) - before
         if result.returncode or len(new) != 1:
-            said = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
+            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no reason given"]
             raise GroundingError(
-                f"{chosen} could not be downloaded for Python {python}: {said[-1][:200]}. "
+                f"{chosen} could not be downloaded for Python {python}: {errors[-1][:200]}. "
                 "Check the name and the registry.",
                 code="download_failed",
             )
@@ -108,35 +108,35 @@ def downloader(folder: Path, python: str, *, pin: bool) -> Fetch:
 
 
 def write_wheels(output: Path, python: str, roots: Sequence[str], present: Sequence[str], *, pin: bool) -> Path:
-    """Write `output`/wheels-VERSION, whole or not at all, and return it."""
+    """Write the directory `output`/wheels-VERSION atomically, and return it."""
     output.mkdir(parents=True, exist_ok=True)
     final = output / f"wheels-{python}"
     with tempfile.TemporaryDirectory(dir=output, prefix=".wheels-") as scratch:
         folder = Path(scratch) / "wheels"
         folder.mkdir()
-        found = collect(roots, present, python, downloader(folder, python, pin=pin))
+        wheels = collect(roots, present, python, downloader(folder, python, pin=pin))
         shutil.rmtree(final, ignore_errors=True)
         folder.rename(final)
-    size = sum((final / path.name).stat().st_size for path in found)
-    log.info("%s: %d wheels, %.1f MB.", final, len(found), size / 1e6)
+    size = sum((final / path.name).stat().st_size for path in wheels)
+    log.info("%s: %d wheels, %.1f MB.", final, len(wheels), size / 1e6)
     return final
 
 
 def pack(packer: Path, chosen: str, output: Path, chunk_mib: float) -> None:
-    """Run the packer, which writes the chunks of a library, unless they are there already."""
+    """Run the packer, which writes the chunks of a library, unless they exist."""
     if (output / "manifest.json").is_file():
-        log.info("%s is there already.", output)
+        log.info("%s exists.", output)
         return
     words = [sys.executable, str(packer), chosen, "--out", str(output), "--chunk-mib", str(chunk_mib)]
     if subprocess.run(words).returncode:
         raise GroundingError(
-            f"{packer.name} {chosen} failed; its own output says why. Correct that, or leave --pack out for plan B.",
+            f"{packer.name} {chosen} failed; see its output. Correct the cause, or remove --pack for plan B.",
             code="packing_failed",
         )
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Collect packages and print what to bring with each call; exit code 2 if something cannot be had."""
+    """Collect packages, and print which to copy with each call; exit code 2 if one is not available."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_packages", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="directory to fill; see benchmarks/gpu_lease.sh")
     parser.add_argument("--python", default="3.12", help="version of the machine's Python")
@@ -153,7 +153,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if given.pack is not None:
             beside = PYTHON_OF_SET.get(given.tensorrt, given.python)
             if beside != given.python:
-                # What constraints.txt pins is not there for an older Python.
+                # The versions in constraints.txt do not support an older Python.
                 write_wheels(given.output, beside, ROOTS_BESIDE_TENSORRT, PRESENT_BESIDE_TENSORRT, pin=False)
             pack(given.pack, given.tensorrt, given.output / TENSORRT, given.chunk_mib)
             if given.ort:

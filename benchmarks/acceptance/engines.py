@@ -1,4 +1,4 @@
-"""Build the engines of the acceptance, find them again, rejected ones too, and time one engine."""
+"""Build the engines of the acceptance, locate them, including rejected ones, and time single plans."""
 
 from __future__ import annotations
 
@@ -9,33 +9,37 @@ from typing import Any
 import numpy as np
 
 from benchmarks.acceptance.leg_prepare import FIXED_METHOD
-from benchmarks.acceptance.run_config import LATENCY_HEADER, MAX_DROP, Job, latency_row, run_module, take_times
+from benchmarks.acceptance.run_config import MAX_DROP, Job, latency_entry, latency_table, run_module, take_times
 from benchmarks.acceptance.step_log import Found, Leg, Skip, no_promise
 from runtime.artifacts.engine_layers import EngineLayerStats, layers_path, read_layers_file
 from runtime.artifacts.engine_metadata import read_sidecar, read_verified
 from runtime.benchmarking.timing import Call
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError
 
-# Tokens of the queries for which the LSTM of a pair is written out, where the engine takes so many.
+# Query lengths for which the LSTM is unrolled.
 UNROLLED = (6, 10)
-# Each costs a build; in a lease one plan takes nearly all queries.
+# In a lease one plan, which takes nearly all queries, because each is another build.
 UNROLLED_IN_LEASE = (10,)
 NARROW = ("int8", "fp8")
-# What is compared is built alike.
+# Precisions that are compared with each other.
 UNROLLED_IN = ("fp16", *NARROW)
-# Three FP16 plans of the published size took 107 s on an H200 with these (TensorRT 8.6.0). With the defaults, two
-# profiles at level 3, two plans built at the same time took longer than 70 s.
+# With these, three FP16 plans of the published size took 107 s on an H200 (TensorRT 8.6.0). With the defaults (two
+# profiles, level 3) two plans, built concurrently, took longer than 70 s.
 QUICK: tuple[object, ...] = ("--profiles", 1, "--optimization-level", 2)
 
 
 def engine_path(job: Job, target: str, precision: str, split: bool, defaults: bool = False) -> Path:
-    """Return where an engine is built; in a lease those with the default effort have a directory of their own."""
+    """Return the path of an engine; in a lease, those built with the default effort are in another directory."""
     folder = f"{target}-defaults" if defaults else target
     return job.output / folder / f"drn.{precision}{'.query' if split else ''}.engine"
 
 
-def standing(path: Path) -> Path:
-    """Return an engine's path, or that of its rejected form where there is no other; raises Skip without either."""
+def built_engine(path: Path) -> Path:
+    """Return the path of an engine, or of its rejected file.
+
+    Raises:
+        Skip: neither exists.
+    """
     rejected = path.with_name(f"{path.stem}.rejected.engine")
     for candidate in (path, rejected):
         if candidate.is_file():
@@ -44,19 +48,21 @@ def standing(path: Path) -> Path:
 
 
 def unrolled_tokens(job: Job) -> list[int]:
-    """Return the query lengths for which a plan has its LSTM written out."""
+    """Return the query lengths for which the LSTM is unrolled."""
     chosen = UNROLLED_IN_LEASE if job.is_lease else UNROLLED
     return [tokens for tokens in chosen if tokens <= job.sizes.query_length[2]]
 
 
 def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, defaults: bool = False) -> Found:
-    """Build an engine, or a pair, and report what its layers compute in.
+    """Build an engine, and report the precision of its layers.
 
     Args:
-        job, leg: of which it is a step.
-        target, precision: of the engine.
-        split: whether to build a pair.
-        defaults: whether to build with the default effort in a lease too, which takes minutes.
+        job: the job.
+        leg: the leg.
+        target: tensorrt or tensorrt-rtx.
+        precision: precision of the engine.
+        split: whether to split the model.
+        defaults: whether to build with the default effort in a lease, which takes minutes.
     """
     from export.engine.builder import BuildOptions, check_options
 
@@ -72,16 +78,16 @@ def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, defaults
     words += ["--batch", 1, largest, largest, *_data_words(job, precision)]
     words += ["--split", "--unroll", *unrolled_tokens(job)] if split and precision in UNROLLED_IN else []
     words += ["--split"] if split and precision not in UNROLLED_IN else []
-    # Each written-out form is a build more, and the others are measured on the loop.
+    # The other models are measured with the LSTM as a loop, because each unrolled one is another build.
     words += [] if split and precision in UNROLLED_IN else ["--unroll", 0]
     words += ["--query-length", *job.sizes.query_length]
     words += ["--compute-capability", *capabilities] if capabilities else []
     words += ["--timing-cache", output.with_name("timing.cache")] if target == "tensorrt" else []
     words += QUICK if job.is_lease and not defaults else ()
     try:
-        run_module(job, leg, "export.build_engine", *words, most=400)
+        run_module(job, leg, "export.build_engine", *words, max_seconds=400)
     except CheckFailed as error:
-        # The engine is saved as rejected, and later steps judge and time that.
+        # Later steps use the engine that was saved as rejected.
         return Found("", broken=[str(error).rstrip(".")])
     parts = [output, output.with_name(output.name.replace(".query.", ".video."))] if split else [output]
     parts += [output.with_name(name) for name in read_sidecar(output).content.get("unrolled", ())]
@@ -92,7 +98,7 @@ def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, defaults
 
 
 def _data_words(job: Job, precision: str) -> list[object]:
-    """Return the options that say what a build is proven with. In a lease one parity run follows it instead."""
+    """Return the options of the checks of a build. In a lease, a parity step follows it instead."""
     calibration: list[object] = ["--calib-samples", job.sizes.calibration]
     if not job.is_lease:
         return ["--data", job.data, "--max-drop", MAX_DROP, *calibration]
@@ -113,7 +119,7 @@ def _layers(counted: Mapping[str, Any]) -> str:
 
 
 def layers_step(job: Job, target: str, precision: str) -> Found:
-    """List the inspector's raw output that was saved beside each plan, rejected ones included, and each verdict."""
+    """List the plans, including rejected ones, with the verdict and the saved output of the inspector."""
     folder = engine_path(job, target, precision, split=True).parent
     plans = sorted(folder.glob(f"drn.{precision}.*engine"))
     if not plans:
@@ -130,12 +136,12 @@ def layers_step(job: Job, target: str, precision: str) -> Found:
             except ModelFileError as error:
                 broken.append(str(error).rstrip("."))
     saved = sum(entry["layers"] is not None for entry in values.values())
-    broken += [] if saved else ["no plan has the inspector's output beside it"]
-    return Found(f"{saved} of {len(values)} plans have the inspector's output beside them.", {"plans": values}, broken)
+    broken += [] if saved else ["no plan has a saved output of the inspector"]
+    return Found(f"{saved} of {len(values)} plans have a saved output of the inspector.", {"plans": values}, broken)
 
 
 def time_rejected(job: Job, target: str) -> Found:
-    """Time every rejected plan by itself, with random inputs of its largest size."""
+    """Time every rejected plan with random inputs of its maximum size."""
     from runtime.backends.cuda_driver import Cuda
     from runtime.backends.tensorrt_engine import TensorRTEngine
 
@@ -145,7 +151,7 @@ def time_rejected(job: Job, target: str) -> Found:
     from export.engine.builder import load_library
 
     library, cuda = load_library("tensorrt-rtx" if target == "tensorrt-rtx" else "tensorrt"), Cuda()
-    entries, rows, broken = [], [], []
+    entries, broken = [], []
     for path in paths:
         try:
             network = TensorRTEngine(library, cuda, path, read_sidecar(path))
@@ -154,13 +160,13 @@ def time_rejected(job: Job, target: str) -> Found:
             finally:
                 network.close()
         except GroundingError as error:
-            broken.append(f"{path.name} was not timed: {str(error).rstrip('.')}")
+            broken.append(f"{path.name} could not be timed: {str(error).rstrip('.')}")
             continue
-        values, row = latency_row(path.name, "gpu", 1, seconds)
-        entries.append(values)
-        rows.append(row)
-    told = f"{len(entries)} of {len(paths)} rejected plans were timed."
-    return Found(told, {"timings": entries}, broken, judged=bool(broken), tables={"rejected": (LATENCY_HEADER, rows)})
+        entries.append(latency_entry(path.name, "gpu", 1, seconds))
+    summary = f"{len(entries)} of {len(paths)} rejected plans were timed."
+    return Found(
+        summary, {"timings": entries}, broken, judged=bool(broken), tables={"rejected": latency_table(entries)}
+    )
 
 
 def _time_plan(job: Job, network: Any) -> list[float]:
@@ -181,12 +187,12 @@ def _time_plan(job: Job, network: Any) -> list[float]:
 
 
 def make_builder(target: Any) -> Found:
-    """Import the library and make a builder and a network, which shows that it is whole and accepts this GPU."""
+    """Import the library and create a builder, which shows that it is complete and supports this GPU."""
     from export.engine.builder import load_library
     from runtime.backends.tensorrt_logger import logger_for
 
     library = load_library(target)
     builder = library.Builder(logger_for(library))
     if builder is None:
-        raise DeviceError(f"{library.__name__} {library.__version__} made no builder on this GPU.")
-    return no_promise(f"{library.__name__} {library.__version__} made a builder.")
+        raise DeviceError(f"{library.__name__} {library.__version__} could not create a builder on this GPU.")
+    return no_promise(f"{library.__name__} {library.__version__} created a builder.")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.acceptance.fake_gpu tensorrt --output DIR --device cpu --small --stand-in --inside
 
-`benchmarks.gpu --stand-in` starts this in place of itself. It needs no package that a leg does not need.
+`benchmarks.gpu --stand-in` starts this module. It needs only the packages of the leg.
 """
 
 from __future__ import annotations
@@ -29,25 +29,22 @@ from runtime.backends.cuda_driver import Cuda
 from runtime.core.gpu_info import Gpu
 from runtime.core.io.digests import sha256
 
-# The newest that can be brought to a machine that reaches PyPI only, and the strictest.
+# The newest complete TensorRT on PyPI, which is also the strictest.
 VERSION = "8.6.1"
-# Of these each runs in a process of its own, which has no double.
+# Steps that run in another process, where there is no double.
 SEPARATE = ("fault", "gpu_absent", "_compare_speeds", "_tests")
 
 
 @contextlib.contextmanager
 def stood_in(job: Job, leg: str = "tensorrt") -> Iterator[None]:
-    """Put the doubles in the place of CUDA, and for the leg `tensorrt` of TensorRT and the builds.
-
-    The leg `cuda` needs NumPy alone, here too.
-    """
+    """Replace CUDA by its double, and for the leg `tensorrt` also TensorRT and the builds."""
     driver = Driver()
     gpu = functools.partial(Cuda, driver)
     changes: dict[str, Any] = {"benchmarks.acceptance.leg_cuda.open_gpu": gpu}
     modules: dict[str, Any] = {}
     if leg == "tensorrt":
         library = Library(driver, VERSION)
-        # tensorrt.Builder(logger), with which a build begins; torch looks for the specs of modules it knows.
+        # A build starts with tensorrt.Builder(logger). torch looks for the specs of modules.
         library.Builder = lambda logger: SimpleNamespace(logger=logger)  # type: ignore[attr-defined]
         library.__spec__ = ModuleSpec("tensorrt", None)  # type: ignore[attr-defined]
         modules["tensorrt"] = library
@@ -56,13 +53,13 @@ def stood_in(job: Job, leg: str = "tensorrt") -> Iterator[None]:
             "runtime.backends.cuda_driver.Cuda": gpu,
             "export.engine.builder.cuda_gpu": lambda: Gpu("NVIDIA double"),
             "export.engine.builder.unavailable_reason": lambda target: (
-                None if target == "tensorrt" else "It is not here."
+                None if target == "tensorrt" else "It is not installed."
             ),
             "export.engine.builder.check_options": lambda options: None,
             "export.engine.builder.load_library": lambda target: library,
-            # torch has no GPU to stand for: it does on the CPU what it would do there.
+            # torch has no double, and runs on the CPU.
             "benchmarks.acceptance.leg_tensorrt.device_of": lambda job: "cpu",
-            "benchmarks.acceptance.leg_tensorrt.rivals": _rivals,
+            "benchmarks.acceptance.leg_tensorrt.torch_baselines": _torch_baselines,
             "benchmarks.acceptance.engines.run_module": functools.partial(build, job),
         }
     with contextlib.ExitStack() as stack:
@@ -73,27 +70,27 @@ def stood_in(job: Job, leg: str = "tensorrt") -> Iterator[None]:
 
 
 def separate(name: str) -> Callable[..., Found]:
-    """Return what is called in place of a step that runs in a process of its own."""
-    return lambda *_: Found(f"{name} needs a process of its own, which has no double.", judged=False)
+    """Return a replacement of a step that runs in another process."""
+    return lambda *_: Found(f"{name} runs in another process, where there is no double.", judged=False)
 
 
-def _rivals(job: Job, kinds: Sequence[str]) -> Mapping[str, Any]:
+def _torch_baselines(job: Job, kinds: Sequence[str]) -> Mapping[str, Any]:
     import torch
 
-    from benchmarks.acceptance.torch_baselines import Rival
+    from benchmarks.acceptance.torch_baselines import TorchBaseline
     from train.checkpoints import load_checkpoint
 
     model = load_checkpoint(job.checkpoint).model()
     names = {"graphs": "CUDA graphs", "compile": "torch.compile"}
     return {
-        f"{names[kind]}, FP32{told}": Rival(model, "eager", torch.float32, encoded)
+        f"{names[kind]}, FP32{suffix}": TorchBaseline(model, "eager", torch.float32, encoded)
         for kind in kinds
-        for told, encoded in (("", False), (", encoded videos", True))
+        for suffix, encoded in (("", False), (", encoded videos", True))
     }
 
 
 def build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any) -> str:
-    """Write plans that stand for the graphs, in place of a command that builds them."""
+    """Write plans that represent graphs; the replacement of the build command."""
     import onnx
 
     from calib.graph.unroll_lstm import unroll_lstm
@@ -122,7 +119,7 @@ def build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any) 
             for value in graph.input
         }
         shapes = {
-            name: [[*(ranges[axis][place] for axis in free), *tails[name]] for place in range(3)]
+            name: [[*(ranges[axis][index] for axis in free), *tails[name]] for index in range(3)]
             for name, free in axes.items()
         }
         profile = {"name": "p", "batch": ranges["batch"], "query_length": longest, "shapes": shapes}
@@ -140,7 +137,7 @@ def build(job: Job, _: Job, leg: Leg, module: str, *words: Any, **options: Any) 
 
 
 def of_length(profile: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Return a profile for queries that are padded to so many tokens."""
+    """Return a profile for queries that are padded to `tokens`."""
     shapes = {**profile["shapes"], "query_tokens": [[size[0], tokens] for size in profile["shapes"]["query_tokens"]]}
     return {**profile, "query_length": (tokens,) * 3, "shapes": shapes}
 
@@ -156,7 +153,7 @@ def main() -> int:
     from benchmarks import gpu
 
     job, given = gpu.parse()
-    # The doubles are a GPU to the legs.
+    # Legs use the doubles as a GPU.
     job = dataclasses.replace(job, device="cuda")
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     with contextlib.ExitStack() as stack:

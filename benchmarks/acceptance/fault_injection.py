@@ -1,9 +1,9 @@
-"""Cause one fault on a GPU, in a process of its own, which may crash.
+"""Inject one fault in this process, which may crash.
 
-    python -m benchmarks.acceptance.fault_injection FAULT MODEL DATA
+    python -m benchmarks.acceptance.fault_injection FAULT MODEL DATA DEVICE
 
-The last line that it prints is JSON: whether the outcome is the expected one, and what was seen. `benchmarks.gpu` runs
-these; whether the device is a GPU is up to the model's library, so that what needs none is rehearsed on a CPU.
+The last line of the output is JSON: whether the outcome is the expected one, and a sentence. Faults that do not need a
+GPU are rehearsed on a CPU.
 """
 
 from __future__ import annotations
@@ -26,69 +26,71 @@ from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 
-# Seconds by which the same answer may differ from one batch size to another.
-SAME_S = 0.05
+# Tolerance in seconds of the boundaries of a moment between batch sizes.
+TOLERANCE_S = 0.05
 CHILD_SECONDS = 60
-# What is left free of the GPU's memory: enough to live, too little for a large batch.
+# Free GPU memory in bytes that is enough to work, but too little for a large batch.
 LEFT_FREE = 96 << 20
 MANY = 4096
 ROUNDS = 3
 
 Pairs = list[tuple[Video, str]]
-Seen = dict[str, Any]
+Outcome = dict[str, Any]
 
 
-def seen(ok: bool, told: str) -> Seen:
-    return {"ok": ok, "told": told}
+def outcome(ok: bool, sentence: str) -> Outcome:
+    """Return the outcome of a fault as JSON."""
+    return {"ok": ok, "told": sentence}
 
 
-def threads(model: Path, device: Device, pairs: Pairs) -> Seen:
-    """Four threads share one Grounder: each must get the answers that one alone gets, or a clear error."""
+def threads(model: Path, device: Device, pairs: Pairs) -> Outcome:
+    """Share a Grounder among four threads: each must get the answers of a single thread, or an error."""
     grounder = Grounder.load(model, device)
-    wanted = [grounder.ground(*pair) for pair in pairs]
-    found: list[list[list[Moment]]] = [[] for _ in range(4)]
+    expected = [grounder.ground(*pair) for pair in pairs]
+    results: list[list[list[Moment]]] = [[] for _ in range(4)]
     errors: list[Exception] = []
 
     def ask(index: int) -> None:
         try:
             for _ in range(ROUNDS):
-                found[index] = [grounder.ground(*pair) for pair in pairs]
+                results[index] = [grounder.ground(*pair) for pair in pairs]
         except Exception as error:
             errors.append(error)
 
-    workers = [threading.Thread(target=ask, args=(index,)) for index in range(len(found))]
+    workers = [threading.Thread(target=ask, args=(index,)) for index in range(len(results))]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     if errors:
         clear = all(isinstance(error, GroundingError) for error in errors)
-        return seen(clear, f"Threads are refused: {type(errors[0]).__name__}: {errors[0]}")
-    worst = max(_distance(answers, wanted) for answers in found)
-    count = ROUNDS * len(found) * len(pairs)
-    return seen(
-        worst <= SAME_S, f"{len(found)} threads asked {count} queries; borders differ by {worst:.2g} s at most."
+        return outcome(clear, f"Threads get an error: {type(errors[0]).__name__}: {errors[0]}")
+    worst = max(_distance(answers, expected) for answers in results)
+    count = ROUNDS * len(results) * len(pairs)
+    return outcome(
+        worst <= TOLERANCE_S,
+        f"{len(results)} threads ran {count} queries; boundaries differ by {worst:.2g} s at most.",
     )
 
 
-def fork(model: Path, device: Device, pairs: Pairs) -> Seen:
-    """A process forked after CUDA started asks the parent's Grounder: the right answer or an error, no crash, no hang.
+def fork(model: Path, device: Device, pairs: Pairs) -> Outcome:
+    """Use a Grounder in a process that was forked after CUDA started: it must get the right answer or an error.
 
     Raises:
-        DeviceError: by the runtime, where there is no GPU.
+        DeviceError: there is no GPU.
     """
     grounder = Grounder.load(model, device)
-    wanted = [grounder.ground(*pair) for pair in pairs[:2]]
+    expected = [grounder.ground(*pair) for pair in pairs[:2]]
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
 
     def ask() -> None:
         try:
-            theirs.send(_distance([grounder.ground(*pair) for pair in pairs[:2]], wanted))
+            theirs.send(_distance([grounder.ground(*pair) for pair in pairs[:2]], expected))
         except Exception as error:
             theirs.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
         if model.suffix != ".pt":
-            # As where the child ends by itself: what is on the GPU is its parent's, and must not be destroyed here.
+            # As at the end of a process. The resources on the GPU belong to the parent.
             del grounder.backend
             gc.collect()
         os._exit(0)
@@ -102,83 +104,85 @@ def fork(model: Path, device: Device, pairs: Pairs) -> Seen:
             answer = ours.recv()
     else:
         child.kill()
-        return seen(False, f"The forked process hung for {CHILD_SECONDS} s.")
+        return outcome(False, f"The forked process hung for {CHILD_SECONDS} s.")
     child.join(CHILD_SECONDS)
     if child.exitcode is None:
         child.kill()
-        return seen(False, f"The forked process was told {answer!r}, and did not end.")
-    again = _distance([grounder.ground(*pair) for pair in pairs[:2]], wanted)
+        return outcome(False, f"The forked process got {answer!r}, and did not end.")
+    again = _distance([grounder.ground(*pair) for pair in pairs[:2]], expected)
     if answer is None or child.exitcode:
-        return seen(False, f"The forked process died with code {child.exitcode}.")
+        return outcome(False, f"The forked process ended with code {child.exitcode}.")
     if isinstance(answer, float):
-        return seen(answer <= SAME_S, f"The forked process answers; borders differ by {answer:.2g} s at most.")
-    return seen(again <= SAME_S, f"The forked process was told: {answer} The parent goes on.")
+        return outcome(
+            answer <= TOLERANCE_S, f"The forked process answers; boundaries differ by {answer:.2g} s at most."
+        )
+    return outcome(again <= TOLERANCE_S, f"The forked process got: {answer} The parent still works.")
 
 
-def ending(model: Path, device: Device, pairs: Pairs) -> Seen:
-    """The process ends while a daemon thread asks: nothing is freed under it, and the exit code is 0."""
+def ending(model: Path, device: Device, pairs: Pairs) -> Outcome:
+    """End the process while a daemon thread runs queries: the exit code must be 0."""
     grounder = Grounder.load(model, device)
-    asked = threading.Semaphore(0)
+    finished = threading.Semaphore(0)
 
     def ask() -> None:
-        # Until the process is no more, or the model is closed.
+        # Until the process ends or the model is closed.
         with contextlib.suppress(DeviceError):
             while True:
                 grounder.ground_batch(pairs)
-                asked.release()
+                finished.release()
 
     threading.Thread(target=ask, daemon=True).start()
-    begun = all(asked.acquire(timeout=CHILD_SECONDS) for _ in range(ROUNDS))
-    return seen(begun, "A daemon thread asks while the process ends; it ends well unless a code is told here.")
+    started = all(finished.acquire(timeout=CHILD_SECONDS) for _ in range(ROUNDS))
+    return outcome(started, "A daemon thread runs queries while the process ends.")
 
 
-def memory(model: Path, device: Device, pairs: Pairs) -> Seen:
-    """The GPU is full: a large batch ends in answers or one clear error, and a single query works afterwards."""
+def memory(model: Path, device: Device, pairs: Pairs) -> Outcome:
+    """Run a large batch with little GPU memory: answers or an error are expected, and a query that works afterwards."""
     from runtime.backends.cuda_driver import Cuda
 
     cuda = Cuda()
     grounder = Grounder.load(model, device)
-    wanted = grounder.ground(*pairs[0])
+    expected = grounder.ground(*pairs[0])
     many = [pairs[index % len(pairs)] for index in range(MANY)]
     with _full(cuda):
         try:
             answers = grounder.ground_batch(many, batch_size=MANY)
-            same = _distance(answers[:1], [wanted]) <= SAME_S
-            told, clear = f"{MANY} queries at once were answered all the same.", same
+            same = _distance(answers[:1], [expected]) <= TOLERANCE_S
+            sentence, clear = f"A batch of {MANY} queries was answered.", same
         except GroundingError as error:
-            told, clear = f"{type(error).__name__}: {error}", True
+            sentence, clear = f"{type(error).__name__}: {error}", True
         except Exception as error:
-            told = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            # torch's own error says what happened and what to do, and is what users of torch expect.
+            sentence = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            # torch's own error is clear.
             clear = type(error).__name__ == "OutOfMemoryError"
-    alive = _distance([grounder.ground(*pairs[0])], [wanted]) <= SAME_S
-    after = "Afterwards one query is answered." if alive else "Afterwards one query is answered wrongly."
-    return seen(clear and alive, f"{told} {after}")
+    alive = _distance([grounder.ground(*pairs[0])], [expected]) <= TOLERANCE_S
+    after = "A query works afterwards." if alive else "The answer of a query is wrong afterwards."
+    return outcome(clear and alive, f"{sentence} {after}")
 
 
-def opening(model: Path, device: Device, pairs: Pairs) -> Seen:
-    """The GPU is full when a model is opened: one clear error, and it opens once there is room."""
+def opening(model: Path, device: Device, pairs: Pairs) -> Outcome:
+    """Open a model with little GPU memory: an error is expected, and it must open once there is memory."""
     from runtime.backends.cuda_driver import Cuda
 
     cuda = Cuda()
     with _full(cuda):
         try:
             Grounder.load(model, device).ground(*pairs[0])
-            told, clear = "It opened in what little was left.", True
+            sentence, clear = "It opened.", True
         except Exception as error:
-            told = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            sentence = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             clear = isinstance(error, GroundingError) or type(error).__name__ == "OutOfMemoryError"
     Grounder.load(model, device).ground(*pairs[0])
-    return seen(clear, f"{told} With room it opens.")
+    return outcome(clear, f"{sentence} With enough memory it opens.")
 
 
 @contextlib.contextmanager
 def _full(cuda: Any) -> Iterator[None]:
-    """Keep all but a little of the GPU's memory."""
+    """Allocate the GPU memory except `LEFT_FREE` bytes."""
     taken: list[int] = []
     with cuda.current():
         size = max(cuda.memory()[0] - LEFT_FREE, 0)
-        # What is free is not always in one piece.
+        # Free memory may be fragmented.
         while size > LEFT_FREE:
             try:
                 taken.append(cuda.allocate(size))
@@ -193,18 +197,19 @@ def _full(cuda: Any) -> Iterator[None]:
                 cuda.free(address)
 
 
-def _distance(found: Sequence[list[Moment]], wanted: Sequence[list[Moment]]) -> float:
-    """Return the largest difference of a border of best moments, in seconds."""
-    worst = 0.0
-    for ours, theirs in zip(found, wanted):
-        if bool(ours) != bool(theirs):
+def _distance(actual: Sequence[list[Moment]], expected: Sequence[list[Moment]]) -> float:
+    """Return the largest difference of the boundaries of best moments, in seconds."""
+    largest = 0.0
+    for moments, others in zip(actual, expected):
+        if bool(moments) != bool(others):
             return float("inf")
-        if ours:
-            worst = max(worst, abs(ours[0].start - theirs[0].start), abs(ours[0].end - theirs[0].end))
-    return worst
+        if moments:
+            best, other = moments[0], others[0]
+            largest = max(largest, abs(best.start - other.start), abs(best.end - other.end))
+    return largest
 
 
-FAULTS: dict[str, Callable[[Path, Device, Pairs], Seen]] = {
+FAULTS: dict[str, Callable[[Path, Device, Pairs], Outcome]] = {
     "threads": threads,
     "fork": fork,
     "ending": ending,
@@ -214,6 +219,7 @@ FAULTS: dict[str, Callable[[Path, Device, Pairs], Seen]] = {
 
 
 def main(fault: str, model: str, data: str, device: Any) -> None:
+    """Inject a fault, and print its outcome."""
     data_set = DataSet(data)
     chosen = data_set.annotations("test", invalid="drop", quiet=True)[:8]
     pairs = [(data_set.video(annotation.video), annotation.sentence) for annotation in chosen]

@@ -1,7 +1,7 @@
 """Decide what to run next on a GPU machine that is available for minutes only.
 
-The decision is a function of values: the time used, the packages that have arrived, the tasks that have ended.
-`benchmarks.gpu_lease` collects these values and carries the decisions out.
+A decision is a pure function of the time used, the packages that have arrived, and the tasks that have ended.
+`benchmarks.acceptance.lease_run` collects these values and executes the decisions.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Plan = Literal["A", "B"]
-# done: all steps have a result; failed: no usable result; cut off: the call ended first, and another try may follow.
+# done: all steps have a result; failed: no usable result; cut off: the call ended first, and the task may be repeated.
 Outcome = Literal["done", "failed", "cut off"]
 TENSORRT, ORT_GPU = "tensorrt", "onnxruntime-gpu"
 
-# Time that is reserved for ending a process and writing the report.
+# Reserved for ending a process and writing the report.
 CLOSING_S = 20.0
-# A task that is cut off this many times is not started again.
+# A task that was cut off this many times is not repeated.
 MAX_TRIES = 2
-# A machine takes about this long to start.
+# Start of a machine.
 START_S = 35.0
-# Bringing one chunk took 5 s on the first machine of this kind; assumed where no call has been measured yet.
+# Transfer of one chunk, before one has been measured. The first machine of this kind took 5 s.
 TRANSFER_S = 8.0
-# Two calls of more than this each: the chunks of TensorRT would use up the lease.
+# After two calls that are slower, the chunks of TensorRT would use up the lease.
 SLOW_TRANSFER_S = 35.0
 UNPACK_S, VERIFY_S = 3.0, 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One process of the lease.
+    """A process of the lease.
 
     Attributes:
-        name: unique.
-        expected_s: the task is started only if this many seconds are left.
-        max_s: it is ended after this many seconds; then it counts as failed.
-        leg: the leg of `benchmarks.gpu` that it runs; empty for the tasks of the lease itself.
-        steps: the steps of that leg; all of them if empty.
+        name: unique name.
+        expected_s: the task starts only if this many seconds are left.
+        max_s: the task is stopped after this many seconds, and has failed.
+        leg: leg of `benchmarks.gpu` to run; "" for tasks of the lease itself.
+        steps: steps of the leg; all if empty.
         after: tasks that must be done before.
-        library: the library that it needs, besides what is always there; "" for none.
-        background: whether it runs beside the tasks that do not wait for it.
+        library: additional library that it needs, or "".
+        background: whether it runs concurrently with tasks that do not wait for it.
     """
 
     name: str
@@ -96,7 +96,7 @@ OTHERS = Task(
 )  # fmt: skip
 COMPILE = Task("torch.compile", 90, 150, "torch", ("speed, torch.compile",))
 
-# In order of value. Chunks of a library are unpacked before its first task.
+# In order of value. The chunks of a library are unpacked before its first task.
 TASKS: dict[Plan, tuple[Task, ...]] = {
     "A": (
         WHEELS, PREPARE, CUDA, BUILDER, ENGINE, BAR, SPEED, DELIVERY, INT8, DEFAULTS, ORT, FAULTS, ANSWERS, LOSSES,
@@ -104,21 +104,21 @@ TASKS: dict[Plan, tuple[Task, ...]] = {
     ),
     "B": (WHEELS, PREPARE, CUDA, ANSWERS, SPEED, LOSSES, DELIVERY, PROFILE, ORT, COMPILE),
 }  # fmt: skip
-# Without these plan A has no result that plan B would not have.
+# Plan A needs these for any result that plan B does not have.
 ESSENTIAL = (BUILDER, ENGINE, BAR)
-# For which library each plan waits for chunks.
+# Plan to the library whose chunks it waits for.
 CHUNKED: dict[Plan, str] = {"A": TENSORRT, "B": ORT_GPU}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """How far a library that comes in chunks has come.
+    """The state of a library that arrives in chunks.
 
     Attributes:
-        waiting: names of chunks that are here and not unpacked.
+        waiting: names of chunks that have arrived and are not unpacked.
         missing: names of chunks that have not arrived.
-        verified: whether all files of the library are whole.
-        failed: why the library cannot be used; empty while it can.
+        verified: whether the files of the library are checked.
+        failed: reason why the library cannot be used, or "".
     """
 
     waiting: tuple[str, ...] = ()
@@ -129,7 +129,7 @@ class Chunks:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Seconds of the lease and of one call, both from their beginning."""
+    """Maximum seconds of the lease and of one call."""
 
     lease_s: float = 13 * 60.0
     call_s: float = 9.5 * 60.0
@@ -137,19 +137,19 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Situation:
-    """What a decision depends on.
+    """The input of a decision.
 
     Attributes:
-        used_s: seconds of the lease that are used up.
-        call_used_s: seconds of this call that are used up.
-        outcomes: of the tasks that have ended.
-        tries: how often each task was started.
-        running: background tasks that run.
+        used_s: seconds of the lease so far.
+        call_used_s: seconds of this call so far.
+        outcomes: outcomes of the tasks that have ended.
+        tries: number of starts of each task.
+        running: running background tasks.
         importable: libraries that can be imported without chunks.
-        chunks: libraries that come in chunks.
-        transfers_s: seconds between the end of each earlier call and the beginning of the next.
+        chunks: libraries that arrive in chunks.
+        transfers_s: seconds between the end of each earlier call and the start of the next.
         more: whether later calls bring more chunks.
-        plan_b: why plan B was chosen in an earlier decision; empty while plan A is followed.
+        plan_b: reason of an earlier decision for plan B, or "" under plan A.
     """
 
     used_s: float = 0.0
@@ -166,12 +166,12 @@ class Situation:
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """What to do next: one of the subclasses."""
+    """The next action: one of the subclasses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Start(Action):
-    """Start a task; it must be ended after `limit_s`."""
+    """Start a task, and stop it after `limit_s`."""
 
     task: Task
     limit_s: float
@@ -196,7 +196,7 @@ class Verify(Action):
 
 @dataclasses.dataclass(frozen=True)
 class Wait(Action):
-    """Wait for a background task, and decide again when it ends or a second has passed."""
+    """Wait until a background task ends, at most a second, and decide again."""
 
     task: str
 
@@ -206,9 +206,9 @@ class Stop(Action):
     """End this call.
 
     Attributes:
-        reason: why, for people.
-        bring: chunks to bring with the next call, as library/chunk.
-        again: whether another call would go on.
+        reason: reason, for messages.
+        bring: chunks to copy with the next call, as library/chunk.
+        again: whether another call can continue.
     """
 
     reason: str
@@ -218,7 +218,7 @@ class Stop(Action):
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What to do next, and under which plan; `plan_b` is why plan A is given up, or empty."""
+    """The next action, the plan, and the reason for plan B or ""."""
 
     action: Action
     plan: Plan
@@ -226,9 +226,9 @@ class Decision:
 
 
 def decide(seen: Situation, limits: Limits) -> Decision:
-    """Return what to do next.
+    """Return the next action.
 
-    No task is started unless its expected time fits the lease and the call, with time left for closing.
+    A task starts only if its expected time and `CLOSING_S` fit into the lease and the call.
     """
     plan_b = seen.plan_b or _why_plan_b(seen, limits)
     plan: Plan = "B" if plan_b else "A"
@@ -236,7 +236,7 @@ def decide(seen: Situation, limits: Limits) -> Decision:
 
 
 def lease_left_s(seen: Situation, limits: Limits) -> float:
-    """Return the seconds of the lease that tasks may still use."""
+    """Return the seconds that tasks may still use in the lease."""
     return limits.lease_s - CLOSING_S - seen.used_s
 
 
@@ -246,14 +246,14 @@ def left_s(seen: Situation, limits: Limits) -> float:
 
 
 def _why_plan_b(seen: Situation, limits: Limits) -> str:
-    """Return why TensorRT is given up, or an empty string."""
+    """Return the reason for plan B, without TensorRT, or ""."""
     if seen.outcomes.get(BUILDER.name) == "failed":
-        return "TensorRT was imported without success or made no builder"
+        return "TensorRT could not be imported or did not create a builder"
     if TENSORRT in seen.importable:
         return ""
     chunks = seen.chunks.get(TENSORRT)
     if chunks is None:
-        return "TensorRT cannot be imported and no chunks of it were brought"
+        return "TensorRT cannot be imported and no chunks of it have arrived"
     if chunks.failed:
         return chunks.failed
     if chunks.verified:
@@ -266,20 +266,21 @@ def _why_plan_b(seen: Situation, limits: Limits) -> str:
     left = lease_left_s(seen, limits)
     if ready + essential > left:
         return (
-            f"TensorRT would be ready in {ready:.0f} s and its first engine takes {essential:.0f} s, "
-            f"and {max(left, 0):.0f} s are left"
+            f"TensorRT would be ready in {ready:.0f} s and its first engine takes {essential:.0f} s, but "
+            f"{max(left, 0):.0f} s are left"
         )
     return ""
 
 
 def _next_action(seen: Situation, limits: Limits, plan: Plan) -> Action:
+    """Return the action for the most valuable task that can run."""
     waits_for, later = "", False
     for task in TASKS[plan]:
         if _has_ended(task, seen) or task.name in seen.running or _is_lost(task, seen, plan):
             continue
         if task.library and not _is_usable(task.library, seen):
             action = _fetch(task, seen, limits) if task.library == CHUNKED[plan] else None
-            # Under plan B what waits for the background is worth more than a library that has not arrived.
+            # Under plan B, tasks that wait for a background task are more valuable than a missing library.
             if action is None or (isinstance(action, Stop) and waits_for and plan == "B"):
                 continue
             return action
@@ -294,7 +295,7 @@ def _next_action(seen: Situation, limits: Limits, plan: Plan) -> Action:
         if task.expected_s > left_s(seen, limits):
             later = True
             continue
-        # A background task lives on when the call ends.
+        # A background task continues after the call.
         left = lease_left_s(seen, limits) if task.background else left_s(seen, limits)
         return Start(task, min(task.max_s, left))
     if waits_for and left_s(seen, limits) > 0:
@@ -312,7 +313,7 @@ def _has_ended(task: Task, seen: Situation) -> bool:
 
 
 def _is_lost(task: Task, seen: Situation, plan: Plan) -> bool:
-    """Return whether a task can never start, since one that it needs has ended without success."""
+    """Return whether a task can never start, because one that it depends on has failed."""
     known = {other.name: other for other in TASKS[plan]}
     return any(
         name not in known or (_has_ended(known[name], seen) and seen.outcomes[name] != "done") for name in task.after
@@ -332,7 +333,7 @@ def _ready_s(chunks: Chunks, transfers_s: Sequence[float]) -> float:
 
 
 def _fetch(task: Task, seen: Situation, limits: Limits) -> Action | None:
-    """Return what brings the library of a task nearer; None if it cannot come in time."""
+    """Return the next action towards the library of a task, or None if it cannot arrive in time."""
     chunks = seen.chunks.get(task.library)
     if chunks is None or chunks.failed or (chunks.missing and not seen.more):
         return None
@@ -352,7 +353,7 @@ def _fetch(task: Task, seen: Situation, limits: Limits) -> Action | None:
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """One line of a schedule: seconds from the beginning of the lease."""
+    """A line of a schedule, in seconds since the start of the lease."""
 
     begin_s: float
     end_s: float
@@ -362,13 +363,16 @@ class Scheduled:
 def schedule(
     limits: Limits, chunks: Sequence[str], transfer_s: float = TRANSFER_S, before_s: float = START_S
 ) -> tuple[list[Scheduled], str]:
-    """Return what would happen if every task took its expected time, and why plan B was chosen, if it was.
+    """Return the expected schedule.
 
     Args:
-        limits: of the lease.
-        chunks: names of the chunks of TensorRT; the last is brought with the first call.
-        transfer_s: seconds that each later call takes to arrive.
-        before_s: seconds of the lease before the first call begins.
+        limits: maximum seconds of the lease and of a call.
+        chunks: names of the chunks of TensorRT; the last arrives with the first call.
+        transfer_s: seconds between later calls.
+        before_s: seconds of the lease before the first call.
+
+    Returns:
+        The lines of the schedule, and the reason for plan B or "".
     """
     now, call_began = before_s, before_s
     outcomes: dict[str, Outcome] = {}

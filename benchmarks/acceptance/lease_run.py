@@ -1,7 +1,4 @@
-"""Carry out the decisions of `benchmarks.acceptance.lease`, and store the state of a lease between calls.
-
-The state is OUTPUT/lease.json, so that several calls on one machine, each with another chunk, go on in turn.
-"""
+"""Execute the decisions of `benchmarks.acceptance.lease`, and store the state of a lease in OUTPUT/lease.json."""
 
 from __future__ import annotations
 
@@ -58,16 +55,16 @@ from runtime.core.io.input_files import read_json
 log = logging.getLogger("drn")
 
 FORMAT = "drn-lease/1"
-# Seconds that a process gets to end after SIGINT; they come out of the time for closing.
+# Seconds that a process has to end after SIGINT; a part of CLOSING_S.
 END_SECONDS = 5.0
 POLL_SECONDS = 0.5
-# Such machines return few files, each of limited size: everything large goes into two archives.
+# Such machines return few files of limited size, so that large ones are archived.
 MAX_ARCHIVE_BYTES = 15 << 20
 ARCHIVES = {
     "layers.zip": ("tensorrt/*.layers.json.gz", "tensorrt-rtx/*.layers.json.gz", "tensorrt/*.engine.json"),
     "logs.zip": ("logs/*.log", "benchmark-*.json", "benchmark-*.png", "training.json"),
 }
-# Outcomes of a step after which its task has a result.
+# Outcomes of a step with a result.
 USABLE = ("kept", "measured", "broken")
 
 
@@ -78,13 +75,13 @@ class StateError(GroundingError):
 
 
 class Lease:
-    """The state of a lease on disk, and what this call sees of the machine.
+    """A lease: its state on disk, and the processes of this call.
 
     Attributes:
-        job: of `benchmarks.gpu`; its output directory holds the state.
-        limits: of the lease and of this call.
+        job: job of `benchmarks.gpu`; the state is in its output directory.
+        limits: maximum seconds of the lease and of this call.
         more: whether later calls bring more chunks.
-        libraries: that come in chunks, by name.
+        libraries: libraries in chunks, by name.
     """
 
     def __init__(
@@ -100,6 +97,7 @@ class Lease:
         self._mirrored = 0.0
 
     def _load(self, used_s: float | None) -> dict[str, Any]:
+        """Return the state of earlier calls, or a new one."""
         settings = self.job.settings()
         if not self.path.is_file():
             return {
@@ -108,30 +106,30 @@ class Lease:
             }  # fmt: skip
         content = read_json(self.path, "state of a lease", StateError)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise StateError(f"{self.path} is not the state of a lease. Name another --output.")
+            raise StateError(f"{self.path} is not the state of a lease. Pass another --output.")
         if content["settings"] != settings:
             raise StateError(
-                f"{self.path} was begun with {json.dumps(content['settings'])}. Pass the same --device and --small, "
-                "or name another --output."
+                f"{self.path} was started with {json.dumps(content['settings'])}. Pass the same --device and --small, "
+                "or another --output."
             )
         if used_s is not None:
             content["used_before_s"] = used_s - (self.began - content["began"])
         for name, entry in content["tasks"].items():
-            # A call that was killed wrote no outcome.
+            # The call was killed.
             if entry["outcome"] is None and name != PREPARE.name:
                 entry["outcome"] = "cut off"
         return content
 
     def _libraries(self) -> dict[str, ChunkedLibrary]:
-        """Return the libraries whose chunks are here or came with earlier calls, after checking every chunk."""
-        found = {library.name: library for library in libraries(self.packages)} if self.packages else {}
+        """Return the libraries whose chunks arrived with this call or earlier ones, after checking new chunks."""
+        known = {library.name: library for library in libraries(self.packages)} if self.packages else {}
         for name, entry in self.content["libraries"].items():
             folder = (self.packages or self.job.output) / name
-            found.setdefault(name, ChunkedLibrary(name, folder, entry["sha256"], entry["use"]))
-        return found
+            known.setdefault(name, ChunkedLibrary(name, folder, entry["sha256"], entry["use"]))
+        return known
 
     def check(self) -> None:
-        """Raise GroundingError if packages that this call needs are not there."""
+        """Raise GroundingError if packages that this call needs are missing."""
         python = current_python()
         if self.packages is not None and not self.site(python).is_dir():
             wheels(self.packages, python)
@@ -140,7 +138,7 @@ class Lease:
             check_present(library, self._unpacked(TENSORRT))
 
     def begin(self) -> None:
-        """Write down that a call begins."""
+        """Record the start of a call."""
         for name, library in self.libraries.items():
             entry = self.content["libraries"].setdefault(name, {"unpacked": [], "verified": False, "failed": ""})
             entry.update(sha256=dict(library.sha256), use=library.use)
@@ -148,26 +146,27 @@ class Lease:
         self.save()
 
     def save(self) -> None:
+        """Write the state."""
         write_json(self.path, self.content)
 
     @property
     def used_s(self) -> float:
-        """Seconds of the lease that are used up."""
+        """Seconds of the lease so far."""
         return self.content["used_before_s"] + time.time() - self.content["began"]
 
     def site(self, python: str) -> Path:
-        """Return where the wheels for a version of Python are unpacked."""
+        """Return the directory of the unpacked wheels for a version of Python."""
         return self.job.output / f"site-{python}"
 
     def unpacked(self, library: str) -> Path:
-        """Return where the chunks of a library are unpacked."""
+        """Return the directory of the unpacked chunks of a library."""
         return self.job.output / "libraries" / library
 
     def _unpacked(self, library: str) -> list[str]:
         return list(self.content["libraries"].get(library, {}).get("unpacked", ()))
 
     def situation(self) -> Situation:
-        """Return everything that the next decision depends on."""
+        """Return the input of the next decision."""
         entries = self.content["libraries"]
         calls = self.content["calls"]
         tasks = self.content["tasks"]
@@ -193,16 +192,16 @@ class Lease:
 
     def _importable(self) -> frozenset[str]:
         if self.job.device == "cpu":
-            # What a rehearsal runs: ONNX Runtime on the CPU, and TensorRT's double where chunks stand for it.
+            # A rehearsal uses ONNX Runtime on the CPU, and the double of TensorRT if chunks represent it.
             return frozenset([ORT_GPU] if importlib.util.find_spec("onnxruntime") else [])
-        found = [TENSORRT] if importlib.util.find_spec("tensorrt") else []
+        names = [TENSORRT] if importlib.util.find_spec("tensorrt") else []
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version("onnxruntime-gpu")
-            found.append(ORT_GPU)
-        return frozenset(found)
+            names.append(ORT_GPU)
+        return frozenset(names)
 
     def run(self) -> Stop:
-        """Carry out decisions until one ends this call."""
+        """Execute decisions until one ends this call."""
         while True:
             self._look_after_background()
             self._install_beside()
@@ -233,7 +232,7 @@ class Lease:
             self.save()
 
     def say(self, text: str) -> None:
-        """Print a line with the minute of the lease, and write it down."""
+        """Print and record a line with the time of the lease."""
         minutes, seconds = divmod(int(self.used_s), 60)
         line = f"[{minutes:2d}:{seconds:02d}] {text}"
         self.content["log"].append(line)
@@ -265,11 +264,11 @@ class Lease:
             site = self.site(current_python())
             present = {normalized(known.metadata["Name"] or "") for known in importlib.metadata.distributions()}
             names = install(wheels(self.packages, current_python()), site, present)
-            self.say(f"unpacked {', '.join(names) or 'no wheel, since all are here'}")
+            self.say(f"unpacked {', '.join(names) or 'no wheel, because all are installed'}")
         return "done"
 
     def _install_beside(self) -> None:
-        """Unpack the wheels for a Python that comes with a library, once they have arrived."""
+        """Unpack the wheels for a Python that comes with a library, if they have arrived."""
         for python in {library.python for library in self.libraries.values()} - {""}:
             if self.packages and not self.site(python).is_dir() and (self.packages / f"wheels-{python}").is_dir():
                 install(wheels(self.packages, python), self.site(python), ())
@@ -290,18 +289,18 @@ class Lease:
         entry = self.content["libraries"][action.library]
         reason = unpack(library, "verify", self.unpacked(action.library), limit_s=action.limit_s)
         if not reason and library.python and not self.site(library.python).is_dir():
-            reason = f"{library.name} needs the wheels for Python {library.python}, which were not brought"
+            reason = f"{library.name} needs the wheels for Python {library.python}, which have not arrived"
         entry["failed"], entry["verified"] = reason, not reason
-        self.say(reason or f"{action.library} is whole")
+        self.say(reason or f"{action.library} is complete")
 
     def _command(self, task: Task) -> tuple[list[str], dict[str, str]]:
-        """Return the Python and the environment of a task."""
+        """Return the Python and the environment variables of a task."""
         library = self.libraries.get(task.library)
         python, variables, paths = sys.executable, {}, [str(ROOT)]
         if library is not None and self.content["libraries"][library.name]["verified"]:
             variables, own = environment(library, self.unpacked(library.name))
             python = own or python
-            # Its own Python has no use for the packages of this one.
+            # The packages of this Python do not work in another.
             paths += [str(self.site(library.python or current_python())), variables.pop("PYTHONPATH", "")]
             inherited = "" if own else os.environ.get("PYTHONPATH", "")
         else:
@@ -335,11 +334,11 @@ class Lease:
         return self._outcome(task, limited=limit_s >= task.max_s)
 
     def _outcome(self, task: Task, limited: bool) -> Outcome:
-        """Return how a task ended, from the results of its leg.
+        """Return the outcome of a task from the results of its leg.
 
         Args:
-            task: that ended.
-            limited: whether it had all the time that it may take, so that another try would end alike.
+            task: a task that has ended.
+            limited: whether it used its maximum time, so that it is not repeated.
         """
         path = self.job.results(task.leg)
         try:
@@ -356,13 +355,13 @@ class Lease:
         first = outcomes.get(task.steps[0])
         if all(name in outcomes for name in task.steps) or limited:
             return "done" if first in USABLE else "failed"
-        # The leg has ended by itself, and a step was left out since an earlier one failed.
+        # The leg has ended, and skipped a step because an earlier one failed.
         if content["state"] == "chosen":
             return "done" if first in USABLE else "failed"
         return "cut off"
 
     def _look_after_background(self) -> None:
-        """Write down which background tasks have ended, and end those whose time is over."""
+        """Record the background tasks that have ended, and stop those that exceed their time limit."""
         for name, entry in self.content["tasks"].items():
             if entry["outcome"] is not None or "pid" not in entry:
                 continue
@@ -374,7 +373,7 @@ class Lease:
             if alive:
                 _end_group(entry["pid"])
             task = next(task for task in TASKS["A"] if task.name == name)
-            # It may have ended between two calls: its results were last written then.
+            # If it ended between two calls, the results have the time of its end.
             results = self.job.results(task.leg)
             ended = results.stat().st_mtime if results.is_file() and not over else None
             self._end_task(task, self._outcome(task, limited=True), ended)
@@ -385,10 +384,10 @@ class Lease:
             if entry["outcome"] is None and "pid" in entry:
                 _end_group(entry["pid"])
                 entry["outcome"] = "cut off"
-                self.say(f"{name}: ended, since nothing that waits for it can end in time")
+                self.say(f"{name}: stopped, because no task that waits for it can end in time")
 
     def mirror(self, now: bool = False) -> None:
-        """Write the report, and copy it with the archives to the directory of results, if a leg has new results."""
+        """Write the report, and copy it with the archives to the directory of results, if there are new results."""
         files = [path for leg in gpu.MODULES if (path := self.job.results(leg)).is_file()]
         newest = max((path.stat().st_mtime for path in files), default=0.0)
         if not now and newest <= self._mirrored:
@@ -397,7 +396,7 @@ class Lease:
         try:
             self._copy_results()
         except GroundingError as error:
-            # The lease is worth more than the copies: what a leg found stays in its own file.
+            # The lease continues, because the results are also in the output directory.
             log.warning("The results were not copied: %s", error)
 
     def _copy_results(self) -> None:
@@ -412,13 +411,13 @@ class Lease:
 
     @property
     def has_kept(self) -> bool:
-        """Whether no step of any leg broke a promise or failed."""
+        """Whether no step of any leg is broken or failed."""
         contents = [read_leg(path) for leg in gpu.MODULES if (path := self.job.results(leg)).is_file()]
         return not any(step["outcome"] in BAD for content in contents for step in content["steps"])
 
 
 def write_archive(path: Path, root: Path, patterns: Sequence[str]) -> None:
-    """Write the files below `root` that match into a zip file, the newest first, as far as its size permits."""
+    """Write the files below `root` that match to a zip file, newest first, up to `MAX_ARCHIVE_BYTES`."""
     files = [file for pattern in patterns for file in root.glob(pattern)]
     if not files:
         return
@@ -432,7 +431,7 @@ def write_archive(path: Path, root: Path, patterns: Sequence[str]) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Return whether a process that an earlier call started is still one of ours; numbers are used again."""
+    """Return whether a process that an earlier call started is running; another process may have its number."""
     try:
         return b"benchmarks.gpu" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -440,7 +439,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process with SIGINT, upon which it ends those that it started; with SIGKILL if that does not help."""
+    """Stop a process with SIGINT, so that it stops its child processes; after `END_SECONDS`, with SIGKILL."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:
@@ -451,7 +450,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_group(pid: int) -> None:
-    """End a process that was started in the background, by an earlier call perhaps."""
+    """Stop a background process of this call or of an earlier one."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGINT)
         deadline = time.time() + END_SECONDS
@@ -463,7 +462,7 @@ def _end_group(pid: int) -> None:
 
 def _is_running(pid: int) -> bool:
     with contextlib.suppress(ChildProcessError):
-        # A child that has ended stays a process until it is waited for.
+        # A child process exists until it is waited for.
         if os.waitpid(pid, os.WNOHANG)[0] == pid:
             return False
     return Path(f"/proc/{pid}").exists()

@@ -1,4 +1,4 @@
-"""Run the leg `cuda`: our own calls of CUDA's driver, with nothing but the driver, Python and NumPy."""
+"""Run the leg `cuda`: check `runtime.backends.cuda_driver`, with the driver, Python and NumPy only."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from runtime.backends.cuda_driver import Cuda, CudaError, OutOfDeviceMemory
 from runtime.core.errors import DeviceError
 
 COPY_BYTES = 1 << 20
-# A throughput is measured with this many bytes.
+# Size of throughput measurements.
 LARGE_BYTES = 256 << 20
 REPLAYS, ROUNDS, THREADS = 50, 50, 2
 CHILD_SECONDS = 30
-# Beyond the wall clock's own error, an event may not exceed it.
+# Error of the wall clock, by which a time between events may exceed it.
 CLOCK_SLACK_MS = 0.5
 
 
 def run(job: Job, leg: Leg) -> None:
-    """Check the driver's calls on which every engine relies."""
+    """Check the calls of the driver that engines use."""
     try:
         cuda = open_gpu()
     except DeviceError as error:
@@ -45,12 +45,12 @@ def run(job: Job, leg: Leg) -> None:
 
 
 def open_gpu() -> Cuda:
-    """Open the first GPU; raises DeviceError where there is none."""
+    """Open the first GPU; raises DeviceError if there is none."""
     return Cuda()
 
 
 class Buffers:
-    """Two page-locked arrays and a device buffer of `size` bytes on a stream; freed at the end of the block."""
+    """Two page-locked arrays, a device buffer of `size` bytes and a stream, freed at the end of a `with` statement."""
 
     def __init__(self, cuda: Cuda, size: int) -> None:
         self.cuda, self.size = cuda, size
@@ -67,8 +67,8 @@ class Buffers:
         self.cuda.free(self.address)
         self.cuda.destroy_stream(self.stream)
 
-    def there_and_back(self) -> None:
-        """Put a copy to the GPU and one back on the stream."""
+    def enqueue_copies(self) -> None:
+        """Enqueue a copy to the GPU and one back."""
         self.cuda.copy_in(self.address, self.source.ctypes.data, self.size, self.stream)
         self.cuda.copy_out(self.target.ctypes.data, self.address, self.size, self.stream)
 
@@ -79,6 +79,7 @@ class Buffers:
 
     @property
     def is_equal(self) -> bool:
+        """Whether both arrays are equal."""
         return bool(np.array_equal(self.source[: self.size], self.target[: self.size]))
 
 
@@ -86,11 +87,11 @@ def _memory(cuda: Cuda) -> Found:
     with cuda.current():
         free, total = cuda.memory()
         address = cuda.allocate(COPY_BYTES)
-        held = cuda.memory()[0]
+        left = cuda.memory()[0]
         cuda.free(address)
     broken = [] if address % 256 == 0 else [f"an allocation at {address:#x} is not aligned to 256 bytes"]
-    # Other processes use the GPU too, so only the bounds are certain.
-    broken += [] if 0 < held <= total and free <= total else [f"{free}, then {held} of {total} bytes were free"]
+    # Only bounds, because other processes may use the GPU.
+    broken += [] if 0 < left <= total and free <= total else [f"{free}, then {left} of {total} bytes were free"]
     summary = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free."
     return Found(summary, {"free_bytes": free, "total_bytes": total}, broken)
 
@@ -100,46 +101,46 @@ def _copies(cuda: Cuda, size: int) -> Found:
         buffers.fill(0)
         seconds = []
         for _ in range(3):
-            began = time.perf_counter()
-            buffers.there_and_back()
+            started = time.perf_counter()
+            buffers.enqueue_copies()
             cuda.synchronize(buffers.stream)
-            seconds.append(time.perf_counter() - began)
-        broken = [] if buffers.is_equal else ["bytes came back changed"]
+            seconds.append(time.perf_counter() - started)
+        broken = [] if buffers.is_equal else ["the copied bytes differ"]
     rate = 2 * size / min(seconds) / 1e9
     return Found(f"{size >> 20} MiB to the GPU and back: {rate:.1f} GB/s.", {"GB/s": rate}, broken)
 
 
 def _graph(cuda: Cuda) -> Found:
-    """Capture a copy to the GPU and back, and replay it with other bytes each time."""
+    """Capture a copy to the GPU and back, and replay it with different bytes."""
     with cuda.current(), Buffers(cuda, COPY_BYTES) as buffers:
         cuda.begin_capture(buffers.stream)
-        buffers.there_and_back()
+        buffers.enqueue_copies()
         graph = cuda.end_capture(buffers.stream)
         wrong = 0
         seconds = []
         for number in range(REPLAYS):
             buffers.fill(number)
-            began = time.perf_counter()
+            started = time.perf_counter()
             cuda.launch(graph, buffers.stream)
             cuda.synchronize(buffers.stream)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - started)
             wrong += not buffers.is_equal
         cuda.destroy_graph(graph)
     p50 = 1e6 * float(np.median(seconds))
-    broken = [f"{wrong} of {REPLAYS} replays brought other bytes"] if wrong else []
+    broken = [f"the bytes of {wrong} of {REPLAYS} replays differ"] if wrong else []
     return Found(f"{REPLAYS} replays; launch and wait take {p50:.0f} us (p50).", {"p50_us": p50}, broken)
 
 
 def _elapsed(cuda: Cuda, size: int) -> Found:
-    """Compare the time between two events with the wall clock around them."""
+    """Compare the time between two events with the wall clock."""
     with cuda.current(), Buffers(cuda, size) as buffers:
         begin, end = cuda.event(), cuda.event()
-        began = time.perf_counter()
+        started = time.perf_counter()
         cuda.record(begin, buffers.stream)
-        buffers.there_and_back()
+        buffers.enqueue_copies()
         cuda.record(end, buffers.stream)
         cuda.synchronize(buffers.stream)
-        wall_ms = 1e3 * (time.perf_counter() - began)
+        wall_ms = 1e3 * (time.perf_counter() - started)
         event_ms = cuda.elapsed_ms(begin, end)
         cuda.destroy_event(begin)
         cuda.destroy_event(end)
@@ -149,7 +150,7 @@ def _elapsed(cuda: Cuda, size: int) -> Found:
 
 
 def _out_of_memory(cuda: Cuda) -> Found:
-    """Request more memory than the GPU has, which takes none of it; a small request must succeed afterwards."""
+    """Request more memory than the GPU has, then a small amount, which must succeed."""
     with cuda.current():
         total = cuda.memory()[1]
         try:
@@ -157,7 +158,7 @@ def _out_of_memory(cuda: Cuda) -> Found:
         except OutOfDeviceMemory as error:
             summary, broken = str(error), []
         except CudaError as error:
-            summary, broken = str(error), ["the error is not recognized as one of memory"]
+            summary, broken = str(error), ["the error is not recognized as out of memory"]
         else:
             cuda.free(address)
             summary, broken = "", ["more memory was allocated than the GPU has"]
@@ -166,7 +167,7 @@ def _out_of_memory(cuda: Cuda) -> Found:
 
 
 def _threads(cuda: Cuda) -> Found:
-    """Copy in two threads at once, each on a stream of its own."""
+    """Copy in two threads, each on its own stream."""
     wrong, errors = [0] * THREADS, []
 
     def work(index: int) -> None:
@@ -174,7 +175,7 @@ def _threads(cuda: Cuda) -> Found:
             with cuda.current(), Buffers(cuda, COPY_BYTES) as buffers:
                 for number in range(ROUNDS):
                     buffers.fill(ROUNDS * index + number)
-                    buffers.there_and_back()
+                    buffers.enqueue_copies()
                     cuda.synchronize(buffers.stream)
                     wrong[index] += not buffers.is_equal
         except Exception as error:
@@ -185,34 +186,34 @@ def _threads(cuda: Cuda) -> Found:
         worker.start()
     for worker in workers:
         worker.join()
-    broken = [*errors, *([f"{sum(wrong)} copies brought other bytes"] if any(wrong) else [])]
+    broken = [*errors, *([f"the bytes of {sum(wrong)} copies differ"] if any(wrong) else [])]
     return Found(f"{THREADS} threads made {ROUNDS} copies each.", {"wrong": sum(wrong)}, broken)
 
 
 def _broken_capture(cuda: Cuda) -> Found:
-    """Wait for a stream that is being captured, which CUDA refuses; the stream must work again afterwards."""
+    """Synchronize a stream during a capture, which CUDA rejects; the stream must work afterwards."""
     with cuda.current(), Buffers(cuda, COPY_BYTES) as buffers:
         cuda.begin_capture(buffers.stream)
-        buffers.there_and_back()
+        buffers.enqueue_copies()
         try:
             cuda.synchronize(buffers.stream)
         except CudaError as error:
             summary, broken = str(error), []
         else:
-            summary, broken = "", ["a wait inside a capture was not refused"]
+            summary, broken = "", ["synchronizing during a capture was not rejected"]
         cuda.drop_capture(buffers.stream)
         buffers.fill(1)
-        buffers.there_and_back()
+        buffers.enqueue_copies()
         cuda.synchronize(buffers.stream)
         if not buffers.is_equal:
-            broken.append("the stream brings other bytes after a broken capture")
+            broken.append("copied bytes differ after a broken capture")
     return Found(summary, {"message": summary}, broken)
 
 
 def _torch(job: Job, cuda: Cuda) -> Found:
-    """Use torch on the same GPU before, within and after our own calls, and read its memory by ours."""
+    """Use torch on the same GPU before, during and after driver calls, and read its memory with them."""
     if job.rehearsal:
-        raise Skip("torch shares a device with us on a GPU only.")
+        raise Skip("torch uses the same device on a GPU only.")
     if importlib.util.find_spec("torch") is None:
         raise Skip("torch cannot be imported.")
     import torch
@@ -237,7 +238,7 @@ def _torch(job: Job, cuda: Cuda) -> Found:
 
 
 def _fork(cuda: Cuda) -> Found:
-    """Use the GPU in a forked process: one clear error there, and the parent goes on."""
+    """Use the GPU in a forked process: the expected result is an error there, and a parent that still works."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
 

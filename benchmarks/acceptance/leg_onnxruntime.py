@@ -14,32 +14,30 @@ from benchmarks.acceptance.run_config import (
     MAX_DROP,
     Job,
     benchmark_step,
+    check_built,
     device_of,
     fault,
     gpu_absent,
     judge,
     need,
     run_module,
-    there,
 )
 from benchmarks.acceptance.step_log import Found, Leg, Skip
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends.onnxruntime_session import PROVIDERS, import_onnxruntime
 from runtime.grounding.grounder import Grounder
 
-# Operators that hold the arithmetic: shapes are computed on the CPU whatever is asked for, and these must not be.
+# Operators that must run on the device; those of shapes always run on the CPU.
 HEAVY = ("Conv", "MatMul", "Gemm", "LSTM", "FusedConv", "FusedMatMul")
 
 
 def run(job: Job, leg: Leg) -> None:
-    """ONNX Runtime on CUDA: that it is CUDA, that it answers as on the CPU, and how fast."""
+    """Check the device of each node and the parity with the CPU, and time ONNX Runtime on CUDA."""
     need(("onnxruntime", "onnx"), "the leg")
     onnxruntime, _ = import_onnxruntime(gpu=job.device == "cuda")
     available = onnxruntime.get_available_providers()
     if job.device == "cuda" and "CUDAExecutionProvider" not in available:
-        raise Skip(
-            f"onnxruntime {onnxruntime.__version__} offers {', '.join(available)}, and no CUDAExecutionProvider."
-        )
+        raise Skip(f"onnxruntime {onnxruntime.__version__} has {', '.join(available)}, but no CUDAExecutionProvider.")
     half = job.output / "ort" / "drn.fp16.query.onnx"
     leg.step("FP16 twin", lambda: _half_twin(job, leg, half))
     whole = half.with_name("drn.fp16.onnx")
@@ -57,7 +55,7 @@ def run(job: Job, leg: Leg) -> None:
 def _half_twin(job: Job, leg: Leg, output: Path) -> Found:
     words: list[object] = ["--model", job.graph, "--precision", "fp16", "--target", "onnxruntime", "--split"]
     words += ["--query-length", *job.sizes.query_length, "--output", output]
-    # In a lease the step "answers" judges it, on the GPU.
+    # In a lease the step "answers" checks it, on the GPU.
     words += [] if job.is_lease else ["--data", job.data, "--max-drop", MAX_DROP]
     run_module(job, leg, "export.build_engine", *words)
     proven = "were written" if job.is_lease else "are proven against FP32 on the CPU"
@@ -65,23 +63,23 @@ def _half_twin(job: Job, leg: Leg, output: Path) -> Found:
 
 
 def _provider(job: Job, path: Path) -> Found:
-    """Say on which device ONNX Runtime computes each node, from its own profile of one query."""
+    """Count the nodes per device in ONNX Runtime's profile of one query."""
     import onnxruntime
 
-    there(path)
-    wanted = PROVIDERS[device_of(job)]
+    check_built(path)
+    expected = PROVIDERS[device_of(job)]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.enable_profiling = True
     options.profile_file_prefix = str(job.output / "logs" / "ort-profile")
     (job.output / "logs").mkdir(parents=True, exist_ok=True)
-    session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
+    session = onnxruntime.InferenceSession(str(path), options, providers=[expected])
     manifest = Manifest.from_json(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), str(path))
     feed = _feed(session, manifest)
     for _ in range(3):
         session.run(None, feed)
     log_file = Path(session.end_profiling())
-    # Older versions also tell of waits before and after each node, which have no provider.
+    # Older versions also record waits before and after each node, without a provider.
     events = [event for event in json.loads(log_file.read_text(encoding="utf-8")) if _provider_of(event)]
     log_file.unlink()
     spent: dict[str, float] = {}
@@ -94,13 +92,13 @@ def _provider(job: Job, path: Path) -> Found:
     counts = {where: len(names) for where, names in nodes.items()}
     summary = ", ".join(f"{count} nodes on {where}" for where, count in counts.items())
     broken = []
-    if session.get_providers()[0] != wanted:
-        broken.append(f"the session runs on {session.get_providers()[0]} where {wanted} was asked for")
+    if session.get_providers()[0] != expected:
+        broken.append(f"expected a session on {expected}, got {session.get_providers()[0]}")
     elsewhere = sorted(
-        {event["name"] for event in events if event["args"].get("op_name") in HEAVY and _provider_of(event) != wanted}
+        {event["name"] for event in events if event["args"].get("op_name") in HEAVY and _provider_of(event) != expected}
     )
     if elsewhere:
-        broken.append(f"{len(elsewhere)} nodes that multiply run elsewhere, as {elsewhere[0]}")
+        broken.append(f"{len(elsewhere)} nodes with matrix products run elsewhere, such as {elsewhere[0]}")
     return Found(f"{path.name}: {summary}.", {"nodes": counts, "microseconds": spent}, broken)
 
 
@@ -109,8 +107,7 @@ def _provider_of(event: Mapping[str, Any]) -> Any:
 
 
 def _feed(session: Any, manifest: Any) -> dict[str, Any]:
-    """Return one query of six words about one video, for any of our graphs."""
-
+    """Return the inputs of a graph for one query of six words on one video."""
     free = {"batch": 1, "query_length": 6, "video": 1}
     kinds = {"tensor(int32)": np.int32, "tensor(float)": np.float32, "tensor(float16)": np.float16}
     rng = np.random.default_rng(0)
@@ -126,7 +123,7 @@ def _feed(session: Any, manifest: Any) -> dict[str, Any]:
 
 
 def _graph_answers(job: Job, path: Path) -> Found:
-    there(path)
+    check_built(path)
     other = Grounder.load(path, device_of(job))
     names = (f"{job.graph.name} on the CPU", f"{path.name} on {job.device}")
     return judge(job, Grounder.load(job.graph, "cpu"), other, other.manifest.precision, names)

@@ -9,17 +9,17 @@ from typing import Literal
 from benchmarks.acceptance.run_config import Job, annotations_of
 from benchmarks.acceptance.step_log import Found, Leg, Skip, no_promise
 
-# `auto` would compare the methods on held-out videos, which takes minutes.
+# `auto` compares the methods on held-out videos, which takes minutes.
 FIXED_METHOD: Literal["percentile"] = "percentile"
 NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime", "matplotlib")
 
 
 def run(job: Job, leg: Leg) -> None:
-    """Make a data set, a network that has learnt it, and its graphs; once for all legs."""
+    """Create a data set, a network trained on it, and its graphs, once for all legs."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise Skip(
-            f"{', '.join(missing)} cannot be imported; run the leg prepare where they can, and bring its directory."
+            f"{', '.join(missing)} cannot be imported. Run the leg prepare on a machine with them, and copy its output."
         )
     if leg.step("data set", lambda: _make_data(job)) and leg.step("network", lambda: _make_network(job)):
         leg.step("graphs", lambda: _make_graphs(job))
@@ -41,7 +41,7 @@ def _make_data(job: Job) -> Found:
 def _make_network(job: Job) -> Found:
     from train.__main__ import train
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     train(
         job.data,
         job.checkpoint.parent,
@@ -53,7 +53,7 @@ def _make_network(job: Job) -> Found:
         resume=True,
         **job.sizes.network,  # type: ignore[arg-type]
     )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     from train.checkpoints import load_checkpoint
 
     count = sum(weights.numel() for weights in load_checkpoint(job.checkpoint).weights.values())
@@ -68,7 +68,7 @@ def _make_graphs(job: Job) -> Found:
 
 
 def _measure_ranges(job: Job) -> Found:
-    """Measure the ranges here, beside what else runs, so that the INT8 engine needs no data set when it is built."""
+    """Measure the ranges in the background, so that the INT8 engine can be built without a data set."""
     from calib.calibrate import calibrate
 
     calibrate(job.graph, job.data, job.table, method=FIXED_METHOD, samples=job.sizes.calibration)

@@ -18,22 +18,22 @@ from benchmarks.acceptance import targets
 from benchmarks.acceptance.engines import (
     NARROW,
     build,
+    built_engine,
     engine_path,
     layers_step,
     make_builder,
-    standing,
     time_rejected,
 )
-from benchmarks.acceptance.leg_torch import of_one_length, one_query, rivals
+from benchmarks.acceptance.leg_torch import of_one_length, one_query, torch_baselines
 from benchmarks.acceptance.run_config import (
-    LATENCY_HEADER,
     Job,
     benchmark_step,
     device_of,
     fault,
     gpu_absent,
     judge,
-    latency_row,
+    latency_entry,
+    latency_table,
     ms,
     need,
     questions,
@@ -61,33 +61,33 @@ ENGINE_FAULTS = {
     "memory": "out of memory",
     "opening": "opening",
 }
-# Relative to the largest value: both forms round to half precision, each in its own order.
-FORMS_AGREE = 2e-2
-# Batches of the largest size that make a throughput.
+# Tolerance relative to the largest value: both forms round to half precision, in different orders.
+FORM_TOLERANCE = 2e-2
+# Batches of the largest size in a throughput measurement.
 BULK_BATCHES = 8
 PROFILED_RUNS = 20
-# The files with tests that need a GPU: the whole suite takes tens of seconds to collect.
+# Files with tests that need a GPU; collecting the complete suite takes tens of seconds.
 GPU_TESTS = tuple(
     Path(__file__).parents[2] / path
     for path in ("tests/runtime/backends/test_tensorrt_backend.py", "tests/parity/test_kernels.py")
 )
-# Times that a batch is taken through all phases; the first ones warm up.
-MOST_WALKS, WARM_UP_WALKS = 40, 10
+# Runs of a batch through all phases, of which the first warm up.
+PHASE_RUNS, WARM_UP_RUNS = 40, 10
 PRECISIONS = ("fp16", "fp32", "int8", "bf16", "fp8")
-# Precisions that are also built whole, as the ones people compare.
+# Precisions that are also built without a split.
 WHOLE = ("fp16", "fp32")
 TARGETS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 
 
 def run(job: Job, leg: Leg) -> None:
-    """Engines in every precision, what they are made of, whether they answer as their twins, and the bar."""
+    """Build engines in every precision, check their layers and parity, and time them against the bar."""
     need(("onnx",), "the leg")
     from export.engine.builder import unavailable_reason
 
     reasons = {target: unavailable_reason(target) for target in TARGETS}
     ready = [target for target, reason in reasons.items() if reason is None]
     if job.device == "cuda" and cuda_gpu() is None:
-        raise Skip("CUDA finds no GPU here.")
+        raise Skip("CUDA finds no GPU.")
     if not ready:
         raise Skip(" ".join(str(reason) for reason in reasons.values()))
     for target, reason in reasons.items():
@@ -98,7 +98,7 @@ def run(job: Job, leg: Leg) -> None:
         return
     target = ready[0]
     leg.step("builder", lambda: make_builder(target))
-    # What the bar is about comes first, in case that time is short.
+    # The engine of the bar comes first, because time may be short.
     _engines(job, leg, target, PRECISIONS[:1])
     leg.step("layers, fp16", lambda: layers_step(job, target, "fp16"))
     pair, whole = (job.output / target / f"drn.fp16{part}.engine" for part in (".query", ""))
@@ -126,23 +126,23 @@ def run(job: Job, leg: Leg) -> None:
     wide = [engines[precision] for precision in ("fp16", "bf16", "fp32")]
     leg.step("speed, other precisions", lambda: _compare_speeds(job, leg, "others", wide))
     leg.step("tests that need a GPU", lambda: _tests(job, leg))
-    # The other library's engines stand beside, and come last.
+    # The engines of the other library come last.
     for other in ready[1:]:
         _engines(job, leg, other, PRECISIONS)
 
 
 def _without_gpu(job: Job, pair: Path) -> Found:
-    pair = standing(pair)
+    pair = built_engine(pair)
     return gpu_absent(job, pair)
 
 
 def _engine_fault(job: Job, leg: Leg, name: str, model: Path) -> Found:
-    model = standing(model)
+    model = built_engine(model)
     return fault(job, leg, name, model)
 
 
 def _rehearse_builds(job: Job, leg: Leg, ready: Sequence[str]) -> None:
-    """Build for a GPU that is not here, which TensorRT-RTX can; nothing is run."""
+    """Build engines without a GPU, which TensorRT-RTX supports, and do not run them."""
     if "tensorrt-rtx" not in ready:
         raise Skip("Only TensorRT-RTX builds without a GPU, and it cannot be imported.")
     for precision in ("fp16",) if job.small else ("fp16", "fp32"):
@@ -156,16 +156,16 @@ def _engines(job: Job, leg: Leg, target: str, precisions: Sequence[str]) -> None
         for split in (True, False) if precision in WHOLE else (True,):
             what = f"{target}, {precision}, {'pair' if split else 'whole'}"
             built = leg.step(what, functools.partial(build, job, leg, target, precision, split))
-            # In a lease a rejected engine is judged too: there is no time to build another.
+            # In a lease a rejected engine is also checked, because there is no time to build another.
             if built or job.is_lease:
                 leg.step(f"{what}, answers", functools.partial(_engine_answers, job, target, precision, split))
 
 
 def _engine_answers(job: Job, target: str, precision: str, split: bool) -> Found:
-    """Hold an engine against its own twin, as it stands, on the CPU; in a lease FP16 against FP32, which is faster."""
+    """Check the parity of an engine with its ONNX model on the CPU; in a lease, of FP16 with FP32, which is faster."""
     from export.parity.run_parity import load_for_comparison
 
-    path = standing(engine_path(job, target, precision, split))
+    path = built_engine(engine_path(job, target, precision, split))
     twin = path.with_name(f"drn.{precision}.onnx")
     if not twin.is_file() or (job.is_lease and precision not in NARROW):
         twin = job.graph
@@ -174,35 +174,29 @@ def _engine_answers(job: Job, target: str, precision: str, split: bool) -> Found
 
 
 def _bar(job: Job, pair: Path) -> Found:
-    """Time the FP16 pair against the bar, in turns with eager PyTorch and CUDA graphs where torch is here."""
-    pair = standing(pair)
+    """Time the split FP16 engine against the bar, in turns with torch baselines if torch can be imported."""
+    pair = built_engine(pair)
     grounder = Grounder.load(pair, "cuda")
     pairs = questions(job, job.sizes.batches[-1])
     encoded = {id(video): grounder.encode(video) for video, _ in pairs}
     known = [(encoded[id(video)], query) for video, query in pairs]
     ours, one = _one_query(grounder, pairs)
     backend: Any = grounder.backend
-    entries, rows, found = _against(job, grounder, pairs, ("graphs",))
-    alone = take_times(job, {ours: one})[ours]
-    backend.time_gpu(True)
-    gpu = take_times(job, {ours: dataclasses.replace(one, device_seconds=lambda: backend.gpu_ms / 1e3)})[ours]
-    backend.time_gpu(False)
+    entries, ratios = _against(job, grounder, pairs, ("graphs",))
+    alone, gpu = _end_to_end_and_gpu(job, backend, one)
     size = len(known)
-    # Of many batches the next is asked while one is decoded, as it is where there are many pairs to be answered.
+    # With several batches, one runs while the previous one is decoded, as in bulk use.
     many = known * BULK_BATCHES
     bulk, one_batch = (
         take_times(job, {ours: Call(lambda _, asked=asked: grounder.ground_batch(asked, batch_size=size))})[ours]
         for asked in (many, known)
     )
-    for label, boundary, count, seconds in (
-        (f"{ours}, alone", "end to end", 1, alone),
-        (ours, "gpu", 1, gpu),
-        (f"{ours}, one batch", "end to end", size, one_batch),
-        (f"{ours}, in batches of {size}", "end to end", len(many), bulk),
-    ):
-        values, row = latency_row(label, boundary, count, seconds)
-        entries.append(values)
-        rows.append(row)
+    entries += [
+        latency_entry(f"{ours}, alone", "end to end", 1, alone),
+        latency_entry(ours, "gpu", 1, gpu),
+        latency_entry(f"{ours}, one batch", "end to end", size, one_batch),
+        latency_entry(f"{ours}, in batches of {size}", "end to end", len(many), bulk),
+    ]
     latency, part, rate = entries[-4], entries[-3]["p50_ms"], entries[-1]["queries_per_s"]
     absolute = {
         targets.P50: latency["p50_ms"],
@@ -215,100 +209,102 @@ def _bar(job: Job, pair: Path) -> Found:
         f"ms; {rate:,.0f} pairs a second at batch {size}, of {len(many)} pairs of {len({query for _, query in known})} "
         f"sentences. In CUDA graphs: {_graphs(backend._by_length)}."
     )
-    return _judged(job, backend.gpu_name, summary, absolute | found, entries, {"the bar": (LATENCY_HEADER, rows)})
+    return _judged(job, backend.gpu_name, summary, absolute | ratios, entries, {"the bar": latency_table(entries)})
+
+
+def _end_to_end_and_gpu(job: Job, backend: Any, call: Call) -> tuple[list[float], list[float]]:
+    """Return the seconds of a call by the clock of the host, and those of its part on the GPU."""
+    end_to_end = take_times(job, {"call": call})["call"]
+    backend.time_gpu(True)
+    gpu = take_times(job, {"call": dataclasses.replace(call, device_seconds=lambda: backend.gpu_ms / 1e3)})["call"]
+    backend.time_gpu(False)
+    return end_to_end, gpu
 
 
 def _bar_row(job: Job, pair: Path) -> Found:
-    """Time one query on another pair as the bar does, without anything beside it."""
-    grounder = Grounder.load(standing(pair), "cuda")
-    backend: Any = grounder.backend
+    """Time one query on another split engine as for the bar, without baselines."""
+    grounder = Grounder.load(built_engine(pair), "cuda")
     ours, one = _one_query(grounder, questions(job, job.sizes.batches[-1]))
-    alone = take_times(job, {ours: one})[ours]
-    backend.time_gpu(True)
-    gpu = take_times(job, {ours: dataclasses.replace(one, device_seconds=lambda: backend.gpu_ms / 1e3)})[ours]
-    lines = [latency_row(ours, boundary, 1, seconds) for boundary, seconds in (("end to end", alone), ("gpu", gpu))]
-    entries, rows = [values for values, _ in lines], [row for _, row in lines]
+    alone, gpu = _end_to_end_and_gpu(job, grounder.backend, one)
+    entries = [latency_entry(ours, "end to end", 1, alone), latency_entry(ours, "gpu", 1, gpu)]
     summary = f"One query end to end: p50 {ms(entries[0]['p50_ms'])} ms, on the GPU {ms(entries[1]['p50_ms'])} ms."
-    return no_promise(summary, {"timings": entries}, {f"the bar: {ours}, {pair.parent.name}": (LATENCY_HEADER, rows)})
+    return no_promise(summary, {"timings": entries}, {f"the bar: {ours}, {pair.parent.name}": latency_table(entries)})
 
 
 def _lstm_forms(job: Job, pair: Path) -> Found:
-    """Time the network with its LSTM as TensorRT's loop and written out, for queries as long as each plan takes."""
-    pair = standing(pair)
+    """Time the network with the LSTM as a loop and unrolled, for queries of the maximum length of each plan."""
+    pair = built_engine(pair)
     loop, written = (Grounder.load(pair, "cuda") for _ in range(2))
     backends: dict[str, Any] = {"loop": loop.backend, "written out": written.backend}
     steps = [network.query_length[2] for network in backends["written out"]._by_length[:-1]]
     if not steps:
         raise Skip("No engine was built for short queries.")
-    # The last takes queries of any length.
+    # The last plan accepts queries of any length.
     backends["loop"]._by_length = backends["loop"]._by_length[-1:]
     for backend in backends.values():
         backend.time_gpu(True)
-    entries, rows, summary, broken = [], [], [], []
+    entries, summary, broken = [], [], []
     for size in dict.fromkeys((1, job.sizes.batches[-1])):
         videos = [video for video, _ in questions(job, size)]
         encoded = {id(video): written.encode(video) for video in {id(video): video for video in videos}.values()}
-        place = {key: index for index, key in enumerate(encoded)}
-        index = np.array([place[id(video)] for video in videos], np.int32)
+        slots = {key: slot for slot, key in enumerate(encoded)}
+        index = np.array([slots[id(video)] for video in videos], np.int32)
         for tokens in steps:
-            known = np.random.default_rng(0).integers(1, len(written.manifest.vocabulary) + 1, (size, tokens))
-            asked = (known.astype(np.int32), np.full(size, tokens, np.int32), list(encoded.values()), index)
-            heads = [vars(backend.ask(*asked)) for backend in backends.values()]
-            # Unlike Python's, this maximum lets no NaN go by.
-            away = np.max(
-                [np.abs(heads[1][key] - found).max() / np.abs(found).max() for key, found in heads[0].items()]
+            words = np.random.default_rng(0).integers(1, len(written.manifest.vocabulary) + 1, (size, tokens))
+            inputs = (words.astype(np.int32), np.full(size, tokens, np.int32), list(encoded.values()), index)
+            heads = [vars(backend.ask(*inputs)) for backend in backends.values()]
+            # np.max propagates NaN, unlike Python's max.
+            difference = np.max(
+                [np.abs(heads[1][key] - values).max() / np.abs(values).max() for key, values in heads[0].items()]
             )
-            if not away <= FORMS_AGREE:
+            if not difference <= FORM_TOLERANCE:
                 broken.append(
-                    f"written out for {tokens} tokens it answers otherwise, by {away:.1e} of the largest value"
+                    f"unrolled for {tokens} tokens, the heads differ by {difference:.1e} of the largest value"
                 )
             calls = {
                 f"{form}, {tokens} tokens": Call(
-                    functools.partial(_asked_again, backend, asked),
+                    functools.partial(_ask, backend, inputs),
                     device_seconds=functools.partial(lambda backend: backend.gpu_ms / 1e3, backend),
                 )
                 for form, backend in backends.items()
             }
             times = take_times(job, calls)
-            for name, seconds in times.items():
-                values, row = latency_row(name, "gpu", size, seconds)
-                entries.append(values)
-                rows.append(row)
+            entries += [latency_entry(name, "gpu", size, seconds) for name, seconds in times.items()]
             ratio = speed_ratio(*(times[name] for name in reversed(times))).median
             summary.append(f"{ratio:.2f} times as fast for {size} of {tokens} tokens")
     captured = {form: _graphs(backend._by_length) for form, backend in backends.items()}
     graphs = ", ".join(f"{form}: {found}" for form, found in captured.items())
     sentence = f"Written out, the network is {'; '.join(summary)}. In CUDA graphs: {graphs}."
     title = "the LSTM as a loop and written out"
-    return Found(sentence, {"timings": entries, "captured": captured}, broken, tables={title: (LATENCY_HEADER, rows)})
+    return Found(sentence, {"timings": entries, "captured": captured}, broken, tables={title: latency_table(entries)})
 
 
 def _graphs(networks: Sequence[Any]) -> str:
-    """Return whether what was asked went into CUDA graphs of ours."""
+    """Return whether the runs used CUDA graphs that the runtime captured."""
     if any(hasattr(network._trt, "CudaGraphStrategy") for network in networks):
         return "as TensorRT-RTX decides"
     programs = [program for network in networks for _, program in network.contexts.states.items()]
     return "yes" if programs and all(program.graph is not None for program in programs) else "no"
 
 
-def _asked_again(backend: Any, asked: Sequence[Any], _: object) -> Any:
-    return backend.ask(*asked)
+def _ask(backend: Any, inputs: Sequence[Any], _: object) -> Any:
+    return backend.ask(*inputs)
 
 
 def _bar_compiled(job: Job, pair: Path) -> Found:
-    """Time the FP16 pair in turns with torch.compile, which takes minutes to begin."""
-    pair = standing(pair)
+    """Time the split FP16 engine in turns with torch.compile, which compiles for minutes."""
+    pair = built_engine(pair)
     need(("torch",), "torch.compile")
     grounder = Grounder.load(pair, "cuda")
-    entries, rows, found = _against(job, grounder, questions(job, job.sizes.batches[-1]), ("compile",))
-    summary = f"One query end to end is answered {found[targets.COMPILED]:.1f} times as fast as by torch.compile."
+    entries, ratios = _against(job, grounder, questions(job, job.sizes.batches[-1]), ("compile",))
+    summary = f"One query end to end is {ratios[targets.COMPILED]:.1f} times as fast as with torch.compile."
     backend: Any = grounder.backend
-    tables = {"the bar: torch.compile": (LATENCY_HEADER, rows)}
-    return _judged(job, backend.gpu_name, summary, {targets.COMPILED: found[targets.COMPILED]}, entries, tables)
+    tables = {"the bar: torch.compile": latency_table(entries)}
+    return _judged(job, backend.gpu_name, summary, {targets.COMPILED: ratios[targets.COMPILED]}, entries, tables)
 
 
 def _one_query(grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> tuple[str, Call]:
-    """Return what is timed of ours, and how it is named: one query on an encoded video, text in and moments out."""
+    """Return the name and the call of one query on an encoded video, from text to moments."""
     alike = of_one_length(grounder, pairs)
     encoded = {id(video): grounder.encode(video) for video, _ in alike}
     known = [(encoded[id(video)], query) for video, query in alike]
@@ -318,25 +314,22 @@ def _one_query(grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> tuple[
 
 def _against(
     job: Job, grounder: Grounder, pairs: Sequence[tuple[Video, str]], kinds: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[list[str]], dict[str, float | None]]:
-    """Time one query in turns with torch, and return timings, rows of a table, and how many times as fast it is."""
+) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+    """Time one query in turns with torch baselines, and return timings and speed ratios."""
     ours, one = _one_query(grounder, pairs)
     calls = {ours: one}
     if importlib.util.find_spec("torch"):
         from train.backend import open_checkpoint
 
-        calls |= one_query(job, Grounder(open_checkpoint(job.checkpoint, device_of(job))), rivals(job, kinds))
-    entries, rows, ratios = [], [], {}
+        calls |= one_query(job, Grounder(open_checkpoint(job.checkpoint, device_of(job))), torch_baselines(job, kinds))
     times = take_times(job, calls)
-    for name, seconds in times.items():
-        values, row = latency_row(name, "end to end", 1, seconds)
-        if name != ours:
-            ratio = speed_ratio(times[ours], seconds)
-            values["times as fast"] = dataclasses.asdict(ratio)
-            ratios[name] = ratio.median
-        entries.append(values)
-        rows.append(row)
-    return entries, rows, dict(targets.fastest(ratios))
+    entries, ratios = [latency_entry(name, "end to end", 1, seconds) for name, seconds in times.items()], {}
+    for entry in entries:
+        if entry["case"] != ours:
+            ratio = speed_ratio(times[ours], times[entry["case"]])
+            entry["times as fast"] = dataclasses.asdict(ratio)
+            ratios[entry["case"]] = ratio.median
+    return entries, dict(targets.fastest(ratios))
 
 
 def _judged(
@@ -347,27 +340,26 @@ def _judged(
     timings: Sequence[Mapping[str, Any]],
     tables: Mapping[str, Table],
 ) -> Found:
-    """Return timings with their bars; a rehearsal's are not judged."""
-    # The name as CUDA tells it, which is there where nvidia-smi is not.
+    """Compare timings with their bars, which do not apply to a rehearsal. `gpu` is the name that CUDA reports."""
     entries = targets.held(gpu, found)
     values = {"timings": timings, "bars": entries, "conditions": dataclasses.asdict(system_info.conditions("after"))}
     notes = [f"{sentence}." for sentence in targets.missed(entries)] if job.rehearsal else []
     if targets.EAGER not in found and targets.COMPILED not in found:
-        notes.append("torch cannot be imported, so that nothing stands beside it.")
+        notes.append("Without torch baselines, because torch cannot be imported.")
     if any(entry["verdict"] == "not judged" for entry in entries):
-        notes.append(f"Bars in absolute times are for {', '.join(targets.CLASS)}, and this is {gpu}.")
+        notes.append(f"Absolute bars apply to {', '.join(targets.CLASS)}, not to {gpu}.")
     missed = [] if job.rehearsal else targets.missed(entries)
     return Found(" ".join([summary, *notes]), values, missed, not job.rehearsal, tables)
 
 
 def _phases(job: Job, pair: Path) -> Found:
-    """Say what takes the time of one query and of a batch, on videos that are not encoded yet, phase by phase."""
-    pair = standing(pair)
+    """Measure the phases of one query and of a batch, including encoding of the videos."""
+    pair = built_engine(pair)
     grounder = Grounder.load(pair, "cuda")
     spent: dict[int, dict[str, float]] = {}
     for size in dict.fromkeys((1, job.sizes.batches[-1])):
         pairs = questions(job, size)
-        splits = [time_phases(grounder, pairs)[1] for _ in range(MOST_WALKS)][WARM_UP_WALKS:]
+        splits = [time_phases(grounder, pairs)[1] for _ in range(PHASE_RUNS)][WARM_UP_RUNS:]
         spent[size] = {phase: 1e3 * float(np.median([split[phase] for split in splits])) for phase in splits[0]}
     header = ("phase", *(f"ms, batch {size}" for size in spent), *(f"%, batch {size}" for size in spent))
     sums = {size: sum(phases.values()) for size, phases in spent.items()}
@@ -387,8 +379,8 @@ def _phases(job: Job, pair: Path) -> Found:
 
 
 def _engine_profile(job: Job, pair: Path) -> Found:
-    """Say which layers take the time of one query and of a batch, from TensorRT's own profiler."""
-    pair = standing(pair)
+    """List the layers that take the most time of one query and of a batch, by TensorRT's profiler."""
+    pair = built_engine(pair)
     grounder = Grounder.load(pair, "cuda")
     library = importlib.import_module("tensorrt_rtx" if pair.parent.name == "tensorrt-rtx" else "tensorrt")
     if not hasattr(library, "IProfiler"):
@@ -407,7 +399,7 @@ def _engine_profile(job: Job, pair: Path) -> Found:
         profiler = Profiler()
         _profile(grounder, questions(job, size), profiler)
         if not profiler.spent:
-            raise Skip(f"{library.__name__} {library.__version__} summary the time of no layer.")
+            raise Skip(f"{library.__name__} {library.__version__} reported no layer times.")
         medians = {name: sorted(spent)[len(spent) // 2] for name, spent in profiler.spent.items()}
         total = sum(medians.values())
         top = sorted(medians.items(), key=lambda entry: -entry[1])
@@ -422,10 +414,10 @@ def _engine_profile(job: Job, pair: Path) -> Found:
 
 
 def _profile(grounder: Grounder, pairs: Sequence[tuple[Video, str]], profiler: Any) -> None:
-    """Run the network that answers pairs a few times with a profiler.
+    """Run the network of a batch a few times with a profiler, without a CUDA graph.
 
-    What is captured in a graph is not summary layer by layer, so the context of that batch is run as it is. It has no
-    graph any more then and is forgotten, by this function too: TensorRT 8 may let one context at a time have a profile.
+    Times of layers are not reported for a captured graph. The context is released afterwards, because TensorRT 8 allows
+    one context per profile.
     """
     backend: Any = grounder.backend
     grounder.ground_batch(pairs, batch_size=len(pairs))
@@ -440,17 +432,16 @@ def _profile(grounder: Grounder, pairs: Sequence[tuple[Video, str]], profiler: A
 
 
 def _other_version(job: Job, pair: Path) -> Found:
-    """An engine that another version built: refused with both versions and the command that rebuilds."""
-
-    pair = standing(pair)
+    """Open an engine of another version: the expected result is an error with the versions and the build command."""
+    pair = built_engine(pair)
     with contextlib.ExitStack() as stack:
-        place = job.output / "another-version"
-        stack.callback(shutil.rmtree, place, True)
-        place.mkdir(exist_ok=True)
+        folder = job.output / "another-version"
+        stack.callback(shutil.rmtree, folder, True)
+        folder.mkdir(exist_ok=True)
         for path in pair.parent.glob("drn.fp16.*"):
             if path.suffix in (".engine", ".onnx", ".json"):
-                shutil.copyfile(path, place / path.name)
-        copied = place / pair.name
+                shutil.copyfile(path, folder / path.name)
+        copied = folder / pair.name
         content = dict(read_sidecar(copied).content)
         content["library"] = f"{content['library'].split()[0]} 99.1.0.1"
         content["sha256"] = {**content["sha256"], copied.name: sha256(copied)}
@@ -462,13 +453,23 @@ def _other_version(job: Job, pair: Path) -> Found:
         else:
             return Found("", broken=["it was loaded"])
     lacking = [word for word in ("99.1.0.1", "export.build_engine") if word not in said]
-    return Found(f"It says: {said}", broken=[f"the message lacks {word}" for word in lacking])
+    return Found(f"Error: {said}", broken=[f"the message lacks {word}" for word in lacking])
 
 
 def _tests(job: Job, leg: Leg) -> Found:
     need(("pytest", "hypothesis"), "the test suite")
     summary = run_module(
-        job, leg, "pytest", *GPU_TESTS, "-m", "gpu or trt", "-q", "-p", "no:cacheprovider", most=240, ok=(0, 1, 5)
+        job,
+        leg,
+        "pytest",
+        *GPU_TESTS,
+        "-m",
+        "gpu or trt",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        max_seconds=240,
+        ok=(0, 1, 5),
     )
     last = [line for line in summary.splitlines() if line.strip()][-1].strip("= ")
     passed, bad = "passed" in last, "failed" in last or "error" in last
@@ -478,7 +479,7 @@ def _tests(job: Job, leg: Leg) -> Found:
 
 
 def _compare_speeds(job: Job, leg: Leg, name: str, engines: Sequence[Path]) -> Found:
-    """Time engines in turns, with eager PyTorch beside the first time; narrow precisions stand beside FP16."""
+    """Time engines in turns; those of `fp16` include INT8 and FP8, and eager PyTorch."""
     models = [path for path in engines if path.is_file()]
     if not models:
         raise Skip("No engine was built.")
@@ -488,6 +489,6 @@ def _compare_speeds(job: Job, leg: Leg, name: str, engines: Sequence[Path]) -> F
     found = benchmark_step(job, leg, f"tensorrt-{name}", models)
     if name != "fp16":
         return found
-    # Which are timed, whatever they say; one that this GPU cannot run is summary by its step.
+    # The bar counts the precisions that were timed; the build step reports one that this GPU does not support.
     entries = targets.held("", {targets.NARROW: float(len(narrow))})
     return dataclasses.replace(found, values={**found.values, "bars": entries})

@@ -13,14 +13,14 @@ import numpy as np
 
 from benchmarks.acceptance import targets
 from benchmarks.acceptance.run_config import (
-    LATENCY_HEADER,
     Job,
     annotations_of,
     device_of,
     fault,
     gpu_absent,
     judge,
-    latency_row,
+    latency_entry,
+    latency_table,
     need,
     questions,
     run_module,
@@ -38,24 +38,24 @@ from runtime.grounding.grounder import Grounder
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.acceptance.torch_baselines import Rival
+    from benchmarks.acceptance.torch_baselines import TorchBaseline
     from runtime.core.video import Video
     from train.network.model import DRN
     from train.training.dataset import TrainingData
     from train.training.stage_trainer import StageTrainer
 
-# Relative, of losses against float32 on a CPU, over a few steps at the rate that a training begins with. There, at full
-# size, float32 with other kernels was seen within 2e-7 and bfloat16 within 2e-3; float16 rounds eight times as finely.
+# Relative tolerance of losses to those in float32 on a CPU, over a few steps. Measured there at full size: float32 with
+# other kernels 2e-7, bfloat16 2e-3; float16 rounds eight times as finely.
 LOSSES = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 2e-3}
 LOSS_STEPS = 3
 # Halvings of the scale of float16 gradients, from 65,536, until they do not overflow.
-MOST_OVERFLOWS = 16
-# Relative to the largest value: TF32 and float16 both round to 5e-4, some twenty times over.
-RIVALS_AGREE = 2e-2
+MAX_OVERFLOWS = 16
+# Tolerance relative to the largest value: TF32 and float16 both round to 5e-4, about twenty times in sequence.
+BASELINE_TOLERANCE = 2e-2
 
 
 def run(job: Job, leg: Leg) -> None:
-    """Training and answers on CUDA against the CPU, and how fast torch is at its best."""
+    """Compare training and heads on CUDA with the CPU, and time the fastest torch baselines."""
     need(("torch",), "the leg")
     import torch
 
@@ -74,7 +74,7 @@ def run(job: Job, leg: Leg) -> None:
     leg.step("fault: fork", lambda: fault(job, leg, "fork", job.checkpoint))
     leg.step("fault: out of memory", lambda: fault(job, leg, "memory", job.checkpoint))
     leg.step("training speed", lambda: _training_speed(job, leg))
-    # Last, since it compiles for minutes.
+    # Last, because it compiles for minutes.
     leg.step("speed, torch.compile", lambda: torch_speed(job, ("compile",)))
 
 
@@ -91,7 +91,7 @@ def _torch_machine(job: Job) -> Found:
 
 @contextlib.contextmanager
 def _tf32(on: bool) -> Iterator[None]:
-    """Allow TF32 in place of float32, or not; on is what torch comes with, for convolutions."""
+    """Keep torch's default, which allows TF32 in convolutions, or turn TF32 off."""
     import torch
 
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -110,7 +110,7 @@ def _losses_on_cpu(job: Job, number: int) -> list[float]:
 
 
 def _compare_losses(job: Job, precision: str, on_cpu: Callable[[int], list[float]]) -> Found:
-    """Take the same steps on the CPU in float32 and on the device in `precision`, and compare the losses."""
+    """Compare the losses of the same steps on the CPU in float32 and on the device in `precision`."""
     import torch
 
     if precision == "fp16" and job.device == "cpu":
@@ -119,14 +119,13 @@ def _compare_losses(job: Job, precision: str, on_cpu: Callable[[int], list[float
     values: dict[str, Any] = {}
     worst = 0.0
     for number in (1, 2, 3):
-        wanted = on_cpu(number)
+        expected = on_cpu(number)
         with _tf32(precision != "fp32"):
-            found = _losses(job, training, number, precision, torch.device(job.device))
-        values[f"stage {number}"] = {"cpu fp32": wanted, f"{job.device} {precision}": found}
-        away = (abs(ours - theirs) / max(abs(theirs), 1e-9) for ours, theirs in zip(found, wanted))
-        worst = max(worst, *away)
+            actual = _losses(job, training, number, precision, torch.device(job.device))
+        values[f"stage {number}"] = {"cpu fp32": expected, f"{job.device} {precision}": actual}
+        worst = max(worst, *(abs(loss - other) / max(abs(other), 1e-9) for loss, other in zip(actual, expected)))
     limit = LOSSES[precision]
-    # Not `worst > limit`, which a loss that is no number would pass.
+    # Not `worst > limit`, which is false for NaN.
     broken = [] if worst <= limit else [f"a loss differs by {worst:.1e} where {limit:g} is allowed"]
     off = ", TF32 off" if precision == "fp32" else ""
     summary = (
@@ -148,51 +147,36 @@ def _training(job: Job) -> TrainingData:
 
 
 def _losses(job: Job, training: TrainingData, number: int, precision: str, device: torch.device) -> list[float]:
-    """Return the total loss of each of a few steps; stage 1 begins with fresh weights, the others with trained ones."""
+    """Return the total loss of a few steps; stage 1 starts from an untrained network, the others from a trained one."""
     from train.checkpoints import load_checkpoint
     from train.training.batch_sources import HostSource
     from train.training.trainer import fresh_model
 
     loaded = load_checkpoint(job.checkpoint)
     model = fresh_model(loaded.config, 0) if number == 1 else loaded.model()
-    trainer = _trainer(number, precision, model.to(device))
+    trainer = _trainer(number, precision, model, device)
     epoch = training.epoch(16, (0, number))[:LOSS_STEPS]
     losses = []
     for batch in HostSource(training, device).batches(epoch):
-        for _ in range(MOST_OVERFLOWS):
-            *found, _, taken = trainer.step(*batch).tolist()
-            # A step that overflowed was left out, and is taken again at half the scale.
+        for _ in range(MAX_OVERFLOWS):
+            *values, _, taken = trainer.step(*batch).tolist()
+            # A step that overflowed was skipped, and is repeated at half the scale.
             if taken:
                 break
-        losses.append(sum(found))
+        losses.append(sum(values))
     return losses
 
 
-def _trainer(number: int, precision: Any, model: DRN) -> StageTrainer:
-    from train.training.distributed import Processes
-    from train.training.options import TrainingSettings
+def _trainer(number: int, precision: Any, model: DRN, device: torch.device) -> StageTrainer:
+    from benchmarks.training import stage_trainer
     from train.training.recipes import RECIPES
-    from train.training.stage_trainer import StageTrainer
 
     recipe = RECIPES["mmaction2"]
     stage = recipe.stages[number - 1]
-    # As a training does; at the full rate Adam soon makes a difference of every rounding.
+    # As at the start of a training; at the full rate, Adam amplifies every rounding.
     stage = dataclasses.replace(stage, learning_rate=stage.learning_rate_at(0))
-    settings = TrainingSettings(
-        recipe="mmaction2",
-        stages=(stage,),
-        batch_size=16,
-        clip_norm=recipe.clip_norm,
-        losses=dataclasses.replace(recipe.losses, iou_target="all"),
-        precision=precision,
-        seed=0,
-        faithful=False,
-        processes=1,
-        synchronised=True,
-    )
-    trainer = StageTrainer(stage, settings, Processes(), model)
-    model.train()
-    return trainer
+    losses = dataclasses.replace(recipe.losses, iou_target="all")
+    return stage_trainer(stage, model, 16, device, precision, losses)
 
 
 def _torch_answers(job: Job, tf32: bool) -> Found:
@@ -205,8 +189,8 @@ def _torch_answers(job: Job, tf32: bool) -> Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """Some queries for the network: word ids and lengths, and the segments of each query's video."""
+class QueryInputs:
+    """Inputs of the network: word ids and lengths of queries, and the segments of the video of each query."""
 
     tokens: Any
     lengths: Any
@@ -214,16 +198,16 @@ class Asked:
     spans: Any
 
     @classmethod
-    def of(cls, grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> Asked:
+    def of(cls, grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> QueryInputs:
         queries = [grounder.encode_query(query) for _, query in pairs]
         return cls(*vars(collate(queries, [grounder.segments(video) for video, _ in pairs])).values())
 
 
-def rivals(job: Job, kinds: Sequence[str]) -> dict[str, Rival]:
-    """Return ways to run the network in torch; the whole network unless the name says otherwise."""
+def torch_baselines(job: Job, kinds: Sequence[str]) -> dict[str, TorchBaseline]:
+    """Return baselines that run the network in torch, with encoded videos if the name says so."""
     import torch
 
-    from benchmarks.acceptance.torch_baselines import Rival
+    from benchmarks.acceptance.torch_baselines import TorchBaseline
     from train.checkpoints import load_checkpoint
 
     model = load_checkpoint(job.checkpoint).model().to(job.device)
@@ -242,12 +226,14 @@ def rivals(job: Job, kinds: Sequence[str]) -> dict[str, Rival]:
         },
     }
     return {
-        name: Rival(model, kind, dtype, encoded) for kind in kinds for name, (dtype, encoded) in chosen[kind].items()
+        name: TorchBaseline(model, kind, dtype, encoded)
+        for kind in kinds
+        for name, (dtype, encoded) in chosen[kind].items()
     }
 
 
 def torch_speed(job: Job, kinds: Sequence[str]) -> Found:
-    """Time torch at its best: network alone by the GPU's events, with copies, and one query from text to moments."""
+    """Time torch baselines: the network by GPU events, with copies, and one query from text to moments."""
     from train.backend import open_checkpoint
 
     if job.device != "cuda":
@@ -255,89 +241,87 @@ def torch_speed(job: Job, kinds: Sequence[str]) -> Found:
             raise Skip("torch.compile is timed on a GPU only.")
         kinds = [kind for kind in kinds if kind != "graphs"]
     eager = Grounder(open_checkpoint(job.checkpoint, device_of(job)))
-    found, entries, rows, broken = rivals(job, kinds), [], [], []
-    # A CPU is so slow in half precision that only its answers are rehearsed.
-    timed = {name: rival for name, rival in found.items() if job.device == "cuda" or "FP16" not in name}
+    baselines, entries, broken = torch_baselines(job, kinds), [], []
+    # A CPU is too slow in half precision for timing.
+    timed = {name: baseline for name, baseline in baselines.items() if job.device == "cuda" or "FP16" not in name}
     for size in job.sizes.batches:
-        asked = Asked.of(eager, questions(job, size))
+        inputs = QueryInputs.of(eager, questions(job, size))
         if "compile" in kinds and size not in (job.sizes.batches[0], job.sizes.batches[-1]):
             continue
-        broken += _disagreeing(eager, found, asked)
-        placed = {name: rival.place(asked.features, asked.spans) for name, rival in timed.items()}
+        broken += _disagreeing(eager, baselines, inputs)
+        on_device = {name: baseline.to_device(inputs.features, inputs.spans) for name, baseline in timed.items()}
         boundaries = {
-            "host": {name: Call(functools.partial(_ask, timed[name], asked, place)) for name, place in placed.items()}
+            "host": {
+                name: Call(functools.partial(_ask, timed[name], inputs, arrays)) for name, arrays in on_device.items()
+            }
         }
         if job.device == "cuda":
-            boundaries["gpu"] = {name: _gpu_call(timed[name], asked, place) for name, place in placed.items()}
+            boundaries["gpu"] = {name: _gpu_call(timed[name], inputs, arrays) for name, arrays in on_device.items()}
         for boundary, calls in boundaries.items():
-            for name, seconds in take_times(job, calls).items():
-                values, row = latency_row(name, boundary, size, seconds)
-                entries.append(values)
-                rows.append(row)
-    for name, seconds in take_times(job, one_query(job, eager, timed)).items():
-        values, row = latency_row(name, "end to end", 1, seconds)
-        entries.append(values)
-        rows.append(row)
+            times = take_times(job, calls)
+            entries += [latency_entry(name, boundary, size, seconds) for name, seconds in times.items()]
+    times = take_times(job, one_query(job, eager, timed))
+    entries += [latency_entry(name, "end to end", 1, seconds) for name, seconds in times.items()]
     fastest = min((e for e in entries if e["boundary"] == "end to end"), key=lambda e: e["p50_ms"])
     summary = f"One query end to end takes {fastest['p50_ms']:.3f} ms (p50) in torch at its fastest: {fastest['case']}."
-    left_out = "" if job.device == "cuda" else " CUDA graphs were left out, which need a GPU."
+    skipped = "" if job.device == "cuda" else " CUDA graphs were skipped, because they need a GPU."
     title = f"torch: {', '.join(kinds)}"
-    return Found(summary + left_out, {"timings": entries}, broken, tables={title: (LATENCY_HEADER, rows)})
+    return Found(summary + skipped, {"timings": entries}, broken, tables={title: latency_table(entries)})
 
 
-def _ask(rival: Rival, asked: Asked, placed: Any, _: object) -> Any:
-    return rival.ask(asked.tokens, asked.lengths, placed)
+def _ask(baseline: TorchBaseline, inputs: QueryInputs, on_device: Any, _: object) -> Any:
+    return baseline.ask(inputs.tokens, inputs.lengths, on_device)
 
 
-def _gpu_call(rival: Rival, asked: Asked, placed: Any) -> Call:
-    """Return a call whose time is what the GPU's events say, inputs on the device, outputs left there."""
+def _gpu_call(baseline: TorchBaseline, inputs: QueryInputs, on_device: Any) -> Call:
+    """Return a call that is timed by GPU events, with inputs and outputs in device memory."""
     import torch
 
-    inputs = [torch.from_numpy(array).to(rival.device) for array in (asked.tokens, asked.lengths)]
+    queries = [torch.from_numpy(array).to(baseline.device) for array in (inputs.tokens, inputs.lengths)]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run(_: object) -> None:
         begin.record()
-        rival.run([*inputs, *placed])
+        baseline.run([*queries, *on_device])
         end.record()
         end.synchronize()
 
     return Call(run, device_seconds=lambda: begin.elapsed_time(end) / 1e3)
 
 
-def _disagreeing(eager: Grounder, found: Mapping[str, Rival], asked: Asked) -> list[str]:
-    """Return a clause for each rival that answers otherwise: a fast one that is wrong is no rival."""
-
-    batch = Batch(asked.tokens, asked.lengths, asked.features, asked.spans)
-    wanted = vars(eager.backend.run(batch))
+def _disagreeing(eager: Grounder, baselines: Mapping[str, TorchBaseline], inputs: QueryInputs) -> list[str]:
+    """Return a clause for each baseline with other heads."""
+    batch = Batch(inputs.tokens, inputs.lengths, inputs.features, inputs.spans)
+    expected = vars(eager.backend.run(batch))
     broken = []
-    for name, rival in found.items():
-        heads = vars(rival.heads(batch))
-        away = max(float(np.abs(heads[key] - wanted[key]).max() / np.abs(wanted[key]).max()) for key in wanted)
-        if not away <= RIVALS_AGREE:
+    for name, baseline in baselines.items():
+        heads = vars(baseline.heads(batch))
+        difference = max(
+            float(np.abs(heads[key] - expected[key]).max() / np.abs(expected[key]).max()) for key in expected
+        )
+        if not difference <= BASELINE_TOLERANCE:
             broken.append(
-                f"{name} answers otherwise, by {away:.1e} of the largest value, with {len(asked.lengths)} queries"
+                f"the heads of {name} differ by {difference:.1e} of the largest value at batch {len(inputs.lengths)}"
             )
     return broken
 
 
-def one_query(job: Job, eager: Grounder, found: Mapping[str, Rival]) -> dict[str, Call]:
-    """Return calls that answer one query, text in and moments out, about videos whose features are pooled already.
+def one_query(job: Job, eager: Grounder, baselines: Mapping[str, TorchBaseline]) -> dict[str, Call]:
+    """Return calls of one query from text to moments, on videos with pooled features.
 
-    Eager PyTorch as a Grounder has it takes them from the host, as people do; the others have them on the device.
+    The features are in host memory for the eager Grounder, and in device memory for the baselines.
     """
-
     pairs = of_one_length(eager, questions(job, 64))
     calls = {
         "eager PyTorch, FP32, features from the host": Call(lambda number: eager.ground(*pairs[number % len(pairs)]))
     }
-    singles = [Asked.of(eager, [pair]) for pair in pairs]
-    for name, rival in found.items():
-        placed = [rival.place(asked.features, asked.spans) for asked in singles]
+    singles = [QueryInputs.of(eager, [pair]) for pair in pairs]
+    for name, baseline in baselines.items():
+        on_device = [baseline.to_device(inputs.features, inputs.spans) for inputs in singles]
 
-        def answer(number: int, rival: Rival = rival, placed: Any = placed) -> Any:
+        def answer(number: int, baseline: TorchBaseline = baseline, on_device: Any = on_device) -> Any:
             video, query = pairs[number % len(pairs)]
-            heads = rival.ask(*pad_queries([eager.encode_query(query)]), placed[number % len(pairs)])
+            heads = baseline.ask(*pad_queries([eager.encode_query(query)]), on_device[number % len(pairs)])
             return to_moments(decode(heads, eager.manifest.decoding, 5)[0], video.duration)
 
         calls[name] = Call(answer)
@@ -345,14 +329,14 @@ def one_query(job: Job, eager: Grounder, found: Mapping[str, Rival]) -> dict[str
 
 
 def of_one_length(grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> list[tuple[Video, str]]:
-    """Return the pairs whose queries have as many words as most have: torch.compile takes a minute for each length."""
+    """Return the pairs of the most frequent query length, because torch.compile takes a minute per length."""
     lengths = [len(grounder.encode_query(query)) for _, query in pairs]
     chosen = max(set(lengths), key=lengths.count)
     return [pair for pair, length in zip(pairs, lengths) if length == chosen]
 
 
 def _torch_profile(job: Job) -> Found:
-    """Say which kernels take the time of one query in eager mode, and how many there are."""
+    """List the kernels that take the most time of one query in eager mode."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -384,11 +368,11 @@ def _torch_profile(job: Job) -> Found:
 
 
 def _training_speed(job: Job, leg: Leg) -> Found:
-    """Time training steps with `benchmarks.training`, and hold the delivery of batches against them."""
+    """Time training steps and the delivery of batches with `benchmarks.training`."""
     report = job.output / "training.json"
     words: list[object] = ["--data", job.data, "--checkpoint", job.checkpoint, "--device", job.device]
     words += ["--steps", 2 if job.rehearsal else 40, "--output", report]
-    run_module(job, leg, "benchmarks.training", *words, most=240)
+    run_module(job, leg, "benchmarks.training", *words, max_seconds=240)
     found = json.loads(report.read_text(encoding="utf-8"))
     step_ms = found["stage 1"]["ms per step"]
     consumed = 1e3 * found["batch size"] / step_ms

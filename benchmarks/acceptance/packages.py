@@ -1,10 +1,10 @@
-"""Read the packages that are brought to a GPU machine: wheels for its Python, and libraries in chunks.
+"""Read the packages that are copied to a GPU machine: wheels for its Python, and libraries in chunks.
 
-DIR/wheels-3.12/*.whl              what that Python lacks (`python -m benchmarks.gpu_packages`)
-DIR/tensorrt/chunk_NNN.bin         a library, cut up so that each part fits one call
-DIR/tensorrt/manifest.json         the SHA-256 of every chunk, and how the library is used
-DIR/tensorrt/unpack_carry.py       what unpacks them
-DIR/onnxruntime-gpu/...            another one, in the same form
+DIR/wheels-3.12/*.whl              packages that its Python lacks (`python -m benchmarks.gpu_packages`)
+DIR/tensorrt/chunk_NNN.bin         a library in chunks that fit into one call each
+DIR/tensorrt/manifest.json         the SHA-256 of every chunk, and the environment of the library
+DIR/tensorrt/unpack_carry.py       the script that unpacks them
+DIR/onnxruntime-gpu/...            another library
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class ChunkedLibrary:
     """A library in chunks, as its manifest describes it.
 
     Attributes:
-        name: the directory's.
-        directory: where chunks arrive.
-        sha256: of each chunk, by file name.
-        use: the shell line with the environment in which the library is used; {dest} is where it was unpacked.
+        name: name of the library and its directory.
+        directory: directory of the chunks.
+        sha256: chunk to SHA-256.
+        use: shell line with the environment of the library; {dest} is the directory that it is unpacked to.
     """
 
     name: str
@@ -48,50 +48,51 @@ class ChunkedLibrary:
 
     @property
     def arrived(self) -> list[str]:
+        """The chunks that have arrived."""
         return [name for name in self.sha256 if (self.directory / name).is_file()]
 
     @property
     def python(self) -> str:
-        """Version of the Python that comes with the library, as 3.9; empty for the machine's own."""
-        found = re.search(r"/bin/python(\d+\.\d+)", self.use)
-        return found[1] if found else ""
+        """Version of the Python that comes with the library, such as 3.9; "" for the machine's own."""
+        match = re.search(r"/bin/python(\d+\.\d+)", self.use)
+        return match[1] if match else ""
 
     def chunks(self, unpacked: Collection[str], verified: bool, failed: str) -> Chunks:
-        """Return how far the library has come."""
+        """Return the state of the library."""
         left = [name for name in self.sha256 if name not in unpacked]
         waiting = [name for name in left if (self.directory / name).is_file()]
         return Chunks(tuple(waiting), tuple(name for name in left if name not in waiting), verified, failed)
 
 
 def current_python() -> str:
-    """Return the version of this Python, as 3.12."""
+    """Return the version of this Python, such as 3.12."""
     return f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def wheels(directory: Path, python: str) -> list[Path]:
-    """Return the wheels for a version of Python, after reading each of them whole.
+    """Return the wheels for a version of Python, after checking them.
 
     Raises:
         GroundingError: there are none (code no_wheels), or one is damaged (code damaged_wheel).
     """
     folder = directory / f"wheels-{python}"
-    found = sorted(folder.glob("*.whl"))
-    if not found:
+    paths = sorted(folder.glob("*.whl"))
+    if not paths:
         raise GroundingError(
-            f"{folder} holds no wheels. Make them with "
+            f"{folder} contains no wheels. Create them with "
             f"`python -m benchmarks.gpu_packages --output {directory} --python {python}`.",
             code="no_wheels",
         )
-    for path in found:
-        with reading(path, "a wheel", DamagedWheel, "bring it again"), zipfile.ZipFile(path) as archive:
+    for path in paths:
+        with reading(path, "a wheel", DamagedWheel, "copy it again"), zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
         if bad:
-            raise DamagedWheel(f"{path} is damaged at {bad}. Bring it again.")
-    return found
+            raise DamagedWheel(f"{path} is damaged at {bad}. Copy it again.")
+    return paths
 
 
 class DamagedWheel(GroundingError):
-    """A wheel that is no whole zip file."""
+    """A wheel is a damaged zip file."""
 
     code = "damaged_wheel"
 
@@ -103,21 +104,21 @@ class ManifestError(GroundingError):
 
 
 def libraries(directory: Path) -> list[ChunkedLibrary]:
-    """Return the libraries in chunks that a directory holds, or of which it holds some chunks.
+    """Return the libraries of which a directory has some or all chunks.
 
     Raises:
-        GroundingError: a manifest cannot be read, or a chunk is not as the manifest says (code damaged_chunk).
+        GroundingError: a manifest cannot be read, or a chunk does not match it (code damaged_chunk).
     """
-    found = [_library(directory / name) for name in LIBRARIES if (directory / name).is_dir()]
-    for library in found:
+    known = [_library(directory / name) for name in LIBRARIES if (directory / name).is_dir()]
+    for library in known:
         for name in library.arrived:
             if sha256(library.directory / name) != library.sha256[name]:
                 raise GroundingError(
                     f"{library.directory / name} is damaged: its SHA-256 is not that in {MANIFEST}. "
-                    "Bring it again, or pack the library again.",
+                    "Copy it again, or pack the library again.",
                     code="damaged_chunk",
                 )
-    return found
+    return known
 
 
 def _library(directory: Path) -> ChunkedLibrary:
@@ -128,54 +129,54 @@ def _library(directory: Path) -> ChunkedLibrary:
         use = str(content["use"])
     except (TypeError, KeyError, AttributeError) as problem:
         raise ManifestError(
-            f"{path} lacks {one_line(problem)} of a list of chunks. Bring the one that the packer wrote."
+            f"{path} is not a list of chunks ({one_line(problem)}). Copy the file that the packer wrote."
         ) from problem
     odd = [name for name in hashes if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name.startswith(".")]
     if odd or not hashes:
         raise ManifestError(f"{path} names {'a chunk ' + repr(odd[0]) if odd else 'no chunk'}. Pack the library again.")
     if not (directory / UNPACK).is_file():
-        raise ManifestError(f"{directory / UNPACK} does not exist. Bring it with {MANIFEST}.")
+        raise ManifestError(f"{directory / UNPACK} does not exist. Copy it with {MANIFEST}.")
     return ChunkedLibrary(directory.name, directory, hashes, use)
 
 
 def check_whole(directory: Path, python: str) -> list[ChunkedLibrary]:
-    """Return the libraries of a directory in which nothing is missing.
+    """Return the libraries of a directory, after checking that wheels and chunks are complete.
 
     Raises:
         GroundingError: wheels or chunks are missing or damaged.
     """
     if not directory.is_dir():
-        raise GroundingError(f"{directory} is not a directory. Name the one that holds wheels and chunks.")
+        raise GroundingError(f"{directory} is not a directory. Pass that of the wheels and chunks.")
     wheels(directory, python)
-    found = libraries(directory)
-    for library in found:
+    complete = libraries(directory)
+    for library in complete:
         check_present(library, ())
         if library.python:
             wheels(directory, library.python)
-    return found
+    return complete
 
 
 def check_present(library: ChunkedLibrary, unpacked: Collection[str]) -> None:
-    """Raise GroundingError (code missing_chunk) if a chunk is neither there nor unpacked."""
+    """Raise GroundingError (code missing_chunk) if a chunk has neither arrived nor been unpacked."""
     missing = library.chunks(unpacked, False, "").missing
     if missing:
         raise GroundingError(
             f"{len(missing)} of {len(library.sha256)} chunks of {library.name} are missing in {library.directory}: "
-            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Bring them, or pass --more if later "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Copy them, or pass --more if later "
             "calls bring them.",
             code="missing_chunk",
         )
 
 
 def calls(directory: Path, python: str, max_bytes: int) -> list[list[Path]]:
-    """Return what to bring with each call, so that the first is small and none is larger than `max_bytes`.
+    """Return the files to copy with each call, so that the first is small and none is larger than `max_bytes`.
 
-    The smallest chunk comes with the wheels; every other call brings one chunk of TensorRT. Other libraries are for
-    plan B and are left out.
+    The first call brings the wheels and the smallest chunk of TensorRT, every other call one chunk. Libraries that plan
+    B needs are not included.
     """
-    found = {library.name: library for library in check_whole(directory, python)}
+    complete = {library.name: library for library in check_whole(directory, python)}
     first = [directory / f"wheels-{python}"]
-    library = found.get(TENSORRT)
+    library = complete.get(TENSORRT)
     if library is None:
         return [first]
     always = [library.directory / MANIFEST, library.directory / UNPACK]
@@ -198,24 +199,24 @@ def total_bytes(paths: Sequence[Path]) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def install(found: Sequence[Path], site: Path, present: Collection[str]) -> list[str]:
-    """Unpack the wheels of distributions that are not present; return their names. `site` is whole or not there.
+def install(paths: Sequence[Path], site: Path, present: Collection[str]) -> list[str]:
+    """Unpack wheels atomically to `site`, and return the names of their distributions.
 
     Args:
-        found: the wheels.
+        paths: the wheels.
         site: a directory for PYTHONPATH.
-        present: names of distributions that can be imported already, normalized.
+        present: normalized names of installed distributions, which are skipped.
     """
     partial = site.with_name(f".{site.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     installed = []
-    for path in found:
+    for path in paths:
         name = normalized(path.name.split("-")[0])
         if name in present:
             continue
         with zipfile.ZipFile(path) as archive:
-            # Scripts and headers are of no use on PYTHONPATH.
+            # Without scripts and headers, which PYTHONPATH does not use.
             archive.extractall(partial, [entry for entry in archive.namelist() if ".data/" not in entry])
         installed.append(name)
     shutil.rmtree(site, ignore_errors=True)
@@ -224,12 +225,12 @@ def install(found: Sequence[Path], site: Path, present: Collection[str]) -> list
 
 
 def normalized(name: str) -> str:
-    """Return the name of a distribution as PyPI compares them."""
+    """Return the normalized name of a distribution."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def unpack(library: ChunkedLibrary, verb: str, destination: Path, chunk: str = "", limit_s: float = 60.0) -> str:
-    """Unpack a chunk (verb add) or check all files (verb verify); return what went wrong, or an empty string."""
+    """Unpack a chunk (verb add) or check all files (verb verify); return the reason of a failure, or ""."""
     line = [sys.executable, str(library.directory / UNPACK), verb]
     line += [str(library.directory / chunk)] if chunk else []
     line += ["--dest", str(destination)]
@@ -238,14 +239,14 @@ def unpack(library: ChunkedLibrary, verb: str, destination: Path, chunk: str = "
     except subprocess.TimeoutExpired:
         return f"{library.name}: `{verb} {chunk}`".rstrip() + f" took over {limit_s:.0f} s"
     if result.returncode:
-        said = (result.stderr.strip() or result.stdout.strip() or "nothing").splitlines()
-        bad = [entry for entry in said if not entry.startswith(("export ", "chunks "))]
-        return f"{library.name} could not be unpacked ({verb} {chunk}): {(bad or said)[-1][:200]}"
+        lines = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()
+        errors = [entry for entry in lines if not entry.startswith(("export ", "chunks "))]
+        return f"{library.name} could not be unpacked ({verb} {chunk}): {(errors or lines)[-1][:200]}"
     return ""
 
 
 def environment(library: ChunkedLibrary, destination: Path) -> tuple[dict[str, str], str]:
-    """Return the environment variables that a library needs, and the Python that runs it (empty: the machine's own)."""
+    """Return the environment variables of a library, and the path of its Python ("" for the machine's own)."""
     words, _, comment = library.use.replace("{dest}", str(destination)).partition("#")
     variables = dict(word.split("=", 1) for word in shlex.split(words) if "=" in word)
     python = next((word for word in comment.split() if os.path.basename(word).startswith("python")), "")

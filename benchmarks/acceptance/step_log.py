@@ -1,7 +1,7 @@
-"""Record the steps of an acceptance run on disk, each before the next begins.
+"""Record the steps of each leg of an acceptance run in LEG.json, and write reports of these files.
 
-A leg is a list of steps in a file of its own, LEG.json. A step keeps a promise, breaks it, fails, is skipped with a
-reason, or only measures. Reports are made of these files alone.
+The outcome of a step is kept (its check passed), broken (its check failed), failed (an error), skipped, or measured
+(without a check).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ log = logging.getLogger("drn")
 
 FORMAT = "drn-gpu/2"
 Outcome = Literal["kept", "measured", "broken", "failed", "skipped"]
-# A leg that has ended says finished or skipped; one that was cut off, or ran chosen steps only, goes on where it was.
+# A leg in the state unfinished or chosen (only chosen steps ran) can resume.
 State = Literal["unfinished", "finished", "skipped", "chosen"]
 BAD = ("broken", "failed")
-# A step in which a leg is cut off so many times hangs, and must not keep it from the next.
-MOST_TRIES = 2
+# A step in which a leg was cut off this many times is skipped.
+MAX_TRIES = 2
 
 
 class Skip(Exception):
-    """A step or a leg cannot run here; the message says why."""
+    """A step or a leg cannot run on this machine, for the reason in the message."""
 
 
 class OutOfTime(Exception):
-    """A leg's time is over before its last step."""
+    """The time limit of a leg has passed before its last step."""
 
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -45,14 +45,14 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a step came to.
+    """The result of a step.
 
     Attributes:
-        told: in a sentence.
-        values: for the JSON file.
-        broken: promises that do not hold, a clause each.
-        judged: whether there was a promise at all.
-        tables: header and rows, for the Markdown report, by their titles.
+        told: one sentence.
+        values: values for the JSON file.
+        broken: a clause for each check that failed.
+        judged: whether the step has a check.
+        tables: title to header and rows, for the Markdown report.
     """
 
     told: str
@@ -63,12 +63,12 @@ class Found:
 
 
 def no_promise(told: str, values: Mapping[str, Any] | None = None, tables: Mapping[str, Table] | None = None) -> Found:
-    """Return what was measured where nothing was promised."""
+    """Return the result of a step without a check."""
     return Found(told, values or {}, judged=False, tables=tables or {})
 
 
 class Leg:
-    """One leg, as far as it has come. Its file is written at every change, whole or not at all."""
+    """The state of a leg; every change is written to its file atomically."""
 
     def __init__(
         self,
@@ -78,14 +78,14 @@ class Leg:
         deadline: float | None = None,
         chosen: Collection[str] = (),
     ) -> None:
-        """Go on with what `path` holds if that was cut off under the same settings, else begin.
+        """Resume from `path` if a leg with the same settings was cut off, else start.
 
         Args:
             path: LEG.json.
-            name: of the leg.
+            name: name of the leg.
             about: command, settings and machine, for the file.
-            deadline: when no further step begins, in seconds since the epoch.
-            chosen: steps to take; all if empty.
+            deadline: time after which no step starts, in seconds since the epoch.
+            chosen: steps to run; all if empty.
         """
         self.path, self.deadline, self.chosen = path, deadline, frozenset(chosen)
         self.content: dict[str, Any] = {
@@ -100,14 +100,16 @@ class Leg:
             "steps": [],
         }
         if path.is_file():
-            found = read_leg(path)
-            if found["state"] in ("unfinished", "chosen") and found["about"].get("settings") == about.get("settings"):
-                self.content["steps"] = found["steps"]
-                # A step that is still running was ended with its process.
-                self.content["cut_off"] = [*found.get("cut_off", []), *filter(None, [found["running"]])]
+            recorded = read_leg(path)
+            same = recorded["about"].get("settings") == about.get("settings")
+            if recorded["state"] in ("unfinished", "chosen") and same:
+                self.content["steps"] = recorded["steps"]
+                # The process of a step that is recorded as running was killed.
+                self.content["cut_off"] = [*recorded.get("cut_off", []), *filter(None, [recorded["running"]])]
         self.save()
 
     def save(self) -> None:
+        """Write the file."""
         write_json(self.path, _plain(self.content))
 
     @property
@@ -116,13 +118,13 @@ class Leg:
         return float("inf") if self.deadline is None else self.deadline - time.time()
 
     def step(self, name: str, function: Callable[[], Found]) -> bool:
-        """Take a step unless it was taken before the leg was cut off, and return whether all is well.
+        """Run a step, unless it ran before the leg was cut off. Errors are recorded, and do not stop the leg.
 
-        A step that was not chosen is left out, which counts as not well. Whatever goes wrong is written down and no
-        obstacle to the next step.
+        Returns:
+            Whether its outcome is kept or measured; False for a step that was not chosen.
 
         Raises:
-            OutOfTime: the deadline has passed, or came before the step could be judged.
+            OutOfTime: the deadline has passed before the step had an outcome.
         """
         for entry in self.content["steps"]:
             if entry["name"] == name:
@@ -131,14 +133,14 @@ class Leg:
             return False
         if self.left <= 0:
             raise OutOfTime
-        if self.content["cut_off"].count(name) >= MOST_TRIES:
+        if self.content["cut_off"].count(name) >= MAX_TRIES:
             function = _hanging
         self.content["running"] = name
         self.save()
         log.info("%s: %s ...", self.content["leg"], name)
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
-            entry = {"name": name, **_taken(function), "seconds": round(time.perf_counter() - began, 2)}
+            entry = {"name": name, **_taken(function), "seconds": round(time.perf_counter() - started, 2)}
         except OutOfTime:
             self.content["running"] = None
             self.save()
@@ -150,17 +152,17 @@ class Leg:
         return entry["outcome"] not in (*BAD, "skipped")
 
     def end(self, state: State, told: str = "") -> None:
-        """Say how the leg ended."""
+        """Record the end of the leg."""
         self.content.update(state=state, told=told, running=None)
         self.save()
 
 
 def _hanging() -> Found:
-    raise GroundingError("It was cut off twice when the time of the leg was over, and is not tried again.")
+    raise GroundingError(f"The leg was cut off in this step {MAX_TRIES} times. Repeat with a higher --limit.")
 
 
 def _taken(function: Callable[[], Found]) -> dict[str, Any]:
-    """Return the outcome of a step, whatever it raises but an interruption or the end of the leg's time."""
+    """Run a step and return its entry; exceptions other than interruptions and `OutOfTime` become an outcome."""
     try:
         found = function()
     except OutOfTime:
@@ -172,8 +174,8 @@ def _taken(function: Callable[[], Found]) -> dict[str, Any]:
     except GroundingError as error:
         return _entry("failed", str(error))
     except Exception as error:
-        log.exception("This should not have happened:")
-        first = (str(error).strip() or "without a word").splitlines()[0]
+        log.exception("Unexpected error:")
+        first = (str(error).strip() or "no message").splitlines()[0]
         return _entry("failed", f"{type(error).__name__}: {first}")
     if found.broken:
         return _entry("broken", f"{found.told} Broken: {'; '.join(found.broken)}.".strip(), found)
@@ -181,12 +183,12 @@ def _taken(function: Callable[[], Found]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON can hold it: what is no number becomes its name, where it was measured as such."""
+    """Return a value for JSON; numbers that are not finite become text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
-    # NumPy's scalars are no numbers to JSON.
+    # The json module does not support NumPy scalars.
     value = value.item() if hasattr(value, "item") else value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -205,38 +207,42 @@ def _entry(outcome: Outcome, told: str, found: Found | None = None) -> dict[str,
 
 
 def read_leg(path: Path) -> dict[str, Any]:
-    """Return the content of a leg's file; ModelFileError if it is none."""
+    """Return the content of LEG.json.
+
+    Raises:
+        ModelFileError: the file has another format.
+    """
     content = read_json(path, "results of a leg", ModelFileError)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ModelFileError(f"{path} should hold the results of a leg and does not; remove it and run the leg again.")
+        raise ModelFileError(
+            f"{path}: expected results of a leg ({FORMAT}), got another format. Remove it and run the leg again.",
+            code="unknown_format",
+        )
     return content
 
 
 def record_crash(path: Path, code: int) -> bool:
-    """Write down that the process of a leg ended by itself with `code`; return whether the leg can go on behind it."""
+    """Record that the process of a leg ended with `code` in a step; return whether the leg can continue after it."""
     content = read_leg(path)
     step = content["running"]
     if content["state"] != "unfinished" or step is None:
         return False
-    told = f"The process ended with code {code} in this step, where it should have gone on."
-    content["steps"].append({"name": step, **_entry("failed", told), "seconds": None})
+    summary = f"The process ended with code {code} in this step."
+    content["steps"].append({"name": step, **_entry("failed", summary), "seconds": None})
     content["running"] = None
     write_json(path, content)
     return True
 
 
 def kept(content: Mapping[str, Any]) -> bool:
-    """Return whether a leg ran to its end, or that of its chosen steps, kept every promise, and did anything at all.
-
-    A skip is never a pass.
-    """
+    """Return whether a leg ended without a failed check or error, and at least one step was not skipped."""
     outcomes = [step["outcome"] for step in content["steps"]]
     done = any(outcome in ("kept", "measured") for outcome in outcomes)
     return content["state"] in ("finished", "chosen") and done and not any(outcome in BAD for outcome in outcomes)
 
 
 def gather(directory: Path, legs: Sequence[str], machine: Mapping[str, Any], name: str) -> tuple[Path, Path]:
-    """Write all legs of a directory into one JSON file and a Markdown report, and return where."""
+    """Write all legs of a directory to a JSON file and a Markdown report, and return both paths."""
     contents = [read_leg(path) for leg in legs if (path := directory / f"{leg}.json").is_file()]
     today = date.today().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -249,17 +255,17 @@ def gather(directory: Path, legs: Sequence[str], machine: Mapping[str, Any], nam
 
 
 def verdict(content: Mapping[str, Any]) -> str:
-    """Return in a phrase how a leg ended."""
+    """Return a phrase for the end of a leg."""
     outcomes = [step["outcome"] for step in content["steps"]]
     counts = {outcome: outcomes.count(outcome) for outcome in ("kept", "measured", *BAD, "skipped")}
-    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "no step"
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "no step"
     if content["state"] == "skipped":
         return f"skipped: {content['told']}"
     if content["state"] == "unfinished":
         where = f" in “{content['running']}”" if content["running"] else ""
-        return f"not finished, cut off{where} ({told}); the same command goes on"
-    part = "of the chosen steps " if content["state"] == "chosen" else ""
-    return f"{part}{'every promise is kept' if kept(content) else 'NOT KEPT'} ({told})"
+        return f"not finished, cut off{where} ({summary}); repeat the command to continue"
+    part = "chosen steps " if content["state"] == "chosen" else ""
+    return f"{part}{'passed' if kept(content) else 'FAILED'} ({summary})"
 
 
 def markdown(whole: Mapping[str, Any]) -> str:

@@ -6,19 +6,20 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Bars in absolute times are for GPUs of this class.
+# Absolute bars apply to these GPUs only.
 CLASS = ("H100", "H200", "B200", "B300")
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One figure that was promised.
+    """A performance target.
 
     Attributes:
-        name: what is measured.
-        limit, unit: of it.
-        at_most: whether the limit is the most it may be, and not the least.
-        absolute: whether it holds for GPUs of `CLASS` alone.
+        name: measured quantity.
+        limit: maximum or minimum.
+        unit: unit of the quantity and the limit.
+        at_most: whether the limit is a maximum.
+        absolute: whether it applies to GPUs of `CLASS` only.
     """
 
     name: str
@@ -29,10 +30,11 @@ class Bar:
 
     @property
     def wanted(self) -> str:
+        """The target as text."""
         return f"at {'most' if self.at_most else 'least'} {self.limit:,g} {self.unit}"
 
     def met(self, found: float) -> bool:
-        """What is no number meets nothing."""
+        """Return whether a value meets the target; NaN does not."""
         return found <= self.limit if self.at_most else found >= self.limit
 
 
@@ -54,15 +56,15 @@ BARS = {
         Bar(DELIVERY, 20, "times as many"),
     )
 }
-# By how the names of rivals begin.
-RIVALS = {"eager": EAGER, "CUDA graphs": GRAPHS, "torch.compile": COMPILED}
+# Start of the name of a baseline to its bar.
+BASELINES = {"eager": EAGER, "CUDA graphs": GRAPHS, "torch.compile": COMPILED}
 HEADER = ("bar", "wanted", "found", "verdict")
-# How figures are written, by unit; ratios and counts to two places.
+# Unit to format; two decimals for others.
 _DIGITS = {"ms": ",.3f", "pairs a second": ",.0f"}
 
 
 def held(gpu: str, found: Mapping[str, float | None]) -> list[dict[str, Any]]:
-    """Return for each bar that was measured on a GPU of this name what came of it, for the JSON file."""
+    """Compare measurements on a GPU of this name with their bars, as entries for the JSON file."""
     entries = []
     for name, value in found.items():
         bar = BARS[name]
@@ -84,27 +86,26 @@ def missed(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def told(entry: Mapping[str, Any]) -> str:
-    """Return what was found, as people read it."""
+    """Return the measured value as text."""
     value, unit = entry["found"], BARS[entry["bar"]].unit
     return f"{value:{_DIGITS.get(unit, ',.2f')}} {unit}" if isinstance(value, (float, int)) else "not known"
 
 
 def fastest(ratios: Mapping[str, float]) -> dict[str, float]:
-    """Return for each bar that a ratio by the name of a rival belongs to that of the fastest rival, the smallest.
-
-    Those count that run the whole network, as people do; encoded videos are ours, and stand beside.
-    """
+    """Return for each bar the ratio to the fastest of its baselines, without those on encoded videos."""
     found: dict[str, float] = {}
     for name, ratio in ratios.items():
-        for word, bar in RIVALS.items():
+        for word, bar in BASELINES.items():
             if name.startswith(word) and "encoded" not in name:
                 found[bar] = min(ratio, found.get(bar, ratio))
     return found
 
 
 def of_two_runs(legs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the ratios to torch where it was timed in another leg, as it is beside a TensorRT for which Python is too
-    new that has a torch: median by median, on one machine, but not in turns."""
+    """Return the ratios to torch baselines of another leg, as ratios of medians.
+
+    TensorRT and torch run in separate legs if no version of Python supports both.
+    """
     steps = [step["values"] for leg in legs for step in leg["steps"]]
     ours = [entry["found"] for values in steps for entry in values.get("bars", ()) if entry["bar"] == P50]
     theirs = {
@@ -117,7 +118,7 @@ def of_two_runs(legs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def rows(legs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return a row of `HEADER` for every bar there is, from the steps of all legs."""
+    """Return a row of `HEADER` for every bar, from the steps of all legs."""
     entries = {entry["bar"]: entry for leg in legs for step in leg["steps"] for entry in step["values"].get("bars", ())}
     for name, found in of_two_runs(legs).items():
         verdict = "met" if BARS[name].met(found) else "MISSED"

@@ -1,4 +1,4 @@
-"""Make the directory of wheels and chunks that a lease is given."""
+"""Create a directory of wheels and chunks for tests of leases."""
 
 from __future__ import annotations
 

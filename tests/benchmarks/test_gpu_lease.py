@@ -1,4 +1,4 @@
-"""`benchmarks/gpu_lease.sh`: calls go on where the last one ended, and what is wrong is refused before work begins."""
+"""Test `benchmarks.gpu_lease`: calls resume, and invalid input is rejected before a task starts."""
 
 from __future__ import annotations
 

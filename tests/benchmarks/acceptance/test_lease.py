@@ -1,4 +1,4 @@
-"""The planner of a lease, simulated: whatever tasks and calls take, nothing begins that cannot end in time."""
+"""Test `benchmarks.acceptance.lease` in simulations: no task starts that cannot end in time."""
 
 from __future__ import annotations
 

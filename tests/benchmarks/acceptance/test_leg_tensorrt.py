@@ -1,4 +1,4 @@
-"""The leg that a GPU is rented for, on a stand-in for it: every step runs to its end, and says what it found."""
+"""Test the leg `tensorrt` on doubles: every step runs, and its result is recorded."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def test_report_lists_every_target_with_verdict(ran: Job) -> None:
     _, report = gather(ran.output, ("tensorrt",), {}, "stand-in")
     text = report.read_text()
     rows = [line.strip("| ").split(" | ") for line in text.partition("## The bar")[2].splitlines() if " | " in line]
-    found = {row[0]: row[-1] for row in rows[: len(targets.BARS) + 2] if row[0] != targets.HEADER[0]}
+    actual = {row[0]: row[-1] for row in rows[: len(targets.BARS) + 2] if row[0] != targets.HEADER[0]}
     # Called an H100, which takes 3 ms for the network and is made of a CPU of any speed.
-    assert found.pop(targets.GPU_PART) == "MISSED"
-    assert found.pop(targets.DELIVERY) == found.pop(targets.NARROW) == "not measured"
-    assert set(found) == {"---", *targets.BARS} - {targets.GPU_PART, targets.DELIVERY, targets.NARROW}
-    assert set(found.values()) <= {"---", "met", "MISSED"}
+    assert actual.pop(targets.GPU_PART) == "MISSED"
+    assert actual.pop(targets.DELIVERY) == actual.pop(targets.NARROW) == "not measured"
+    assert set(actual) == {"---", *targets.BARS} - {targets.GPU_PART, targets.DELIVERY, targets.NARROW}
+    assert set(actual.values()) <= {"---", "met", "MISSED"}
     for title in (
         "### the bar",
         "### the bar: torch.compile",
@@ -119,9 +119,9 @@ def test_lstm_forms_agree_and_query_each_video_once(ran: Job, monkeypatch: pytes
     monkeypatch.setattr(
         leg_tensorrt, "questions", lambda job, count: list(itertools.islice(itertools.cycle(two), count))
     )
-    found = leg_tensorrt._lstm_forms(ran, ran.output / "tensorrt" / "drn.fp16.query.engine")
-    assert len(found.broken) == 2 * len(unrolled_tokens(ran))
-    assert quotes(found.broken[0], "nan")
+    actual = leg_tensorrt._lstm_forms(ran, ran.output / "tensorrt" / "drn.fp16.query.engine")
+    assert len(actual.broken) == 2 * len(unrolled_tokens(ran))
+    assert quotes(actual.broken[0], "nan")
     assert set(numbers) == {(1, 1), (2, 2)}
 
 
@@ -150,10 +150,10 @@ def test_baseline_from_another_run_is_marked() -> None:
         {"timings": [timing("torch.compile, FP16", 0.1, "gpu"), timing("torch.compile, FP16", 9.0, queries=32)]},
     )
     engine = leg({"bars": [{"bar": targets.P50, "found": 0.2, "verdict": "met"}]})
-    found = {row[0]: row[2:] for row in targets.rows([torch, engine])}
-    assert found[targets.EAGER] == ["20.00 times as fast", "met, of two runs"]
-    assert found[targets.GRAPHS] == ["1.50 times as fast", "MISSED, of two runs"]
-    assert found[targets.COMPILED] == ["", "not measured"]
+    actual = {row[0]: row[2:] for row in targets.rows([torch, engine])}
+    assert actual[targets.EAGER] == ["20.00 times as fast", "met, of two runs"]
+    assert actual[targets.GRAPHS] == ["1.50 times as fast", "MISSED, of two runs"]
+    assert actual[targets.COMPILED] == ["", "not measured"]
     # Where both took turns, that counts.
     beside = leg({"bars": [{"bar": targets.EAGER, "found": 25.0, "verdict": "met"}]})
     assert {row[0]: row[3] for row in targets.rows([torch, engine, beside])}[targets.EAGER] == "met"
@@ -167,12 +167,12 @@ def test_target_values_come_from_recorded_timings(ran: Job) -> None:
     (bar,) = [entry for entry in values["bars"] if entry["bar"] == targets.GRAPHS]
     assert bar["found"] == timings["CUDA graphs, FP32"]["times as fast"]["median"]
     # Text in and moments out takes longer than what of it the GPU has.
-    found = {entry["bar"]: entry["found"] for entry in values["bars"]}
-    assert found[targets.GPU_PART] == pytest.approx(3.0)
+    actual = {entry["bar"]: entry["found"] for entry in values["bars"]}
+    assert actual[targets.GPU_PART] == pytest.approx(3.0)
     rates = {entry["queries"]: entry["queries_per_s"] for entry in values["timings"] if entry["boundary"] != "gpu"}
     most = leg_tensorrt.BULK_BATCHES * ran.sizes.batches[-1]
     assert rates.keys() == {1, ran.sizes.batches[-1], most}
-    assert found[targets.RATE] == rates[most]
+    assert actual[targets.RATE] == rates[most]
 
 
 def test_rejected_engines_are_timed_and_their_layers_listed(ran: Job, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_rejected_engines_are_timed_and_their_layers_listed(ran: Job, tmp_path: 
     timed = engines.time_rejected(job, "tensorrt")
     assert list(timed.broken) == []
     assert [entry["case"] for entry in timed.values["timings"]] == [plan.name]
-    assert engines.standing(folder / "drn.fp16.video.engine") == plan
+    assert engines.built_engine(folder / "drn.fp16.video.engine") == plan
     layers_path(plan).write_bytes(b"damaged")
     assert engines.layers_step(job, "tensorrt", "fp16").broken
 
@@ -209,9 +209,9 @@ def test_lease_builds_engines_without_a_data_set(ran: Job, monkeypatch: pytest.M
     monkeypatch.setattr(engines, "run_module", run)
     job = dataclasses.replace(ran, order="lease")
     leg = Leg(ran.output / "other.json", "tensorrt", {})
-    found = engines.build(job, leg, "tensorrt", "fp16", True)
+    actual = engines.build(job, leg, "tensorrt", "fp16", True)
     # What is rejected is no obstacle to the steps that judge and time it.
-    assert found.broken == ["The engine is not fp16"]
+    assert actual.broken == ["The engine is not fp16"]
     assert "--data" not in seen[0]
     engines.build(job, leg, "tensorrt", "int8", True)
     assert seen[1][seen[1].index("--calib-method") + 1] == "percentile"

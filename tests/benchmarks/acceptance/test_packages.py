@@ -1,4 +1,4 @@
-"""Wheels and chunks: what is missing or damaged is refused before anything is unpacked."""
+"""Test `benchmarks.acceptance.packages`: missing or damaged wheels and chunks are rejected."""
 
 from __future__ import annotations
 

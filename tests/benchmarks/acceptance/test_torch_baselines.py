@@ -1,11 +1,11 @@
-"""What engines are held against on a GPU answers as the network does."""
+"""Test `benchmarks.acceptance.torch_baselines`: baselines return the heads of the network."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks.acceptance.torch_baselines import Asked, side_by_side, unpacked
+from benchmarks.acceptance.torch_baselines import JoinedHeads, joined_heads, unpacked
 from tests import tolerances
 from tests.export.conftest import lively
 from train.network.model import DRNConfig
@@ -22,10 +22,10 @@ def tokens() -> torch.Tensor:
 def test_unpacked_lstm_equals_packed_lstm(tokens: torch.Tensor) -> None:
     model = lively(CONFIG).eval()
     with torch.inference_mode():
-        wanted = model.query_encoder.words(tokens, LENGTHS)
-        found = unpacked(model).query_encoder.words(tokens, LENGTHS)
+        expected = model.query_encoder.words(tokens, LENGTHS)
+        actual = unpacked(model).query_encoder.words(tokens, LENGTHS)
     for row, length in enumerate(LENGTHS):
-        torch.testing.assert_close(found[row, :length], wanted[row, :length], rtol=0, atol=tolerances.HEADS)
+        torch.testing.assert_close(actual[row, :length], expected[row, :length], rtol=0, atol=tolerances.HEADS)
 
 
 @pytest.mark.parametrize("encoded", [False, True])
@@ -35,7 +35,8 @@ def test_unpacked_baseline_equals_network_heads(tokens: torch.Tensor, encoded: b
     edges = torch.arange(CONFIG.num_segments + 1) / CONFIG.num_segments
     spans = torch.stack((edges[:-1], edges[1:]), 1).expand(len(LENGTHS), -1, -1)
     with torch.inference_mode():
-        wanted = side_by_side(model(tokens, LENGTHS, features, spans))
-        rival = unpacked(model)
-        found = Asked(rival, encoded)(tokens, LENGTHS, rival.prop_fc(features) if encoded else features, spans)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerances.HEADS * wanted.abs().max().item())
+        expected = joined_heads(model(tokens, LENGTHS, features, spans))
+        baseline = unpacked(model)
+        inputs = baseline.prop_fc(features) if encoded else features
+        actual = JoinedHeads(baseline, encoded)(tokens, LENGTHS, inputs, spans)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerances.HEADS * expected.abs().max().item())
