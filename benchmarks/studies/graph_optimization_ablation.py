@@ -128,7 +128,7 @@ def _by_level(graph: ExportableDRN, model: DRN) -> None:
     lengths = [model.config.num_segments // stride for stride in model.config.strides]
     scales = head.scales.split(lengths)
     for block in graph.fpn.layer_blocks:
-        block.beyond = 0
+        block.extra = 0
 
     class Levels(nn.Module):
         def __init__(self) -> None:
@@ -212,14 +212,14 @@ def _one_dimension(graph: ExportableDRN, model: DRN) -> None:
 
 
 class _Flat(ExportableConv):
-    def _convolved(self, inputs: Tensor) -> Tensor:
+    def _convolve(self, inputs: Tensor) -> Tensor:
         weight = self.weight[:, :, 0]
         return functional.conv1d(
             inputs.squeeze(2), weight, self.bias, self.stride[1], self.padding[1], groups=self.groups
         ).unsqueeze(2)
 
-    def _longer(self, inputs: Tensor) -> Tensor:
-        return self._convolved(functional.pad(inputs, (0, self.beyond)))
+    def _convolve_longer(self, inputs: Tensor) -> Tensor:
+        return self._convolve(functional.pad(inputs, (0, self.extra)))
 
 
 def _matrix_product(graph: ExportableDRN, model: DRN) -> None:
