@@ -207,7 +207,7 @@ def _bar(job: Job, pair: Path) -> Found:
     summary = (
         f"One query end to end: p50 {latency['p50_ms']:.3f} ms, p99 {ms(latency['p99_ms'])} ms, on the GPU {part:.3f} "
         f"ms; {rate:,.0f} pairs a second at batch {size}, of {len(many)} pairs of {len({query for _, query in known})} "
-        f"sentences. In CUDA graphs: {_graphs(backend._by_length)}."
+        f"sentences. In CUDA graphs: {_graphs(backend._active_plans)}."
     )
     return _judged(job, backend.gpu_name, summary, absolute | ratios, entries, {"the bar": latency_table(entries)})
 
@@ -236,11 +236,11 @@ def _lstm_forms(job: Job, pair: Path) -> Found:
     pair = built_engine(pair)
     loop, written = (Grounder.load(pair, "cuda") for _ in range(2))
     backends: dict[str, Any] = {"loop": loop.backend, "written out": written.backend}
-    steps = [network.query_length[2] for network in backends["written out"]._by_length[:-1]]
+    steps = [network.query_length[2] for network in backends["written out"]._active_plans[:-1]]
     if not steps:
         raise Skip("No engine was built for short queries.")
     # The last plan accepts queries of any length.
-    backends["loop"]._by_length = backends["loop"]._by_length[-1:]
+    backends["loop"]._active_plans = backends["loop"]._active_plans[-1:]
     for backend in backends.values():
         backend.time_gpu(True)
     entries, summary, broken = [], [], []
@@ -272,7 +272,7 @@ def _lstm_forms(job: Job, pair: Path) -> Found:
             entries += [latency_entry(name, "gpu", size, seconds) for name, seconds in times.items()]
             ratio = speed_ratio(*(times[name] for name in reversed(times))).median
             summary.append(f"{ratio:.2f} times as fast for {size} of {tokens} tokens")
-    captured = {form: _graphs(backend._by_length) for form, backend in backends.items()}
+    captured = {form: _graphs(backend._active_plans) for form, backend in backends.items()}
     graphs = ", ".join(f"{form}: {found}" for form, found in captured.items())
     sentence = f"Written out, the network is {'; '.join(summary)}. In CUDA graphs: {graphs}."
     title = "the LSTM as a loop and written out"

@@ -328,7 +328,7 @@ def test_failed_check_of_a_command_is_reported_verbatim(tmp_path: Path, monkeypa
         acceptance.run_module(job, leg, "breaks")
     module.write_text(SLOW)
     with raises(GroundingError, "out_of_time", "python -m breaks"):
-        acceptance.run_module(job, leg, "breaks", most=1)
+        acceptance.run_module(job, leg, "breaks", max_seconds=1)
 
 
 @pytest.mark.usefixtures("default_signals")
@@ -342,8 +342,8 @@ def test_command_out_of_time_is_retried_not_failed(tmp_path: Path, monkeypatch: 
         (package / "__init__.py").touch()
     monkeypatch.setattr(acceptance, "ROOT", tmp_path)
     late: list[Callable[[Leg], Any]] = [
-        lambda leg: acceptance.run_module(job, leg, "slow", most=100),
-        lambda leg: acceptance.run_module(job, leg, "slow", most=100, ok=(0, 130)),
+        lambda leg: acceptance.run_module(job, leg, "slow", max_seconds=100),
+        lambda leg: acceptance.run_module(job, leg, "slow", max_seconds=100, ok=(0, 130)),
         lambda leg: acceptance.fault(job, leg, "fork", tmp_path / "drn.pt"),
     ]
     for start in late:
@@ -353,7 +353,7 @@ def test_command_out_of_time_is_retried_not_failed(tmp_path: Path, monkeypatch: 
         assert read_leg(path)["steps"] == []
     # Half of its time is enough for what is of use as far as it came.
     leg = Leg(path, "torch", SETTINGS, deadline=time.time() + 9)
-    assert "kept" in acceptance.run_module(job, leg, "slow", most=6, ok=(0, 130))
+    assert "kept" in acceptance.run_module(job, leg, "slow", max_seconds=6, ok=(0, 130))
 
 
 def test_background_leg_interrupts_its_commands_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_lstm_forms_agree_and_query_each_video_once(ran: Job, monkeypatch: pytes
         numbers.append((len({video.key for video in videos}), len(videos)))
         heads = ask(pair, tokens, lengths, videos, index)
         # What is not a number is no agreement, whichever head it is in.
-        if len(pair._by_length) > 1:
+        if len(pair._active_plans) > 1:
             heads.iou_logits[...] = np.nan
         return heads
 
