@@ -334,7 +334,7 @@ def test_split_build_pair_equals_unsplit_model(model: Path, planted: Path) -> No
 
 def test_build_rejects_model_part_as_input(model: Path, planted: Path) -> None:
     write_split_model(*split_graph(onnx.load(model)), model)
-    with raises(ModelFileError, "model_part", model.with_name("drn.query.onnx"), "(query)"):
+    with raises(ModelFileError, "model_part", model.with_name("drn.query.onnx"), "query part"):
         build_engine(model.with_name("drn.query.onnx"), precision="fp16", data=planted)
 
 
