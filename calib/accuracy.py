@@ -19,7 +19,7 @@ from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq
 from calib.range_estimation import METHODS, ActivationStatistics, Method
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.core.agreement import FLIP_THRESHOLDS, compare_answers
-from runtime.core.video import Segments
+from runtime.core.pooling import Segments
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.evaluation import Evaluation, evaluate
 from runtime.grounding.grounder import Grounder

@@ -47,10 +47,11 @@ from runtime.backends import open_backend
 from runtime.backends.base import Backend, PairBackend
 from runtime.core.errors import GroundingError
 from runtime.core.moments import Moment, temporal_iou
+from runtime.core.pooling import Segments
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
-from runtime.core.video import Segments, Video
+from runtime.core.video import Video
 from runtime.grounding.grounder import Grounder
 
 __all__ = [

@@ -20,7 +20,7 @@ from runtime.core.decoding import Protocol
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import atomic_write, check_report, write_json
 from runtime.core.metrics import Report, format_table, prior_report
-from runtime.core.video import Segments
+from runtime.core.pooling import Segments
 from runtime.datasets.dataset import DataSet, Invalid, one_per_moment
 from runtime.datasets.schema import Annotation
 from runtime.grounding.evaluation import Evaluation, used_fallback

@@ -17,7 +17,7 @@ from runtime.core.io.atomic_files import check_writable, locked, write_json
 from runtime.core.io.input_files import merges_names, read_json
 from runtime.core.io.text_files import check_format
 from runtime.core.names import folded
-from runtime.core.video import ClipTiming
+from runtime.core.pooling import ClipTiming
 from runtime.datasets.charades_sta import DURATIONS, FRAMES
 from runtime.datasets.dataset import FEATURE_DIRECTORY, NOTES
 from runtime.datasets.validation import MAX_NAME_BYTES, file_stem, is_file_name

@@ -37,10 +37,11 @@ from runtime.core.decoding import Decoding
 from runtime.core.errors import FeatureError, GroundingError, ModelFileError
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import read_json
+from runtime.core.pooling import ClipTiming
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Window, Windows
 from runtime.core.tokenizer import Vocabulary
-from runtime.core.video import ClipTiming, load_features
+from runtime.core.video import load_features
 from runtime.corpus.feature_sources import DirectorySource, ParquetSource
 from runtime.corpus.queries import read_questions
 from runtime.corpus.sharding import FORMAT as CORPUS_FORMAT

@@ -14,7 +14,8 @@ import pytest
 
 from runtime.core.errors import GroundingError
 from runtime.core.io.torch_reader import check, load
-from runtime.core.video import ClipTiming, load_features
+from runtime.core.pooling import ClipTiming
+from runtime.core.video import load_features
 from runtime.corpus.feature_sources import ParquetSource
 from runtime.datasets.dataset import DataSet
 from runtime.service.http_errors import HttpError

@@ -16,8 +16,8 @@ from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import AnnotationError, FeatureError, GroundingError, MissingFeatures, OutputError, excerpt
 from runtime.core.io.atomic_files import Staging, content_names, locked
 from runtime.core.io.digests import sha256
+from runtime.core.pooling import ClipTiming
 from runtime.core.tokenizer import Vocabulary, tokenize, word_table
-from runtime.core.video import ClipTiming
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.datasets.feature_stores import HDF5_SUFFIXES, FeatureStore, open_store
 from runtime.datasets.qvhighlights import DESCRIPTION, FORMAT, WORDS

@@ -15,7 +15,8 @@ from runtime.core.decoding import PUBLISHED_COUNT
 from runtime.core.errors import GroundingError
 from runtime.core.metrics import IOU_THRESHOLDS, Report, format_table, report
 from runtime.core.moments import Moment
-from runtime.core.video import ClipTiming, Video
+from runtime.core.pooling import ClipTiming
+from runtime.core.video import Video
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.grounder import Grounder
 

@@ -11,7 +11,7 @@ from typing import Any
 from runtime.artifacts.manifest import Features
 from runtime.core.errors import FeatureError, GroundingError, ModelFileError, VideoFileError, invalid_setting, reading
 from runtime.core.io.text_files import check_format, is_number
-from runtime.core.video import ClipTiming
+from runtime.core.pooling import ClipTiming
 
 FORMAT = "drn-extractor/1"
 METADATA_KEY = "drn.extractor"

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 from runtime.core.decoding import Decoding
 from runtime.core.errors import ModelFileError, invalid_setting, reading
 from runtime.core.io.text_files import check_format, parse_json
+from runtime.core.pooling import ClipTiming, Pooling
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
-from runtime.core.video import ClipTiming, Pooling
 
 FORMAT = "drn-manifest/1"
 ADVICE = "export the model again with `python -m export.to_onnx`"

@@ -12,7 +12,7 @@ from runtime.backends.base import Backend, PairBackend
 from runtime.core.batch import Batch, Heads, stack_segments
 from runtime.core.errors import FeatureError, ModelFileError, printable_line
 from runtime.core.nvtx_ranges import marked
-from runtime.core.video import Segments
+from runtime.core.pooling import Segments
 
 Encoding = Union[Segments, EncodedVideo]
 """Input of a network for one window: segments (T, D), or the encoding (D, T) of a split model; and spans (T, 2)."""

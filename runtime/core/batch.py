@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from runtime.core.video import Segments
+from runtime.core.pooling import Segments
 
 # Tensors between the two parts of a split model; see `calib.graph.split_model`.
 ENCODED_FEATURES, VIDEO_INDEX = "encoded_features", "video_index"

@@ -10,7 +10,8 @@ import numpy as np
 
 from runtime.core.decoding import Proposals
 from runtime.core.errors import GroundingError, from_fields, invalid_setting
-from runtime.core.video import MAX_DURATION_S, ClipTiming
+from runtime.core.pooling import ClipTiming
+from runtime.core.video import MAX_DURATION_S
 
 # Quantile of the durations of training videos and moments that sets length and overlap of windows.
 QUANTILE = 0.95

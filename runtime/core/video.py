@@ -8,7 +8,7 @@ import numbers
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 
@@ -19,22 +19,14 @@ from runtime.core.errors import (
     check_argument,
     check_path,
     excerpt,
-    invalid_setting,
     reading,
 )
 from runtime.core.io.array_files import load_array, read_archive
 from runtime.core.io.input_files import check_file
-from runtime.core.pooling import max_over_rows
-
-Pooling = Literal["mmaction2", "drn"]
+from runtime.core.pooling import ClipTiming, Pooling, Segments, pool_segments
 
 log = logging.getLogger("drn")
 
-# Relative difference of clips and frames that gives a warning, and ratio and difference that give an error. Published
-# files lack up to a few clips, and rounding changes short videos by one or two.
-CLOCK_SLACK = 0.1
-MAX_CLIP_RATIO = 1.5
-MAX_CLIP_DIFFERENCE = 2
 # Videos of Charades have 6 to 120 frames per second, those of TACoS 29.4.
 MIN_FRAME_RATE, MAX_FRAME_RATE = 1, 240
 # Maximum ratio to the median frame rate of a data set, below which there is no warning; Charades has 0.2 to 4.
@@ -51,43 +43,6 @@ LARGE_FEATURE = 1000.0
 NEGLIGIBLE = 1e-6
 # Larger files are memory-mapped: two hours of C3D features have 369 MB.
 MAPPED_BYTES = 1 << 26
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipTiming:
-    """The frames behind a clip feature: `window` frames, one clip every `stride` frames (C3D: 16 and 8)."""
-
-    window: int = 16
-    stride: int = 8
-
-    def __post_init__(self) -> None:
-        if self.window < 1 or self.stride < 1:
-            raise FeatureError(
-                f"Expected a clip window and stride of at least 1 frame, got {self.window} and {self.stride}. Correct "
-                "the clip timing.",
-                code="invalid_clip_timing",
-            )
-
-    def __str__(self) -> str:
-        return f"{self.window} frames a clip, one every {self.stride}"
-
-    def num_clips(self, num_frames: int) -> int:
-        """Return the number of complete windows in `num_frames` frames, at least one."""
-        return max(1, (num_frames - self.window) // self.stride + 1)
-
-    def num_frames(self, num_clips: int) -> int:
-        """Return the number of frames in `num_clips` windows; the video may have up to `stride` - 1 more."""
-        return (num_clips - 1) * self.stride + self.window
-
-    def fits(self, num_frames: int, num_clips: int) -> bool:
-        """Return whether a video of `num_frames` frames has `num_clips` clips, up to a small difference."""
-        expected = self.num_clips(num_frames)
-        return abs(expected - num_clips) <= max(1, CLOCK_SLACK * expected)
-
-    def contradicts(self, num_frames: int, num_clips: int) -> bool:
-        """Return whether features of `num_clips` clips must have another timing or belong to another video."""
-        low, high = sorted((self.num_clips(num_frames), num_clips))
-        return high > MAX_CLIP_RATIO * low and high - low > MAX_CLIP_DIFFERENCE
 
 
 @dataclasses.dataclass(eq=False)
@@ -168,19 +123,6 @@ def check_frame_rate(
             "Expected about %.3g frames per second for %s, the median of its data set, got %s. %s",
             usual_rate, name, actual, advice, extra={"code": "frame_rate_out_of_range"},
         )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Segments:
-    """The input of the network for one video.
-
-    Attributes:
-        features: (T, D), element-wise maximum of the clips of each segment; float32 from `Video.segments`.
-        spans: (T, 2) float64, starts and ends as fractions of the video.
-    """
-
-    features: np.ndarray
-    spans: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,44 +253,6 @@ class Video:
         else:
             self.origin.check_clock(self.name, self.counted, clock)
         check_varies(self.features, self.name)
-
-
-def pool_segments(
-    features: np.ndarray, num_frames: int, num_segments: int, pooling: Pooling, clock: ClipTiming
-) -> Segments:
-    """Return the segments of (num_clips, D) features of `num_frames` frames; see `Video.segments`."""
-    first, last, spans = segment_rows(num_frames, num_segments, pooling, clock)
-    return Segments(max_over_rows(features, first, last).astype(np.float32, copy=False), spans)
-
-
-def segment_rows(
-    num_frames: int, num_segments: int, pooling: Pooling, clock: ClipTiming
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the clips and the spans of the segments of a video; see `Video.segments` for the rules.
-
-    Args:
-        num_frames: length in frames.
-        num_segments: T.
-        pooling: rule for borders and clips.
-        clock: clip timing of the features.
-
-    Returns:
-        (T,) indices of the first clips, (T,) indices of the last clips, and (T, 2) float64 spans as fractions.
-    """
-    if pooling == "mmaction2":
-        step = (num_frames - 1) / num_segments
-        borders = (step * np.arange(num_segments + 1)).astype(np.int64)
-        # T * ((N - 1) / T) may round to less than N - 1, which is the last border by definition.
-        borders[-1] = num_frames - 1
-        starts, ends = borders[:-1], borders[1:]
-        return starts // clock.stride, ends // clock.stride, np.stack((starts, ends), 1) / num_frames
-    if pooling == "drn":
-        borders = np.floor(np.linspace(1, num_frames, num_segments + 1)).astype(np.int64)
-        starts, ends = borders[:-1], borders[1:]
-        first = starts // clock.stride
-        last = np.where(ends - starts <= clock.window, first, np.maximum(first, (ends - 1) // clock.stride))
-        return first, last, np.stack((starts, ends), 1) / num_frames
-    raise invalid_setting("'mmaction2' or 'drn' for pooling", pooling, "correct the argument", FeatureError)
 
 
 def load_features(path: str | os.PathLike[str]) -> np.ndarray:

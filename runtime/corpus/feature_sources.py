@@ -17,7 +17,8 @@ from runtime.core.io.array_files import MAX_AXES, check_unfolded
 from runtime.core.io.digests import content_stamp, json_digest
 from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import is_number
-from runtime.core.video import ClipTiming, Origin, Video, check_frame_rate
+from runtime.core.pooling import ClipTiming
+from runtime.core.video import Origin, Video, check_frame_rate
 from runtime.corpus.parquet_check import check_metadata
 from runtime.corpus.parquet_pages import decompressed_bytes
 from runtime.datasets.dataset import COUNTED_VIDEOS, DataSet, median_rate

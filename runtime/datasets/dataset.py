@@ -20,8 +20,9 @@ from runtime.core.errors import AnnotationError, FeatureError, GroundingError, a
 from runtime.core.io.digests import json_digest, sha256
 from runtime.core.io.input_files import check_directory, check_file, read_json
 from runtime.core.io.text_files import is_number
+from runtime.core.pooling import ClipTiming
 from runtime.core.tokenizer import Vocabulary, word_table
-from runtime.core.video import ClipTiming, Origin, Video, check_frame_rate
+from runtime.core.video import Origin, Video, check_frame_rate
 from runtime.datasets.charades_sta import FEATURE_DIRECTORY as FEATURE_DIRECTORY
 from runtime.datasets.feature_stores import FeatureStore, open_store
 from runtime.datasets.formats import Annotation as Annotation

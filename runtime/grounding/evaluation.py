@@ -23,8 +23,8 @@ from runtime.core.decoding import (
 from runtime.core.errors import GroundingError, ModelFileError, QueryError, excerpt
 from runtime.core.metrics import Report, report
 from runtime.core.moments import to_moments
+from runtime.core.pooling import Segments
 from runtime.core.tokenizer import Vocabulary
-from runtime.core.video import Segments
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 

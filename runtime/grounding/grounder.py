@@ -26,9 +26,10 @@ from runtime.core.errors import (
 )
 from runtime.core.moments import Moment
 from runtime.core.nvtx_ranges import marked
+from runtime.core.pooling import Segments, pool_segments
 from runtime.core.prefetch import prefetch
 from runtime.core.sliding_windows import Window, Windows, split_into_windows
-from runtime.core.video import LARGE_FEATURE, Segments, Video, pool_segments
+from runtime.core.video import LARGE_FEATURE, Video
 from runtime.grounding.moment_decoder import MomentDecoder
 from runtime.grounding.requests import (
     VideoInput,

@@ -10,7 +10,8 @@ import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.core.errors import FeatureError, GroundingError, QueryError, ShapeError, check_argument, excerpt
-from runtime.core.video import Segments, Video
+from runtime.core.pooling import Segments
+from runtime.core.video import Video
 
 VideoInput = Union[Video, EncodedVideo, EncodedWindows]
 

@@ -19,8 +19,9 @@ from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import json_digest, sha256
 from runtime.core.io.input_files import check_file, read_json
 from runtime.core.io.text_files import is_number
+from runtime.core.pooling import ClipTiming
 from runtime.core.prefetch import prefetch
-from runtime.core.video import ClipTiming, Video, load_features
+from runtime.core.video import Video, load_features
 from runtime.datasets.validation import MAX_FRAME_RATE
 from runtime.media.extractors import Extractor
 from runtime.media.frames import clips

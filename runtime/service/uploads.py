@@ -23,7 +23,8 @@ from runtime.backends.base import Device
 from runtime.core.errors import FeatureError, OutputError, one_line
 from runtime.core.io.atomic_files import locked
 from runtime.core.io.digests import content_stamp, file_stamp
-from runtime.core.video import ClipTiming, Origin, Video, load_features
+from runtime.core.pooling import ClipTiming
+from runtime.core.video import Origin, Video, load_features
 from runtime.datasets.dataset import DataSet
 from runtime.media.extraction import cache_directory
 from runtime.service.http_errors import HttpError, unknown_video

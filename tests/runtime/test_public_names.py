@@ -21,7 +21,7 @@ from runtime import (
     open_backend,
     temporal_iou,
 )
-from runtime.core.video import ClipTiming
+from runtime.core.pooling import ClipTiming
 from tests.raising import check_error
 
 WRONG: dict[str, Any] = {

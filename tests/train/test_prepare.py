@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import AnnotationError, CheckpointError, FeatureError, GroundingError, OutputError
-from runtime.core.video import ClipTiming
+from runtime.core.pooling import ClipTiming
 from runtime.datasets.dataset import DataSet, one_per_moment
 from tests.annotated import write_activitynet, write_qvhighlights, write_tacos
 from tests.raising import quotes, raises, records

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.video import ClipTiming
+from runtime.core.pooling import ClipTiming
 from runtime.datasets.dataset import FEATURE_DIRECTORY
 
 STATEMENT = "The features are simulated: recall on this data set is not comparable with published numbers."

@@ -20,10 +20,10 @@ from runtime.core.batch import Batch, collate
 from runtime.core.errors import AnnotationError, FeatureError, OutputError, QueryError
 from runtime.core.io.array_files import load_array
 from runtime.core.io.atomic_files import atomic_write
-from runtime.core.pooling import max_over_rows
+from runtime.core.pooling import Segments, max_over_rows, segment_rows
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
-from runtime.core.video import Segments, check_features, check_varies, segment_rows
+from runtime.core.video import check_features, check_varies
 from runtime.datasets.dataset import Annotation, DataSet
 
 log = logging.getLogger("drn")

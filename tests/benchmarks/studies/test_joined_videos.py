@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.studies.joined_videos import join_videos, joined_videos
-from runtime.core.video import ClipTiming, Video
+from runtime.core.pooling import ClipTiming
+from runtime.core.video import Video
 
 
 def test_join_videos_parts_match_frame_positions() -> None:

@@ -11,9 +11,9 @@ import pytest
 from runtime.artifacts.manifest import FORMAT, Features, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.errors import ModelFileError
+from runtime.core.pooling import ClipTiming
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
-from runtime.core.video import ClipTiming
 from tests.raising import raises
 
 

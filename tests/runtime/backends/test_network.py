@@ -10,7 +10,7 @@ import pytest
 from runtime.backends.network import SplitNetwork, UnsplitNetwork, network_of
 from runtime.core.batch import Batch, pad_queries
 from runtime.core.errors import FeatureError, ModelFileError
-from runtime.core.video import Segments
+from runtime.core.pooling import Segments
 from tests.raising import raises
 from tests.runtime.artifacts.test_encoded_video import PlantedPair
 

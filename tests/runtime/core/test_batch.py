@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.core.batch import Batch, collate
-from runtime.core.video import Segments
+from runtime.core.pooling import Segments
 
 
 def segments(value: float, dtype: type = np.float32) -> Segments:

@@ -20,8 +20,8 @@ from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import HARD_NMS_MARGIN, Decoding
 from runtime.core.errors import FeatureError, ModelFileError
 from runtime.core.moments import temporal_iou
+from runtime.core.pooling import ClipTiming
 from runtime.core.sliding_windows import split_into_windows
-from runtime.core.video import ClipTiming
 from tests.raising import raises
 from tests.runtime.artifacts.test_encoded_video import PlantedPair
 from tests.runtime.grounding.test_grounder import CHANNELS, PAIRS

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.core.errors import FeatureError
-from runtime.core.pooling import max_over_rows
-from runtime.core.video import ClipTiming, Origin, Video, load_features, pool_segments, segment_rows
+from runtime.core.pooling import ClipTiming, max_over_rows, pool_segments, segment_rows
+from runtime.core.video import Origin, Video, load_features
 from tests.raising import check_error, raises
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import AnnotationError, DeviceError, GroundingError
-from runtime.core.video import ClipTiming, Video
+from runtime.core.pooling import ClipTiming
+from runtime.core.video import Video
 from runtime.corpus.feature_sources import DataSetSource, VideoRef, open_source
 from runtime.datasets.dataset import NOTES, DataSet
 from tests.annotated import write_qvhighlights

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import FeatureError
-from runtime.core.video import ClipTiming
+from runtime.core.pooling import ClipTiming
 from runtime.corpus.feature_sources import ParquetSource
 from runtime.corpus.parquet_pages import decompressed_bytes
 from tests.raising import quotes

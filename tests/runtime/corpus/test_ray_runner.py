@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.core.video import ClipTiming, Video
+from runtime.core.pooling import ClipTiming
+from runtime.core.video import Video
 from runtime.corpus.feature_sources import open_source
 from runtime.corpus.job import ground
 from runtime.corpus.sharding import Settings

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import AnnotationError, FeatureError
-from runtime.core.video import ClipTiming, check_frame_rate
+from runtime.core.pooling import ClipTiming
+from runtime.core.video import check_frame_rate
 from runtime.datasets.dataset import CHECKED_VIDEOS, Annotation, DataSet
 from runtime.evaluate import evaluate
 from runtime.rank import rank

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import DeviceError, FeatureError, MissingFeatures, excerpt
-from runtime.core.video import ClipTiming, load_features
+from runtime.core.pooling import ClipTiming
+from runtime.core.video import load_features
 from runtime.datasets.dataset import DataSet
 from runtime.datasets.feature_stores import FeatureArchive, FeatureFiles, open_store
 from tests.raising import raises, records

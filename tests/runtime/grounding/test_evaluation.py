@@ -17,7 +17,7 @@ from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.errors import FeatureError, GroundingError, OutputError
 from runtime.core.metrics import METRICS, metric_names
-from runtime.core.video import ClipTiming
+from runtime.core.pooling import ClipTiming
 from runtime.datasets.dataset import DataSet
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.grounding.evaluation import evaluate, predictions

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.errors import DeviceError, GroundingError, VideoFileError
-from runtime.core.video import ClipTiming
+from runtime.core.pooling import ClipTiming
 from runtime.infer import infer
 from runtime.media import container
 from runtime.media import video_file as footage_module

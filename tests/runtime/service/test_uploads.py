@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from runtime import Grounder, Video
 from runtime.core.errors import OutputError
 from runtime.core.io.atomic_files import LOCK
-from runtime.core.video import ClipTiming
+from runtime.core.pooling import ClipTiming
 from runtime.datasets.dataset import DataSet
 from runtime.service.http_errors import HttpError
 from runtime.service.multipart import read_form

@@ -14,8 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.core.pooling import max_over_rows
-from runtime.core.video import ClipTiming, segment_rows
+from runtime.core.pooling import ClipTiming, max_over_rows, segment_rows
 from tests.tolerances import GRADIENTS, HEADS, LOSSES
 from train.network.losses import (
     Losses,

@@ -27,8 +27,8 @@ from runtime.artifacts.manifest import Features
 from runtime.core.decoding import Decoding
 from runtime.core.errors import AnnotationError, CheckpointError, GroundingError, OutputError
 from runtime.core.metrics import prior_report
+from runtime.core.pooling import Segments
 from runtime.core.tokenizer import Vocabulary
-from runtime.core.video import Segments
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.datasets.presets import PRESETS
 from runtime.grounding.evaluation import evaluate
