@@ -133,15 +133,20 @@ def channel_energies(model: onnx.ModelProto, policy: QuantizationPolicy | None =
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    groups = {node.name: entry.i for node in model.graph.node for entry in node.attribute if entry.name == "group"}
     energies: dict[str, np.ndarray] = {}
     for op in find_quantizable_ops(model, policy or QuantizationPolicy()):
         if op.tensor is not None:
             squares = numpy_helper.to_array(constants[op.weight]).astype(np.float64) ** 2
-            is_conv = squares.ndim > 2
-            # The other axis of a matrix, and axis 1 of a kernel, has the input channels.
-            channels = 1 if is_conv else 1 - op.axis
-            energy = squares.sum(axis=tuple(axis for axis in range(squares.ndim) if axis != channels))
-            energies[op.tensor] = energies.get(op.tensor, 0) + (energy[:, None, None] if is_conv else energy)
+            if squares.ndim > 2:
+                # A kernel of (O, C / groups, taps) reads C channels, each group its own.
+                outputs, inputs = squares.shape[:2]
+                count = groups.get(op.node, 1)
+                by_group = squares.reshape(count, outputs // count, inputs, -1)
+                energy = by_group.sum(axis=(1, 3)).reshape(-1, 1, 1)
+            else:
+                energy = squares.sum(axis=op.axis)
+            energies[op.tensor] = energies.get(op.tensor, 0) + energy
     return energies
 
 
