@@ -51,6 +51,7 @@ def stood_in(job: Job, leg: str = "tensorrt") -> Iterator[None]:
         changes |= {
             "runtime.backends.tensorrt_backend.Cuda": gpu,
             "runtime.backends.cuda_driver.Cuda": gpu,
+            "benchmarks.acceptance.leg_tensorrt.cuda_gpu": lambda: Gpu("NVIDIA double"),
             "export.engine.builder.cuda_gpu": lambda: Gpu("NVIDIA double"),
             "export.engine.builder.unavailable_reason": lambda target: (
                 None if target == "tensorrt" else "It is not installed."
