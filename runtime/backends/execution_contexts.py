@@ -164,7 +164,10 @@ class ExecutionContexts:
 
     def save_kernels(self) -> None:
         """Write the kernels that TensorRT-RTX has compiled; other engines contain theirs."""
-        content = self._cache.serialize() if self._cache is not None else None
+        # Only TensorRT-RTX has this enum, and runtime caches.
+        if not hasattr(self._trt, "CudaGraphStrategy") or self._cache is None:
+            return
+        content = self._cache.serialize()
         if content is not None:
             self._kernels.write(bytes(content))
 

@@ -151,7 +151,7 @@ def compare(
     reference.
 
     Example:
-        drn compare drn.onnx drn.fp16.onnx drn.int8.onnx --data charades --markdown comparison.md
+        python -m runtime.benchmarking.compare drn.onnx drn.fp16.onnx drn.int8.onnx --data charades
 
     Args:
         models: .onnx, .engine or .pt files, the reference first. For a split model give the query part.

@@ -61,9 +61,9 @@ def test_help_has_groups_and_plain_metavars(capsys: pytest.CaptureFixture[str]) 
 
 
 def function_of(module: str) -> Any:
-    package, _, name = module.partition(".")
+    package, _, name = module.rpartition(".")
     return getattr(importlib.import_module(module), "seal_model", None) or contract_recorder._function(
-        package, name or "__main__"
+        package or name, name if package else "__main__"
     )
 
 
