@@ -53,7 +53,9 @@ def place(tmp_path: Path) -> Path:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    """Return the content of each file by its path in the directory, without the bytecode that Python writes."""
+    paths = (path for path in directory.rglob("*") if path.is_file() and path.parent.name != "__pycache__")
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 def changed(graph: Path, **values: Any) -> Path:
