@@ -81,15 +81,22 @@ class Vocabulary:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def encode(self, sentence: str, unheard: Counter[str] | None = None, check_content: bool = False) -> np.ndarray:
+    def encode(
+        self,
+        sentence: str,
+        unknown_words: Counter[str] | None = None,
+        check_content: bool = False,
+        unheard: Counter[str] | None = None,
+    ) -> np.ndarray:
         """Return the (L,) int32 ids of a sentence, L at least 1.
 
         Args:
             sentence: the query.
-            unheard: counter to which unknown words are added, for callers that warn once with `tell`; with None, a
-                warning names them.
+            unknown_words: counter to which unknown words are added, for callers that warn once with `tell`; with None,
+                a warning names them.
             check_content: reject sentences with content words of which none is known. The published code accepts
                 them, so sentences of data sets are not checked.
+            unheard: deprecated name of `unknown_words`.
 
         Raises:
             QueryError: the sentence is empty, or one word is unknown under `error`, or no word is known, or no content
@@ -124,8 +131,9 @@ class Vocabulary:
                     f"The model does not know {named} in {excerpt(sentence)}. Use words of its training set.",
                     code="unknown_words",
                 )
-            if unheard is not None:
-                unheard.update(unknown)
+            counter = unheard if unknown_words is None else unknown_words
+            if counter is not None:
+                counter.update(unknown)
             else:
                 log.warning("The model does not know %s in %r. %s", named, sentence, self._treatment)
         return np.array(ids, np.int32)

@@ -113,9 +113,10 @@ def test_encode_known_content_or_none_is_accepted(sentence: str) -> None:
 
 
 def test_encode_counts_unknown_content_words_of_data_sets() -> None:
-    unheard: Counter[str] = Counter()
-    assert Vocabulary(WORDS).encode("the dirigible", unheard).tolist() == [3]
-    assert unheard == {"dirigible": 1}
+    unknown_words: Counter[str] = Counter()
+    assert Vocabulary(WORDS).encode("the dirigible", unknown_words).tolist() == [3]
+    assert Vocabulary(WORDS).encode("the dirigible", unheard=unknown_words).tolist() == [3]
+    assert unknown_words == {"dirigible": 2}
 
 
 def test_encode_message_stays_bounded() -> None:
@@ -199,11 +200,11 @@ def test_word_table_is_lower_case_sorted_by_frequency() -> None:
 
 
 def test_counted_unknown_words_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    vocabulary, unheard = Vocabulary(WORDS), Counter[str]()
+    vocabulary, unknown_words = Vocabulary(WORDS), Counter[str]()
     for number in range(14):
-        assert vocabulary.encode(f"person sings word{number}", unheard).tolist() == [1]
+        assert vocabulary.encode(f"person sings word{number}", unknown_words).tolist() == [1]
     assert not caplog.records
-    vocabulary.tell(unheard)
+    vocabulary.tell(unknown_words)
     (record,) = caplog.records
     assert quotes(record.getMessage(), "'sings', 'word0'", 5)
     vocabulary.tell(Counter())
