@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from calib.graph.precision_audit import PrecisionStats
+from export.engine.builder import check_options
 from export.engine.precision_verdict import ExpectedPrecision, Verdict, check_size, engine_verdict, require
 from runtime.artifacts.engine_layers import (
     CONTRADICTED,
@@ -20,30 +22,60 @@ from runtime.artifacts.engine_layers import (
     read_layers,
     read_layers_file,
 )
-from runtime.core.errors import CheckFailed
+from runtime.core.errors import CheckFailed, DeviceError
 from tests.export.engine.inspector_doubles import Writer, document, layers
+from tests.export.engine.test_builder import options, stand_in
 from tests.raising import quotes, raises
 
 VERSIONS = ("8.6", "10.16", "11.4", "1.7")
 FP16 = ExpectedPrecision("fp16", PrecisionStats({"prop_fc": {"fp16": 9}, "backbone_net.layers.0": {"fp16": 5}}, {}))
 INT8 = ExpectedPrecision("int8", PrecisionStats({"prop_fc": {"int8": 9}, "query_encoder.W1": {"fp16": 1}}, {}))
-# Scenario, expected precision, and whether a context can be created; then counts and verdict for each version.
-# docs/engines.md shows this table.
-TABLE: dict[str, tuple[str, ExpectedPrecision, bool, tuple[tuple[str, str], ...]]] = {
-    "dynamic shapes": ("convolutions", FP16, True, (("4 in fp16", PROVEN),) * 4),
-    "generated kernels": (
-        "generated", FP16, True, (("6 of unknown type", NOT_PROVEN), *((("6 in fp16", PROVEN),) * 3)),
+# 100 MB in FP16.
+SIZED = dataclasses.replace(FP16, fp32_weight_bytes=200_000_000)
+PLAN_BYTES = 100_000_000
+NO_SUCH_PLANS = ("no such plans", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table in docs/quantization.md.
+
+    Attributes:
+        scenario: key of `inspector_doubles.SCENARIOS`.
+        cells: counts and verdict for each of `VERSIONS`.
+        expected: expected precision.
+        context: whether a context can be created.
+        plan_bytes: size of the plan.
+    """
+
+    scenario: str
+    cells: tuple[tuple[str, str], ...]
+    expected: ExpectedPrecision = FP16
+    context: bool = True
+    plan_bytes: int = 0
+
+
+UNKNOWN, GENERATED = ("6 of unknown type", NOT_PROVEN), ("6 in fp16", PROVEN)
+TABLE = {
+    "dynamic shapes": Row("convolutions", (("4 in fp16", PROVEN),) * 4),
+    "generated kernels": Row("generated", (UNKNOWN, GENERATED, GENERATED, GENERATED)),
+    "generated kernels, no context": Row("generated", (UNKNOWN, UNKNOWN, GENERATED, GENERATED), context=False),
+    "one ForeignNode": Row("foreign", (("1 ForeignNode that shows nothing", NOT_PROVEN),) * 4),
+    "mixed": Row("mixed", (("4 in fp16, 1 ForeignNode that shows nothing", NOT_PROVEN),) * 4),
+    "int8 with FP16 borders": Row("int8", (("4 in int8, 2 in fp16", PROVEN),) * 4, INT8),
+    "FP32 under an FP16 name": Row("wide", (("30 in fp32", CONTRADICTED),) * 4),
+    "layer names only": Row("names", (("none that multiplies is shown", NOT_PROVEN),) * 4),
+    # 11.4's lean runtime has 105 MB. TensorRT-RTX has no such plans.
+    "version-compatible": Row(
+        "convolutions",
+        (*((("4 in fp16", PROVEN),) * 3), NO_SUCH_PLANS),
+        dataclasses.replace(SIZED, version_compatible=True),
+        plan_bytes=PLAN_BYTES + 105_000_000,
     ),
-    "generated kernels, no context": (
-        "generated", FP16, False,
-        (*((("6 of unknown type", NOT_PROVEN),) * 2), *((("6 in fp16", PROVEN),) * 2)),
+    "weights stored once for each of two profiles": Row(
+        "convolutions", (("4 in fp16", NOT_PROVEN),) * 4, SIZED, plan_bytes=2 * PLAN_BYTES
     ),
-    "one ForeignNode": ("foreign", FP16, True, (("1 ForeignNode that shows nothing", NOT_PROVEN),) * 4),
-    "mixed": ("mixed", FP16, True, (("4 in fp16, 1 ForeignNode that shows nothing", NOT_PROVEN),) * 4),
-    "int8 with FP16 borders": ("int8", INT8, True, (("4 in int8, 2 in fp16", PROVEN),) * 4),
-    "FP32 under an FP16 name": ("wide", FP16, True, (("30 in fp32", CONTRADICTED),) * 4),
-    "layer names only": ("names", FP16, True, (("none that multiplies is shown", NOT_PROVEN),) * 4),
-}  # fmt: skip
+}
 
 
 def inspection(version: str, scenario: str, context: bool = True, hides: bool = False) -> Inspection:
@@ -57,16 +89,23 @@ def inspection(version: str, scenario: str, context: bool = True, hides: bool = 
 @pytest.mark.parametrize("row", TABLE)
 @pytest.mark.parametrize("column", range(len(VERSIONS)), ids=VERSIONS)
 def test_layer_stats_and_verdict_match_table_per_version(row: str, column: int) -> None:
-    scenario, expected_precision, context, cells = TABLE[row]
-    counted, verdict = engine_verdict(inspection(VERSIONS[column], scenario, context), expected_precision, 0)
-    assert (str(counted), verdict.name) == cells[column]
+    known = TABLE[row]
+    if known.cells[column] == NO_SUCH_PLANS:
+        with raises(DeviceError, "inapplicable_option", "--version-compatible"):
+            check_options(options(target="tensorrt-rtx", version_compatible=True), stand_in("1.7.1")[0])
+        return
+    found = inspection(VERSIONS[column], known.scenario, known.context)
+    counted, verdict = engine_verdict(found, known.expected, known.plan_bytes)
+    assert (str(counted), verdict.name) == known.cells[column]
 
 
 def test_documentation_table_matches_computed_verdicts() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "engines.md").read_text(encoding="utf-8")
-    for row, (_, _, _, cells) in TABLE.items():
-        shown = " | ".join(f"{counted}: **{verdict}**" for counted, verdict in cells)
+    text = (Path(__file__).parents[3] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    for row, known in TABLE.items():
+        shown = " | ".join(f"{counted}: **{verdict}**" if verdict else counted for counted, verdict in known.cells)
         assert f"| {row} | {shown} |" in text
+    _, verdict = engine_verdict(None, FP16, 0, "the plan is for another GPU")
+    assert f"| for another GPU, or built without one | | | | not opened: **{verdict.name}** |" in text
 
 
 @pytest.mark.parametrize("version", VERSIONS)
