@@ -28,8 +28,8 @@ PRESENT = (
     "torch", "onnx", "onnxruntime", "numpy", "matplotlib", "tqdm",
     "ml-dtypes", "packaging", "typing-extensions", "sympy", "protobuf",
 )  # fmt: skip
-# Other requirements of this repository; torch's exporter requires onnxscript.
-ROOTS = ("nltk", "tyro", "onnxscript")
+# Other requirements of this repository; torch's exporter requires onnxscript, and reports of builds jinja2.
+ROOTS = ("nltk", "tyro", "onnxscript", "jinja2")
 # The Python that comes with TensorRT's chunks has NumPy only, and no torch supports it.
 ROOTS_BESIDE_TENSORRT = ("nltk", "tyro", "tqdm", "onnx", "onnxruntime", "jinja2")
 PRESENT_BESIDE_TENSORRT = ("numpy",)

@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
 
 from benchmarks import gpu_packages
 from benchmarks.acceptance.lease import TENSORRT
@@ -25,10 +27,12 @@ from benchmarks.acceptance.packages import (
     environment,
     install,
     libraries,
+    normalized,
     total_bytes,
     unpack,
     wheels,
 )
+from benchmarks.acceptance.run_config import ROOT
 from runtime.core.errors import GroundingError
 from tests.benchmarks.fake_packages import write_chunks, write_packages, write_wheel
 
@@ -262,6 +266,21 @@ def test_collect_fetches_only_needed_and_absent_wheels(tmp_path: Path) -> None:
 def test_pins_match_installed_versions() -> None:
     assert gpu_packages.pinned("docstring-parser>=0.16").startswith("docstring_parser==")
     assert gpu_packages.pinned("no-such-package>=1") == "no-such-package>=1"
+
+
+def test_wheels_cover_the_requirements_of_all_legs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+    def missing(extras: Iterable[str], *available: Iterable[str]) -> set[str]:
+        lists = [project["dependencies"], *(project["optional-dependencies"][name] for name in extras)]
+        needed = {normalized(Requirement(line).name) for requirements in lists for line in requirements}
+        # Legs read no YAML, and compare no layers.
+        return needed - {"pyyaml", "polygraphy"} - {normalized(name) for names in available for name in names}
+
+    assert missing(("cpu", "train", "export", "engine"), gpu_packages.ROOTS, gpu_packages.PRESENT) == set()
+    # The Python for TensorRT 8.6 has no torch; the graphs were exported before.
+    beside = (gpu_packages.ROOTS_BESIDE_TENSORRT, gpu_packages.PRESENT_BESIDE_TENSORRT)
+    assert missing(("cpu", "engine"), *beside) == set()
 
 
 def test_failed_download_leaves_no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
