@@ -28,9 +28,14 @@ UNROLLED_IN = ("fp16", *NARROW)
 QUICK: tuple[object, ...] = ("--profiles", 1, "--optimization-level", 2)
 
 
-def engine_path(job: Job, target: str, precision: str, split: bool, defaults: bool = False) -> Path:
-    """Return the path of an engine; in a lease, those built with the default effort are in another directory."""
-    folder = f"{target}-defaults" if defaults else target
+# Variants of an engine: built with the default effort in a lease; INT8 without weights that are only stored in 8 bits,
+# which an engine may dequantize for every query.
+DEFAULT_EFFORT, COMPUTED_ONLY = "defaults", "computed-only"
+
+
+def engine_path(job: Job, target: str, precision: str, split: bool, variant: str = "") -> Path:
+    """Return the path of an engine; each variant is in another directory."""
+    folder = f"{target}-{variant}" if variant else target
     return job.output / folder / f"drn.{precision}{'.query' if split else ''}.engine"
 
 
@@ -53,7 +58,7 @@ def unrolled_tokens(job: Job) -> list[int]:
     return [tokens for tokens in chosen if tokens <= job.sizes.query_length[2]]
 
 
-def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, defaults: bool = False) -> Found:
+def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, variant: str = "") -> Found:
     """Build an engine, and report the precision of its layers.
 
     Args:
@@ -62,8 +67,9 @@ def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, defaults
         target: tensorrt or tensorrt-rtx.
         precision: precision of the engine.
         split: whether to split the model.
-        defaults: whether to build with the default effort in a lease, which takes minutes.
+        variant: DEFAULT_EFFORT, which takes minutes, COMPUTED_ONLY, or neither.
     """
+    from calib.qdq_quantizer import QuantizationPolicy
     from export.engine.builder import BuildOptions, check_options
 
     capabilities = () if job.device == "cuda" else ("8.6",)
@@ -72,7 +78,7 @@ def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, defaults
         check_options(options)
     except DeviceError as error:
         raise Skip(str(error)) from error
-    output = engine_path(job, target, precision, split, defaults)
+    output = engine_path(job, target, precision, split, variant)
     largest = str(job.sizes.batches[-1])
     words: list[object] = ["--model", job.graph, "--precision", precision, "--target", target, "--output", output]
     words += ["--batch", 1, largest, largest, *_data_words(job, precision)]
@@ -83,7 +89,8 @@ def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, defaults
     words += ["--query-length", *job.sizes.query_length]
     words += ["--compute-capability", *capabilities] if capabilities else []
     words += ["--timing-cache", output.with_name("timing.cache")] if target == "tensorrt" else []
-    words += QUICK if job.is_lease and not defaults else ()
+    words += ["--keep", *QuantizationPolicy().stored] if variant == COMPUTED_ONLY else []
+    words += QUICK if job.is_lease and variant != DEFAULT_EFFORT else ()
     try:
         run_module(job, leg, "export.build_engine", *words, max_seconds=400)
     except CheckFailed as error:
@@ -95,6 +102,14 @@ def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, defaults
     layers = [f"{name}: {_layers(counted)}" for name, counted in census.items()]
     size = sum(path.stat().st_size for path in parts) / 1e6
     return Found(f"{size:.1f} MB; {'; '.join(layers)}.", {"census": census})
+
+
+def build_computed_only(job: Job, leg: Leg, target: Any) -> Found:
+    """Build INT8 without weights that are only stored in 8 bits, for a comparison of their speed."""
+    stored = built_engine(engine_path(job, target, "int8", split=True))
+    if not read_verified(stored).get("strongly_typed"):
+        raise Skip("This library does not store weights in the type of the graph.")
+    return build(job, leg, target, "int8", split=True, variant=COMPUTED_ONLY)
 
 
 def _data_words(job: Job, precision: str) -> list[object]:

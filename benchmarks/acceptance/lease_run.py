@@ -61,7 +61,8 @@ POLL_SECONDS = 0.5
 # Such machines return few files of limited size, so that large ones are archived.
 MAX_ARCHIVE_BYTES = 15 << 20
 ARCHIVES = {
-    "layers.zip": ("tensorrt/*.layers.json.gz", "tensorrt-rtx/*.layers.json.gz", "tensorrt/*.engine.json"),
+    # See `engine_path` for the directories.
+    "layers.zip": ("tensorrt*/*.layers.json.gz", "tensorrt*/*.engine.json"),
     "logs.zip": ("logs/*.log", "benchmark-*.json", "benchmark-*.png", "training.json"),
 }
 # Outcomes of a step with a result.

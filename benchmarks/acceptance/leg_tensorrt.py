@@ -16,8 +16,11 @@ import numpy as np
 
 from benchmarks.acceptance import targets
 from benchmarks.acceptance.engines import (
+    COMPUTED_ONLY,
+    DEFAULT_EFFORT,
     NARROW,
     build,
+    build_computed_only,
     built_engine,
     engine_path,
     layers_step,
@@ -116,10 +119,13 @@ def run(job: Job, leg: Leg) -> None:
     int8 = engine_path(job, target, "int8", split=True)
     leg.step("layers, int8", lambda: layers_step(job, target, "int8"))
     leg.step("the bar, int8", lambda: _bar_row(job, int8))
+    computed_only = engine_path(job, target, "int8", split=True, variant=COMPUTED_ONLY)
+    leg.step(f"{target}, int8 without stored weights, pair", lambda: build_computed_only(job, leg, target))
+    leg.step("the bar, int8 without stored weights", lambda: _bar_row(job, computed_only))
     if job.is_lease:
-        thorough = functools.partial(build, job, leg, target, "fp16", split=True, defaults=True)
+        thorough = functools.partial(build, job, leg, target, "fp16", split=True, variant=DEFAULT_EFFORT)
         leg.step(f"{target}, fp16, pair, default effort", thorough)
-        built = engine_path(job, target, "fp16", split=True, defaults=True)
+        built = engine_path(job, target, "fp16", split=True, variant=DEFAULT_EFFORT)
         leg.step("the bar, default effort", lambda: _bar_row(job, built))
     engines = {precision: engine_path(job, target, precision, split=True) for precision in PRECISIONS}
     leg.step("speed", lambda: _compare_speeds(job, leg, "fp16", [whole, *(engines[p] for p in ("fp16", *NARROW))]))

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_lease
-from benchmarks.acceptance import lease, lease_run
+from benchmarks.acceptance import engines, lease, lease_run
 from benchmarks.acceptance.lease import TENSORRT, Task
 from benchmarks.acceptance.lease_run import Lease, write_archive
+from benchmarks.acceptance.run_config import Job
+from runtime.artifacts.engine_layers import layers_path
 from tests.benchmarks.acceptance.test_packages import FAULTS
 from tests.benchmarks.fake_packages import write_chunks, write_packages
 
@@ -263,6 +265,22 @@ def test_write_archive_drops_oldest_files_over_limit(tmp_path: Path, monkeypatch
         assert archive.namelist() == ["logs/2.log", "logs/1.log"]
     write_archive(tmp_path / "none.zip", tmp_path, ("absent/*",))
     assert not (tmp_path / "none.zip").exists()
+
+
+def test_layers_of_every_engine_are_archived(tmp_path: Path) -> None:
+    job = Job(tmp_path, "cuda", small=True)
+    variants = ("", engines.DEFAULT_EFFORT, engines.COMPUTED_ONLY)
+    plans = {
+        engines.engine_path(job, target, "int8", split=True, variant=variant)
+        for target in ("tensorrt", "tensorrt-rtx")
+        for variant in variants
+    }
+    for plan in plans:
+        plan.parent.mkdir()
+        layers_path(plan).write_bytes(b"layers")
+    write_archive(tmp_path / "layers.zip", tmp_path, lease_run.ARCHIVES["layers.zip"])
+    with zipfile.ZipFile(tmp_path / "layers.zip") as archive:
+        assert set(archive.namelist()) == {layers_path(plan).relative_to(tmp_path).as_posix() for plan in plans}
 
 
 def test_check_and_dry_run_print_packages_and_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
