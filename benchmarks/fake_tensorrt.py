@@ -1,20 +1,41 @@
 """Double CUDA's driver and TensorRT with NumPy and ONNX Runtime, and enforce the rules of the real libraries.
 
 The driver executes the work of a stream only when the stream is synchronized, so that early reads and writes of memory
-have visible effects. Device memory has its own addresses, host memory must be page-locked, a thread must have entered
-the context, and a stream must not be synchronized, nor memory allocated, during a capture.
+have visible effects. TensorRT has the names of its version; a plan contains the path of its graph.
 
-TensorRT has the names of its version. A plan contains the path of its graph. Contexts require memory, a profile whose
-stream was synchronized, shapes within it, aligned addresses, and a run before a capture.
+Rules of the driver, and their sources in the CUDA Driver API documentation and CUDA C++ Programming Guide:
+
+- Device memory has its own addresses, and its initial content is undefined (`cuMemAlloc`: "The memory is not cleared").
+- Host memory of asynchronous copies must be page-locked ("API synchronization behavior": other copies are staged).
+- Calls act on the current context of the thread (`cuCtxPushCurrent`), or fail with CUDA_ERROR_INVALID_CONTEXT.
+- During a capture, waiting for the stream and allocating memory fail and invalidate the capture
+  (`cuThreadExchangeStreamCaptureMode`: "prohibited from potentially unsafe API calls"; an H200 returned
+  CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED for the wait, benchmarks/results/gpu-2026-11-29-nvidia-h200.md).
+
+Rules of TensorRT, and their sources in NvInferRuntime.h unless another is given:
+
+- A profile is selected on a stream, and shapes must not be set before the stream has done it
+  (`setOptimizationProfileAsync`: "must be called before calling setInputShape()", "Not synchronizing the stream ...
+  will result in undefined behavior").
+- Up to 8.6 a profile belongs to one context, unless profiles are shared (`PreviewFeature::kPROFILE_SHARING_0806`,
+  "on in TensorRT 10.0").
+- Shapes must be within the profile (`setInputShape`).
+- Addresses must be aligned to 256 bytes (`setTensorAddress`).
+- A context without memory of its own needs some before it runs (`createExecutionContextWithoutDeviceMemory`,
+  `ExecutionContextAllocationStrategy::kUSER_MANAGED`).
+- After a change of shapes a context must run once before a capture (Developer Guide, "CUDA Graphs": "Call enqueueV3()
+  once after an input shape change to update internal state").
 
 Rules of failures, and their sources:
 
 - A version-compatible plan is rejected unless host code is allowed: `IRuntime::setEngineHostCodeAllowed` in
   NvInferRuntime.h. The message is that of libtensorrt_rtx.so 1.7.1.
-- A TensorRT-RTX plan for other compute capabilities is rejected, with the message of libtensorrt_rtx.so 1.7.1.
+- A TensorRT-RTX plan for other compute capabilities is rejected, with the message of libtensorrt_rtx.so 1.7.1. The
+  header of a plan records them (`test_plan_header_records_compute_capabilities`).
 - TensorRT 8.6 cannot capture an LSTM that is a loop; the message is that of 8.6.0 on an H200 (2026-11-29; "the enqueue
   call may return false if the current CUDA graph capture fails", sampleInference.cpp).
 - A context whose capture failed keeps failing (NVIDIA/TensorRT#2603).
+- A runtime cache of TensorRT-RTX is valid for one library, GPU and CUDA version (`IRuntimeCache::deserialize`, 1.7.1).
 """
 
 from __future__ import annotations
@@ -206,7 +227,6 @@ class Driver:
             return CAPTURE_UNSUPPORTED
         if self._is_full() or self.allocated() + size > self.room:
             return OUT_OF_MEMORY
-        # The initial content of memory is arbitrary.
         block = bytearray(b"\xff" * size)
         start = _DEVICE_SIDE + (self._handle() << 32)
         self._memory[start] = block
@@ -416,7 +436,6 @@ class Engine:
         self._types: dict[str, str] = plan.get("types", {})
         # The encoded field 4, op_type, of NodeProto in onnx.proto.
         self._loops = b'"\x04LSTM' in Path(plan["graph"]).read_bytes()
-        # Before TensorRT 10 a profile belongs to one context.
         self._owners: dict[int, weakref.ref[Context]] = {}
 
     def create_execution_context(self, strategy: Any) -> Context | None:
@@ -647,6 +666,7 @@ def write_plan(
     manifest: Any,
     version: str = "10.16.1.11",
     types: dict[str, str] | None = None,
+    plan_bytes: bytes | None = None,
     **content: Any,
 ) -> Path:
     """Write a plan that represents a graph, and its sidecar, as `export.build_engine` does.
@@ -658,6 +678,7 @@ def write_plan(
         manifest: manifest of the model.
         version: version of TensorRT.
         types: name to type of inputs and outputs with another type than in the graph.
+        plan_bytes: content of the plan; None for one that the double loads.
         content: other fields of the sidecar.
     """
     from runtime.artifacts.engine_metadata import FORMAT, metadata_path, with_digest
@@ -668,7 +689,7 @@ def write_plan(
     plan = {"graph": str(graph), "profiles": shapes, "types": types or {}}
     plan |= {"host_code": bool(options.get("version_compatible"))}
     plan |= {"capabilities": content.get("compute_capabilities", [])}
-    path.write_text(json.dumps(plan))
+    path.write_bytes(json.dumps(plan).encode() if plan_bytes is None else plan_bytes)
     rtx = version.startswith("1.")
     about = {
         "format": FORMAT,

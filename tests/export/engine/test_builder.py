@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 
-from benchmarks.fake_tensorrt import Driver
+from benchmarks.fake_tensorrt import HOST_CODE, Driver
 from export.engine.builder import (
     BuildOptions,
     build,
@@ -192,9 +192,6 @@ def cuts_shapes(graph: bytes) -> bool:
     """Return whether a serialized graph has a Shape with `start` or `end`."""
     nodes = onnx.load_from_string(graph).graph.node
     return any(node.op_type == "Shape" and node.attribute for node in nodes)
-
-
-HOST_CODE = "Cannot deserialize engine with lean runtime since IRuntime::getEngineHostCodeAllowed() is false."
 
 
 def gpu() -> Cuda:
