@@ -41,7 +41,7 @@ HEADER = (
     "queries/s",
     "speed-up",
     *SHOWN_METRICS,
-    "lost, gained",
+    "lost, gained (IoU 0.7)",
     "agreement",
 )
 
