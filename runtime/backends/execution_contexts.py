@@ -122,7 +122,11 @@ class ExecutionContexts:
     def create(self, profile: OptimizationProfile, shapes: Mapping[str, Shape]) -> Any:
         """Create a context for a profile and input shapes."""
         context = self._create_context()
-        self._checker.require(context is not None, "create an execution context")
+        self._checker.require(
+            context is not None,
+            "create an execution context",
+            ". Check the GPU with `drn doctor`, or build the engine again with `python -m export.build_engine`",
+        )
         # TensorRT 8.6 has a property for the address, without the size.
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(self._buffers.scratch, self.scratch_bytes)

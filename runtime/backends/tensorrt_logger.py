@@ -53,7 +53,8 @@ class CallChecker:
         Args:
             ok: result of the call; false if it failed.
             action: verb and object of the call: "load the plan".
-            advice: what to do, as the end of the message without a full stop.
+            advice: what to do, as the end of the message of a CudaError without a full stop. If memory ran out, the
+                caller adds what to do.
         """
         if ok:
             self._logger.lines.clear()
@@ -61,8 +62,9 @@ class CallChecker:
         message = "; ".join(self._logger.lines)[:500] or "no reason was logged"
         self._logger.lines.clear()
         sentence = f"{self._library} could not {action} of {self._name}: {message}"
-        error = OutOfDeviceMemory if is_out_of_memory(message) else CudaError
-        raise error(f"{sentence.rstrip('.')}{advice}.")
+        if is_out_of_memory(message):
+            raise OutOfDeviceMemory(f"{sentence.rstrip('.')}.")
+        raise CudaError(f"{sentence.rstrip('.')}{advice}.")
 
     def discard(self) -> None:
         """Discard the errors that were logged."""
