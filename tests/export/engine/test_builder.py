@@ -93,7 +93,11 @@ VERSIONS = {
     "1.7.1": Version(
         {"STRONGLY_TYPED": 0},
         ("VERSION_COMPATIBLE", "TF32"),
-        {"ComputeCapability": SimpleNamespace(SM75=75, SM86=86, SM120=120, CURRENT=-1, NONE=0)},
+        {
+            "ComputeCapability": SimpleNamespace(
+                SM75=75, SM80=80, SM86=86, SM89=89, SM120=120, SM121=121, CURRENT=-1, NONE=0
+            )
+        },
     ),
 }
 """TensorRT's versions, and TensorRT-RTX 1.7.1; `tests/export/test_conformance.py` holds them against the real ones."""
@@ -259,7 +263,7 @@ def test_bf16_requires_parser_of_opset_22(version: str, refused: bool) -> None:
 
 def test_fp8_is_rejected_for_unsupported_hardware() -> None:
     library, _ = stand_in("1.7.1")
-    with raises(DeviceError, "unsupported_compute_capability", "8.9"):
+    with raises(DeviceError, "precision_unsupported", "fp8"):
         check_options(options("fp8", "tensorrt-rtx", compute_capabilities=("8.9",)), library)
     library, _ = stand_in("11.4.0")
     with raises(DeviceError, "conflicting_options", "--hardware-compatible", "fp8"):

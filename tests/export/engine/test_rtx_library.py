@@ -17,6 +17,7 @@ from runtime.backends.tensorrt_backend import open_engine
 from runtime.backends.tensorrt_logger import logger_for
 from runtime.core.errors import DeviceError
 from tests.export.conftest import TINY, manifest
+from tests.export.engine.test_builder import VERSIONS
 from tests.raising import raises
 
 pytestmark = pytest.mark.rtx
@@ -54,7 +55,10 @@ def test_plan_header_records_compute_capabilities(trt: Any) -> None:
 
 
 def test_supported_compute_capabilities_are_documented(trt: Any) -> None:
-    names = sorted((name[2:-1] + "." + name[-1] for name in dir(trt.ComputeCapability) if name[:2] == "SM"), key=float)
+    members = {name for name in dir(trt.ComputeCapability) if name.startswith("SM")}
+    double = vars(VERSIONS["1.7.1"].more["ComputeCapability"])
+    assert members == {name for name in double if name.startswith("SM")}
+    names = sorted((name[2:-1] + "." + name[-1] for name in members), key=float)
     text = (Path(__file__).parents[3] / "docs" / "engines.md").read_text(encoding="utf-8")
     assert f"`--compute-capability` {', '.join(names[:-1])} or {names[-1]} " in text
 
