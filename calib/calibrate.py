@@ -97,7 +97,7 @@ def calibrate(
     print(f"{output}: ranges of {len(table.ranges)} tensors by {table.key['method']}, digest {table.digest[:12]}…")
     if data_set.simulated:
         print("Features are simulated: calibrate on real ones before using the model on them.")
-    suggest_next_command("calib.quantize", "--onnx", onnx, "--table", output, "--output", unproven_name(onnx))
+    suggest_next_command("calib.quantize", "--model", onnx, "--table", output, "--output", unproven_name(onnx))
     return table
 
 

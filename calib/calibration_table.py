@@ -71,7 +71,7 @@ class CalibrationTable:
                 raise CalibrationError(
                     f"The calibration table is of another model: expected the hash {printable_line(expected[:12])}… of "
                     f"the {part}, got {actual[:12]}… from {source}. Calibrate with "
-                    f"`python -m calib.calibrate --onnx {source} --data DIR --output TABLE`.",
+                    f"`python -m calib.calibrate --model {source} --data DIR --output TABLE`.",
                     code="table_of_another_model",
                 )
 

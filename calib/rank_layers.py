@@ -86,7 +86,7 @@ def rank_layers(
     )
     if output:
         write_json(output, ranking_json(ranking, everything, calibration, kind))
-    given = ("--onnx", onnx, "--data", data, "--table", table or "TABLE")
+    given = ("--model", onnx, "--data", data, "--table", table or "TABLE")
     suggest_next_command("calib.restore", *given, *(("--ranking", output) if output else ()), "--output", "plan.json")
     return ranking
 

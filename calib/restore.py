@@ -79,7 +79,7 @@ def restore(
         f"Restored: {retained}; {len(evaluator.annotations)} queries of held-out training videos, "
         f"budget {max_drop:g} points."
     )
-    options = ("--onnx", onnx, "--table", table, "--plan", output, "--output", unproven_name(onnx, kind))
+    options = ("--model", onnx, "--table", table, "--plan", output, "--output", unproven_name(onnx, kind))
     suggest_next_command("calib.quantize", *options, *(() if kind == "int8" else ("--kind", kind)))
     return plan
 

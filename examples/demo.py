@@ -34,7 +34,7 @@ def main(directory: Path) -> None:
     show("train.simulate", "--output", data, "--videos", "160", "--difficulty", "easy")
     stages = ("--epochs", "5", "1", "1", "--lr", "5e-4", "1e-4", "1e-5", "--iou-target", "all")
     show("train", "--data", data, "--output", run, *stages, "--resume")
-    show("export.to_onnx", "--checkpoint", run / "drn.pt", "--output", model)
+    show("export.to_onnx", "--model", run / "drn.pt", "--output", model)
     video, sentences = longest_story(data)
     show("runtime.infer", "--model", model, "--data", data, "--video", video, "--query", *sentences, "--top-k", "3",
          "--plot", directory / "moments.png")  # fmt: skip

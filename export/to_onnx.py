@@ -28,7 +28,7 @@ def to_onnx(
     the tolerance.
 
     Example:
-        python -m export.to_onnx --checkpoint drn.pt --output drn.onnx --split
+        python -m export.to_onnx --model drn.pt --output drn.onnx --split
 
     Args:
         checkpoint: drn.pt from `python -m train` or `python -m train.convert`; or c3d.pt from the latter, which

@@ -16,7 +16,7 @@ from runtime.artifacts.engine_metadata import read_sidecar, read_verified
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH, check, read_metadata
-from runtime.backends import engine_compatibility, open_backend
+from runtime.backends import engine_compatibility, is_address, open_backend
 from runtime.backends.exact_int8 import weights_in_file, weights_text
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import ModelFileError
@@ -39,6 +39,11 @@ def describe(
             its metadata file.
         json_output: print the complete manifest as JSON, including the vocabulary.
     """
+    if is_address(model):
+        raise ModelFileError(
+            f"Expected a model file, got the address {model}. Give the file that the server loads.",
+            code="wrong_model_kind",
+        )
     extractor = _extractor(model)
     if extractor:
         return _describe_extractor(model, *extractor, json_output)

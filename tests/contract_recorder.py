@@ -34,6 +34,14 @@ def commands() -> dict[str, Any]:
     }
 
 
+def command_function(module: str) -> Callable[..., Any]:
+    """Return the function of a command, such as `train` or `runtime.infer`."""
+    package, _, name = module.rpartition(".")
+    return getattr(importlib.import_module(module), "seal_model", None) or _function(
+        package or name, name if package else "__main__"
+    )
+
+
 def _function(package: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"{package}.{name}"), package if name == "__main__" else name)
 

@@ -121,7 +121,7 @@ def train(
     result = run(options)
     if result.is_main:
         print(result.checkpoint)
-        suggest_next_command("export.to_onnx", "--checkpoint", result.checkpoint, "--output", output / "drn.onnx")
+        suggest_next_command("export.to_onnx", "--model", result.checkpoint, "--output", output / "drn.onnx")
     return result.checkpoint
 
 

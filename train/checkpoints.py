@@ -152,7 +152,7 @@ def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
     if actual_format == EXTRACTOR_FORMAT:
         raise CheckpointError(
             f"{path} is a feature extractor, not a DRN. Pass drn.pt here, and export the extractor with "
-            f"`python -m export.to_onnx --checkpoint {path}`.",
+            f"`python -m export.to_onnx --model {path}`.",
             code="wrong_model_kind",
         )
     if actual_format == RESUME_FORMAT:
@@ -420,6 +420,11 @@ def opened(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> It
         CheckpointError: as of `load`. If the file is damaged, this replaces a CheckpointError of the body.
     """
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
+    if Path(path).suffix in (".onnx", ".engine"):
+        raise CheckpointError(
+            f"Expected a checkpoint such as drn.pt, got {path}. Give the checkpoint that it was exported from.",
+            code="not_a_torch_file",
+        )
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(sha256_and_seal, path)
         try:

@@ -157,7 +157,7 @@ def _convert_drn(
         )
         suggest_next_command("train.convert", checkpoint, "--vocabulary", "word2id.json", "--output", output)
     else:
-        suggest_next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
+        suggest_next_command("export.to_onnx", "--model", output, "--output", output.with_suffix(".onnx"))
     return converted
 
 
@@ -176,7 +176,7 @@ def _convert_c3d(weights: Mapping[str, np.ndarray], checkpoint: Path, output: Pa
         f"  features     {converted.config.dim:,} channels, of {WINDOW} frames every {STRIDE}\n"
         f"  frames       {CROP[0]} x {CROP[1]}, minus the mean red {red:g}, green {green:g}, blue {blue:g}"
     )
-    suggest_next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
+    suggest_next_command("export.to_onnx", "--model", output, "--output", output.with_suffix(".onnx"))
     return converted
 
 

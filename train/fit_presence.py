@@ -91,7 +91,7 @@ def fit_presence(
     print(f"{output}: no moment is found {presence}.")
     if data_set.simulated:
         print("The features are simulated: these shares do not apply to real videos.")
-    suggest_next_command("export.to_onnx", "--checkpoint", output, "--output", output.with_suffix(".onnx"))
+    suggest_next_command("export.to_onnx", "--model", output, "--output", output.with_suffix(".onnx"))
     return presence
 
 

@@ -370,7 +370,7 @@ def _torch_profile(job: Job) -> Found:
 def _training_speed(job: Job, leg: Leg) -> Found:
     """Time training steps and the delivery of batches with `benchmarks.training`."""
     report = job.output / "training.json"
-    words: list[object] = ["--data", job.data, "--checkpoint", job.checkpoint, "--device", job.device]
+    words: list[object] = ["--data", job.data, "--model", job.checkpoint, "--device", job.device]
     words += ["--steps", 2 if job.rehearsal else 40, "--output", report]
     run_module(job, leg, "benchmarks.training", *words, max_seconds=240)
     found = json.loads(report.read_text(encoding="utf-8"))

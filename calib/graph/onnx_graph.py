@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import numpy as np
 from calib.graph.conv_padding import inline_padding
 from calib.graph.graph_editing import copied
 from runtime.artifacts.extractor_manifest import METADATA_KEY as EXTRACTOR_KEY
-from runtime.artifacts.extractor_manifest import ExtractorManifest
+from runtime.artifacts.extractor_manifest import ExtractorManifest, no_model
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import check, read_metadata
 from runtime.backends.exact_int8 import TYPES, WEIGHT_SIZE, precision_in
@@ -107,10 +108,16 @@ def _not_fp32(path: str | os.PathLike[str], precision: str) -> ModelFileError:
     )
 
 
+def _manifest_in(metadata: Mapping[str, str], source: str) -> Manifest:
+    if EXTRACTOR_KEY in metadata:
+        raise no_model(source)
+    return Manifest.from_json(metadata.get(METADATA_KEY), source)
+
+
 def manifest_in(path: Path) -> Manifest:
     """Return the manifest of a graph of any precision; ModelFileError if the file is damaged or has none."""
     check(path)
-    return Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path))
+    return _manifest_in(read_metadata(path), str(path))
 
 
 def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
@@ -119,7 +126,7 @@ def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
     Raises:
         ModelFileError: the graph has no manifest.
     """
-    manifest = Manifest.from_json(_properties(model).get(METADATA_KEY), source)
+    manifest = _manifest_in(_properties(model), source)
     return dataclasses.replace(manifest, precision=precision_in(manifest.precision, _weight_types(model)))
 
 

@@ -141,7 +141,7 @@ class ExtractorSidecar:
     content: Mapping[str, Any]
 
 
-def no_model(path: Path) -> ModelFileError:
+def no_model(path: str | Path) -> ModelFileError:
     """Return the error for an extractor that was given as a model."""
     return ModelFileError(
         f"Expected a DRN, got the feature extractor {path}. Use it as --extractor, and a DRN as --model.",

@@ -209,7 +209,10 @@ def _parsing(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path} is not an ONNX file ({error}). Export it again.", code="not_onnx") from error
+        problem = f"{path} is not an ONNX file ({error}). Export it again."
+        if Path(path).suffix != ".onnx":
+            problem = f"Expected an .onnx file, got {path}. Export a checkpoint with `python -m export.to_onnx`."
+        raise ModelFileError(problem, code="not_onnx") from error
 
 
 def _recorded_digest(content: Buffer) -> tuple[int, str] | None:

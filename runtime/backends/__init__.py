@@ -22,7 +22,7 @@ def check_model_path(path: Path) -> None:
     """Raise ModelFileError unless a file exists and has the suffix of a model."""
     if path.suffix not in (".onnx", ".pt", ".engine"):
         raise ModelFileError(
-            f"Expected a model file (.onnx, .engine or .pt), got {excerpt(path.name)}. Give another file.",
+            f"Expected a model file (.onnx, .engine or .pt), got {excerpt(str(path))}. Give another file.",
             code="wrong_suffix",
         )
     check_file(path, "The model file", ModelFileError)

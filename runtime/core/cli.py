@@ -16,6 +16,7 @@ from runtime.core.command_help import documented
 from runtime.core.command_list import typed_name
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, OutputError, one_line, printable_line
 from runtime.core.interrupts import handled, interrupted_by, uncovered
+from runtime.core.model_argument import normalized
 from runtime.core.terminal import DISK_FULL, Formatter, argument, discard_output, protected_streams, shell_words
 
 log = logging.getLogger("drn")
@@ -77,7 +78,7 @@ def _parsed(function: Callable[..., Any], expand: Callable[[Sequence[str]], list
     documented_call, description = documented(function)
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     parse = functools.partial(tyro.cli, documented_call, prog=program, description=description, config=config)
-    words = expand(sys.argv[1:])
+    words = normalized(function, expand(sys.argv[1:]))
     shown = [argument(word) for word in words]
     if shown == words:
         return parse(args=words)

@@ -10,6 +10,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
+from runtime.core.model_argument import OPTION, is_positional, model_parameter
+
 _SECTION = re.compile(r"^(Args|Returns|Raises|Example):$", re.MULTILINE)
 _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 # Options of these names are listed under the heading of their group; all others are listed first.
@@ -46,10 +48,14 @@ def documented(function: Callable[..., Any]) -> tuple[Callable[..., Callable[[],
     hints = typing.get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters
     groups = {name: group for group, names in _grouped(list(parameters)).items() for name in names}
+    model = model_parameter(parameters)
     fields: dict[str, list[Any]] = {group: [] for group in _GROUPS if group in groups.values()}
     top: list[inspect.Parameter] = []
     for name, parameter in parameters.items():
-        hint = _annotated(hints[name], parameter.default, help_texts.get(name, ""))
+        text, option = help_texts.get(name, ""), None
+        if name == model and not is_positional(parameter, hints[name]):
+            text, option = f"{text} As the first argument, it needs no --{OPTION}.", OPTION
+        hint = _annotated(hints[name], parameter.default, text, option)
         if name not in groups:
             top.append(parameter.replace(annotation=hint))
             continue
@@ -89,9 +95,14 @@ def _grouped(names: list[str]) -> dict[str, list[str]]:
     return {group: members for group, members in groups.items() if len(members) >= _MIN_GROUP}
 
 
-def _annotated(hint: Any, default: Any, text: str) -> Any:
-    """Return a type hint with its help text, without "(default: None)" and "(default: )"."""
+def _annotated(hint: Any, default: Any, text: str, option: str | None) -> Any:
+    """Return a type hint with its help text, without "(default: None)" and "(default: )".
+
+    Args:
+        hint, default, text: type, default value and help text of a parameter.
+        option: name of its option, if it differs from that of the parameter.
+    """
     import tyro
 
     hidden = "" if default is None or default == () else None
-    return Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint=hidden)]
+    return Annotated[hint, tyro.conf.arg(name=option, help=text, help_behavior_hint=hidden)]

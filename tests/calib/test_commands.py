@@ -18,10 +18,13 @@ from calib.accuracy import Candidate
 from calib.calibrate import calibrate
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
+from calib.graph.graph_editing import copied
 from calib.quantize import quantize
 from calib.rank_layers import rank_layers
 from calib.restore import restore
 from runtime import open_backend
+from runtime.artifacts.extractor_manifest import METADATA_KEY as EXTRACTOR_KEY
+from runtime.artifacts.manifest import METADATA_KEY
 from runtime.core.batch import Batch
 from runtime.core.errors import AnnotationError, FeatureError, GroundingError, ModelFileError, OutputError
 from runtime.core.io.input_files import read_json
@@ -115,7 +118,7 @@ def test_suggested_commands_write_unproven_graph_path(
     unproven = onnx_file.with_name("drn.int8-unproven.onnx")
     with caplog.at_level("INFO", "drn"):
         calibrate(onnx_file, data_set.root, tmp_path / "t.json", method="minmax", samples=40, threads=1)
-        command = f"calib.quantize --onnx {onnx_file} --table {tmp_path / 't.json'} --output {unproven}"
+        command = f"calib.quantize --model {onnx_file} --table {tmp_path / 't.json'} --output {unproven}"
         assert records(caplog, logging.INFO, command)
         caplog.clear()
         given = {"held_out": 24, "max_drop": 100.0, "threads": 1}
@@ -229,6 +232,21 @@ def test_quantize_rejects_invalid_arguments(
     refused(quantize, onnx_file, table_file, output, opset=16, error=opset, output=output)
     with raises(OutputError, "output_is_input", table_file):
         quantize(onnx_file, table_file, table_file)
+
+
+def test_quantize_rejects_models_of_other_kinds(
+    model: onnx.ModelProto, onnx_file: Path, table_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.onnx"
+    (tmp_path / "drn.pt").write_bytes(b"PK\x03\x04")
+    with raises(ModelFileError, "not_onnx", tmp_path / "drn.pt", "export.to_onnx"):
+        quantize(tmp_path / "drn.pt", table_file, output)
+    extractor = copied(model)
+    for entry in extractor.metadata_props:
+        entry.key = EXTRACTOR_KEY if entry.key == METADATA_KEY else entry.key
+    onnx.save(extractor, tmp_path / "c3d.onnx")
+    with raises(ModelFileError, "wrong_model_kind", tmp_path / "c3d.onnx"):
+        quantize(tmp_path / "c3d.onnx", table_file, output)
 
 
 def test_calibrate_error_is_one_line_with_exit_code_2(

@@ -284,7 +284,7 @@ def test_invalid_checkpoint_is_rejected_with_one_line(tmp_path: Path, refused: C
 
 def test_onnx_file_as_checkpoint_is_named_as_a_graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
     onnx.save(exported["tiny"], tmp_path / "drn.onnx")
-    with raises(CheckpointError, "not_a_torch_file", tmp_path / "drn.onnx"):
+    with raises(CheckpointError, "not_a_torch_file", tmp_path / "drn.onnx", "drn.pt"):
         to_onnx(tmp_path / "drn.onnx", tmp_path / "again.onnx")
 
 

@@ -63,3 +63,4 @@ def test_describe_rejects_files_that_are_not_models(tmp_path: Path, refused: Cal
     (tmp_path / "text.onnx").write_text("a text")
     check_error(refused(describe, tmp_path / "text.onnx"), "not_onnx", tmp_path / "text.onnx")
     check_error(refused(describe, tmp_path / "gone.onnx"), "missing_file", tmp_path / "gone.onnx")
+    check_error(refused(describe, "triton://host:8001/drn"), "wrong_model_kind")

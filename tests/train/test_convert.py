@@ -421,7 +421,7 @@ def test_convert_command_succeeds_or_fails_with_one_line(
     done = run_command(convert, source, "--vocabulary", word_table, "--output", tmp_path / "drn.pt")
     assert done.code == 0, done.err
     assert quotes(done.out, "mmaction2", "stage 3", "epoch 10")
-    assert f"python -m export.to_onnx --checkpoint {tmp_path / 'drn.pt'}" in caplog.text
+    assert f"python -m export.to_onnx --model {tmp_path / 'drn.pt'}" in caplog.text
     assert len(load_checkpoint(tmp_path / "drn.pt").vocabulary) == 1301
     refused(convert, tmp_path / "absent.pth", "--output", tmp_path / "other.pt")
     assert not (tmp_path / "other.pt").exists()

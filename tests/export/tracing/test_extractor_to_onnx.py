@@ -90,5 +90,5 @@ def test_splitting_an_extractor_is_rejected(tmp_path: Path, checkpoint: Path) ->
 
 
 def test_c3d_checkpoint_as_model_is_rejected_with_command(checkpoint: Path) -> None:
-    with raises(CheckpointError, "wrong_model_kind", f"export.to_onnx --checkpoint {checkpoint}"):
+    with raises(CheckpointError, "wrong_model_kind", f"export.to_onnx --model {checkpoint}"):
         load_checkpoint(checkpoint)

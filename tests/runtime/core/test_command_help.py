@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tyro
 
 from runtime.core import command_list
 from runtime.core.command_help import _parsed_docstring, documented
-from tests import contract_recorder
+from tests.contract_recorder import command_function
 
 
 def command(
@@ -60,23 +58,16 @@ def test_help_has_groups_and_plain_metavars(capsys: pytest.CaptureFixture[str]) 
     assert "None" not in text
 
 
-def function_of(module: str) -> Any:
-    package, _, name = module.rpartition(".")
-    return getattr(importlib.import_module(module), "seal_model", None) or contract_recorder._function(
-        package or name, name if package else "__main__"
-    )
-
-
 @pytest.mark.parametrize("module", command_list.MODULES.values())
 def test_every_command_documents_every_parameter(module: str) -> None:
-    function = function_of(module)
+    function = command_function(module)
     _, help_texts = _parsed_docstring(inspect.getdoc(function) or "")
     assert set(help_texts) == set(inspect.signature(function).parameters)
 
 
 @pytest.mark.parametrize("module", command_list.MODULES.values())
 def test_every_example_parses(module: str) -> None:
-    later, description = documented(function_of(module))
+    later, description = documented(command_function(module))
     _, _, example = description.partition("example:\n")
     if example:
         *_, name, words = example.split(maxsplit=3)[1:]
