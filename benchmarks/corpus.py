@@ -24,7 +24,7 @@ from runtime.corpus.queries import Question, read_questions
 from runtime.corpus.ray_runner import LOOPBACK_ONLY, NO_STATISTICS, OBJECT_STORE_BYTES, run_on_ray
 from runtime.corpus.sharding import Settings, Shard, plan
 from runtime.corpus.worker import CorpusJob, Worker
-from train.c3d import C3DConfig
+from train.extractors.c3d import C3DConfig
 from train.network.model import DRNConfig
 
 WORDS, QUERY_LENGTH, CLIPS, SECONDS = 1301, 7, 110, 30.0

@@ -61,7 +61,7 @@ def build_engine(
 
     Args:
         model: drn.pt, an FP32 drn.onnx, or a published checkpoint (.pth, .pth.tar); or a clip feature extractor
-            (c3d.pt, c3d.onnx or a published C3D), whose features are compared with FP32.
+            (c3d.pt, i3d.pt, their .onnx, or a published C3D), whose features are compared with FP32.
         precision: fp32, fp16, bf16, int8 (other layers in FP16; FP32 for onnxruntime) or fp8 (other layers in
             FP16).
         target: runtime of the engine; auto selects TensorRT on a machine with TensorRT and a GPU, else ONNX

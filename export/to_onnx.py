@@ -21,6 +21,8 @@ def to_onnx(
     prepare: bool = False,
     opset: int = MIN_OPSET,
     max_query_length: int | None = None,
+    clock: tuple[int, int] | None = None,
+    class_scores: bool = False,
 ) -> Path:
     """Export a checkpoint to one ONNX file, and check it against torch in ONNX Runtime.
 
@@ -31,8 +33,8 @@ def to_onnx(
         python -m export.to_onnx --model drn.pt --output drn.onnx --split
 
     Args:
-        checkpoint: drn.pt from `python -m train` or `python -m train.convert`; or c3d.pt from the latter, which
-            becomes a clip feature extractor and only uses --opset of the other options.
+        checkpoint: drn.pt from `python -m train` or `python -m train.convert`; or c3d.pt or i3d.pt from the latter,
+            which becomes a clip feature extractor.
         output: ONNX file to write.
         split: also write the model in two parts, NAME.video.onnx and NAME.query.onnx, so that each video is encoded
             once. Pass the query part as --model.
@@ -40,12 +42,14 @@ def to_onnx(
         opset: opset of the graph, 17 to 23. TensorRT 8.6 reads at most 17.
         max_query_length: maximum number of tokens of a query; every length up to it is checked. Default: 64, or the
             longest query of the training data set.
+        clock: WINDOW STRIDE of an extractor's clips in frames. Default: 16 8. C3D needs 16 frames.
+        class_scores: of I3D, also export class probabilities as a second output.
 
     Returns:
         `output`.
 
     Raises:
-        CheckpointError: `checkpoint` cannot be read or is not a drn.pt or c3d.pt.
+        CheckpointError: `checkpoint` cannot be read or is not a drn.pt, c3d.pt or i3d.pt.
         OutputError: `output` cannot be written.
         CheckFailed: the graph and torch differ by more than the tolerance.
     """
@@ -53,9 +57,9 @@ def to_onnx(
     options.check()
     if prepare:
         log.warning("--prepare no longer has an effect. Leave it out.")
-    from train.c3d import is_c3d_file
+    from train.extractors.checkpoint import is_extractor_file
 
-    if is_c3d_file(options.checkpoint):
+    if is_extractor_file(options.checkpoint):
         from export.tracing.extractor_to_onnx import export_extractor
 
         if split:
@@ -63,7 +67,12 @@ def to_onnx(
                 f"{checkpoint} is a feature extractor, which cannot be split. Remove --split.",
                 code="inapplicable_option",
             )
-        return export_extractor(options.checkpoint, options.output, opset=opset)
+        return export_extractor(options.checkpoint, options.output, opset=opset, clock=clock, class_scores=class_scores)
+    if clock or class_scores:
+        raise ShapeError(
+            f"{checkpoint} is no feature extractor, so --clock and --class-scores do not apply. Remove them.",
+            code="inapplicable_option",
+        )
     suggest_next_command("runtime.evaluate", "--model", export_checkpoint(options), "--data", "DIR")
     return options.output
 

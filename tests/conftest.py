@@ -101,6 +101,15 @@ def real_videos() -> Path:
 
 
 @pytest.fixture(scope="session")
+def i3d_data() -> Path:
+    """A directory of public I3D weights and reference features, DRN_REAL_DATA/i3d; skips where absent."""
+    directory = Path(os.environ.get("DRN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "i3d"
+    if not (directory / "i3d_kinetics400.npz").is_file():
+        pytest.skip("the weights of I3D are not here; set DRN_REAL_DATA to a directory that holds i3d/")
+    return directory
+
+
+@pytest.fixture(scope="session")
 def faults() -> Path:
     """A directory of small damaged inputs, DRN_REAL_DATA/faults; skips where absent."""
     place = Path(os.environ.get("DRN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "faults"

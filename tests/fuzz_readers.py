@@ -537,9 +537,10 @@ def _parquet() -> list[Reader]:
 def _torch() -> list[Reader]:
     import torch
 
-    from train.c3d import C3D, C3DCheckpoint, C3DConfig, is_c3d_file, load_c3d, save_c3d
     from train.checkpoints import Checkpoint, load, load_checkpoint, save, save_checkpoint
     from train.convert import load_vocabulary, read, read_config
+    from train.extractors.c3d import C3D, C3DConfig
+    from train.extractors.checkpoint import ExtractorCheckpoint, is_extractor_file, load_extractor, save_extractor
     from train.history import read_history
     from train.network.initialization import load_glove
     from train.network.model import DRN, DRNConfig
@@ -580,7 +581,7 @@ def _torch() -> list[Reader]:
         return [directory / "drn.pt"]
 
     def read_checkpoint(directory: Path, path: Path) -> None:
-        is_c3d_file(path)
+        is_extractor_file(path)
         _use(load_checkpoint(path).manifest())
 
     def content(directory: Path, make: Callable[[Path], list[Path]]) -> list[Path]:
@@ -604,7 +605,9 @@ def _torch() -> list[Reader]:
 
     def c3d(directory: Path) -> list[Path]:
         weights = C3D(c3d_config, (0.0, 0.0, 0.0)).state_dict()
-        save_c3d(directory / "c3d.pt", C3DCheckpoint(c3d_config, (1.0, 2.0, 3.0), weights, {"c3d.pth": "0" * 64}))
+        save_extractor(
+            directory / "c3d.pt", ExtractorCheckpoint(c3d_config, (1.0, 2.0, 3.0), weights, {"c3d.pth": "0" * 64})
+        )
         return [directory / "c3d.pt"]
 
     def matrix(directory: Path) -> list[Path]:
@@ -658,11 +661,11 @@ def _torch() -> list[Reader]:
             functools.partial(read_content, name="drn.pt", loaded=lambda path: load_checkpoint(path).manifest()),
             quick_share=0.25,
         ),
-        Reader("c3d", c3d, lambda directory, path: load_c3d(path).model(), _zip_again),
+        Reader("c3d", c3d, lambda directory, path: load_extractor(path).model(), _zip_again),
         Reader(
             "c3d-content",
             functools.partial(content, make=c3d),
-            functools.partial(read_content, name="c3d.pt", loaded=lambda path: load_c3d(path).model()),
+            functools.partial(read_content, name="c3d.pt", loaded=lambda path: load_extractor(path).model()),
         ),
         Reader("glove-matrix", matrix, read_matrix, _zip_again, quick_share=0.25),
         Reader("torch-load", state, lambda directory, path: (load(path), load(path, unknown_objects=True)), _zip_again),

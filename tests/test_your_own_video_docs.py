@@ -25,7 +25,7 @@ from runtime.media.video_file import frames_at, probe
 from tests.documented import arguments, commands
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
-from train.c3d import C3D, MEANS, C3DConfig
+from train.extractors.c3d import C3D, MEANS, C3DConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "your-own-video.md").read_text(encoding="utf-8")

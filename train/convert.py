@@ -1,4 +1,4 @@
-"""Convert published DRN and C3D checkpoints to `drn.pt` and `c3d.pt`, without running code in them."""
+"""Convert published DRN, C3D and I3D checkpoints to `drn.pt`, `c3d.pt` and `i3d.pt`, without running code in them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ import tyro
 from runtime.artifacts.manifest import Features
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.decoding import Decoding
-from runtime.core.errors import CheckpointError, excerpt
+from runtime.core.errors import CheckpointError, excerpt, reading
+from runtime.core.io.array_files import read_archive
 from runtime.core.io.digests import sha256
-from runtime.core.io.input_files import is_same_file, read_json
+from runtime.core.io.input_files import check_file, is_same_file, read_json
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
-from train.c3d import CROP, STRIDE, WINDOW, C3DCheckpoint, from_published, published_layout, save_c3d
 from train.checkpoints import FORMAT, Checkpoint, check_weights, load, save_checkpoint
+from train.extractors.checkpoint import ExtractorCheckpoint, from_published, is_published_extractor, save_extractor
 from train.network.model import BACKBONE_CHANNELS, DRN, POSITION_CHANNELS, DRNConfig
 
 log = logging.getLogger("drn")
@@ -42,6 +43,8 @@ _RENAMES = (
 )
 # Those of Charades-STA's training videos and moments (`windows_of`), which the published networks were trained on.
 CHARADES_STA = Windows(longest=194.42, length=43.0, overlap=14.5)
+# Maximum number of arrays in an .npz file; I3D has 230.
+MAX_ARRAYS = 1000
 # Modules of the authors' network that its forward pass never uses.
 _UNUSED = ("query_encoder.textualAttention.", "fcos.head.centerness.")
 
@@ -70,19 +73,19 @@ def convert(
     output: Path | None = None,
     vocabulary: Path | None = None,
     stage: Literal[1, 2, 3] | None = None,
-) -> Checkpoint | C3DCheckpoint:
-    """Convert a published DRN checkpoint to drn.pt, or a published C3D extractor to c3d.pt.
+) -> Checkpoint | ExtractorCheckpoint:
+    """Convert a published DRN checkpoint to drn.pt, or a published extractor to c3d.pt or i3d.pt.
 
-    Accepts mmaction2's published file, its training checkpoints (epoch_N.pth), the authors' .pth.tar, and for C3D
-    mmaction2's files and c3d.pickle. The kind of file and all sizes of the network are read from its tensors. Code
-    in the file is not run.
+    Accepts mmaction2's published file, its training checkpoints (epoch_N.pth), the authors' .pth.tar; for C3D
+    mmaction2's files and c3d.pickle; and for I3D rgb_imagenet.pt of pytorch-i3d and the flat .npz layout of Flax.
+    The kind of file and all sizes of the network are read from its tensors. Code in the file is not run.
 
     Example:
         python -m train.convert drn_published.pth --vocabulary Charades_word2id.json
 
     Args:
         checkpoint: file to convert.
-        output: checkpoint to write. Default: drn.pt or c3d.pt.
+        output: checkpoint to write. Default: drn.pt, c3d.pt or i3d.pt.
         vocabulary: word table of the network, such as Charades_word2id.json. Published checkpoints do not contain
             it, and without it the converted network accepts no sentences.
         stage: training stage of the checkpoint. After stage 1 the IoU head is untrained and is not used in scores.
@@ -92,20 +95,21 @@ def convert(
         CheckpointError: the file cannot be read, is not a DRN, or a tensor is missing, unexpected or has the wrong
             shape; or the word table does not fit the network.
     """
-    for path in (Path("drn.pt"), Path("c3d.pt")) if output is None else (output,):
+    for path in (Path("drn.pt"), Path("c3d.pt"), Path("i3d.pt")) if output is None else (output,):
         if is_same_file(path, checkpoint):
             raise CheckpointError(
                 f"--output {path} is the checkpoint to convert. Choose another --output.", code="output_is_input"
             )
     table = None if vocabulary is None else read_json(vocabulary, "the word table", CheckpointError)
     published = read(checkpoint)
-    if published_layout(published.weights):
+    if is_published_extractor(published.weights):
         if table is not None or stage is not None:
             raise CheckpointError(
-                f"{checkpoint} is a C3D, which has no words and no stages. Remove --vocabulary and --stage.",
+                f"{checkpoint} is a feature extractor, which has no words and no stages. Remove --vocabulary and "
+                "--stage.",
                 code="inapplicable_option",
             )
-        return _convert_c3d(published.weights, checkpoint, output or Path("c3d.pt"))
+        return _convert_extractor(published.weights, checkpoint, output)
     return _convert_drn(published, checkpoint, output or Path("drn.pt"), table, vocabulary, stage)
 
 
@@ -161,20 +165,20 @@ def _convert_drn(
     return converted
 
 
-def _convert_c3d(weights: Mapping[str, np.ndarray], checkpoint: Path, output: Path) -> C3DCheckpoint:
-    """Convert and write a C3D checkpoint."""
-    layout = published_layout(weights)
-    assert layout is not None
-    converted = from_published(weights, layout, str(checkpoint), {checkpoint.name: sha256(checkpoint)})
-    save_c3d(output, converted)
-    owner = {"mmaction2": "mmaction2's", "plain": "the plain"}[layout]
+def _convert_extractor(weights: Mapping[str, np.ndarray], checkpoint: Path, output: Path | None) -> ExtractorCheckpoint:
+    """Convert and write the checkpoint of an extractor."""
+    converted = from_published(weights, str(checkpoint), {checkpoint.name: sha256(checkpoint)})
+    config, manifest = converted.config, converted.manifest({})
+    output = output or Path(f"{config.KIND.lower()}.pt")
+    save_extractor(output, converted)
     red, green, blue = converted.mean
+    height, width = manifest.crop
     print(
-        f"{output}: a C3D from a checkpoint in {owner} layout\n"
+        f"{output}: {config.KIND} from a checkpoint in {converted.layout}\n"
         f"  parameters   {sum(tensor.numel() for tensor in converted.weights.values()):,}\n"
-        f"  convolutions {', '.join(map(str, converted.config.widths))}\n"
-        f"  features     {converted.config.dim:,} channels, of {WINDOW} frames every {STRIDE}\n"
-        f"  frames       {CROP[0]} x {CROP[1]}, minus the mean red {red:g}, green {green:g}, blue {blue:g}"
+        f"  sizes        {config.summary}\n"
+        f"  features     {config.dim:,} channels, of {manifest.window} frames every {manifest.stride}\n"
+        f"  frames       {height} x {width}, minus the mean red {red:g}, green {green:g}, blue {blue:g}"
     )
     suggest_next_command("export.to_onnx", "--model", output, "--output", output.with_suffix(".onnx"))
     return converted
@@ -186,6 +190,16 @@ def read(path: Path) -> PublishedCheckpoint:
     Raises:
         CheckpointError: the file cannot be read or contains no state dict.
     """
+    if path.suffix == ".npz":
+        check_file(path, "The checkpoint", CheckpointError)
+        with reading(path, "an archive of arrays", CheckpointError, "copy it again"):
+            arrays = read_archive(path, MAX_ARRAYS)
+        if not is_published_extractor(arrays):
+            raise CheckpointError(
+                f"{path} contains no I3D, the only network that is read from .npz files. Pass another checkpoint.",
+                code="not_a_state_dict",
+            )
+        return PublishedCheckpoint(arrays, "mmaction2", (), None, None)
     content = load(path, unknown_objects=True)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         raise CheckpointError(

@@ -86,7 +86,8 @@ def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
     names = [value.name for value in (*graph.graph.input, *graph.graph.output)]
     if manifest_json is None or names != ["clips", "features"]:
         raise ModelFileError(
-            f"{path} is not a feature extractor of drn-deploy. Export C3D with `python -m export.to_onnx`.",
+            f"{path} is not a feature extractor of drn-deploy with features as its only output. Export C3D or I3D with "
+            "`python -m export.to_onnx`, without --class-scores.",
             code="wrong_model_kind",
         )
     try:

@@ -80,17 +80,17 @@ def extractor_file_kind(model: Path) -> str | None:
             return None
     if model.suffix == ".pt":
         try:
-            from train.c3d import is_c3d_file
+            from train.extractors.checkpoint import is_extractor_file
         except ImportError:
             return None
-        return "checkpoint" if is_c3d_file(model) else None
+        return "checkpoint" if is_extractor_file(model) else None
     if model.name.endswith((".pth", ".tar", ".pickle")):
         try:
-            from train.c3d import published_layout
             from train.convert import read
+            from train.extractors.checkpoint import is_published_extractor
         except ImportError:
             return None
-        return "published" if published_layout(read(model).weights) else None
+        return "published" if is_published_extractor(read(model).weights) else None
     return None
 
 

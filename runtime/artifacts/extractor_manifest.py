@@ -28,12 +28,13 @@ class ExtractorManifest:
     """The manifest of an extractor: metadata key "drn.extractor", or NAME.onnx.json next to the file.
 
     Attributes:
-        kind: name of the network in reports: C3D, CLIP.
+        kind: name of the network in reports: C3D, I3D, CLIP.
         dim: D, number of channels of a feature.
         window, stride: frames of a clip, and frames from the start of a clip to the next.
         resize: height and width of a frame before the crop, or its shorter side.
         crop: height and width of the input of the network.
-        mean, std: means and standard deviations of red, green and blue, which normalize pixels for image encoders.
+        mean, std: means of red, green and blue to subtract from pixels, and the divisors after that. The graph of a
+            clip extractor contains both; pixels of image encoders are normalized by `runtime.media.extractors`.
         white: value of white in `mean` and `std`: 255, or 1 for most image encoders.
         sources: source files: name to SHA-256.
         precision: precision of weights and arithmetic: fp32, fp16, bf16.

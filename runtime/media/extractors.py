@@ -1,4 +1,4 @@
-"""Open and run the networks that extract clip features: C3D on clips, or an image encoder on single frames."""
+"""Open and run the networks that extract clip features: C3D or I3D on clips, or an image encoder on single frames."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Extractor(Protocol):
 
 
 class ClipExtractor:
-    """An ONNX graph on (N, window, height, width, 3) uint8 clips: C3D of `export.to_onnx`."""
+    """An ONNX graph on (N, window, height, width, 3) uint8 clips: C3D or I3D of `export.to_onnx`."""
 
     def __init__(self, session: Any, manifest: ExtractorManifest, identity: str) -> None:
         self.manifest = manifest
@@ -88,7 +88,7 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
     path = Path(path)
     if path.suffix not in (".onnx", ".engine"):
         raise ModelFileError(
-            f"Expected an .onnx or .engine file as extractor, got {excerpt(path.name)}. Convert c3d.pt with `python -m "
+            f"Expected an .onnx or .engine file as extractor, got {excerpt(path.name)}. Export c3d.pt with `python -m "
             "export.to_onnx`; docs/your-own-video.md shows the steps.",
             code="wrong_suffix",
         )
@@ -141,8 +141,8 @@ def read_description(path: Path) -> dict[str, Any]:
     description = description_path(path)
     if not description.is_file():
         raise ModelFileError(
-            f"{path} contains no description of its input. Export C3D with `python -m export.to_onnx`, or describe "
-            f"your own encoder in {description.name} as docs/your-own-video.md shows.",
+            f"{path} contains no description of its input. Export C3D or I3D with `python -m export.to_onnx`, or "
+            f"describe your own encoder in {description.name} as docs/your-own-video.md shows.",
             code="missing_manifest",
         )
     value = read_json(description, "description of an extractor", ModelFileError)

@@ -9,7 +9,7 @@ pytest.importorskip("ray.data", reason="Ray needs the extra [corpus]")
 
 from benchmarks.corpus import corpus  # noqa: E402
 from benchmarks.multiply_adds import c3d_multiply_adds, clips_per_hour  # noqa: E402
-from train.c3d import C3D, CROP, WINDOW, C3DConfig  # noqa: E402
+from train.extractors.c3d import C3D, CROP, WINDOW, C3DConfig  # noqa: E402
 
 
 def test_c3d_multiply_adds_equal_sum_over_layers() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from train.c3d import C3D, MEANS, C3DConfig
+from train.extractors.c3d import C3D, MEANS, C3DConfig
 
 TINY = C3DConfig((4, 4, 8, 8, 8, 8, 8, 8), 32)
 

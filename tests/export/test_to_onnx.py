@@ -329,6 +329,16 @@ def test_options_out_of_range_are_rejected(
         to_onnx(checkpoint, tmp_path / "drn.onnx", **options)
 
 
+@pytest.mark.parametrize(
+    ("option", "flag"), [({"clock": (16, 8)}, "--clock"), ({"class_scores": True}, "--class-scores")]
+)
+def test_options_of_extractors_are_rejected_for_drn(
+    checkpoint: Path, tmp_path: Path, option: dict[str, Any], flag: str
+) -> None:
+    with raises(ShapeError, "inapplicable_option", checkpoint, flag):
+        to_onnx(checkpoint, tmp_path / "drn.onnx", **option)
+
+
 def test_network_in_training_mode_exports_identically(
     networks: dict[str, DRN], exported: dict[str, onnx.ModelProto]
 ) -> None:

@@ -17,8 +17,9 @@ from tests.raising import raises  # noqa: E402
 from train import checkpoints  # noqa: E402
 from train.__main__ import train  # noqa: E402
 from train.backend import open_checkpoint  # noqa: E402
-from train.c3d import C3D, C3DCheckpoint, C3DConfig, load_c3d, save_c3d  # noqa: E402
 from train.checkpoints import content_digest, load, load_checkpoint, source_hash  # noqa: E402
+from train.extractors.c3d import C3D, C3DConfig  # noqa: E402
+from train.extractors.checkpoint import ExtractorCheckpoint, load_extractor, save_extractor  # noqa: E402
 
 
 @pytest.fixture
@@ -36,8 +37,8 @@ def test_damaged_c3d_checkpoint_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "c3d.pt"
     torch.manual_seed(0)
     model = C3D(C3DConfig((2, 3, 4, 4, 5, 5, 6, 6), 8), (0.0, 0.0, 0.0))
-    save_c3d(path, C3DCheckpoint(model.config, model.mean, model.state_dict(), {}))
-    assert count_refused(path, lambda: content_digest(load_c3d(path).weights).encode(), CheckpointError) == 40
+    save_extractor(path, ExtractorCheckpoint(model.config, model.mean, model.state_dict(), {}))
+    assert count_refused(path, lambda: content_digest(load_extractor(path).weights).encode(), CheckpointError) == 40
 
 
 @pytest.mark.parametrize("part", ["digits", "length", "directory"])

@@ -1,3 +1,3 @@
-"""Define DRN in torch: the network, its losses, its initialization, and the C3D network behind clip features."""
+"""Define DRN in torch: the network, its losses, and its initialization."""
 
 from __future__ import annotations

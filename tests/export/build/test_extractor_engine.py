@@ -33,8 +33,9 @@ from runtime.infer import infer
 from runtime.media.extractors import open_extractor
 from tests.export.narrow_c3d import TINY, lively
 from tests.raising import quotes, raises, records
-from tests.train.test_c3d import LAYOUTS
-from train.c3d import MEANS, C3DCheckpoint, load_c3d, save_c3d
+from tests.train.extractors.test_c3d import LAYOUTS
+from train.extractors.c3d import MEANS
+from train.extractors.checkpoint import ExtractorCheckpoint, load_extractor, save_extractor
 
 RTX = {"target": "tensorrt-rtx", "compute_capability": ("8.6",), "batch": (1, 2, 4)}
 
@@ -42,7 +43,7 @@ RTX = {"target": "tensorrt-rtx", "compute_capability": ("8.6",), "batch": (1, 2,
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("c3d") / "c3d.pt"
-    save_c3d(path, C3DCheckpoint(TINY, MEANS["plain"], lively().state_dict(), {"c3d.pickle": "1" * 64}))
+    save_extractor(path, ExtractorCheckpoint(TINY, MEANS["plain"], lively().state_dict(), {"c3d.pickle": "1" * 64}))
     return to_onnx(path, path.with_name("c3d.onnx"))
 
 
@@ -88,7 +89,7 @@ def test_checkpoint_is_exported_once_before_the_build(model: Path) -> None:
     build_engine(checkpoint, precision="fp16", target="onnxruntime")
     assert open_extractor(model, "cpu", 1).manifest.precision == "fp32"
     other = model.read_bytes()
-    save_c3d(checkpoint, C3DCheckpoint(TINY, MEANS["mmaction2"], lively().state_dict(), {}))
+    save_extractor(checkpoint, ExtractorCheckpoint(TINY, MEANS["mmaction2"], lively().state_dict(), {}))
     with raises(OutputError, "output_exists", model, "c3d.pt"):
         build_engine(checkpoint, precision="fp16", target="onnxruntime")
     assert model.read_bytes() == other
@@ -102,7 +103,7 @@ def test_published_checkpoint_is_converted_first(name: str, tmp_path: Path) -> N
     stem = name.partition(".")[0]
     assert output == tmp_path / f"{stem}.fp16.onnx"
     mean = MEANS["plain" if stem == "c3d" else "mmaction2"]
-    assert open_extractor(output, "cpu", 1).manifest.mean == load_c3d(tmp_path / f"{stem}.pt").mean == mean
+    assert open_extractor(output, "cpu", 1).manifest.mean == load_extractor(tmp_path / f"{stem}.pt").mean == mean
     for there in (f"{stem}.pt", f"{stem}.onnx"):
         with raises(OutputError, "output_exists", tmp_path / there, name):
             build_engine(tmp_path / name, precision="fp16", target="onnxruntime")

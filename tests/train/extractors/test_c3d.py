@@ -1,4 +1,4 @@
-"""Test `train.c3d`: the layers equal the published ones, and all published layouts convert."""
+"""Test `train.extractors.c3d`: the layers equal the published ones, and all published layouts convert."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ torch = pytest.importorskip("torch", reason="C3D is a torch network")
 
 from runtime.core.errors import CheckpointError  # noqa: E402
 from tests.raising import raises  # noqa: E402
-from train.c3d import C3D, MEANS, C3DConfig, is_c3d_file, load_c3d, save_c3d  # noqa: E402
 from train.convert import convert  # noqa: E402
+from train.extractors.c3d import C3D, MEANS, C3DConfig  # noqa: E402
+from train.extractors.checkpoint import is_extractor_file, load_extractor, save_extractor  # noqa: E402
 
 TINY = C3DConfig((2, 3, 4, 4, 5, 5, 6, 6), 8)
 
@@ -129,8 +130,8 @@ def test_published_layouts_convert_to_one_checkpoint_format(
 ) -> None:
     LAYOUTS[name](tiny, tmp_path / name)
     converted = convert(tmp_path / name, tmp_path / "c3d.pt")
-    loaded = load_c3d(tmp_path / "c3d.pt")
-    assert is_c3d_file(tmp_path / "c3d.pt")
+    loaded = load_extractor(tmp_path / "c3d.pt")
+    assert is_extractor_file(tmp_path / "c3d.pt")
     assert loaded.config == converted.config == TINY
     assert loaded.mean == MEANS["plain" if name == "c3d.pickle" else "mmaction2"]
     assert list(loaded.sources) == [name]
@@ -209,7 +210,7 @@ def test_damaged_c3d_checkpoint_is_rejected(tmp_path: Path, tiny: C3D) -> None:
     ):
         torch.save({**content, **change}, tmp_path / "c3d.pt")
         with raises(CheckpointError, code, tmp_path / "c3d.pt"):
-            load_c3d(tmp_path / "c3d.pt")
-    save_c3d(tmp_path / "c3d.pt", checkpoint)
-    assert load_c3d(tmp_path / "c3d.pt").config == TINY
-    assert not is_c3d_file(tmp_path / "none.pt")
+            load_extractor(tmp_path / "c3d.pt")
+    save_extractor(tmp_path / "c3d.pt", checkpoint)
+    assert load_extractor(tmp_path / "c3d.pt").config == TINY
+    assert not is_extractor_file(tmp_path / "none.pt")
