@@ -128,7 +128,7 @@ def channel_energies(model: onnx.ModelProto, policy: QuantizationPolicy | None =
     """Return the tensors to quantize under a policy, with the energy of the weights that read each channel.
 
     The energy of channel c is the sum of W[o, c]^2 over the outputs o, and the taps, of all operators that read the
-    tensor: (C, 1, 1) for the input of a convolution, (C,) for that of a matrix product.
+    tensor: (C, 1, ...) for the input of a convolution, with one axis per tap axis; (C,) for that of a matrix product.
     """
     from onnx import numpy_helper
 
@@ -140,10 +140,10 @@ def channel_energies(model: onnx.ModelProto, policy: QuantizationPolicy | None =
             squares = numpy_helper.to_array(constants[op.weight]).astype(np.float64) ** 2
             if squares.ndim > 2:
                 # A kernel of (O, C / groups, taps) reads C channels, each group its own.
-                outputs, inputs = squares.shape[:2]
+                outputs, inputs, taps = *squares.shape[:2], squares.ndim - 2
                 count = groups.get(op.node, 1)
                 by_group = squares.reshape(count, outputs // count, inputs, -1)
-                energy = by_group.sum(axis=(1, 3)).reshape(-1, 1, 1)
+                energy = by_group.sum(axis=(1, 3)).reshape(-1, *(1,) * taps)
             else:
                 energy = squares.sum(axis=op.axis)
             energies[op.tensor] = energies.get(op.tensor, 0) + energy
@@ -172,7 +172,6 @@ def insert_qdq(
     Raises:
         CalibrationError: the table is of another model or has no range for a tensor, or a module to keep is unknown.
     """
-    import onnx
 
     policy = policy or QuantizationPolicy()
     opset = opset or max(opset_of(model), FP8_OPSET if kind == "fp8" else 0)
@@ -191,12 +190,35 @@ def insert_qdq(
         )
     source = hashlib.sha256(model.SerializeToString()).hexdigest()
     model, ranges = _equalized(model, table, tensors)
+    result = write_qdq(model, ranges, policy, kind, opset)
+    sources = {**manifest.sources, "fp32 graph": source, "calibration": table.digest}
+    set_manifest(result, dataclasses.replace(manifest, precision=kind, sources=sources))
+    return result
+
+
+def write_qdq(
+    model: onnx.ModelProto,
+    ranges: Mapping[str, ValueRange],
+    policy: QuantizationPolicy,
+    kind: QuantDtype,
+    opset: int,
+) -> onnx.ModelProto:
+    """Return a copy of any FP32 graph with Q/DQ around the operators of a policy; metadata is copied.
+
+    Args:
+        model: FP32 graph of DRN or of an extractor.
+        ranges: range of every tensor that the operators read.
+        policy, kind, opset: see `insert_qdq`.
+
+    Raises:
+        CalibrationError: no module remains to quantize, or a module to keep is unknown.
+    """
+    import onnx
+
     ops = {op.node: op for op in find_quantizable_ops(model, policy, kind)}
     if not ops:
         raise CalibrationError("No module remains to quantize. Keep fewer modules.", code="nothing_to_quantize")
     result = with_opset(_Writer(model, ops, ranges, policy, kind).run(), opset)
-    sources = {**manifest.sources, "fp32 graph": source, "calibration": table.digest}
-    set_manifest(result, dataclasses.replace(manifest, precision=kind, sources=sources))
     onnx.checker.check_model(result, full_check=True)
     return result
 

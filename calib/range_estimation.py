@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from calib.errors import CalibrationError
 from calib.graph.channel_equalization import ChannelScales, scale_factors
 from calib.graph.onnx_session import observe
-from runtime.core.batch import Batch
 
 if TYPE_CHECKING:
     import onnx
@@ -147,7 +146,7 @@ class ActivationStatistics:
 def collect_statistics(
     model: onnx.ModelProto,
     energies: Mapping[str, np.ndarray],
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     threads: int | None = None,
     gains: ChannelScales | None = None,
 ) -> ActivationStatistics:
@@ -156,7 +155,7 @@ def collect_statistics(
     Args:
         model: the graph, without channel equalization.
         energies: tensor name to the energy of the weights that read each channel (`Histogram.add`).
-        batches: calibration inputs.
+        batches: calibration inputs, objects with one attribute per input of the graph.
         threads: number of CPU threads.
         gains: exponents of the channel equalization, of tensors in `energies`.
 

@@ -28,6 +28,7 @@ def build_engine(
     keep: tuple[str, ...] = (),
     calib_samples: int = 512,
     calib_method: MethodOption = "auto",
+    calib_videos: tuple[Path, ...] = (),
     max_drop: float = 0.2,
     split: bool = False,
     videos: int = DEFAULT_CACHED_VIDEOS,
@@ -77,7 +78,9 @@ def build_engine(
         keep: DRN modules to keep in higher precision: FP16 for int8 and fp8, FP32 for fp16 and bf16.
         calib_samples: number of training queries to calibrate on.
         calib_method: how to choose activation ranges; auto takes the method whose answers agree best with FP32
-            on held-out training videos.
+            on held-out training videos, and for an extractor that with the smallest error of the features.
+        calib_videos: video files for an extractor: int8 is calibrated on every second clip of them and compared with
+            FP32 on the others, other precisions are compared on all.
         max_drop: maximum drop of R@1 IoU=0.7 and of mIoU compared with FP32, in points. For int8 and fp8 the
             smallest set of modules is restored to FP16 until the drop on held-out training videos is within it; the
             final check uses the parity split.

@@ -76,7 +76,7 @@ def read_source(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, Manifest
 
 
 def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
-    """Return the FP32 graph of a feature extractor and its manifest.
+    """Return the FP32 graph of a feature extractor, with the padding in its convolutions, and its manifest.
 
     Raises:
         ModelFileError: the file is not an FP32 feature extractor of this toolkit.
@@ -98,7 +98,7 @@ def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
         ) from error
     if manifest.precision != "fp32":
         raise _not_fp32(path, manifest.precision)
-    return graph, manifest
+    return inline_padding(graph), manifest
 
 
 def _not_fp32(path: str | os.PathLike[str], precision: str) -> ModelFileError:

@@ -64,6 +64,7 @@ class BuildRequest:
     keep: tuple[str, ...] = ()
     calib_samples: int = 512
     calib_method: MethodOption = "auto"
+    calib_videos: tuple[Path, ...] = ()
     max_drop: float = 0.2
     split: bool = False
     videos: int = DEFAULT_CACHED_VIDEOS
@@ -99,7 +100,7 @@ class BuildRequest:
             GroundingError: an option is invalid, missing or inapplicable, or a library that it needs is not installed.
         """
         quantizes = self.precision in ("int8", "fp8")
-        if quantizes and self.data is None and self.table is None:
+        if quantizes and self.data is None and self.table is None and not self.calib_videos:
             raise GroundingError(
                 f"--precision {self.precision} needs calibration data. Add --data DIR, or --table FILE.",
                 code="missing_option",

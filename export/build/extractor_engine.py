@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.graph.half_precision import emulate_bf16, measure_magnitudes
+from calib.extractor_quantizer import extractor_policy, quantize_extractor
+from calib.graph.half_precision import convert_to_half, emulate_bf16, measure_magnitudes
 from calib.graph.onnx_graph import read_extractor
 from calib.graph.onnx_session import open_session
+from calib.graph.opset import opset_of
 from calib.graph.precision_audit import audit_graph, require_precision
 from export.build.artifacts import format_shares
-from export.build.build_config import BuildConfig, validate_keep_modules
-from export.build.reduced_precision import ConversionOptions, convert_precision, held_in_fp32
+from export.build.build_config import BuildConfig, BuildRequest, validate_keep_modules
+from export.build.extractor_clips import ExtractorClips
+from export.build.reduced_precision import OPSETS, ConversionOptions, convert_precision, held_in_fp32
 from export.engine.builder import BuildOptions, runs_here
 from export.engine.engine_part import EnginePart
 from export.engine.engine_writer import build_part, mark_rejected
-from export.engine.profiles import Profile, SizeRange
-from export.tracing.synthetic_clips import synthetic_clips
+from export.engine.profiles import Profile
 from runtime.artifacts.engine_metadata import read_verified
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import read_metadata, with_digest
@@ -42,7 +46,7 @@ FEATURES = "features"
 
 @dataclasses.dataclass(frozen=True)
 class FeatureTolerance:
-    """The deviation of features from FP32 over all clips of `synthetic_clips`, measured or tolerated.
+    """The deviation of features from FP32 over several clips, measured or tolerated.
 
     Attributes:
         cosine: minimum cosine similarity of the two features of a clip.
@@ -61,11 +65,13 @@ class FeatureTolerance:
         return f"cosine similarity {self.cosine:.6f}, relative difference {self.difference:.1e}"
 
 
-# FP16 rounds each tensor by 5e-4, BF16 by 4e-3, over eleven consecutive layers.
+# FP16 rounds each tensor by 5e-4, BF16 by 4e-3, over eleven consecutive layers. INT8 has 127 or 255 steps a tensor;
+# docs/your-own-video.md has the deviations of a trained I3D.
 FEATURE_TOLERANCES = {
     "fp32": FeatureTolerance(0.99999, 1e-4),
     "fp16": FeatureTolerance(0.9999, 1e-2),
     "bf16": FeatureTolerance(0.999, 5e-2),
+    "int8": FeatureTolerance(0.98, 0.3),
 }
 
 
@@ -94,23 +100,13 @@ def extractor_file_kind(model: Path) -> str | None:
     return None
 
 
-def build_extractor(
-    job: BuildConfig,
-    options: BuildOptions,
-    batch: SizeRange,
-    keep: tuple[str, ...],
-    cache: Path | None,
-    threads: int | None,
-) -> Path:
+def build_extractor(job: BuildConfig, options: BuildOptions, request: BuildRequest) -> Path:
     """Build the engine of an extractor, or for ONNX Runtime its converted graph.
 
     Args:
         job: files of the build.
         options: of the engine.
-        batch: min, opt and max number of clips.
-        keep: layers that stay in FP32.
-        cache: timing cache file.
-        threads: number of CPU threads.
+        request: options of the command; `keep` names layers that stay in higher precision.
 
     Returns:
         The path of the engine or the graph.
@@ -121,21 +117,23 @@ def build_extractor(
     """
     source = _source_graph(job)
     graph, manifest = read_extractor(source)
-    validate_keep_modules(graph, job.precision, keep)
+    clips = ExtractorClips.select(manifest, request.calib_videos, calibrated=job.precision == "int8")
     shape = manifest.window, *manifest.crop, 3
-    smallest, best, largest = ((size, *shape) for size in batch)
-    profile = Profile("clips", MinOptMax(*batch), MinOptMax(1, 1, 1), {"clips": (smallest, best, largest)})
+    smallest, best, largest = ((size, *shape) for size in request.batch)
+    profile = Profile("clips", MinOptMax(*request.batch), MinOptMax(1, 1, 1), {"clips": (smallest, best, largest)})
     with locked(job.output.parent, job.output.name), Staging() as staging:
         staged = dataclasses.replace(job, requested_output=staging.path(job.output))
         try:
-            part, deviation = _convert_and_check(staged, source, graph, manifest, profile, keep, threads)
-            report = _report(job, source, part, deviation)
+            converted = _convert(job, graph, clips, request)
+            part = _write_graph(staged, source, graph, converted.graph, manifest, profile)
+            deviations = _check_graph(staged, part, source, clips, request.threads)
+            report = _report(job, source, part, deviations, converted.method)
             if job.target != "onnxruntime":
-                build_part(part, staged.precision, options, cache)
+                build_part(part, staged.precision, options, request.timing_cache)
                 layer_stats = read_verified(part.engine)["census"]
                 report["engine_precision"] = {key: layer_stats[key] for key in ("verdict", "reason")}
                 if runs_here(options):
-                    report["engine"] = dataclasses.asdict(_check_engine(staged, part, source, threads))
+                    report |= _by_origin("engine", _check_engine(staged, part, source, clips, request.threads))
             write_json(staged.sibling_path("parity.json"), report)
         except CheckFailed:
             staging.commit(lambda name: ".rejected." in name)
@@ -161,28 +159,56 @@ def _source_graph(job: BuildConfig) -> Path:
     return export_extractor(job.checkpoint, job.source)
 
 
-def _convert_and_check(
+@dataclasses.dataclass(frozen=True)
+class _Converted:
+    """A graph in the requested precision, and for INT8 the method that selected its ranges."""
+
+    graph: onnx.ModelProto
+    method: str = ""
+
+
+def _convert(job: BuildConfig, graph: onnx.ModelProto, clips: ExtractorClips, request: BuildRequest) -> _Converted:
+    """Convert an FP32 graph to the requested precision.
+
+    Raises:
+        GroundingError: a layer of `keep` does not exist, or there are too few clips to calibrate on.
+    """
+    every_clip = [*clips.calibration, *itertools.chain.from_iterable(clips.compared.values())]
+    if job.precision == "int8":
+        for_cpu = job.target == "onnxruntime"
+        policy = extractor_policy(graph, request.keep, unsigned=for_cpu)
+        opset = opset_of(graph) if for_cpu else OPSETS["int8"]
+        quantized = quantize_extractor(graph, clips.calibration, request.calib_method, policy, opset, request.threads)
+        if for_cpu:
+            return _Converted(quantized.graph, quantized.method)
+        held = _scan_for_overflow(graph, every_clip)
+        return _Converted(convert_to_half(quantized.graph, "fp16", held), quantized.method)
+    validate_keep_modules(graph, job.precision, request.keep)
+    keep = request.keep
+    if job.precision == "fp16":
+        keep = (*keep, *_scan_for_overflow(graph, every_clip))
+    return _Converted(convert_precision(graph, job.precision, ConversionOptions(keep), None).graph)
+
+
+def _scan_for_overflow(graph: onnx.ModelProto, clips: Sequence[np.ndarray]) -> tuple[str, ...]:
+    """Return the layers that could overflow in FP16 on these clips.
+
+    The comparison of features cannot show this on a CPU, where ONNX Runtime computes FP16 layers in FP32.
+    """
+    return held_in_fp32(measure_magnitudes(graph, (SimpleNamespace(clips=clip) for clip in clips)))
+
+
+def _write_graph(
     job: BuildConfig,
     source: Path,
     graph: onnx.ModelProto,
+    converted: onnx.ModelProto,
     manifest: ExtractorManifest,
     profile: Profile,
-    keep: tuple[str, ...],
-    threads: int | None,
-) -> tuple[EnginePart, FeatureTolerance]:
-    """Write the graph in the requested precision, and compare its features with FP32.
-
-    Returns:
-        The source of the engine, and the deviation of the features.
-
-    Raises:
-        CheckFailed: a check failed; the graph is saved as MODEL.PRECISION.rejected.onnx.
-    """
+) -> EnginePart:
+    """Write a converted graph with its manifest, and return the source of the engine."""
     import onnx
 
-    if job.precision == "fp16":
-        keep = (*keep, *_scan_for_overflow(graph, manifest))
-    converted = convert_precision(graph, job.precision, ConversionOptions(keep), None, str(source)).graph
     stats, weights = audit_graph(converted), sum(audit_graph(graph).weight_bytes.values())
     sources = {**manifest.sources, source.name: sha256(source)}
     manifest = dataclasses.replace(manifest, precision=job.precision, sources=sources)
@@ -190,64 +216,86 @@ def _convert_and_check(
     onnx.helper.set_model_props(converted, {METADATA_KEY: manifest.to_json()})
     print(f"{job.graph_path.name}: {format_shares(stats)}.")
     job.graph_path.write_bytes(with_digest(converted.SerializeToString()))
+    digest = sha256(job.graph_path)
+    return EnginePart(converted, manifest, job.graph_path, digest, job.output, [profile], stats, weights)
+
+
+def _check_graph(
+    job: BuildConfig, part: EnginePart, source: Path, clips: ExtractorClips, threads: int | None
+) -> dict[str, FeatureTolerance]:
+    """Return the deviation of the features of the written graph from FP32, by the origin of the clips.
+
+    Raises:
+        CheckFailed: a check failed; the graph is saved as MODEL.PRECISION.rejected.onnx.
+    """
     try:
-        require_precision(stats, job.precision)
-        runnable = job.graph_path if job.precision != "bf16" else emulate_bf16(converted)
-        deviation = compare(_Graph(source, threads), _Graph(runnable, threads), manifest)
-        _check_features(job, deviation, "graph")
+        require_precision(part.precision_stats, job.precision)
+        runnable = job.graph_path if job.precision != "bf16" else emulate_bf16(part.graph)
+        return _deviations(job, _Graph(source, threads), _Graph(runnable, threads), clips, "graph")
     except CheckFailed as error:
         rejected = job.rejected_path("onnx")
         job.graph_path.rename(rejected)
         raise CheckFailed(
-            f"{error} The graph was saved as {rejected.name}. Keep layers in FP32 with --keep.", code=error.code
+            f"{error} The graph was saved as {rejected.name}. Keep layers in higher precision with --keep.",
+            code=error.code,
         ) from error
-    digest = sha256(job.graph_path)
-    part = EnginePart(converted, manifest, job.graph_path, digest, job.output, [profile], stats, weights)
-    return part, deviation
 
 
-def _scan_for_overflow(graph: onnx.ModelProto, manifest: ExtractorManifest) -> tuple[str, ...]:
-    """Return the layers that could overflow in FP16 on synthetic clips.
-
-    The comparison of features cannot show this on a CPU, where ONNX Runtime computes FP16 layers in FP32.
-    """
-    batches = (SimpleNamespace(clips=clip) for clip in synthetic_clips(manifest))
-    return held_in_fp32(measure_magnitudes(graph, batches))
-
-
-def _check_engine(job: BuildConfig, part: EnginePart, source: Path, threads: int | None) -> FeatureTolerance:
+def _check_engine(
+    job: BuildConfig, part: EnginePart, source: Path, clips: ExtractorClips, threads: int | None
+) -> dict[str, FeatureTolerance]:
     """Compare the features of an engine on the GPU with FP32; rename the engine if they exceed the tolerance."""
     extractor = open_extractor(part.engine)
     try:
-        deviation = compare(_Graph(source, threads), extractor, extractor.manifest)
-    finally:
-        extractor.close()  # type: ignore[attr-defined]
-    try:
-        _check_features(job, deviation, "engine")
+        return _deviations(job, _Graph(source, threads), extractor, clips, "engine")
     except CheckFailed as error:
         rejected = mark_rejected(part.engine)
         raise CheckFailed(f"{error} The engine was saved as {rejected.name}.", code=error.code) from error
-    return deviation
+    finally:
+        extractor.close()  # type: ignore[attr-defined]
 
 
-def _check_features(job: BuildConfig, measured: FeatureTolerance, subject: str) -> None:
+def _deviations(
+    job: BuildConfig, reference: _Graph, other: _Graph | Extractor, clips: ExtractorClips, subject: str
+) -> dict[str, FeatureTolerance]:
+    """Return the deviations of features by the origin of the clips; CheckFailed if one exceeds the tolerance."""
     tolerance = FEATURE_TOLERANCES[job.precision]
-    print(f"Features of the {subject} compared with FP32: {measured}; tolerance: {tolerance}.")
-    if tolerance.is_exceeded_by(measured):
-        raise CheckFailed(
-            f"The features of the {subject} exceed the tolerance ({measured}; tolerance: {tolerance}).",
-            code="parity_failed",
+    deviations: dict[str, FeatureTolerance] = {}
+    for origin, compared in clips.compared.items():
+        measured = deviations[origin] = compare(reference, other, compared)
+        print(
+            f"Features of the {subject} on {len(compared)} {origin} clips compared with FP32: {measured}; tolerance: "
+            f"{tolerance}."
         )
+        if tolerance.is_exceeded_by(measured):
+            raise CheckFailed(
+                f"The features of the {subject} on {origin} clips exceed the tolerance ({measured}; tolerance: "
+                f"{tolerance}).",
+                code="parity_failed",
+            )
+    return deviations
 
 
-def _report(job: BuildConfig, source: Path, part: EnginePart, measured: FeatureTolerance) -> dict[str, Any]:
+def _report(
+    job: BuildConfig, source: Path, part: EnginePart, deviations: Mapping[str, FeatureTolerance], method: str
+) -> dict[str, Any]:
     return {
         "reference": {"name": source.name, "sha256": sha256(source)},
         "model": {"name": part.graph_path.name, "sha256": part.graph_sha256, "precision": job.precision},
         "promised": dataclasses.asdict(FEATURE_TOLERANCES[job.precision]),
-        "twin": dataclasses.asdict(measured),
+        **_by_origin("twin", deviations),
         "census": part.precision_stats.to_dict(),
+        **({"method": method} if method else {}),
     }
+
+
+def _by_origin(key: str, deviations: Mapping[str, FeatureTolerance]) -> dict[str, Any]:
+    """Return the worst deviation under a key, and that on clips of videos under the key with `_real`."""
+    worst = FeatureTolerance(
+        min(entry.cosine for entry in deviations.values()), max(entry.difference for entry in deviations.values())
+    )
+    real = {f"{key}_real": dataclasses.asdict(deviations["real"])} if "real" in deviations else {}
+    return {key: dataclasses.asdict(worst), **real}
 
 
 class _Graph:
@@ -261,10 +309,10 @@ class _Graph:
         return result
 
 
-def compare(reference: _Graph, other: _Graph | Extractor, manifest: ExtractorManifest) -> FeatureTolerance:
-    """Return the deviation of the features of `other` on synthetic clips."""
+def compare(reference: _Graph, other: _Graph | Extractor, clips: Sequence[np.ndarray]) -> FeatureTolerance:
+    """Return the deviation of the features of `other` on clips, each (1, window, height, width, 3) uint8."""
     cosine, difference = 1.0, 0.0
-    for clip in synthetic_clips(manifest):
+    for clip in clips:
         expected, actual = (graph.extract(clip)[0].astype(np.float64) for graph in (reference, other))
         largest = np.abs(expected).max()
         if largest == 0 and not actual.any():

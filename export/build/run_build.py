@@ -46,8 +46,9 @@ log = logging.getLogger("drn")
 
 # Options that also apply to a feature extractor.
 EXTRACTOR_OPTIONS = frozenset(
-    ("model", "precision", "target", "output", "batch", "keep", "optimization_level", "workspace", "timing_cache",
-     "version_compatible", "hardware_compatible", "tf32", "compute_capability", "threads", "dry_run")
+    ("model", "precision", "target", "output", "batch", "keep", "calib_method", "calib_videos", "optimization_level",
+     "workspace", "timing_cache", "version_compatible", "hardware_compatible", "tf32", "compute_capability", "threads",
+     "dry_run")
 )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def _run_extractor(build: _EngineBuild) -> Path:
         print(job.describe(build.reason, (), build.options, None, "features of synthetic clips compared with FP32"))
         return job.output
     log.info("Target %s: %s", job.target, build.reason)
-    return build_extractor(job, build.options, request.batch, request.keep, request.timing_cache, request.threads)
+    return build_extractor(job, build.options, request)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,11 @@ class _EngineBuild:
         is_extractor = extractor_file_kind(request.model) is not None
         if is_extractor:
             _check_extractor(request)
+        elif request.calib_videos:
+            raise GroundingError(
+                f"--calib-videos applies to feature extractors only, and {request.model.name} is none. Use --data.",
+                code="inapplicable_option",
+            )
         job.check(request)
         job.check_options(options, request.timing_cache, reason, request.profiles)
         build = cls(resolved, reason, job, options, is_extractor)
@@ -443,6 +449,11 @@ def _check_extractor(request: BuildRequest) -> None:
             code="precision_unsupported",
         )
     others = [f"--{name.replace('_', '-')}" for name in request.given() if name not in EXTRACTOR_OPTIONS]
+    if request.precision == "int8" and not request.calib_videos:
+        raise GroundingError(
+            f"--precision int8 needs clips to calibrate {name} on. Add --calib-videos FILE, two or more videos.",
+            code="missing_option",
+        )
     if others:
         raise GroundingError(
             f"{', '.join(others)} applies to DRN models only, and {name} is a feature extractor. Remove the option.",

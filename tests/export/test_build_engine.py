@@ -305,6 +305,8 @@ def test_full_disk_preserves_the_previous_engine(place: str, model: Path, monkey
 def test_conflicting_options_are_rejected_before_the_build(model: Path, tmp_path: Path) -> None:
     with raises(GroundingError, "missing_option", "int8", "--data", "--table"):
         build_engine(model, precision="int8")
+    with raises(GroundingError, "inapplicable_option", "--calib-videos", model.name):
+        build_engine(model, calib_videos=(model,), target="onnxruntime")
     with raises(GroundingError, "inapplicable_option", "--table", "fp16"):
         build_engine(model, precision="fp16", table=tmp_path / "t.json")
     with raises(GroundingError, "inapplicable_option", "--keep", "fp32"):

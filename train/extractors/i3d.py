@@ -132,6 +132,12 @@ def max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
     return functional.max_pool3d(pad_same(x, kernel, stride), tuple(kernel), tuple(stride))
 
 
+def mean_over_positions(x: Tensor) -> Tensor:
+    """Return (N, C) means of (N, C, T, H, W) over time and space."""
+    # As a pooling, because the axes of ONNX's ReduceMean are an attribute in opset 17 and an input in later ones.
+    return functional.avg_pool3d(x, tuple(x.shape[2:])).flatten(1)
+
+
 class MixedBlock(nn.Module):
     """Four parallel branches whose outputs are concatenated: a block of Inception v1 in three dimensions."""
 
@@ -183,17 +189,18 @@ class I3D(nn.Module):
             (N, D) features; (N, num_classes) probabilities.
         """
         # The cast comes first because TensorRT accepts uint8 inputs only into a cast.
-        x = (clips.to(self.mean.dtype).permute(0, 4, 1, 2, 3) - self.mean) / HALF_RANGE
+        x = (clips.to(self.mean.dtype).permute(0, 4, 1, 2, 3) - self.mean) * (1 / HALF_RANGE)
         x = max_pool(self.Conv3d_1a_7x7(x), (1, 3, 3), (1, 2, 2))
         x = max_pool(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)), (1, 3, 3), (1, 2, 2))
         x = max_pool(self.Mixed_3c(self.Mixed_3b(x)), (3, 3, 3), (2, 2, 2))
         x = self.Mixed_4f(self.Mixed_4e(self.Mixed_4d(self.Mixed_4c(self.Mixed_4b(x)))))
         x = max_pool(x, (2, 2, 2), (2, 2, 2))
         x = self.Mixed_5c(self.Mixed_5b(x))
-        features = x.mean((2, 3, 4))
+        features = mean_over_positions(x)
         if not self.returns_scores:
             return features
-        return features, self.logits(functional.avg_pool3d(x, SCORE_POOL, 1)).mean((2, 3, 4)).softmax(1)
+        logits = self.logits(functional.avg_pool3d(x, SCORE_POOL, 1))
+        return features, mean_over_positions(logits).softmax(1)
 
 
 def is_published(names: Mapping[str, object]) -> bool:
@@ -254,7 +261,7 @@ class _Reader:
         if self.flat:
             norm = f"{flat_name}/BatchNorm_0"
             kernel = self._kernel(f"params/{flat_name}/Conv_0/kernel")
-            names = (
+            names: tuple[str, ...] = (
                 f"params/{norm}/scale",
                 f"params/{norm}/bias",
                 f"batch_stats/{norm}/mean",

@@ -13,8 +13,12 @@ import onnx
 import pytest
 
 from benchmarks.fake_tensorrt import VERSIONS, Driver, Library, write_plan
+from calib.errors import CalibrationError
+from calib.extractor_quantizer import QuantizedExtractor, quantize_extractor
 from calib.graph.precision_audit import audit_graph
+from calib.range_estimation import METHODS
 from export.build import extractor_engine
+from export.build.extractor_clips import real_clips
 from export.build.extractor_engine import FEATURE_TOLERANCES, FeatureTolerance, compare
 from export.build_engine import build_engine
 from export.engine import engine_writer
@@ -32,6 +36,7 @@ from runtime.describe import describe
 from runtime.infer import infer
 from runtime.media.extractors import open_extractor
 from tests.export.narrow_c3d import TINY, lively
+from tests.films import film
 from tests.raising import quotes, raises, records
 from tests.train.extractors.test_c3d import LAYOUTS
 from train.extractors.c3d import MEANS
@@ -194,6 +199,83 @@ def test_overflow_prone_layer_stays_in_fp32(model: Path, caplog: pytest.LogCaptu
     assert kinds["conv3b"] == kinds["conv5a"] == {"fp16"}
 
 
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """Two videos of 5 and 4 clips."""
+    directory = tmp_path_factory.mktemp("videos")
+    return film(directory / "hall.mp4", 50), film(directory / "door.mp4", 40)
+
+
+def test_int8_extractor_is_compared_on_clips_not_calibrated_on(
+    model: Path, videos: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated: list[np.ndarray] = []
+
+    def quantize(graph: onnx.ModelProto, clips: list[np.ndarray], *options: Any) -> QuantizedExtractor:
+        calibrated.extend(clips)
+        return quantize_extractor(graph, clips, *options)
+
+    monkeypatch.setattr(extractor_engine, "quantize_extractor", quantize)
+    output = build_engine(model, precision="int8", target="onnxruntime", calib_videos=videos)
+    manifest = open_extractor(model, "cpu", 1).manifest
+    every_clip = real_clips(manifest, videos)
+    assert len(every_clip) == 9
+    assert [clip.tobytes() for clip in calibrated] == [clip.tobytes() for clip in every_clip[::2]]
+    stats = audit_graph(onnx.load(output))
+    assert stats.share("int8") > 0.99
+    report = json.loads(model.with_name("c3d.int8.parity.json").read_text())
+    assert report["method"] in METHODS
+    assert report["twin"] == report["twin_real"]
+    wide, small = open_extractor(model, "cpu", 1), open_extractor(output, "cpu", 1)
+    assert small.manifest.precision == "int8"
+    cosine, difference = 1.0, 0.0
+    for clip in every_clip[1::2]:
+        expected, actual = wide.extract(clip)[0], small.extract(clip)[0]
+        cosine = min(cosine, float(expected @ actual / np.linalg.norm(expected) / np.linalg.norm(actual)))
+        difference = max(difference, float(np.abs(expected - actual).max() / np.abs(expected).max()))
+    assert report["twin_real"] == {
+        "cosine": pytest.approx(cosine, abs=1e-5),
+        "difference": pytest.approx(difference, abs=1e-4),
+    }
+
+
+def test_int8_extractor_keeps_modules_and_takes_one_method(model: Path, videos: tuple[Path, ...]) -> None:
+    options: dict[str, Any] = {"precision": "int8", "target": "onnxruntime", "calib_videos": videos}
+    output = build_engine(model, calib_method="minmax", keep=("conv1a",), **options)
+    assert json.loads(model.with_name("c3d.int8.parity.json").read_text())["method"] == "minmax"
+    kinds = {module: set(counts) for module, counts in audit_graph(onnx.load(output)).macs.items()}
+    assert kinds["conv1a"] == {"fp32"}
+    assert kinds["fc6"] == kinds["conv2a"] == {"int8"}
+    with raises(CalibrationError, "unknown_module", "conv9"):
+        build_engine(model, keep=("conv9",), **options)
+
+
+@pytest.mark.rtx
+def test_int8_extractor_for_tensorrt_has_fp16_around(model: Path, videos: tuple[Path, ...]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
+    build_engine(model, precision="int8", calib_videos=videos, **RTX)
+    graph = onnx.load(model.with_name("c3d.int8.onnx"))
+    stats = audit_graph(graph)
+    assert stats.share("int8") > 0.99
+    assert {node.op_type for node in graph.graph.node} >= {"QuantizeLinear", "DequantizeLinear", "Cast"}
+    # TensorRT requires zero points of 0.
+    zeros = [tensor for tensor in graph.graph.initializer if tensor.name.endswith("_zero_point")]
+    assert not any(onnx.numpy_helper.to_array(tensor).any() for tensor in zeros)
+
+
+def test_too_few_calibration_clips_are_rejected(model: Path, tmp_path: Path) -> None:
+    with raises(CalibrationError, "too_few_samples", 2, 1, "--calib-videos"):
+        build_engine(model, precision="int8", target="onnxruntime", calib_videos=(film(tmp_path / "short.mp4", 24),))
+    assert sorted(path.name for path in model.parent.iterdir()) == ["c3d.onnx", "c3d.pt", "short.mp4"]
+
+
+def test_fp16_extractor_is_also_compared_on_videos(model: Path, videos: tuple[Path, ...]) -> None:
+    build_engine(model, precision="fp16", target="onnxruntime", calib_videos=videos)
+    report = json.loads(model.with_name("c3d.fp16.parity.json").read_text())
+    assert report["promised"]["cosine"] <= report["twin"]["cosine"] <= report["twin_real"]["cosine"] <= 1 + 1e-6
+    assert report["twin_real"]["difference"] <= report["twin"]["difference"]
+
+
 def test_engine_with_other_features_on_gpu_is_rejected(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Builder and runtime are test doubles."""
     built = BuiltEngine(b"plan", "tensorrt_rtx 1.7", True, None, None)
@@ -227,8 +309,8 @@ def test_engine_with_other_features_on_gpu_is_rejected(model: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("options", "code", "values"),
     [
-        ({"precision": "int8"}, "precision_unsupported", ("int8", "fp32, fp16, bf16")),
-        ({"precision": "fp8"}, "precision_unsupported", ("fp8", "fp32, fp16, bf16")),
+        ({"precision": "int8"}, "missing_option", ("int8", "--calib-videos")),
+        ({"precision": "fp8"}, "precision_unsupported", ("fp8", "fp32, fp16, bf16, int8")),
         ({"split": True, "data": Path("d")}, "inapplicable_option", ("--data", "--split", "c3d.onnx")),
         ({"query_length": (1, 2, 3)}, "inapplicable_option", ("--query-length", "c3d.onnx")),
         ({"batch": (4, 2, 8)}, "invalid_option", ("--batch", 4, 2, 8)),
@@ -279,7 +361,7 @@ def test_synthetic_clips_are_deterministic(model: Path) -> None:
 def test_all_zero_features_of_both_models_are_equal() -> None:
     dead = SimpleNamespace(extract=lambda clips: np.zeros((1, 4), np.float32))
     alive = SimpleNamespace(extract=lambda clips: np.ones((1, 4), np.float32))
-    manifest: Any = SimpleNamespace(window=2, crop=(8, 8))
-    assert compare(dead, dead, manifest) == FeatureTolerance(1.0, 0.0)  # type: ignore[arg-type]
-    assert FEATURE_TOLERANCES["fp16"].is_exceeded_by(compare(dead, alive, manifest))  # type: ignore[arg-type]
-    assert FEATURE_TOLERANCES["fp16"].is_exceeded_by(compare(alive, dead, manifest))  # type: ignore[arg-type]
+    clips = [np.zeros((1, 2, 8, 8, 3), np.uint8)]
+    assert compare(dead, dead, clips) == FeatureTolerance(1.0, 0.0)  # type: ignore[arg-type]
+    assert FEATURE_TOLERANCES["fp16"].is_exceeded_by(compare(dead, alive, clips))  # type: ignore[arg-type]
+    assert FEATURE_TOLERANCES["fp16"].is_exceeded_by(compare(alive, dead, clips))  # type: ignore[arg-type]
