@@ -15,9 +15,10 @@ from runtime.artifacts.engine_layers import layer_stats_of_file, layers_path, re
 from runtime.artifacts.engine_metadata import read_sidecar, read_verified
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.artifacts.onnx_metadata import MISMATCH, check, read_metadata
-from runtime.backends import engine_compatibility, is_address, open_backend
+from runtime.artifacts.onnx_metadata import check, read_metadata
+from runtime.backends import engine_compatibility
 from runtime.backends.exact_int8 import weights_in_file, weights_text
+from runtime.backends.model_manifest import read_manifest
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import ModelFileError
 from runtime.core.io.input_files import read_json
@@ -39,16 +40,11 @@ def describe(
             its metadata file.
         json_output: print the complete manifest as JSON, including the vocabulary.
     """
-    if is_address(model):
-        raise ModelFileError(
-            f"Expected a model file, got the address {model}. Give the file that the server loads.",
-            code="wrong_model_kind",
-        )
     extractor = _extractor(model)
     if extractor:
         return _describe_extractor(model, *extractor, json_output)
     sidecar = read_sidecar(model) if model.suffix == ".engine" and model.is_file() else None
-    manifest = sidecar.manifest if sidecar else _manifest(model)
+    manifest = sidecar.manifest if sidecar else read_manifest(model)
     content = dict(sidecar.content) if sidecar else manifest.to_dict()
     if json_output:
         print(json.dumps(content, indent=2))
@@ -167,20 +163,6 @@ def _describe_extractor(
     extractor = _runnable(path, content if is_engine else None)
     suggest_next_command("runtime.extract", "VIDEO", "--extractor", extractor, "--output", "DIR")
     return dict(content)
-
-
-def _manifest(model: Path) -> Manifest:
-    """Return the manifest of a model, also of a bf16 graph, for which ONNX Runtime has no kernels."""
-    try:
-        return open_backend(model, "cpu").manifest
-    except ModelFileError as error:
-        if error.code == MISMATCH:
-            raise
-        with contextlib.suppress(ModelFileError):
-            manifest = Manifest.from_json(read_metadata(model).get(METADATA_KEY), str(model))
-            if model.suffix == ".onnx" and manifest.precision == "bf16":
-                return manifest
-        raise
 
 
 def _engine_rows(engine: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:

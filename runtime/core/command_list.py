@@ -27,6 +27,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "benchmark": "runtime.benchmark",
         "compare": "runtime.benchmarking.compare",
         "describe": "runtime.describe",
+        "words": "runtime.words",
         "doctor": "runtime.doctor",
     },
     "Train": {

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from runtime.core.errors import ModelFileError, QueryError, as_sentence, check_argument, excerpt, invalid_setting
+from runtime.core.errors import ModelFileError, QueryError, check_argument, excerpt, invalid_setting
 
 log = logging.getLogger("drn")
 
@@ -107,11 +107,7 @@ class Vocabulary:
             raise QueryError(
                 f"Expected a sentence, got {excerpt(sentence)}. Describe what happens in the video.", code="no_words"
             )
-        if not self.words:
-            raise QueryError(
-                "The model has no word table. Convert its checkpoint again with --vocabulary word2id.json.",
-                code="missing_word_table",
-            )
+        self._check_table()
         ids, unknown = [], []
         for token in tokens:
             identity = self.words.get(token) or self.words.get(token.lower())
@@ -128,7 +124,7 @@ class Vocabulary:
             named = ", ".join(repr(word) for word in dict.fromkeys(unknown))
             if self.unknown == "error":
                 raise QueryError(
-                    f"The model does not know {named} in {excerpt(sentence)}. Use words of its training set.",
+                    f"The model does not know {named} in {excerpt(sentence)}. {self._advice(unknown)}",
                     code="unknown_words",
                 )
             counter = unheard if unknown_words is None else unknown_words
@@ -146,17 +142,39 @@ class Vocabulary:
 
     def _without_content(self, sentence: str, unknown: Sequence[str]) -> QueryError:
         words = list(dict.fromkeys(_content(unknown) or unknown))
-        similar = list(dict.fromkeys(known for word in words[:MAX_SEARCHED] for known in self.near(word)))
-        examples = similar or [word for word in self.words if word.isalpha() and word not in STOP_WORDS][:MAX_SIMILAR]
-        advice = "use similar words of its training set" if similar else "use words of its training set"
-        if examples:
-            advice += f", such as {', '.join(map(repr, examples))}"
         if len(unknown) == len(tokenize(sentence)):
             problem = f"The model knows no word of {excerpt(sentence)}"
         else:
             named = ", ".join(map(excerpt, words[:MAX_NAMED]))
             problem = f"The model does not know {named}, the content of {excerpt(sentence)}"
-        return QueryError(f"{problem}. {as_sentence(advice)}", code="unknown_content_words")
+        return QueryError(f"{problem}. {self._advice(words)}", code="unknown_content_words")
+
+    def _advice(self, unknown: Sequence[str]) -> str:
+        """Return a sentence that suggests words in place of unknown ones, and the command that lists all."""
+        searched = list(dict.fromkeys(unknown))[:MAX_SEARCHED]
+        similar = list(dict.fromkeys(known for word in searched for known in self.near(word)))
+        examples = similar or [word for word in self.words if word.isalpha() and word not in STOP_WORDS][:MAX_SIMILAR]
+        advice = "Use similar words of its training set" if similar else "Use words of its training set"
+        if examples:
+            advice += f", such as {', '.join(map(repr, examples))}"
+        return f"{advice}; `python -m runtime.words MODEL` lists all."
+
+    def _check_table(self) -> None:
+        if not self.words:
+            raise QueryError(
+                "The model has no word table. Convert its checkpoint again with --vocabulary word2id.json.",
+                code="missing_word_table",
+            )
+
+    def starting_with(self, prefix: str) -> list[str]:
+        """Return the known words that start with a prefix in upper or lower case, sorted; all words for ''.
+
+        Raises:
+            QueryError: the model has no word table.
+        """
+        self._check_table()
+        prefix = prefix.lower()
+        return sorted(word for word in self.words if word.lower().startswith(prefix))
 
     def near(self, word: str) -> list[str]:
         """Return at most three known words of similar spelling, most similar first."""

@@ -1,0 +1,61 @@
+"""Test `python -m runtime.words`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.core.errors import GroundingError
+from runtime.core.tokenizer import Vocabulary
+from runtime.words import words
+from tests.raising import check_error, quotes
+
+
+@pytest.fixture(scope="module")
+def model(tiny_manifest: Manifest, write_graph: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    table = {"person": 1, "opens": 2, "Open": 3, "the": 4, "door": 5}
+    manifest = dataclasses.replace(tiny_manifest, vocabulary=Vocabulary(table))
+    return write_graph(tmp_path_factory.mktemp("words") / "words.onnx", {METADATA_KEY: manifest.to_json()})
+
+
+def test_words_without_prefix_lists_all_sorted(model: Path, run_command: Callable[..., Any]) -> None:
+    outcome = run_command(words, model)
+    assert outcome.code == 0
+    assert outcome.out.split() == ["Open", "door", "opens", "person", "the", "5", "words."]
+
+
+def test_words_with_prefix_ignores_case_and_counts(model: Path, run_command: Callable[..., Any]) -> None:
+    listed, *rest = run_command(words, model, "oP").out.splitlines()
+    assert listed.split() == ["Open", "opens"]
+    assert quotes(" ".join(rest), 2, 5, "oP")
+
+
+def test_words_without_match_shows_similar_words(model: Path, run_command: Callable[..., Any]) -> None:
+    for arguments in ([model, "doar"], ["doar", "--model", model]):
+        outcome = run_command(words, *arguments)
+        assert outcome.code == 0
+        assert quotes(outcome.out, 0, "doar", "door")
+
+
+def test_words_as_json(model: Path, run_command: Callable[..., Any]) -> None:
+    shown = json.loads(run_command(words, model, "op", "--json").out)
+    assert shown == {"model": "words.onnx", "prefix": "op", "count": 2, "words": ["Open", "opens"], "similar": []}
+    shown = json.loads(run_command(words, model, "openz", "--json").out)
+    assert (shown["count"], shown["words"], shown["similar"]) == (0, [], ["opens", "Open"])
+
+
+def test_words_rejects_models_without_table_and_other_files(
+    tmp_path: Path, tiny_manifest: Manifest, write_graph: Callable[..., Path], refused: Callable[..., GroundingError]
+) -> None:
+    manifest = dataclasses.replace(tiny_manifest, vocabulary=Vocabulary({}))
+    empty = write_graph(tmp_path / "empty.onnx", {METADATA_KEY: manifest.to_json()})
+    check_error(refused(words, empty), "missing_word_table")
+    (tmp_path / "words.txt").touch()
+    check_error(refused(words, tmp_path / "words.txt"), "wrong_suffix", tmp_path / "words.txt")
+    check_error(refused(words, "triton://host:8001/drn"), "wrong_model_kind")
