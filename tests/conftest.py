@@ -142,6 +142,20 @@ def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_speed_checks() -> Iterator[None]:
+    """Let builds in this process skip the timing of `--min-speedup`, which takes seconds; its own tests restore it."""
+    with pytest.MonkeyPatch.context() as patch:
+        with contextlib.suppress(ImportError):
+            from export.build import speed_check
+
+            def measure_nothing(names: tuple[str, str], _: object, min_speedup: float, __: object) -> object:
+                return speed_check.SpeedCheck(names[1], "", min_speedup, reason="Tests measure no speed.")
+
+            patch.setattr(speed_check, "measure_speed", measure_nothing)
+        yield
+
+
 @pytest.fixture
 def default_signals() -> Iterator[None]:
     """Give SIGHUP and SIGINT their usual effect, which they lack under nohup and in the background of a shell."""

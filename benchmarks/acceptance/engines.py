@@ -86,7 +86,8 @@ def build(job: Job, leg: Leg, target: Any, precision: Any, split: bool, variant:
     words += ["--split"] if split and precision not in UNROLLED_IN else []
     # The other models are measured with the LSTM as a loop, because each unrolled one is another build.
     words += [] if split and precision in UNROLLED_IN else ["--unroll", 0]
-    words += ["--query-length", *job.sizes.query_length]
+    # The speed is measured in steps of its own.
+    words += ["--query-length", *job.sizes.query_length, "--min-speedup", 0]
     words += ["--compute-capability", *capabilities] if capabilities else []
     words += ["--timing-cache", output.with_name("timing.cache")] if target == "tensorrt" else []
     words += ["--keep", *QuantizationPolicy().stored] if variant == COMPUTED_ONLY else []

@@ -13,7 +13,7 @@ from calib.calibration_set import MIN_SAMPLES
 from calib.graph.onnx_graph import read_extractor, read_source
 from calib.graph.split_model import pair_paths
 from calib.range_estimation import MethodOption
-from export.build.reduced_precision import Precision
+from export.build.reduced_precision import Precision, validate_keep_modules
 from export.engine.builder import BuildOptions, check_options
 from export.engine.engine_part import short_query_engine_path
 from export.engine.profiles import (
@@ -28,7 +28,7 @@ from export.engine.profiles import (
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import layers_path
 from runtime.backends.base import MAX_THREADS
-from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError, ShapeError
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError
 from runtime.core.io.atomic_files import check_writable
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_file, is_same_file
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("drn")
 
 SUFFIXES = (".pth", ".pt", ".onnx", ".tar", ".pickle")
+# Default of --min-speedup for int8 and fp8, which cost accuracy.
+MIN_SPEEDUP = 1.05
 Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
 # Options that a recorded command contains even if they have their default, which may change.
 ALWAYS_RECORDED = ("precision", "target", "max_drop")
@@ -66,6 +68,7 @@ class BuildRequest:
     calib_method: MethodOption = "auto"
     calib_videos: tuple[Path, ...] = ()
     max_drop: float = 0.2
+    min_speedup: float | None = None
     split: bool = False
     videos: int = DEFAULT_CACHED_VIDEOS
     unroll: tuple[int, ...] = ()
@@ -81,6 +84,13 @@ class BuildRequest:
     compute_capability: tuple[str, ...] = ()
     threads: int | None = None
     dry_run: bool = False
+
+    @property
+    def required_speed(self) -> float:
+        """Return `--min-speedup` or its default for the precision; 0 if the speed is not measured."""
+        if self.min_speedup is not None:
+            return self.min_speedup
+        return MIN_SPEEDUP if self.precision in ("int8", "fp8") else 0.0
 
     def given(self) -> dict[str, Any]:
         """Return the options that differ from their default, by name."""
@@ -129,11 +139,6 @@ class BuildRequest:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        for flag, number in (("--limit", self.limit), ("--videos", self.videos)):
-            if number is not None and number < 1:
-                raise GroundingError(
-                    f"Expected {flag} of at least 1, got {number}. Correct the option.", code="invalid_option"
-                )
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise DeviceError(
                 f"Expected --threads of 1 to {MAX_THREADS}, got {self.threads}. Correct the option.",
@@ -145,12 +150,18 @@ class BuildRequest:
                 "Choose more; the default is 512.",
                 code="too_few_samples",
             )
-        # `not >=` also rejects NaN.
-        if not self.max_drop >= 0:
-            raise GroundingError(
-                f"Expected --max-drop of at least 0 points, got {self.max_drop}. Correct the option.",
-                code="invalid_option",
-            )
+        limits: tuple[tuple[str, float | None, int], ...] = (
+            ("--limit", self.limit, 1),
+            ("--videos", self.videos, 1),
+            ("--max-drop", self.max_drop, 0),
+            ("--min-speedup", self.min_speedup, 0),
+        )
+        for flag, number, least in limits:
+            # `not >=` also rejects NaN.
+            if number is not None and not number >= least:
+                raise GroundingError(
+                    f"Expected {flag} of at least {least}, got {number}. Correct the option.", code="invalid_option"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -478,23 +489,3 @@ def known_graph(job: BuildConfig, longest: int) -> onnx.ModelProto | None:
         if not accepts_queries(job.source, max(longest, load_checkpoint(job.checkpoint).longest_query)):
             return None
     return read_source(job.source)[0]
-
-
-def validate_keep_modules(graph: onnx.ModelProto, precision: str, keep: Sequence[str]) -> None:
-    """Raise ShapeError if a module of `keep` does not exist in the graph or cannot be kept in the precision."""
-    if not keep:
-        return
-    if precision in ("int8", "fp8"):
-        from calib.qdq_quantizer import QuantizationPolicy, find_quantizable_ops
-
-        find_quantizable_ops(graph, QuantizationPolicy(keep=tuple(keep)), "fp8" if precision == "fp8" else "int8")
-        return
-    from calib.graph.half_precision import modules
-
-    unknown = set(keep) - modules(graph)
-    if unknown:
-        raise ShapeError(
-            f"The graph has no module {', '.join(sorted(unknown))}. "
-            f"Choose --keep from {', '.join(sorted(modules(graph)))}.",
-            code="unknown_module",
-        )

@@ -19,9 +19,15 @@ from calib.graph.onnx_session import open_session
 from calib.graph.opset import opset_of
 from calib.graph.precision_audit import audit_graph, require_precision
 from export.build.artifacts import format_shares
-from export.build.build_config import BuildConfig, BuildRequest, validate_keep_modules
+from export.build.build_config import BuildConfig, BuildRequest
 from export.build.extractor_clips import ExtractorClips
-from export.build.reduced_precision import OPSETS, ConversionOptions, convert_precision, held_in_fp32
+from export.build.reduced_precision import (
+    OPSETS,
+    ConversionOptions,
+    convert_precision,
+    held_in_fp32,
+    validate_keep_modules,
+)
 from export.engine.builder import BuildOptions, runs_here
 from export.engine.engine_part import EnginePart
 from export.engine.engine_writer import build_part, mark_rejected

@@ -27,7 +27,7 @@ from calib.quantization_plan import QuantizationPlan
 from calib.range_estimation import MethodOption
 from calib.restore import find_layers_to_restore, minimal_keep_set
 from runtime.artifacts.manifest import Manifest
-from runtime.core.errors import CheckFailed
+from runtime.core.errors import CheckFailed, ShapeError
 from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:
@@ -312,3 +312,23 @@ def _restore_quantized(
             dataclasses.replace(plan, keep=kept_modules).save(options.plan_output)
             print(f"{options.plan_output.name}: quantization plan; --plan and --table reproduce the graph.")
     return kept_modules
+
+
+def validate_keep_modules(graph: onnx.ModelProto, precision: str, keep: Sequence[str]) -> None:
+    """Raise ShapeError if a module of `keep` does not exist in the graph or cannot be kept in the precision."""
+    if not keep:
+        return
+    if precision in ("int8", "fp8"):
+        from calib.qdq_quantizer import QuantizationPolicy, find_quantizable_ops
+
+        find_quantizable_ops(graph, QuantizationPolicy(keep=tuple(keep)), "fp8" if precision == "fp8" else "int8")
+        return
+    from calib.graph.half_precision import modules
+
+    unknown = set(keep) - modules(graph)
+    if unknown:
+        raise ShapeError(
+            f"The graph has no module {', '.join(sorted(unknown))}. "
+            f"Choose --keep from {', '.join(sorted(modules(graph)))}.",
+            code="unknown_module",
+        )

@@ -17,11 +17,11 @@ from export.build.build_config import (
     Target,
     ensure_source_graph,
     known_graph,
-    validate_keep_modules,
 )
 from export.build.extractor_engine import FEATURE_TOLERANCES, build_extractor, extractor_file_kind
 from export.build.parity_check import ParityChecker
-from export.build.reduced_precision import ConversionOptions, convert_precision
+from export.build.reduced_precision import ConversionOptions, convert_precision, validate_keep_modules
+from export.build.speed_check import SpeedCheck, check_speed
 from export.engine.builder import BuildOptions, runs_here, unavailable_reason
 from export.engine.engine_part import EnginePart
 from export.engine.engine_writer import BuildState, build_part, mark_rejected
@@ -57,19 +57,27 @@ def run(request: BuildRequest) -> Path:
 
     Raises:
         GroundingError: an input is missing, or options contradict each other.
-        CheckFailed: the precision or the accuracy check failed.
+        CheckFailed: the precision, the accuracy or the speed check failed. After the last the model is written.
     """
-    build = _EngineBuild.from_request(request)
+    output, speed = run_with_speed(request)
+    if speed and speed.verdict == "not faster":
+        raise CheckFailed(f"{output.name} was written. {speed.sentence()}", code="not_faster")
+    return output
+
+
+def run_with_speed(request: BuildRequest) -> tuple[Path, SpeedCheck | None]:
+    """Run a build, and return the path of the model to run, and its speed; None if --min-speedup is 0."""
+    build = EngineBuild.from_request(request)
     if build.is_extractor:
-        return _run_extractor(build)
+        return _run_extractor(build), None
     if request.dry_run:
         print(build.dry_run_summary())
-        return build.job.output
+        return build.job.output, None
     log.info("Target %s: %s", build.job.target, build.reason)
     return build.with_source_graph().run()
 
 
-def _run_extractor(build: _EngineBuild) -> Path:
+def _run_extractor(build: EngineBuild) -> Path:
     """Run the build of a feature extractor; see `run`."""
     request, job = build.request, build.job
     check_ranges(request.batch, request.query_length)
@@ -81,7 +89,7 @@ def _run_extractor(build: _EngineBuild) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EngineBuild:
+class EngineBuild:
     """The state of one build. Later steps replace the defaults.
 
     Attributes:
@@ -111,7 +119,7 @@ class _EngineBuild:
     graph: onnx.ModelProto | None = None
 
     @classmethod
-    def from_request(cls, request: BuildRequest) -> _EngineBuild:
+    def from_request(cls, request: BuildRequest) -> EngineBuild:
         """Check the options and choose target and files, before any work."""
         capabilities = tuple(dict.fromkeys(request.compute_capability))
         lengths = check_unroll(request.unroll)
@@ -145,7 +153,7 @@ class _EngineBuild:
         build = cls(resolved, reason, job, options, is_extractor)
         return build if is_extractor else build._with_queries()
 
-    def _with_queries(self) -> _EngineBuild:
+    def _with_queries(self) -> EngineBuild:
         """Return the build with its data set, and with its profiles if the model has a manifest."""
         request = self.request
         early = self.job.early_profiles(request.batch, request.query_length, request.keep)
@@ -154,7 +162,7 @@ class _EngineBuild:
         build = dataclasses.replace(self, data_set=data_set, annotations=annotations)
         return build._with_profiles(*early) if early else build
 
-    def _with_profiles(self, shapes: Sequence[Profile], manifest: Manifest) -> _EngineBuild:
+    def _with_profiles(self, shapes: Sequence[Profile], manifest: Manifest) -> EngineBuild:
         shapes = one_profile(shapes) if self.request.profiles == 1 else shapes
         short = self._unrolling(shapes[0].query_length[2], manifest)
         return dataclasses.replace(self, profiles=shapes)._with_short(short)
@@ -163,7 +171,7 @@ class _EngineBuild:
         request = self.request
         return unrolling(request.unroll, self.job.target, longest, manifest, self.data_set, request.parity_split)
 
-    def _with_short(self, short: Unrolling) -> _EngineBuild:
+    def _with_short(self, short: Unrolling) -> EngineBuild:
         """Return the build with engines for short queries; raise OutputError if a file cannot be written."""
         if short.steps == self.job.unroll:
             return dataclasses.replace(self, short=short)
@@ -181,7 +189,7 @@ class _EngineBuild:
         samples = request.calib_samples if request.table is None else None
         return build.job.describe(self.reason, build.profiles, self.options, samples, unrolling=build.short)
 
-    def with_source_graph(self) -> _EngineBuild:
+    def with_source_graph(self) -> EngineBuild:
         """Return the build with its FP32 graph, after exporting the model if it is a checkpoint."""
         request = self.request
         longest = request.query_length[2] if request.query_length else 0
@@ -211,8 +219,8 @@ class _EngineBuild:
         unroll = tuple(steps) or ((0,) if self.job.target == "tensorrt" else ())
         return dataclasses.replace(self.request, output=self.job.output, unroll=unroll).command()
 
-    def run(self) -> Path:
-        """Build, and return the path of the model to run.
+    def run(self) -> tuple[Path, SpeedCheck | None]:
+        """Build, and return the path of the model to run, and its speed if that was checked.
 
         Files are written to a staging directory and renamed at the end, so that a failed build replaces no file.
         """
@@ -221,7 +229,7 @@ class _EngineBuild:
         with logged_once(), locked(job.output.parent, job.output.name), Staging() as staging:
             staged = dataclasses.replace(job, requested_output=staging.path(job.output))
             try:
-                report, has_engine = self._build(staged)
+                report, has_engine, speed = self._build(staged)
             except CheckFailed:
                 # A calibration table and a plan take minutes to compute and remain valid.
                 staging.commit(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
@@ -232,15 +240,18 @@ class _EngineBuild:
             print(f"{report.sentence()} The report is {job.sibling_path('passport.html')}.")
         else:
             log.warning("The accuracy was not checked. Add --data DIR to compare the model with FP32.")
+        if speed:
+            print(speed.sentence())
         self._suggest_next(has_engine)
         print(job.output)
-        return job.output
+        return job.output, speed
 
-    def _build(self, staged: BuildConfig) -> tuple[ParityReport | None, bool]:
+    def _build(self, staged: BuildConfig) -> tuple[ParityReport | None, bool, SpeedCheck | None]:
         """Write and check the graph and the engines in a staging directory.
 
         Returns:
-            The report of the last check (None without queries), and whether an engine was built.
+            The report of the last check (None without queries), whether an engine was built, and the speed if it was
+            checked.
         """
         assert self.source is not None
         assert self.graph is not None
@@ -268,14 +279,20 @@ class _EngineBuild:
         else:
             parts = [single_engine_part(staged, model, converted, self.profiles)]
         if job.target == "onnxruntime":
+            speed = self._check_speed(staged, model)
             if report:
-                checker.write_reports(report, model, None)
-            return report, False
-        return self._build_engines(parts, checker, model, report), True
+                checker.write_reports(_with_speed(report, speed), model, None)
+            return report, False, speed
+        return self._build_engines(parts, checker, model, report)
+
+    def _check_speed(self, staged: BuildConfig, model: ConvertedModel) -> SpeedCheck | None:
+        assert self.source is not None
+        assert self.graph is not None
+        return check_speed(self.request, staged, self.job.output.name, self.options, (self.source, self.graph), model)
 
     def _build_engines(
         self, parts: Sequence[EnginePart], checker: ParityChecker, model: ConvertedModel, report: ParityReport | None
-    ) -> ParityReport | None:
+    ) -> tuple[ParityReport | None, bool, SpeedCheck | None]:
         """Build the engines of a checked graph, check them if a GPU is available, and write the reports."""
         assert self.short is not None
         state = BuildState()
@@ -292,10 +309,12 @@ class _EngineBuild:
             report = dataclasses.replace(report, command=checker.command) if report else None
         if self.data_set and runs_here(self.options):
             report = _check_engine(checker, model, engines)
+        speed = self._check_speed(checker.job, model)
         if report:
             assert isinstance(last.manifest, Manifest)
-            checker.write_reports(report, model, ModelFile.of(last.engine, last.manifest), engines)
-        return report
+            engine = ModelFile.of(last.engine, last.manifest)
+            checker.write_reports(_with_speed(report, speed), model, engine, engines)
+        return report, True, speed
 
     def _suggest_next(self, has_engine: bool) -> None:
         output = self.job.output
@@ -308,6 +327,10 @@ class _EngineBuild:
         else:
             models = ("--reference", self.source, "--model", self.job.graph_path)
             suggest_next_command("export.verify", *models, "--data", "DIR")
+
+
+def _with_speed(report: ParityReport, speed: SpeedCheck | None) -> ParityReport:
+    return dataclasses.replace(report, speed=speed.to_dict()) if speed else report
 
 
 def _supported_unrolling(short: Unrolling, graph: onnx.ModelProto) -> Unrolling:

@@ -86,6 +86,8 @@ def _limits(report: ParityReport) -> Iterator[str]:
             f"{name} changes by {format_points(change.mean)} points ({100 * CONFIDENCE:g} % confidence interval "
             f"{format_interval(change)}). The budget is a drop of {budget.max_drop:g} points."
         )
+    if report.speed:
+        yield report.speed["sentence"]
     if budget.boundary_p99 is not None:
         yield (
             f"The 99th percentile of the boundary shift of best moments is {parity.boundaries.p99:.3f} s. "

@@ -29,6 +29,8 @@ class ParityReport:
         layers: comparison of all tensors; None if it was not made.
         engine_precision: `verdict` and `reason` of the precision of an engine; None for other models.
         precision: sentence on the precision of the model, without its full stop; empty if it was not checked.
+        speed: speed relative to another model, as `export.build.speed_check.SpeedCheck.to_dict` returns it with its
+            `sentence`; None if it was not checked.
         cpu: CPU of this machine, as `runtime.core.cpu_info.cpu` returns it.
         date: day of the comparison, as YYYY-MM-DD.
         versions: versions of Python and the libraries that ran the models.
@@ -44,6 +46,7 @@ class ParityReport:
     layers: LayerComparison | None = None
     engine_precision: Mapping[str, str] | None = None
     precision: str = ""
+    speed: Mapping[str, Any] | None = None
     cpu: Mapping[str, Any] = dataclasses.field(default_factory=cpu)
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
@@ -99,6 +102,7 @@ class ParityReport:
             "layers": self.layers.to_dict() if self.layers else None,
             "engine_precision": dict(self.engine_precision) if self.engine_precision else None,
             "precision": self.precision,
+            "speed": dict(self.speed) if self.speed else None,
             "cpu": dict(self.cpu),
             "command": self.command,
         }

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from runtime.backends.base import Device
 from runtime.benchmarking import system_info
 from runtime.benchmarking.model_opening import model_files, model_labels
-from runtime.benchmarking.timing import Call, Latency, Ratio, run_interleaved, speed_ratio, warm_up
+from runtime.benchmarking.timing import Latency, Ratio, speed_ratio, time_interleaved
 from runtime.benchmarking.workload import BenchmarkedModel, dataset_workload, pairs_with_known_words
 from runtime.core import cpu_info
 from runtime.core.agreement import compare_answers
@@ -28,9 +28,8 @@ from runtime.grounding.evaluation import Evaluation, evaluate
 from runtime.grounding.grounder import Grounder
 
 FORMAT = "drn-comparison/1"
-# Seconds of timing full batches, per model; at least MIN_ROUNDS rounds.
+# Seconds of timing full batches, per model.
 BATCH_SECONDS = 5.0
-MIN_ROUNDS = 3
 SHOWN_METRICS = ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU")
 HEADER = (
     "model",
@@ -269,8 +268,8 @@ def _measure(
     labels = model_labels(models)
     pairs = pairs_with_known_words(dataset_workload(data_set.root, None, ()).pairs, grounders)
     opened = [BenchmarkedModel.from_grounder(label, grounder, pairs) for label, grounder in zip(labels, grounders)]
-    single = _seconds([_ground_call(model, 1) for model in opened], samples)
-    batched = _seconds([_ground_call(model, batch) for model in opened], samples, BATCH_SECONDS * len(models))
+    single = time_interleaved([model.ground_call(1) for model in opened], samples)
+    batched = time_interleaved([model.ground_call(batch) for model in opened], samples, BATCH_SECONDS * len(models))
     reference = evaluations[0]
     compared = []
     for index, (path, grounder, evaluation) in enumerate(zip(models, grounders, evaluations)):
@@ -294,22 +293,6 @@ def _measure(
             )
         )
     return tuple(compared)
-
-
-def _ground_call(model: BenchmarkedModel, queries: int) -> Call:
-    """Return a call that grounds so many queries on videos that are pooled or encoded."""
-    return Call(
-        lambda pairs: model.grounder.ground_batch(pairs, batch_size=queries),
-        lambda number: model.cached_pairs(number, queries),
-    )
-
-
-def _seconds(calls: list[Call], rounds: int, max_seconds: float | None = None) -> list[list[float]]:
-    """Return the seconds of each call in each round, after a warm-up."""
-    warm_up(calls)
-    seconds: list[list[float]] = [[] for _ in calls]
-    run_interleaved(calls, rounds, seconds, max_seconds=max_seconds, min_rounds=MIN_ROUNDS)
-    return seconds
 
 
 def draw(comparison: Comparison, path: Path) -> None:

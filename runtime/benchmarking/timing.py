@@ -21,6 +21,8 @@ MIN_CALLS, MAX_CALLS = 3, 100
 # Limits for times that never become stable, because of other processes or a varying clock.
 MAX_WINDOWS = 20
 MAX_WARM_UP_SECONDS = 5.0
+# Rounds that `time_interleaved` runs in spite of its time limit.
+MIN_ROUNDS = 3
 # Of the bootstrap interval of a ratio.
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -214,3 +216,23 @@ def run_interleaved(
         for index in rotation(number, len(calls)):
             samples[index].append(calls[index].seconds(number, clock))
         on_round()
+
+
+def time_interleaved(
+    calls: Sequence[Call], rounds: int, max_seconds: float | None = None, max_warm_up: float = MAX_WARM_UP_SECONDS
+) -> list[list[float]]:
+    """Warm up, then time each call once per round.
+
+    Args:
+        calls: the calls that are compared.
+        rounds: maximum number of rounds.
+        max_seconds: time limit after the first `MIN_ROUNDS` rounds; None for no limit.
+        max_warm_up: time limit of the warm-up in seconds, for each call.
+
+    Returns:
+        For each call its seconds in each round.
+    """
+    warm_up(calls, max_seconds=max_warm_up)
+    seconds: list[list[float]] = [[] for _ in calls]
+    run_interleaved(calls, rounds, seconds, max_seconds=max_seconds, min_rounds=MIN_ROUNDS)
+    return seconds

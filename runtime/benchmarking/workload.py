@@ -14,6 +14,7 @@ import numpy as np
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import Manifest
 from runtime.backends.base import PairBackend
+from runtime.benchmarking.timing import Call
 from runtime.core.batch import collate, pad_queries
 from runtime.core.errors import QueryError
 from runtime.core.tokenizer import tokenize
@@ -196,6 +197,13 @@ class BenchmarkedModel:
     def cached_pairs(self, first: int, count: int) -> list[Pair]:
         """Return `count` pairs in rotation, with videos that are pooled or encoded."""
         return self._rotate(self.cached, first, count)
+
+    def ground_call(self, queries: int) -> Call:
+        """Return a call that grounds so many queries, from text to moments, on videos that are pooled or encoded."""
+        return Call(
+            lambda pairs: self.grounder.ground_batch(pairs, batch_size=queries),
+            lambda number: self.cached_pairs(number, queries),
+        )
 
     def network_call(
         self, queries: Sequence[np.ndarray], videos: Sequence[Video | EncodedVideo]

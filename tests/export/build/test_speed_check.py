@@ -1,0 +1,201 @@
+"""Test the speed check of builds, and the choice of the fastest precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from export.build import fastest_precision, speed_check
+from export.build.build_config import BuildRequest
+from export.build_engine import build_engine
+from export.engine.builder import BuildOptions
+from runtime.benchmarking.timing import Ratio
+from runtime.core.errors import CheckFailed, DeviceError, GroundingError
+from runtime.grounding.grounder import Grounder
+from tests.raising import raises
+
+# The fixture `no_speed_checks` replaces it during the tests.
+MEASURE_SPEED: Callable[..., speed_check.SpeedCheck] = speed_check.measure_speed
+LOOSE = 200.0
+
+
+def _ratio(low: float, high: float) -> Ratio:
+    return Ratio((low + high) / 2, low, high, 100)
+
+
+def _check(single: tuple[float, float], batched: tuple[float, float]) -> speed_check.SpeedCheck:
+    return speed_check.SpeedCheck("b.onnx", "a.onnx", 1.05, _ratio(*single), _ratio(*batched), "a CPU")
+
+
+@pytest.mark.parametrize(
+    ("single", "batched", "verdict"),
+    [
+        ((1.06, 1.1), (0.5, 0.6), "faster"),
+        ((0.5, 0.6), (1.05, 1.1), "faster"),
+        ((0.9, 1.04), (0.9, 1.04), "not faster"),
+        ((0.9, 1.06), (0.9, 1.04), "not proven"),
+        ((0.9, 1.04), (1.04, 2.0), "not proven"),
+    ],
+)
+def test_verdict_depends_on_the_intervals_of_both_ratios(
+    single: tuple[float, float], batched: tuple[float, float], verdict: str
+) -> None:
+    assert _check(single, batched).verdict == verdict
+
+
+def test_check_without_measurement_has_its_reason_in_the_sentence() -> None:
+    check = speed_check.SpeedCheck("b.onnx", "", 1.05, reason="This machine cannot run the engine.")
+    assert check.verdict == "not measured"
+    assert check.reason in check.sentence()
+
+
+@pytest.fixture
+def model(models: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(models / "drn.onnx", tmp_path / "drn.onnx"))
+
+
+def test_measured_ratio_is_speed_relative_to_the_reference(
+    model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed_check, "time_interleaved", lambda calls, *_: [[0.3] * 20, [0.1] * 20])
+    check = MEASURE_SPEED(("a.onnx", "b.onnx"), lambda: [Grounder.load(model, "cpu", 1)] * 2, 1.05, planted)
+    assert check.single is not None
+    assert (check.verdict, round(check.single.median, 6)) == ("faster", 3.0)
+    assert "3.00" in check.sentence()
+
+
+def test_measurement_runs_both_models_for_one_query_and_for_a_batch(
+    model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def time_once(calls: list[Any], *_: object) -> list[list[float]]:
+        sizes.extend(len(call.prepare(0)) for call in calls)
+        return [[call.seconds(0)] * 3 for call in calls]
+
+    monkeypatch.setattr(speed_check, "time_interleaved", time_once)
+    check = MEASURE_SPEED(("a.onnx", "b.onnx"), lambda: [Grounder.load(model, "cpu", 1)] * 2, 1.05, None)
+    assert sizes == [1, 1, speed_check.BATCH, speed_check.BATCH]
+    assert check.single is not None
+
+
+def test_model_that_cannot_be_opened_is_not_measured() -> None:
+    def fail() -> list[Grounder]:
+        raise DeviceError("no kernel for this GPU")
+
+    check = MEASURE_SPEED(("a.onnx", "b.onnx"), fail, 1.05, None)
+    assert (check.verdict, check.reason) == ("not measured", "no kernel for this GPU")
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_slower_int8_model_is_written_and_the_build_fails(
+    model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch, split: bool
+) -> None:
+    def slower(names: tuple[str, str], open_models: Any, *_: object) -> speed_check.SpeedCheck:
+        reference, built = open_models()
+        assert reference.is_pair is built.is_pair is split
+        assert (reference.manifest.precision, built.manifest.precision) == ("fp32", "int8")
+        return _check((0.8, 0.9), (0.8, 0.9))
+
+    monkeypatch.setattr(speed_check, "measure_speed", slower)
+    with raises(CheckFailed, "not_faster", "0.85", "a.onnx"):
+        build_engine(
+            model, precision="int8", target="onnxruntime", data=planted, calib_samples=64, limit=9, max_drop=LOOSE,
+            calib_method="minmax", threads=1, split=split,
+        )  # fmt: skip
+    name = "drn.int8.query.onnx" if split else "drn.int8.onnx"
+    assert Grounder.load(model.with_name(name)).manifest.precision == "int8"
+    report = json.loads(model.with_name("drn.int8.parity.json").read_text())
+    assert report["speed"]["verdict"] == "not faster"
+    assert report["speed"]["sentence"] in model.with_name("drn.int8.passport.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("precision", "given", "required"),
+    [("int8", None, 1.05), ("fp8", None, 1.05), ("fp16", None, 0), ("fp16", 1.2, 1.2), ("int8", 0.0, 0)],
+)
+def test_required_speed_has_a_default_for_8_bit_precisions(
+    precision: Any, given: float | None, required: float
+) -> None:
+    assert BuildRequest(Path("drn.onnx"), precision, min_speedup=given).required_speed == required
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_invalid_min_speedup_is_rejected(model: Path, value: float) -> None:
+    with raises(GroundingError, "invalid_option", "--min-speedup", value):
+        build_engine(model, precision="fp16", target="onnxruntime", min_speedup=value)
+
+
+def _engine_check(model: Path, runs_here: bool, monkeypatch: pytest.MonkeyPatch) -> speed_check.SpeedCheck | None:
+    from export.build.artifacts import ConvertedModel
+    from export.build.build_config import BuildConfig
+    from runtime.artifacts.manifest import Manifest
+
+    monkeypatch.setattr(speed_check, "runs_here", lambda options: runs_here)
+    manifest = Grounder.load(model).manifest
+    assert isinstance(manifest, Manifest)
+    converted: Any = type("Converted", (ConvertedModel,), {"__init__": lambda self: None})()
+    object.__setattr__(converted, "manifest", manifest)
+    job = BuildConfig(model, "int8", "tensorrt", None, None)
+    options: Any = BuildOptions(target="tensorrt", precision="int8", profiles=())
+    request = BuildRequest(model, "int8", "tensorrt")
+    return speed_check.check_speed(request, job, "drn.int8.engine", options, (model, onnx.load(model)), converted)
+
+
+@pytest.mark.parametrize(("runs_here", "quoted"), [(False, "cannot run"), (True, "drn.fp16.engine")])
+def test_engine_without_gpu_or_fp16_engine_is_not_measured(
+    model: Path, monkeypatch: pytest.MonkeyPatch, runs_here: bool, quoted: str
+) -> None:
+    check = _engine_check(model, runs_here, monkeypatch)
+    assert check is not None
+    assert check.verdict == "not measured"
+    assert quoted in check.reason
+
+
+def _auto(
+    model: Path, monkeypatch: pytest.MonkeyPatch, outcome: speed_check.SpeedCheck | CheckFailed
+) -> tuple[Path, list[str]]:
+    built = []
+
+    def run_with_speed(request: BuildRequest) -> tuple[Path, speed_check.SpeedCheck]:
+        built.append(request.precision)
+        if isinstance(outcome, CheckFailed):
+            raise outcome
+        return model.with_name("drn.int8.onnx"), outcome
+
+    monkeypatch.setattr(fastest_precision, "run_with_speed", run_with_speed)
+    return build_engine(model, precision="auto", target="onnxruntime", data=model.parent), built
+
+
+@pytest.mark.parametrize(
+    ("outcome", "chosen"),
+    [
+        (_check((1.2, 1.3), (1.2, 1.3)), "drn.int8.onnx"),
+        (_check((0.9, 1.3), (0.9, 1.3)), "drn.onnx"),
+        (_check((0.5, 0.6), (0.5, 0.6)), "drn.onnx"),
+        (CheckFailed("The accuracy check failed.", code="parity_failed"), "drn.onnx"),
+    ],
+)
+def test_auto_precision_is_int8_only_if_accurate_and_faster(
+    model: Path,
+    planted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    outcome: speed_check.SpeedCheck | CheckFailed,
+    chosen: str,
+) -> None:
+    shutil.copytree(planted, model.parent, dirs_exist_ok=True)
+    output, built = _auto(model, monkeypatch, outcome)
+    assert (output.name, built) == (chosen, ["int8"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(output)
+
+
+def test_auto_precision_rejects_output(model: Path, planted: Path) -> None:
+    with raises(GroundingError, "inapplicable_option", "--output"):
+        build_engine(model, precision="auto", data=planted, output=model.with_name("a.onnx"))
