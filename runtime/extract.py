@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
 from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
-from runtime.core.errors import GroundingError, VideoFileError, excerpt
+from runtime.core.errors import CheckFailed, GroundingError, VideoFileError, excerpt
 from runtime.core.io.atomic_files import check_writable, locked, write_json
 from runtime.core.io.input_files import merges_names, read_json
 from runtime.core.io.text_files import check_format
@@ -34,8 +36,11 @@ from runtime.media.extraction import (
 )
 from runtime.media.extractors import Extractor, open_extractor
 from runtime.media.video_file import VideoFile, probe
+from runtime.media.video_folder import videos_in
 
 log = logging.getLogger("drn")
+
+T = TypeVar("T")
 
 # Control characters, and the line and paragraph separators of Unicode.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -54,16 +59,20 @@ def extract(
 ) -> Path:
     """Extract clip features of videos into a directory in the published Charades-STA layout.
 
+    All video files in a directory and its subdirectories are extracted if VIDEOS contains the directory. A damaged file
+    in it is reported and skipped; the command exits with 1 after it has extracted the others. A damaged file that
+    VIDEOS contains is an error before the first extraction.
+
     The name of a video is its file name without the extension. Videos whose features are already in the directory,
     from the same file content and the same extractor, are skipped; repeat the same command to resume. A directory
     contains the features of one extractor: with another extractor, extract all its videos in one command, or use
     another directory.
 
     Example:
-        python -m runtime.extract clips/*.mp4 --extractor c3d.onnx --output features
+        python -m runtime.extract videos --extractor c3d.onnx --output features
 
     Args:
-        videos: video files: mp4, mkv, webm, avi and all other formats that FFmpeg reads.
+        videos: video files: mp4, mkv, webm, avi and all other formats that FFmpeg reads; or directories of them.
         extractor: .onnx file from `export.to_onnx`, .engine file from `export.build_engine`, or an image encoder
             with its description file.
         output: directory for the features; features of other videos in it are preserved.
@@ -76,73 +85,127 @@ def extract(
         raise VideoFileError("No video was given. Name the video files to extract.", code="missing_option")
     if batch_size < 1:
         raise GroundingError(f"Expected --batch-size of at least 1, got {batch_size}.", code="invalid_option")
-    _check_names(videos, output)
+    listed = {file: path.is_dir() for path in videos for file in (videos_in(path) if path.is_dir() else [path])}
+    _check_names(list(listed), output)
     network = open_extractor(extractor, device, threads)
-    extractor_hash = extractor_key(network)
     check_writable(output / NOTES)
-    records, names = _records(output), {path.stem for path in videos}
-    _check_extractors(output, records, names, extractor_hash)
-    hashes, video_files = _probe_all(videos, output, records, network, extractor_hash, partial)
-    for path in videos:
-        record = extract_if_needed(
-            path,
-            network,
-            output / FEATURE_DIRECTORY / f"{path.stem}.npy",
-            hashes[path],
-            extractor_hash,
-            known=records.get(path.stem),
-            partial=partial,
-            batch_size=batch_size,
-            threads=threads,
-            video_file=video_files.get(path),
+    job = _Job(network, extractor_key(network), output, _records(output), partial, batch_size, threads)
+    failed = _extract_all(listed, job)
+    if failed:
+        raise CheckFailed(
+            f"{failed} of {len(listed)} videos cannot be extracted, as reported above; {output} contains the others. "
+            "Repair or remove these files, and run the same command again.",
+            code="videos_failed",
         )
-        _add_record(output, path.stem, record, names)
-        print(
-            f"{path.stem}  {record.num_clips} clips of {network.manifest.dim} channels, {record.num_frames} frames, "
-            f"{record.duration:.2f} s"
-        )
-    first = videos[0].stem
+    first = next(iter(listed)).stem
     # As a separate word, a name that starts with a hyphen would be an option.
     video = (f"--video={first}",) if first.startswith("-") else ("--video", first)
     suggest_next_command("runtime.infer", "--model", "drn.onnx", "--data", output, *video, "--query", "a sentence")
     return output
 
 
-def _probe_all(
-    videos: Sequence[Path],
-    output: Path,
-    records: Mapping[str, ExtractionRecord],
-    network: Extractor,
-    extractor_hash: str,
-    partial: bool,
-) -> tuple[dict[Path, str], dict[Path, VideoFile]]:
-    """Check every file before the first is extracted, which may take hours.
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """The extractor, its `extractor_key`, the output directory with its records by video, and options of `extract`."""
 
-    Returns:
-        The hash of each file, and the video files to extract.
+    network: Extractor
+    extractor_hash: str
+    output: Path
+    records: Mapping[str, ExtractionRecord]
+    partial: bool
+    batch_size: int
+    threads: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _CheckedVideo:
+    """The SHA-256 of a video, and its open file if the video must be extracted."""
+
+    digest: str
+    file: VideoFile | None
+
+
+def _extract_all(videos: Mapping[Path, bool], job: _Job) -> int:
+    """Extract videos, and return the number of skipped ones.
+
+    Every file is checked before the first is extracted, which may take hours.
+
+    Args:
+        videos: files, and whether to skip a file that cannot be decoded.
+        job: the extractor and its options.
 
     Raises:
-        VideoFileError: a file cannot be decoded, or its name belongs to another video of the directory.
+        VideoFileError: a file that must not be skipped cannot be decoded, or features of another extractor would
+            remain in the directory.
     """
-    hashes = {path: hash_of(path) for path in videos}
-    clock = ClipTiming(network.manifest.window, network.manifest.stride)
-    video_files: dict[Path, VideoFile] = {}
-    for path, video_hash in hashes.items():
-        known = records.get(path.stem)
-        if known is not None and known.video != video_hash:
-            raise VideoFileError(
-                f"{output} already contains another video with the name {excerpt(path.stem)}. Rename {path}, or choose "
-                "another --output.",
-                code="ambiguous_video_name",
-            )
-        if known is None or not known.is_valid_for(video_hash, extractor_hash, partial):
-            video_files[path] = video_file = probe(path)
-            # A truncated video may be too short, so its damage is reported first.
-            video_file.check_undamaged(partial)
-            check_length(video_file, clock)
-        else:
-            check_one_file(path)
-    return hashes, video_files
+    _check_extractors(job.output, job.records, {path.stem for path in videos}, job.extractor_hash)
+    checked = {}
+    for path, skip in videos.items():
+        video = _unless_damaged(skip, functools.partial(_check, path, job))
+        if video is not None:
+            checked[path] = video
+    names = {path.stem for path in checked}
+    _check_extractors(job.output, job.records, names, job.extractor_hash)
+    extracted = 0
+    for path, video in checked.items():
+        record = _unless_damaged(videos[path], functools.partial(_extract_one, path, video, job))
+        if record is None:
+            continue
+        extracted += 1
+        _add_record(job.output, path.stem, record, names)
+        clips = f"{record.num_clips} clips of {job.network.manifest.dim} channels"
+        print(f"{path.stem}  {clips}, {record.num_frames} frames, {record.duration:.2f} s")
+    return len(videos) - extracted
+
+
+def _unless_damaged(skip: bool, function: Callable[[], T]) -> T | None:
+    """Return the result of a function; if it raises VideoFileError and `skip`, log the error and return None."""
+    try:
+        return function()
+    except VideoFileError as error:
+        if not skip:
+            raise
+        log.warning("Skipped: %s", error)
+        return None
+
+
+def _check(path: Path, job: _Job) -> _CheckedVideo:
+    """Return a video after checking that it can be decoded.
+
+    Raises:
+        VideoFileError: the file cannot be decoded, or its name belongs to another video of the directory.
+    """
+    video_hash = hash_of(path)
+    known = job.records.get(path.stem)
+    if known is not None and known.video != video_hash:
+        raise VideoFileError(
+            f"{job.output} already contains another video with the name {excerpt(path.stem)}. Rename {path}, or choose "
+            "another --output.",
+            code="ambiguous_video_name",
+        )
+    if known is not None and known.is_valid_for(video_hash, job.extractor_hash, job.partial):
+        check_one_file(path)
+        return _CheckedVideo(video_hash, None)
+    video_file = probe(path)
+    # A truncated video may be too short, so its damage is reported first.
+    video_file.check_undamaged(job.partial)
+    check_length(video_file, ClipTiming(job.network.manifest.window, job.network.manifest.stride))
+    return _CheckedVideo(video_hash, video_file)
+
+
+def _extract_one(path: Path, video: _CheckedVideo, job: _Job) -> ExtractionRecord:
+    return extract_if_needed(
+        path,
+        job.network,
+        job.output / FEATURE_DIRECTORY / f"{path.stem}.npy",
+        video.digest,
+        job.extractor_hash,
+        known=job.records.get(path.stem),
+        partial=job.partial,
+        batch_size=job.batch_size,
+        threads=job.threads,
+        video_file=video.file,
+    )
 
 
 def _records(directory: Path) -> dict[str, ExtractionRecord]:

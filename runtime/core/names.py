@@ -1,11 +1,15 @@
-"""Compare names of videos without regard to case and Unicode normalization."""
+"""Suggest known names of videos for unknown ones: equal but for case and Unicode normalization, or similar."""
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
 from collections.abc import Iterable, Mapping
 
 from runtime.core.errors import excerpt
+
+# Maximum number of characters of an unknown name that are compared.
+_MAX_COMPARED_LENGTH = 100
 
 
 def folded(name: str) -> str:
@@ -35,3 +39,9 @@ def near_name(known: Mapping[str, str], *spellings: str) -> str:
             form = "Unicode normalization (NFC, NFD)" if normalized else "case"
             return f" {excerpt(other)} differs from it only in {form}. Rename one of them."
     return ""
+
+
+def similar_names(known: Iterable[str], name: str) -> str:
+    """Return a sentence, after a space, with at most three known names of similar spelling; "" if there are none."""
+    similar = difflib.get_close_matches(name[:_MAX_COMPARED_LENGTH], known, 3)
+    return f" Similar names: {', '.join(map(excerpt, similar))}." if similar else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.text_files import is_number
-from runtime.core.names import by_fold, near_name
+from runtime.core.names import by_fold, near_name, similar_names
 from runtime.core.video import MAX_DURATION_S, MAX_FRAMES
 
 SPLITS = ("train", "val", "test")
@@ -97,13 +97,16 @@ def unlisted_video(video: str, known: Iterable[str], files: Iterable[str], locat
 
     Args:
         video: its name.
-        known: names of the listed videos, of which a similar one is suggested.
+        known: names of the listed videos, of which similar ones are suggested.
         files: names of the files that list videos.
-        location: location of the name, for the message.
+        location: location of the name, for the message. Similar spellings are searched for options only, because a
+            data set may have many rows with unknown videos.
     """
+    suggestion = near_name(by_fold(known), video)
+    if not suggestion and location.startswith("--"):
+        suggestion = similar_names(known, video)
     return AnnotationError(
-        f"{location}: the video {excerpt(video)} is not in {', '.join(files)}. Check the name."
-        + near_name(by_fold(known), video),
+        f"{location}: the video {excerpt(video)} is not in {', '.join(files)}. Check the name.{suggestion}",
         code="unlisted_video",
     )
 

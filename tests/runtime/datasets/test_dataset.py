@@ -368,3 +368,5 @@ def test_unknown_video_error_names_similar_video(directory: Path) -> None:
     known = next(iter(table))
     with raises(AnnotationError, "unlisted_video", repr(known)):
         DataSet(directory).video(known.lower())
+    with raises(AnnotationError, "unlisted_video", repr(known)):
+        DataSet(directory).video(f"{known}x")
