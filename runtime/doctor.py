@@ -38,15 +38,20 @@ def doctor() -> list[Finding]:
     findings = [
         _python(),
         _cpu(),
+        _cpu_int8(),
         *gpus(),
         _onnxruntime(),
         _torch(),
         _exporter(),
         _tensorrt(),
+        _packages("quantize, build engines", "engine", "onnx", "polygraphy", "jinja2"),
         _tensorrt_rtx(),
-        _package("plots", "matplotlib", "plot"),
+        _packages("plots", "plot", "matplotlib"),
         _videos(),
-        _package("read HDF5 features", "h5py", "hdf5"),
+        _packages("read HDF5 features", "hdf5", "h5py"),
+        _packages("serve over HTTP", "serve", "fastapi", "uvicorn", "h11", "python-multipart", "prometheus-client"),
+        _packages("ground a corpus", "corpus", "ray", "pyarrow"),
+        _packages("query a Triton server", "triton", "tritonclient"),
     ]
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
@@ -65,8 +70,12 @@ def _python() -> Finding:
 def _cpu() -> Finding:
     features = cpu_info.cpu_features()
     listed = "features unknown" if features is None else ", ".join(features) or "none of the relevant features"
-    kernels = "uint8 weights, because without VNNI sums of int8 weights saturate" if saturates() else "int8 weights"
-    return Finding("CPU", True, f"{cpu_info.cpu_name()}: {listed}; INT8 models run with {kernels}")
+    return Finding("CPU", True, f"{cpu_info.cpu_name()}: {listed}")
+
+
+def _cpu_int8() -> Finding:
+    kind = "uint8 weights, because without VNNI sums of int8 weights saturate" if saturates() else "int8 weights"
+    return Finding("INT8 on this CPU", True, f"ONNX Runtime computes with {kind}")
 
 
 def gpus() -> list[Finding]:
@@ -152,12 +161,13 @@ def _tensorrt_rtx() -> Finding:
     return Finding("TensorRT-RTX", True, details)
 
 
-def _package(subject: str, distribution: str, extra: str) -> Finding:
-    """Return whether a package is installed, and the extra that installs it."""
-    version = _version(distribution)
-    if version is None:
-        return Finding(subject, False, f"{distribution} is not installed", f"pip install '.[{extra}]'")
-    return Finding(subject, True, f"{distribution} {version}")
+def _packages(subject: str, extra: str, *distributions: str) -> Finding:
+    """Return whether packages are installed, and the extra that installs them."""
+    versions = {name: _version(name) for name in distributions}
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        return Finding(subject, False, f"not installed: {', '.join(missing)}", f"pip install '.[{extra}]'")
+    return Finding(subject, True, ", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
 def _videos() -> Finding:

@@ -47,6 +47,10 @@ def test_doctor_names_missing_packages_and_commands(
         "plots": "pip install '.[plot]'",
         "read video files": "pip install '.[video]'",
         "read HDF5 features": "pip install '.[hdf5]'",
+        "quantize, build engines": "pip install '.[engine]'",
+        "serve over HTTP": "pip install '.[serve]'",
+        "ground a corpus": "pip install '.[corpus]'",
+        "query a Triton server": "pip install '.[triton]'",
     }
     for subject, remedy in remedies.items():
         assert not actual[subject].works
@@ -64,6 +68,8 @@ def test_doctor_reports_installed_packages_as_working(
     installed.update(
         {"torch": "2.13.0", "onnx": "1", "onnxscript": "1", "onnxruntime": "1", "matplotlib": "3", "tensorrt": "11.4"}
     )
+    installed.update(dict.fromkeys(("polygraphy", "jinja2", "ray", "pyarrow", "tritonclient"), "1"))
+    installed.update(dict.fromkeys(("fastapi", "uvicorn", "h11", "python-multipart", "prometheus-client"), "1"))
     installed.update({"h5py": "3", "tensorrt-rtx-cu13": "1.7", "av": pytest.importorskip("av").__version__})
     monkeypatch.delitem(sys.modules, "onnxruntime")
     pytest.importorskip("onnxruntime")
@@ -91,17 +97,30 @@ def test_tensorrt_works_only_with_a_gpu(installed: dict[str, str], monkeypatch: 
 
 @pytest.mark.parametrize(
     ("features", "shown"),
-    [(("avx2",), "uint8 weights"), (("avx2", "avx512_vnni"), "int8 weights"), (None, "features unknown")],
+    [(("avx2",), "with uint8 weights"), (("avx2", "avx512_vnni"), "with int8 weights")],
 )
 def test_cpu_finding_shows_int8_weight_form(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...] | None, shown: str
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], shown: str
 ) -> None:
     monkeypatch.setattr(module.cpu_info, "cpu_features", lambda: features)
     monkeypatch.setattr(exact_int8, "cpu_features", lambda: features)
     monkeypatch.setattr(exact_int8.platform, "machine", lambda: "x86_64")
-    finding = findings()["CPU"]
+    finding = findings()["INT8 on this CPU"]
     assert finding.works
     assert shown in finding.details
+
+
+def test_cpu_finding_without_features_says_so(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.cpu_info, "cpu_features", lambda: None)
+    assert "features unknown" in findings()["CPU"].details
+
+
+def test_extra_with_a_missing_package_does_not_work(installed: dict[str, str]) -> None:
+    installed["ray"] = "2.51"
+    finding = findings()["ground a corpus"]
+    assert not finding.works
+    assert quotes(finding.details, "pyarrow")
+    assert not quotes(finding.details, "ray")
 
 
 def test_two_onnxruntime_packages_are_reported(installed: dict[str, str]) -> None:
