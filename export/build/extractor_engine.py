@@ -123,7 +123,11 @@ def build_extractor(job: BuildConfig, options: BuildOptions, request: BuildReque
     """
     source = _source_graph(job)
     graph, manifest = read_extractor(source)
-    clips = ExtractorClips.select(manifest, request.calib_videos, calibrated=job.precision == "int8")
+    is_quantized = job.precision == "int8"
+    clips = ExtractorClips.select(manifest, request.calib_videos, calibrated=is_quantized)
+    if is_quantized:
+        hashes = {path.name: sha256(path) for path in request.calib_videos}
+        manifest = dataclasses.replace(manifest, sources={**manifest.sources, **hashes})
     shape = manifest.window, *manifest.crop, 3
     smallest, best, largest = ((size, *shape) for size in request.batch)
     profile = Profile("clips", MinOptMax(*request.batch), MinOptMax(1, 1, 1), {"clips": (smallest, best, largest)})

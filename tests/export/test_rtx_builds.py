@@ -11,7 +11,7 @@ import pytest
 
 from calib.calibration_table import CalibrationTable, calibration_key
 from calib.graph.channel_equalization import measure_channel_scales
-from calib.graph.conv_padding import extract_padding
+from calib.graph.conv_padding import extract_padding, inline_padding
 from calib.graph.fp32_scales import has_half_scales, with_wide_scales
 from calib.graph.half_precision import OPSETS, QDQ_OPSET, convert_to_half
 from calib.graph.opset import MAX_OPSET, MIN_OPSET, raise_opset
@@ -20,12 +20,14 @@ from calib.graph.split_model import split_graph
 from calib.graph.unroll_lstm import unroll_lstm
 from calib.qdq_quantizer import QuantizationPolicy, channel_energies, insert_qdq
 from calib.range_estimation import collect_statistics
-from export.tracing.extractor_to_onnx import export_c3d
+from export.tracing.extractor_to_onnx import trace_extractor
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.core.batch import Batch
 from tests.export.conftest import CONFIGS, random_inputs
 from tests.export.narrow_c3d import lively as narrow_c3d
+from tests.export.narrow_i3d import pytorch_i3d
 from tests.export.rtx import build_with_rtx
+from train.extractors.checkpoint import from_published
 from train.network.model import DRNConfig
 
 pytestmark = pytest.mark.rtx
@@ -162,9 +164,15 @@ def test_quantized_parts_of_a_pair_build(form: str, exported: dict[str, onnx.Mod
         assert build_with_rtx(part, capability=capability)
 
 
-def test_clip_extractor_builds() -> None:
+@pytest.mark.parametrize("kind", ["C3D", "I3D"])
+def test_clip_extractor_builds(kind: str) -> None:
     # Clips go in as bytes, which TensorRT takes into a cast alone.
-    traced = export_c3d(narrow_c3d(), ExtractorManifest("C3D", 32, 16, 8, (128, 171), (112, 112), (0.0, 0.0, 0.0)))
+    if kind == "C3D":
+        manifest = ExtractorManifest("C3D", 32, 16, 8, (128, 171), (112, 112), (0.0, 0.0, 0.0))
+        traced = trace_extractor(narrow_c3d(), manifest)
+    else:
+        checkpoint = from_published(pytorch_i3d(), "rgb_imagenet.pt", {})
+        traced = inline_padding(trace_extractor(checkpoint.model(), checkpoint.manifest({})))
     assert traced.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     forms = {"fp32": traced, "fp16": convert_to_half(traced), "bf16": convert_to_half(raise_opset(traced, 22), "bf16")}
     for precision, model in forms.items():
