@@ -537,10 +537,17 @@ def _parquet() -> list[Reader]:
 def _torch() -> list[Reader]:
     import torch
 
+    from tests.export.narrow_i3d import flat, pytorch_i3d
     from train.checkpoints import Checkpoint, load, load_checkpoint, save, save_checkpoint
     from train.convert import load_vocabulary, read, read_config
     from train.extractors.c3d import C3D, C3DConfig
-    from train.extractors.checkpoint import ExtractorCheckpoint, is_extractor_file, load_extractor, save_extractor
+    from train.extractors.checkpoint import (
+        ExtractorCheckpoint,
+        from_published,
+        is_extractor_file,
+        load_extractor,
+        save_extractor,
+    )
     from train.history import read_history
     from train.network.initialization import load_glove
     from train.network.model import DRN, DRNConfig
@@ -610,6 +617,13 @@ def _torch() -> list[Reader]:
         )
         return [directory / "c3d.pt"]
 
+    def flat_i3d(directory: Path) -> list[Path]:
+        np.savez(directory / "i3d.npz", **flat(pytorch_i3d()))
+        return [directory / "i3d.npz"]
+
+    def read_i3d(directory: Path, path: Path) -> object:
+        return from_published(read(path).weights, str(path), {}).model()
+
     def matrix(directory: Path) -> list[Path]:
         torch.save(torch.ones(len(TABLE) + 1, 4), directory / "glove.pt")
         return [directory / "glove.pt"]
@@ -667,6 +681,7 @@ def _torch() -> list[Reader]:
             functools.partial(content, make=c3d),
             functools.partial(read_content, name="c3d.pt", loaded=lambda path: load_extractor(path).model()),
         ),
+        Reader("published-i3d", flat_i3d, read_i3d, _zip_again, quick_share=0.25),
         Reader("glove-matrix", matrix, read_matrix, _zip_again, quick_share=0.25),
         Reader("torch-load", state, lambda directory, path: (load(path), load(path, unknown_objects=True)), _zip_again),
         Reader("run-config", run_config, lambda directory, path: with_config(["--config", str(path)])),
