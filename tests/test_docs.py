@@ -18,7 +18,12 @@ from runtime.datasets.dataset import DataSet
 from tests.documented import commands
 from tests.test_readme import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks/results/README.md",
+]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ADDRESS = re.compile(r"https?://[^\s)>`'\"|]+")
 # Their commands run unchanged, or are parsed, by a test of their own.

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
@@ -47,6 +48,7 @@ from runtime.grounding.scheduling import (
     retry_in_halves,
     window_groups,
 )
+from runtime.grounding.video_source import VideoArguments, open_video_source
 
 # This file has over 500 lines because the docstrings of `Grounder` are the reference of the Python API.
 
@@ -208,6 +210,42 @@ class Grounder:
                 except ModelFileError as error:
                     raise self.cause_of(error, [(pairs[i][0], tokens[pairs[i][1]]) for i in indices]) from error
         return decoder.moments
+
+    def ground_video(
+        self,
+        path: str | os.PathLike[str],
+        queries: Sequence[str],
+        extractor: str | os.PathLike[str],
+        top_k: int = 5,
+        *,
+        partial: bool = False,
+        presence: bool = True,
+    ) -> list[list[Moment]]:
+        """Return the moments of each query in a video file. Its features are extracted once, and cached on disk.
+
+        Args:
+            path: a video file.
+            queries: N sentences; see `ground`.
+            extractor: `.onnx` or `.engine` file of the extractor that the training features come from.
+            top_k, presence: see `ground`.
+            partial: whether to accept a damaged file, and use the frames that can be decoded.
+
+        Returns:
+            N lists of moments; see `ground`.
+
+        Raises:
+            VideoFileError: the file cannot be decoded.
+            ModelFileError: the extractor is missing or damaged, or its features are not those of the model.
+            GroundingError: otherwise as `ground`. Queries are checked before the extraction.
+
+        Example:
+            moments, = grounder.ground_video("clip.mp4", ["person opens the door"], "c3d.onnx")
+        """
+        for query in dict.fromkeys(queries):
+            self.encode_query(query, collections.Counter())
+        arguments = VideoArguments(video=os.fspath(path), extractor=Path(extractor), partial=partial)
+        video = open_video_source(arguments, self.manifest.features).video
+        return self.ground_batch([(video, query) for query in queries], top_k, presence=presence)
 
     def _ground_one(self, video: VideoInput, query: str, top_k: int, presence: bool) -> list[list[Moment]]:
         """Return the result of `ground_batch` for one query about a video of one window.

@@ -16,7 +16,7 @@ from starlette.responses import FileResponse
 from runtime.core.errors import DeviceError, GroundingError, excerpt
 from runtime.core.io.input_files import open_inside
 from runtime.service.http_errors import HttpError, to_http_error
-from runtime.service.middleware import RequestGuard, cancel_on_disconnect
+from runtime.service.middleware import RequestGuard, cancel_on_disconnect, request_id
 from runtime.service.schemas import (
     Failure,
     Grounded,
@@ -72,7 +72,7 @@ def _routes(service: Service) -> FastAPI:
         error = _to_http_error(exception)
         if isinstance(exception, DeviceError):
             # Clients do not get the message, so the operator needs it.
-            log.error("%s %s failed: %s", request.method, request.url.path, exception)
+            log.error("[%s] %s %s failed: %s", request_id(request.scope), request.method, request.url.path, exception)
         service.telemetry.refused(error.code)
         return Response(error.body(), error.status, error.headers, JSON)
 

@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import hmac
 import logging
+import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -34,6 +36,10 @@ BODY_BYTES_PER_SECOND = 16 << 10
 # Maximum time until a client reads a chunk of a streamed response.
 SEND_SECONDS = 30.0
 TICKET_SECONDS = 6 * 3600
+REQUEST_ID = "x-request-id"
+# https://www.w3.org/TR/trace-context/#traceparent-header: version, trace ID, parent ID and flags.
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 HEADERS = {
     "content-security-policy": (
@@ -108,6 +114,27 @@ class ApiKeys:
         return hmac.new((self._key or "").encode(), f"{path} {until}".encode(), hashlib.sha256).hexdigest()
 
 
+def request_id(scope: MutableMapping[str, Any]) -> str:
+    """Return the ID of a request for logs.
+
+    That is the trace ID of OpenTelemetry's `traceparent` header, else the `x-request-id` header of at most 64 letters,
+    digits, dots, underscores and hyphens, else a random one. It is kept in `scope`, so that every caller gets the same.
+
+    Args:
+        scope: of ASGI.
+    """
+    if REQUEST_ID not in scope:
+        headers = dict(scope["headers"])
+        trace = _TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
+        given = headers.get(REQUEST_ID.encode(), b"")
+        if trace:
+            scope[REQUEST_ID] = trace[1].decode()
+        else:
+            scope[REQUEST_ID] = given.decode() if _PLAIN_ID.fullmatch(given) else secrets.token_hex(16)
+    identifier: str = scope[REQUEST_ID]
+    return identifier
+
+
 class RequestGuard:
     """An ASGI application that checks and counts requests and passes them to the routes.
 
@@ -144,7 +171,8 @@ class RequestGuard:
                 status = message["status"]
                 replacement = _plain_text_replacement(message)
                 head = response_start(replacement) if replacement else message
-                message = {**head, "headers": [*head.get("headers", ()), *_ENCODED]}
+                identity = (REQUEST_ID.encode(), request_id(scope).encode())
+                message = {**head, "headers": [*head.get("headers", ()), *_ENCODED, identity]}
             elif replacement is not None:
                 if message.get("more_body"):
                     return
@@ -163,7 +191,7 @@ class RequestGuard:
                 raise ClientDisconnected from None
             except Exception as error:
                 if not isinstance(error, HttpError):
-                    log.error("%s %s failed.", scope["method"], scope["path"], exc_info=error)
+                    log.error("[%s] %s %s failed.", request_id(scope), scope["method"], scope["path"], exc_info=error)
                 await self._send_error(to_http_error(error), status, out)
         except ClientDisconnected:
             if status == 499:

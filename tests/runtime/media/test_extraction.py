@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime import Grounder
 from runtime.artifacts.extractor_manifest import ResizeCrop
-from runtime.core.errors import GroundingError, ModelFileError, VideoFileError
+from runtime.core.errors import GroundingError, ModelFileError, QueryError, VideoFileError
 from runtime.core.video import load_features
 from runtime.datasets.dataset import FEATURE_DIRECTORY, DataSet
 from runtime.extract import extract
@@ -58,6 +59,30 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(ClipExtractor, "extract", counted)
     return counts
+
+
+def test_ground_video_answers_as_infer_and_extracts_once(
+    tmp_path: Path, tiny: Path, tiny_model: Path, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
+    source, queries = film(tmp_path / "hall.mkv", 60), ("dog sits", "person opens the door")
+    grounder = Grounder.load(tiny_model, "cpu", 1)
+    moments = grounder.ground_video(source, queries, tiny, top_k=2)
+    count = len(runs)
+    assert count > 0
+    answers = infer_module.infer(tiny_model, queries, video=str(source), extractor=tiny, top_k=2)
+    assert moments == [list(answer.moments) for answer in answers]
+    assert len(runs) == count
+
+
+def test_ground_video_checks_queries_before_the_extraction(
+    tmp_path: Path, tiny: Path, tiny_model: Path, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
+    source = film(tmp_path / "hall.mkv", 60)
+    with pytest.raises(QueryError):
+        Grounder.load(tiny_model, "cpu", 1).ground_video(source, ["dog sits", ""], tiny)
+    assert not runs
 
 
 @pytest.fixture(autouse=True)

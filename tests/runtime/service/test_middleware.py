@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -20,6 +21,7 @@ from runtime import Grounder
 from runtime.datasets.dataset import DataSet
 from runtime.service import h11_protocol, middleware
 from runtime.service.middleware import GateOptions
+from runtime.service.prometheus import Telemetry
 from runtime.service.server import configuration, listen
 from runtime.service.service import Service, ServiceOptions
 from runtime.service.uploads import UploadOptions
@@ -179,6 +181,55 @@ def test_invalid_http_returns_json_error(service: Running, raw: bytes) -> None:
     assert 400 <= actual.status < 500 or actual.status == 501
     actual.refused(actual.status)
     assert service.ask(QUESTION).status == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"traceparent": f"00-{'4b' * 16}-{'00f0' * 4}-01", "x-request-id": "mine"}, "4b" * 16),
+        ({"x-request-id": "job-7.a_B"}, "job-7.a_B"),
+        ({"traceparent": "00-xyz-1-01"}, None),
+        ({"x-request-id": "two words"}, None),
+        ({"x-request-id": "a" * 65}, None),
+        ({}, None),
+    ],
+)
+def test_response_has_request_id(service: Running, headers: dict[str, str], expected: str | None) -> None:
+    replies = [service.request("GET", "/healthz", headers=headers) for _ in range(2)]
+    replies.append(service.request("GET", "/missing", headers=headers))
+    found = [reply.headers["x-request-id"] for reply in replies]
+    if expected:
+        assert found == [expected] * 3
+    else:
+        assert len(set(found)) == 3
+        assert all(len(identifier) == 32 and int(identifier, 16) >= 0 for identifier in found)
+
+
+def test_log_of_failed_request_begins_with_request_id(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("the route failed")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    guard: Any = middleware.RequestGuard(
+        fail, GateOptions(), middleware.ApiKeys(None), Telemetry(), draining=lambda: False
+    )
+    headers = [(b"host", b"localhost"), (b"x-request-id", b"job-7")]
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/healthz",
+        "raw_path": b"/",
+        "query_string": b"",
+        "headers": headers,
+    }
+    asyncio.run(guard(scope, None, send))
+    assert caplog.messages[0].startswith("[job-7] GET /healthz")
+    assert sent[0]["status"] == 500
+    assert (b"x-request-id", b"job-7") in sent[0]["headers"]
 
 
 def test_foreign_host_and_origin_are_rejected(service: Running) -> None:
