@@ -26,7 +26,7 @@ from calib.graph.onnx_graph import load_fp32_graph, read_manifest
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, channel_energies
 from calib.range_estimation import ActivationStatistics, MethodOption, collect_statistics
 from runtime.core.batch import Batch
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import OutputError
 from runtime.core.io.atomic_files import atomic_write
 from runtime.core.io.input_files import is_same_file
@@ -97,6 +97,7 @@ def calibrate(
     print(f"{output}: ranges of {len(table.ranges)} tensors by {table.key['method']}, digest {table.digest[:12]}…")
     if data_set.simulated:
         print("Features are simulated: calibrate on real ones before using the model on them.")
+    report_written(output)
     suggest_next_command("calib.quantize", "--model", onnx, "--table", output, "--output", unproven_name(onnx))
     return table
 

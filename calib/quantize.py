@@ -11,7 +11,7 @@ from calib.graph.precision_audit import MIN_SHARES, audit_graph
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq, modules
 from calib.quantization_plan import QuantizationPlan
 from runtime.artifacts.onnx_metadata import with_digest
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import OutputError
 from runtime.core.io.atomic_files import atomic_write
 from runtime.core.io.input_files import is_same_file
@@ -74,6 +74,7 @@ def quantize(
             "Less than %.0f %% of the multiply-adds are in %s, so FP16 may be faster. Measure both, or shorten --keep.",
             *(100 * MIN_SHARES[kind], kind.upper()),
         )
+    report_written(output)
     suggest_next_command("export.verify", "--reference", onnx, "--model", output, "--data", "DIR")
     return Path(output)
 

@@ -17,7 +17,7 @@ from calib.errors import CalibrationError
 from calib.graph.onnx_graph import load_fp32_graph, read_manifest
 from calib.graph.precision_audit import count_macs
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, find_quantizable_ops, insert_qdq, modules
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import excerpt, one_line
 from runtime.core.io.atomic_files import write_json
 from runtime.core.io.input_files import read_json
@@ -86,6 +86,7 @@ def rank_layers(
     )
     if output:
         write_json(output, ranking_json(ranking, everything, calibration, kind))
+    report_written(output)
     given = ("--model", onnx, "--data", data, "--table", table or "TABLE")
     suggest_next_command("calib.restore", *given, *(("--ranking", output) if output else ()), "--output", "plan.json")
     return ranking

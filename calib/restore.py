@@ -16,7 +16,7 @@ from calib.graph.onnx_graph import load_fp32_graph
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq, modules
 from calib.quantization_plan import QuantizationPlan
 from calib.rank_layers import evaluator_for, given_table, measure_sensitivity, ranked_names
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import CheckFailed
 from runtime.core.io.atomic_files import atomic_write
 from runtime.datasets.dataset import DataSet
@@ -79,6 +79,7 @@ def restore(
         f"Restored: {retained}; {len(evaluator.annotations)} queries of held-out training videos, "
         f"budget {max_drop:g} points."
     )
+    report_written(output)
     options = ("--model", onnx, "--table", table, "--plan", output, "--output", unproven_name(onnx, kind))
     suggest_next_command("calib.quantize", *options, *(() if kind == "int8" else ("--kind", kind)))
     return plan

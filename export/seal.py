@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from runtime.artifacts.onnx_metadata import MANIFEST_KEYS, read_metadata, write_digest
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import ModelFileError
 from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.input_files import check_file
@@ -45,6 +45,7 @@ def seal_model(model: tyro.conf.Positional[Path], /) -> Path:
         with atomic_write(model) as temporary:
             temporary.write_bytes(content)
     print(f"{written}: digest recorded.")
+    report_written(written)
     suggest_next_command("runtime.describe", model)
     return written
 

@@ -25,7 +25,7 @@ from export.parity.run_parity import (
 )
 from runtime.backends.base import Device
 from runtime.benchmarking.report import latency_table, read_report
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.decoding import Protocol
 from runtime.core.errors import CheckFailed, GroundingError, ModelFileError, OutputError
 from runtime.core.io.digests import sha256
@@ -203,14 +203,13 @@ def run(options: VerifyOptions) -> ParityResult:
     print(report.text())
     precision = read_precision_stats(model) if options.html else None
     write_reports(report, options.output, options.html, precision, commands=_commands(options), latency=latency)
-    if options.html:
-        log.info("HTML report: %s", options.html)
+    report_written(options.output, options.html)
     if report.violations:
         both_onnx = {reference.suffix, model.suffix} == {".onnx"}
         hint = " Add --layers to find the first module that differs." if both_onnx and not options.layers else ""
         raise CheckFailed(f"{report.sentence()}{hint}", code="parity_failed")
     print(report.sentence())
-    suggest_next_command(*_next_command(model, files[1].manifest.precision, options.data, annotations[0]))
+    suggest_next_command(*_next_command(model, files[1].manifest.precision, options.data))
     return report.parity
 
 
@@ -251,13 +250,13 @@ def _commands(options: VerifyOptions) -> tuple[str, ...]:
     )
 
 
-def _next_command(model: Path, precision: str, data: Path, first: Annotation) -> tuple[Any, ...]:
+def _next_command(model: Path, precision: str, data: Path) -> tuple[Any, ...]:
     if model.suffix == ".onnx" and precision == "fp32":
         return "export.build_engine", "--model", model, "--precision", "fp16", "--data", data
     if model.suffix == ".onnx" and precision == "bf16":
         # ONNX Runtime cannot run BF16; `doctor` lists what can.
         return ("runtime.doctor",)
-    return "runtime.infer", "--model", model, "--data", data, "--video", first.video, "--query", first.sentence
+    return "runtime.benchmark", "--model", model, "--data", data
 
 
 if __name__ == "__main__":

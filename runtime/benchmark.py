@@ -8,7 +8,7 @@ from runtime.backends.base import Device
 from runtime.benchmarking.plots import draw
 from runtime.benchmarking.report import Report
 from runtime.benchmarking.runner import SAMPLES, BenchmarkOptions, BenchmarkRun
-from runtime.core.cli import check_plots, command, suggest_next_command
+from runtime.core.cli import check_plots, command, report_written, suggest_next_command
 from runtime.core.io.atomic_files import check_report, write_json
 from runtime.datasets.dataset import DataSet
 
@@ -67,9 +67,10 @@ def benchmark(
         write_json(output, report.to_dict())
     if plot:
         draw(report, plot)
+    report_written(output, plot)
     if interruption is not None:
         raise interruption
-    suggest_next_command("runtime.evaluate", "--model", models[0], "--data", data or "DIR")
+    suggest_next_command("runtime.serve", "--model", models[-1], "--data", data or "DIR")
     return report
 
 

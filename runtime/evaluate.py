@@ -8,14 +8,16 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.published_results import PublishedResult, published_result
+from runtime.backends import is_address
 from runtime.backends.base import Device
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.decoding import Protocol
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import atomic_write, check_report, write_json
@@ -76,9 +78,8 @@ def evaluate(
     )
     result = run(options)
     _print(options, result)
-    first = result.annotations[0]
-    words = ("--model", model, "--data", data, "--video", first.video, "--query", first.sentence)
-    suggest_next_command("runtime.infer", *words)
+    report_written(output, predictions)
+    suggest_next_command(*_next_command(options, result))
     return result.evaluation.report
 
 
@@ -102,8 +103,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """An evaluation with its queries, the report of the best constant moments, and the published result, if known."""
+    """An evaluation with its queries, the report of the best constant moments, and the published result, if known.
 
+    `manifest` is that of the model.
+    """
+
+    manifest: Manifest
     data_set: DataSet
     annotations: Sequence[Annotation]
     evaluation: Evaluation
@@ -138,7 +143,7 @@ def run(options: Options) -> Result:
             on_progress=bar.update,
         )
     published = published_result(grounder.manifest.sources) if data_set.preset.title == "Charades-STA" else None
-    result = Result(data_set, annotations, evaluation, _prior(data_set, evaluation), published)
+    result = Result(grounder.manifest, data_set, annotations, evaluation, _prior(data_set, evaluation), published)
     _write(options, result)
     return result
 
@@ -168,6 +173,19 @@ def _write(options: Options, result: Result) -> None:
         rows = predictions_of(result.evaluation, result.annotations, result.data_set)
         with atomic_write(options.predictions) as temporary, open(temporary, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _next_command(options: Options, result: Result) -> tuple[Any, ...]:
+    """Return the command that builds an engine of an FP32 model, or measures the speed of another model."""
+    given = ("--model", options.model, "--data", options.data)
+    if is_address(options.model):
+        first = result.annotations[0]
+        return ("runtime.infer", *given, "--video", first.video, "--query", first.sentence)
+    if result.manifest.precision == "fp32" and result.manifest.part == "whole":
+        # Calibration reads the training split.
+        precision = "int8" if "train" in result.data_set.splits else "fp16"
+        return ("export.build_engine", *given, "--precision", precision)
+    return ("runtime.benchmark", *given)
 
 
 def _print(options: Options, result: Result) -> None:

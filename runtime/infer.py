@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runtime.backends import is_address
 from runtime.backends.base import Device
-from runtime.core.cli import check_plots, command, suggest_next_command
+from runtime.core.cli import check_plots, command, report_written, suggest_next_command
 from runtime.core.errors import GroundingError, QueryError, excerpt
 from runtime.core.io.atomic_files import check_report, check_writable
 from runtime.core.sliding_windows import resolve_windows
@@ -121,6 +121,7 @@ def run(options: Options) -> list[Answer]:
     answers = _ground(grounder, source, options)
     if options.plot:
         draw(answers, options.plot, source.video_file, partial=options.source.partial)
+        report_written(options.plot)
     _write_best(source, answers, clips, options)
     return answers
 
@@ -170,8 +171,7 @@ def _write_best(source: VideoSource, answers: Sequence[Answer], clips: Sequence[
     spans = [(max(0.0, moment.start - offset), moment.end - offset) for moment, _ in best]
     files = [clip for _, clip in best]
     write_clips(source.video_file, spans, files, options.threads, partial=options.source.partial)
-    for clip in files:
-        log.info("Cut:  %s", clip)
+    report_written(*files)
 
 
 def _warn_of_single_words(queries: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.backends.base import Device
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import check_report, write_json
 from runtime.datasets.dataset import DataSet, Invalid
@@ -92,6 +92,7 @@ def rank(
         results = {**ranking.values, "chance": ranking.chance, "sentences": len(annotations), "videos": videos}
         settings = {"split": split, "seed": seed, "simulated_features": data_set.simulated, "model": model.name}
         write_json(output, {**results, **settings, "ranks": ranking.ranks.tolist()})
+        report_written(output)
     suggest_next_command("runtime.evaluate", "--model", model, "--data", data)
     return ranking
 

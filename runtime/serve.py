@@ -92,7 +92,8 @@ def serve(
     """
     # The fields of `ServeOptions` are the parameters of this function.
     run(ServeOptions(**locals()))
-    suggest_next_command("runtime.benchmark", "--model", model, "--data", data or "DIR")
+    corpus = ("--features", data or "DIR", "--queries", "queries.jsonl", "--output", "corpus")
+    suggest_next_command("runtime.ground_corpus", "--model", model, *corpus)
 
 
 @dataclasses.dataclass(frozen=True)

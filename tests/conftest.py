@@ -21,6 +21,7 @@ import pytest
 from runtime.core import command_list
 from runtime.core.cli import command
 from runtime.core.errors import GroundingError, printable_line
+from tests.next_commands import next_commands_checked
 from tests.shared_builds import build_once, can_trace, run_directory, traced_once
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -134,6 +135,13 @@ def models(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.parity.models import write_models
 
     return build_once(run_directory(tmp_path_factory) / "models", lambda directory: write_models(directory, planted))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checked_next_commands() -> Iterator[None]:
+    """Parse every "Next:" line that a test prints in this process with the parser of its command."""
+    with next_commands_checked():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

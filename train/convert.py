@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from runtime.artifacts.manifest import Features
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckpointError, excerpt, reading
 from runtime.core.io.array_files import read_archive
@@ -152,6 +152,7 @@ def _convert_drn(
     )
     save_checkpoint(output, converted)
     print(report(converted, published, output))
+    report_written(output)
     if table is None:
         log.warning(
             "%s has no vocabulary and accepts no sentences. Convert again with --vocabulary and a table of %d words "
@@ -180,6 +181,7 @@ def _convert_extractor(weights: Mapping[str, np.ndarray], checkpoint: Path, outp
         f"  features     {config.dim:,} channels, of {manifest.window} frames every {manifest.stride}\n"
         f"  frames       {height} x {width}, minus the mean red {red:g}, green {green:g}, blue {blue:g}"
     )
+    report_written(output)
     suggest_next_command("export.to_onnx", "--model", output, "--output", output.with_suffix(".onnx"))
     return converted
 

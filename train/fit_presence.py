@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.backends.base import Device
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import CheckpointError, GroundingError
 from runtime.core.io.atomic_files import check_writable
 from runtime.core.presence import Presence, fit_threshold
@@ -91,6 +91,7 @@ def fit_presence(
     print(f"{output}: no moment is found {presence}.")
     if data_set.simulated:
         print("The features are simulated: these shares do not apply to real videos.")
+    report_written(output)
     suggest_next_command("export.to_onnx", "--model", output, "--output", output.with_suffix(".onnx"))
     return presence
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import AnnotationError, FeatureError, GroundingError, MissingFeatures, OutputError, excerpt
 from runtime.core.io.atomic_files import Staging, content_names, locked
 from runtime.core.io.digests import sha256
@@ -118,6 +118,7 @@ def prepare(
         texts[VECTORS] = "".join(_vector_lines(words, vectors))
     _write(output, texts)
     _print_summary(data_set, splits, vocabulary, vectors if glove else None)
+    report_written(*(output / name for name in texts))
     if "train" not in splits:
         log.warning(
             "The data set has no training split; it can be used for evaluation only.", extra={"code": "empty_split"}

@@ -36,7 +36,7 @@ from runtime.artifacts.engine_metadata import read_verified
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import read_metadata, with_digest
 from runtime.backends.batch_shapes import MinOptMax
-from runtime.core.cli import suggest_next_command
+from runtime.core.cli import report_written, suggest_next_command
 from runtime.core.errors import CheckFailed, GroundingError
 from runtime.core.io.atomic_files import Staging, locked, write_json
 from runtime.core.io.digests import sha256
@@ -149,7 +149,7 @@ def build_extractor(job: BuildConfig, options: BuildOptions, request: BuildReque
             staging.commit(lambda name: ".rejected." in name)
             raise
         written = staging.commit()
-    print(f"Written: {', '.join(path.name for path in written)}.")
+    report_written(*written)
     runs = job.output if job.target == "onnxruntime" or runs_here(options) else job.graph_path
     suggest_next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
     print(job.output)

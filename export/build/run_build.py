@@ -28,7 +28,7 @@ from export.engine.engine_writer import BuildState, build_part, mark_rejected
 from export.engine.profiles import Profile, Unrolling, check_ranges, check_unroll, one_profile, profiles, unrolling
 from export.parity.model_file import ModelFile
 from runtime.artifacts.manifest import Manifest
-from runtime.core.cli import suggest_next_command
+from runtime.core.cli import report_written, suggest_next_command
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError
 from runtime.core.gpu_info import cuda_gpu
 from runtime.core.io.atomic_files import Staging, locked
@@ -235,7 +235,7 @@ class EngineBuild:
                 staging.commit(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
                 raise
             written = staging.commit()
-        print(f"Written: {', '.join(path.name for path in written)}.")
+        report_written(*written)
         if report:
             print(f"{report.sentence()} The report is {job.sibling_path('passport.html')}.")
         else:
@@ -321,9 +321,8 @@ class EngineBuild:
         if has_engine and not runs_here(self.options):
             suggest_next_command("runtime.describe", output)
         elif self.data_set:
-            first = self.annotations[0]
-            query = ("--video", first.video, "--query", first.sentence)
-            suggest_next_command("runtime.infer", "--model", output, "--data", self.request.data, *query)
+            models = ("--model", self.source, "--compare", output)
+            suggest_next_command("runtime.benchmark", *models, "--data", self.request.data)
         else:
             models = ("--reference", self.source, "--model", self.job.graph_path)
             suggest_next_command("export.verify", *models, "--data", "DIR")

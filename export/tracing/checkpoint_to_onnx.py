@@ -12,6 +12,7 @@ from calib.graph.split_model import pair_paths, split_graph, write_split_model
 from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_pair_against_torch, format_differences
 from export.tracing.tracer import export_model, producer
 from runtime.artifacts.onnx_metadata import with_digest
+from runtime.core.cli import report_written
 from runtime.core.errors import DeviceError, OutputError, ShapeError
 from runtime.core.io.atomic_files import atomic_write, check_writable
 from runtime.core.io.input_files import is_same_file
@@ -128,6 +129,7 @@ def export_checkpoint(options: ExportOptions) -> Path:
     )
     if options.split:
         log.info("%s: the two parts, checked in the same way.", ", ".join(path.name for path in options.parts))
+    report_written(output, *(options.parts if options.split else ()))
     if not manifest.vocabulary.words:
         log.warning(
             "%s has no vocabulary, so it cannot answer sentences. Convert its checkpoint again with --vocabulary.",

@@ -17,7 +17,7 @@ from export.tracing.torch_check import TOLERANCE
 from export.tracing.tracer import TRACED_OPSET, finalize_model, silence_exporter
 from runtime.artifacts.extractor_manifest import METADATA_KEY, ExtractorManifest
 from runtime.artifacts.onnx_metadata import with_digest
-from runtime.core.cli import suggest_next_command
+from runtime.core.cli import report_written, suggest_next_command
 from runtime.core.errors import CheckFailed, ShapeError
 from runtime.core.io.atomic_files import atomic_write
 from runtime.core.pooling import ClipTiming
@@ -68,6 +68,7 @@ def export_extractor(
         print(f"{name}: max difference {difference:.1e}, tolerance {TOLERANCE:.0e}")
     sizes = " and ".join(map(str, BATCH_SIZES))
     log.info("%s: %.1f MB, opset %d; ONNX Runtime matches torch for batch sizes %s.", output, size / 1e6, opset, sizes)
+    report_written(output)
     suggest_next_command("runtime.extract", "VIDEO", "--extractor", output, "--output", "DIR")
     return output
 

@@ -18,7 +18,7 @@ from runtime.benchmarking.timing import Latency, Ratio, speed_ratio, time_interl
 from runtime.benchmarking.workload import BenchmarkedModel, dataset_workload, pairs_with_known_words
 from runtime.core import cpu_info
 from runtime.core.agreement import compare_answers
-from runtime.core.cli import check_plots, command, suggest_next_command
+from runtime.core.cli import check_plots, command, report_written, suggest_next_command
 from runtime.core.errors import GroundingError, ModelFileError, printable_line
 from runtime.core.io.atomic_files import atomic_write, check_report, write_json
 from runtime.core.io.input_files import check_file
@@ -197,6 +197,7 @@ def compare(
     if plot:
         draw(comparison, plot)
     print(comparison.text())
+    report_written(output, markdown, plot)
     suggest_next_command("runtime.serve", "--model", models[0], "--data", data)
     return comparison
 

@@ -97,6 +97,13 @@ def suggest_next_command(module: str, *words: object) -> None:
     log.info("\nNext:  %s", shell_words([*typed_name(module).split(), *map(str, words)]))
 
 
+def report_written(*paths: Path | None) -> None:
+    """Print the files that a command wrote to stderr; None is omitted."""
+    for path in paths:
+        if path is not None:
+            log.info("Written: %s", path)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     try:
         sys.stdout.flush()

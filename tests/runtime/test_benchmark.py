@@ -85,7 +85,7 @@ def test_benchmark_of_one_model_writes_complete_report(
     outcome = run_command(benchmark, *arguments, "--plot", plot)
     assert outcome.code == 0, outcome.err
     message = caplog.records[-1].getMessage()
-    assert message == f"\nNext:  python -m runtime.evaluate --model {tiny_model} --data DIR"
+    assert message == f"\nNext:  python -m runtime.serve --model {tiny_model} --data DIR"
     report = json.loads(output.read_text())
     assert report["format"] == "drn-benchmark/1"
     assert report["interrupted"] is False
