@@ -22,15 +22,19 @@ from runtime.media.video_file import VideoFile, frames_at
 
 log = logging.getLogger("drn")
 
-# Sizes in inches, so that the height of a row does not depend on their number.
-WIDTH, EDGE, LABELS = 10.0, 0.35, 1.95
-LINE, BAR, THIN, GAP = 0.2, 0.22, 0.1, 0.07
+# Sizes in inches, so that the height of a row does not depend on their number. BAR is that of the best moment, SMALL of
+# the others if there are several queries, and LETTER the width of a letter of a caption.
+WIDTH, EDGE = 10.0, 0.35
+LINE, BAR, SMALL, THIN, GAP = 0.2, 0.22, 0.12, 0.1, 0.07
+LETTER = 0.076
 STRIP = 0.85
-DPI = 120
-COLUMNS = 118
+# Resolution, and maximum height in pixels, above which the resolution is lower: Agg draws at most 65,536.
+DPI, MAX_PIXELS = 120, 32_000
+# Maximum number of letters in a line, and of the name of the video, whose line ends with the legend.
+COLUMNS, NAME_COLUMNS = 118, 36
 # Seconds between ticks.
 STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 86400, 864000)
-MAX_TICKS = 11
+MAX_TICKS = 9
 MAX_LINES = 3
 # Minimum and maximum number of frames in the strip, and aspect ratio (width / height) of a frame.
 FRAMES = (3, 24)
@@ -47,28 +51,21 @@ FALLBACKS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class _Bar:
-    start: float
-    end: float
-    color: str
-    height: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class _Track:
-    """One row of bars, later ones drawn over earlier ones, and its label."""
+    """One row of bars, (start, end) in seconds, their color, and the caption of the row."""
 
-    bars: Sequence[_Bar]
-    label: str
-    color: str
+    bars: Sequence[tuple[float, float]]
+    bar_color: str
+    caption: str
+    caption_color: str
     height: float = BAR
 
 
 def draw(answers: Sequence[Answer], path: Path, video_file: VideoFile | None = None, *, partial: bool = True) -> None:
     """Draw the answers about one video into a PNG file.
 
-    A single query has a row for each moment. Several queries have one row each, with the other moments faded. The
-    ground truth is drawn below, if known.
+    Every moment has a row with its times and score; those of lower scores are paler. The ground truth of a query, if
+    known, is drawn below its moments.
 
     Args:
         answers: at least one, all about one video.
@@ -87,7 +84,8 @@ def draw(answers: Sequence[Answer], path: Path, video_file: VideoFile | None = N
     duration = answers[0].duration
     blocks = [(_wrapped(f"“{answer.query}”"), _tracks(answer, len(answers) == 1)) for answer in answers]
     height = LINE * 1.4 + sum(_height(lines, tracks) for lines, tracks in blocks)
-    span = WIDTH - EDGE - LABELS
+    captions = max(len(track.caption) for _, tracks in blocks for track in tracks)
+    span = WIDTH - 2 * EDGE - LETTER * captions
     frames = _read_strip(video_file, span, duration, partial) if video_file else []
     strip = span / len(frames) * frames[0].shape[0] / frames[0].shape[1] if frames else 0.0
     total = 0.15 + height + strip + 0.35
@@ -101,15 +99,16 @@ def draw(answers: Sequence[Answer], path: Path, video_file: VideoFile | None = N
     axes.spines["bottom"].set(color=PALE, visible=not frames)
     axes.grid(axis="x", color=TRACK, linewidth=0.8)
     axes.set_axisbelow(True)
-    title = f"{printable_line(answers[0].video)}   {format_timestamp(duration)}"
-    _write(axes, title, 0, LINE * 0.5, weight="bold", size=11)
+    name = _shortened(printable_line(answers[0].video), NAME_COLUMNS)
+    _write(axes, f"{name}   {format_timestamp(duration)}", 0, LINE * 0.5, weight="bold", size=11)
+    _draw_legend(figure, answers, 1 - (0.15 + LINE * 0.5) / total)
     top = LINE * 1.4
     for lines, tracks in blocks:
         for line in lines:
             _write(axes, line, 0, top + LINE / 2)
             top += LINE
         for track in tracks:
-            _draw_track(axes, track, top, duration)
+            _draw_track(axes, track, top, duration, EDGE / 3 / span)
             top += track.height + GAP / 2
         top += GAP * 2
     lowest = axes
@@ -124,36 +123,33 @@ def draw(answers: Sequence[Answer], path: Path, video_file: VideoFile | None = N
     lowest.tick_params(axis="x", colors=PALE, labelsize=8)
     with atomic_write(path) as temporary, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure.savefig(temporary, dpi=DPI, format="png")
+        figure.savefig(temporary, dpi=min(DPI, MAX_PIXELS / total), format="png")
     if any("missing from" in str(entry.message) for entry in caught):
         log.warning("No installed font has all letters of the queries. Install one that does, such as Noto Sans.")
 
 
 def _tracks(answer: Answer, is_only: bool) -> list[_Track]:
-    """Return the rows of an answer: one for each moment of the only answer, else one for all; then the ground truth."""
-    if not answer.moments:
-        tracks = [_Track((), "no moment found", PALE)]
-    elif is_only:
-        tracks = [
-            _Track([_Bar(moment.start, moment.end, _color(moment, answer))], _caption(moment), INK if rank else BEST)
-            for rank, moment in enumerate(answer.moments)
-        ]
-    else:
-        best, *others = answer.moments
-        bars = [_Bar(moment.start, moment.end, _color(moment, answer), 0.55) for moment in reversed(others)]
-        tracks = [_Track([*bars, _Bar(best.start, best.end, BEST)], _caption(best), BEST)]
+    """Return a row for each moment of an answer, then one for the ground truth."""
+    tracks = [
+        _Track(
+            [(moment.start, moment.end)],
+            _color(moment, answer),
+            f"{_interval(moment.start, moment.end)}  {moment.score:.2f}",
+            INK if rank else BEST,
+            BAR if is_only or not rank else SMALL,
+        )
+        for rank, moment in enumerate(answer.moments)
+    ]
+    if not tracks:
+        tracks = [_Track((), BEST, "no moment found", PALE)]
     if answer.truths:
         times = _interval(*answer.truths[0]) if len(answer.truths) == 1 else f"{len(answer.truths)} moments"
-        tracks.append(_Track([_Bar(*truth, TRUTH) for truth in answer.truths], f"{times}  truth", TRUTH, THIN))
+        tracks.append(_Track(answer.truths, TRUTH, f"{times}  truth", TRUTH, THIN))
     return tracks
 
 
 def _interval(start: float, end: float) -> str:
     return f"{format_timestamp(start)} – {format_timestamp(end)}"
-
-
-def _caption(moment: Moment) -> str:
-    return f"{_interval(moment.start, moment.end)}  {moment.score:.2f}"
 
 
 def _color(moment: Moment, answer: Answer) -> str:
@@ -179,6 +175,33 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, columns, max_lines=MAX_LINES, placeholder=" …”") or ["“”"]
 
 
+def _shortened(text: str, columns: int) -> str:
+    """Return the start of a text that fits; wide letters take two columns."""
+    width = 0
+    for index, letter in enumerate(text):
+        width += 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        if width > columns:
+            return f"{text[: index - 1]}…"
+    return text
+
+
+def _draw_legend(figure: Any, answers: Sequence[Answer], middle: float) -> None:
+    """Explain the colors that occur, at the right of the line of the title."""
+    from matplotlib.patches import Patch
+
+    colors = {
+        BEST: ("best moment", any(answer.moments for answer in answers)),
+        OTHERS: ("others, paler for lower scores", any(len(answer.moments) > 1 for answer in answers)),
+        TRUTH: ("ground truth", any(answer.truths for answer in answers)),
+    }
+    handles = [Patch(color=color, label=label) for color, (label, occurs) in colors.items() if occurs]
+    if handles:
+        figure.legend(
+            handles=handles, loc="center right", bbox_to_anchor=(1 - EDGE / 2 / WIDTH, middle), ncols=len(handles),
+            frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.2, handleheight=0.6, columnspacing=1.4,
+        )  # fmt: skip
+
+
 def _write(axes: Any, text: str, x: float, y: float, **style: Any) -> Any:
     """Write a line of text that starts at `x` seconds; dollar signs do not start a formula."""
     style = {"size": 9.5, "color": INK, "family": ["DejaVu Sans", *_fallbacks()], **style}
@@ -194,17 +217,19 @@ def _fallbacks() -> list[str]:
     return [name for name in FALLBACKS if name in installed]
 
 
-def _draw_track(axes: Any, track: _Track, top: float, duration: float) -> None:
+def _draw_track(axes: Any, track: _Track, top: float, duration: float, gap: float) -> None:
+    """Draw a row whose upper edge is at `top`, and its caption, at a distance of `gap` axis lengths."""
     middle = top + track.height / 2
     axes.barh(middle, duration, left=0, height=track.height, color=TRACK, gid="track")
-    for bar in track.bars:
-        length = max(bar.end - bar.start, MIN_BAR_LENGTH * duration)
-        start = min(max(bar.start, 0.0), duration - length)
+    for start, end in track.bars:
+        length = max(end - start, MIN_BAR_LENGTH * duration)
+        left = min(max(start, 0.0), duration - length)
         axes.barh(
-            middle, length, left=start, height=track.height * bar.height, color=bar.color, linewidth=0.6,
-            edgecolor="white", gid="bar",
+            middle, length, left=left, height=track.height, color=track.bar_color, linewidth=0.6,
+            edgecolor=TRUTH if track.bar_color == TRUTH else BEST, gid="bar",
         )  # fmt: skip
-    _write(axes, track.label, duration * (1 + 0.12 / (WIDTH - EDGE - LABELS)), middle, size=8.5, color=track.color)
+    size = 8.5 if track.height > SMALL else 7.5
+    _write(axes, track.caption, duration * (1 + gap), middle, size=size, color=track.caption_color)
 
 
 def _read_strip(video_file: VideoFile, span: float, duration: float, partial: bool) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""`runtime.grounding.plotting`: bars where the moments are, one row a query, and frames of the video beneath."""
+"""`runtime.grounding.plotting`: a row for each moment, a legend, and frames of the video beneath."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from runtime.core.errors import DeviceError, OutputError
 from runtime.core.moments import Moment
 from runtime.grounding.formatting import Answer
-from runtime.grounding.plotting import BEST, FRAMES, TRUTH, draw
+from runtime.grounding.plotting import BEST, FRAMES, OTHERS, TRUTH, draw
 from runtime.media.video_file import probe
 from tests.raising import raises
 
@@ -79,17 +79,64 @@ def test_plot_draws_several_ground_truths_in_one_row(drawn: list[Any], tmp_path:
     assert "2 moments  truth" in texts(axes)
 
 
-def test_plot_of_several_queries_has_one_row_each(drawn: list[Any], tmp_path: Path) -> None:
+def test_plot_of_several_queries_has_a_row_for_each_moment(drawn: list[Any], tmp_path: Path) -> None:
     draw(ANSWERS, tmp_path / "plot.png")
     (axes,) = drawn[0].axes
-    # Three lines, and one of truth; the best is drawn last, over what it overlaps.
-    assert rows(axes) == 4
-    assert bars(axes) == [(39.5, 40.0), (0.0, 10.0), (20.0, 30.5), (20.0, 40.0), (1.25, 36.5)]
-    colours = [to_hex(bar) for bar in axes.patches if bar.get_gid() == "bar"]
-    assert [colour in (BEST, TRUTH) for colour in colours] == [False, False, True, True, True]
+    # Three moments and the ground truth, one moment, and none.
+    assert rows(axes) == 6
+    assert bars(axes) == [(20.0, 30.5), (0.0, 10.0), (39.5, 40.0), (20.0, 40.0), (1.25, 36.5)]
+    colors = [to_hex(bar) for bar in axes.patches if bar.get_gid() == "bar"]
+    assert [color in (BEST, TRUTH) for color in colors] == [True, False, False, True, True]
     heights = [bar.get_height() for bar in axes.patches if bar.get_gid() == "bar"]
-    assert heights[0] == heights[1] < heights[2]
-    assert "no moment found" in texts(axes)
+    assert heights[0] > heights[1] == pytest.approx(heights[2])
+    captions = {"0:20.0 – 0:30.5  0.75", "0:00.0 – 0:10.0  0.50", "0:39.5 – 0:40.0  0.06", "no moment found"}
+    assert captions <= set(texts(axes))
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"), [(ANSWERS, [BEST, OTHERS, TRUTH]), (ANSWERS[1:], [BEST]), (ANSWERS[2:], [])]
+)
+def test_plot_legend_has_the_colors_that_occur(
+    drawn: list[Any], tmp_path: Path, answers: list[Answer], expected: list[str]
+) -> None:
+    draw(answers, tmp_path / "plot.png")
+    assert [to_hex(patch) for legend in drawn[0].legends for patch in legend.get_patches()] == expected
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_plot_of_long_videos_and_sentences_has_no_overlapping_text(
+    drawn: list[Any], tmp_path: Path, count: int
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    moments = [Moment(30000.0 + rank, 31000.0 + 10 * rank, 0.9 - 0.1 * rank) for rank in range(5)]
+    answer = Answer(
+        "a person opens the door and then walks out " * 20,
+        "Kitchen of Apartment 17, " * 9,
+        360000.0,
+        moments,
+        [(0.0, 1.0)],
+    )
+    draw([answer] * count, tmp_path / "plot.png")
+    figure = drawn[0]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    (axes,) = figure.axes
+    written = [*axes.texts, *figure.legends[0].get_texts(), *axes.get_xticklabels()]
+    boxes = sorted((text.get_window_extent(renderer) for text in written if text.get_text()), key=lambda box: box.y0)
+    assert len(boxes) > count * 9
+    for index, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+        for other in boxes[index + 1 : index + 20]:
+            # Boxes include the space above and below letters, so neighboring lines may share a pixel.
+            assert min(box.x1, other.x1) <= max(box.x0, other.x0) or min(box.y1, other.y1) <= max(box.y0, other.y0) + 1
+
+
+def test_plot_of_many_moments_is_written(tmp_path: Path) -> None:
+    answer = Answer("a dog", "v", 10.0, [Moment(1, 2, 0.5)] * 3000)
+    draw([answer], tmp_path / "plot.png")
+    assert png_size(tmp_path / "plot.png")[1] <= 32_000
 
 
 def to_hex(bar: Any) -> str:
