@@ -110,7 +110,7 @@ class Vocabulary:
         self._check_table()
         ids, unknown = [], []
         for token in tokens:
-            identity = self.words.get(token) or self.words.get(token.lower())
+            identity = self._id(token)
             if identity is None:
                 unknown.append(token)
                 if self.unknown == "zero":
@@ -136,9 +136,15 @@ class Vocabulary:
 
     def knows_any(self, sentence: str) -> bool:
         """Return whether at least one word of a sentence is known, or the model has no word table."""
-        return not self.words or any(
-            self.words.get(token) or self.words.get(token.lower()) for token in tokenize(sentence)
-        )
+        return not self.words or any(map(self._id, tokenize(sentence)))
+
+    def knows_all(self, sentence: str) -> bool:
+        """Return whether all words of a sentence are known, and there is at least one."""
+        tokens = tokenize(sentence)
+        return bool(tokens) and all(map(self._id, tokens))
+
+    def _id(self, token: str) -> int | None:
+        return self.words.get(token) or self.words.get(token.lower())
 
     def _without_content(self, sentence: str, unknown: Sequence[str]) -> QueryError:
         words = list(dict.fromkeys(_content(unknown) or unknown))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -18,12 +19,15 @@ from runtime.core.io.input_files import open_inside
 from runtime.service.http_errors import HttpError, to_http_error
 from runtime.service.middleware import RequestGuard, cancel_on_disconnect, request_id
 from runtime.service.schemas import (
+    ExampleList,
     Failure,
     Grounded,
     Health,
+    ModelEntry,
     SentVideo,
     VideoEntry,
     VideoList,
+    WordList,
     form_schema,
     format_validation_errors,
     parse_body,
@@ -65,6 +69,7 @@ def _routes(service: Service) -> FastAPI:
     )
     _add_grounding(app, service)
     _add_videos(app, service)
+    _add_model(app, service)
     _add_status(app, service)
     _add_page(app)
 
@@ -101,7 +106,11 @@ def _add_grounding(app: FastAPI, service: Service) -> None:
             raise _unsupported_type(media_type, JSON, MULTIPART)
         requested = parse_body(json_model, await request.body())
         answer = service.ground(
-            requested.video, lambda: service.video_input(requested.video), requested.query, requested.top_k
+            requested.video,
+            lambda: service.video_input(requested.video),
+            requested.query,
+            requested.top_k,
+            requested.always_answer,
         )
         return await cancel_on_disconnect(request.receive, answer, options.timeout_s)
 
@@ -118,6 +127,14 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         """List the videos of the data set, sorted by name."""
         total, entries = service.catalog.page(contains, offset, limit)
         return json_response({"total": total, "videos": [service.to_dict(entry) for entry in entries]})
+
+    @app.get("/v1/examples", response_model=ExampleList)
+    async def examples() -> Response:
+        """List videos of the data set to begin with, each with a sentence about it if the data set has one."""
+        chosen = await asyncio.to_thread(lambda: service.examples)
+        return json_response(
+            {"examples": [{"video": service.to_dict(entry), "query": query} for entry, query in chosen]}
+        )
 
     @app.get("/v1/videos/{video}", response_model=VideoEntry)
     async def video_entry(video: str) -> Response:
@@ -158,6 +175,24 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         if path is None or handle is None:
             raise HttpError(404, f"The service has no video file of {video[:80]!r}.", "no_media")
         return _OpenFileResponse(handle, MEDIA_TYPES[path.suffix.lower()])
+
+
+def _add_model(app: FastAPI, service: Service) -> None:
+    """Serve the description of the model and its words."""
+
+    @app.get("/v1/model", response_model=ModelEntry)
+    async def model() -> Response:
+        """Describe the model, and what the service accepts."""
+        return json_response(service.describe_model())
+
+    @app.get("/v1/words", response_model=WordList)
+    async def words(
+        prefix: Annotated[str, Query(max_length=100, description="start of the words; case is ignored")] = "",
+        limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    ) -> Response:
+        """List words that the model knows, in alphabetical order."""
+        known = service.grounder.manifest.vocabulary.starting_with(prefix)
+        return json_response({"total": len(known), "words": known[:limit]})
 
 
 def _add_status(app: FastAPI, service: Service) -> None:

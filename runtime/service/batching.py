@@ -54,9 +54,10 @@ class BatchOptions:
 class _PendingRequest:
     """A request whose pairs may be answered in several batches."""
 
-    def __init__(self, pairs: Sequence[Pair], top_k: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, pairs: Sequence[Pair], top_k: int, always_answer: bool, loop: asyncio.AbstractEventLoop) -> None:
         self.pairs = pairs
         self.top_k = top_k
+        self.always_answer = always_answer
         self.answers: list[list[Moment]] = [[] for _ in pairs]
         self.missing = len(pairs)
         self.error: Exception | None = None
@@ -108,17 +109,18 @@ class Batcher:
         """Number of waiting pairs."""
         return len(self._waiting)
 
-    async def ground(self, pairs: Sequence[Pair], top_k: int) -> list[list[Moment]]:
+    async def ground(self, pairs: Sequence[Pair], top_k: int, always_answer: bool = False) -> list[list[Moment]]:
         """Return the moments of each pair, as `Grounder.ground_batch`. Cancellation removes the waiting pairs.
 
         Args:
             pairs: videos and queries; `Grounder.encode_query` accepts each query.
             top_k: maximum number of moments per pair.
+            always_answer: ignore the model's no-match threshold.
 
         Raises:
             HttpError: 429 with Retry-After if the queue is full; 503 during shutdown.
         """
-        requested = _PendingRequest(pairs, top_k, asyncio.get_running_loop())
+        requested = _PendingRequest(pairs, top_k, always_answer, asyncio.get_running_loop())
         with self._changed:
             self._check_open()
             if len(self._waiting) + len(pairs) > self._options.queue_size:
@@ -197,12 +199,16 @@ class Batcher:
 
     def _answer(self, chosen: Sequence[tuple[_PendingRequest, int]]) -> None:
         started = time.perf_counter()
-        answers = self._ground(chosen)
+        answers: dict[tuple[_PendingRequest, int], list[Moment] | Exception] = {}
+        for always_answer in (False, True):
+            part = [item for item in chosen if item[0].always_answer is always_answer]
+            if part:
+                answers.update(zip(part, self._ground(part)))
         seconds = time.perf_counter() - started
         rate = len(chosen) / max(seconds, 1e-6)
         self._pairs_per_second += (rate - self._pairs_per_second) * (RATE_WEIGHT if self._pairs_per_second else 1)
         done: dict[asyncio.AbstractEventLoop, list[_PendingRequest]] = {}
-        for (requested, index), answer in zip(chosen, answers):
+        for (requested, index), answer in answers.items():
             if isinstance(answer, Exception):
                 requested.error = answer
             else:
@@ -216,11 +222,15 @@ class Batcher:
             _settle_in_loop(loop, settled)
 
     def _ground(self, chosen: Sequence[tuple[_PendingRequest, int]]) -> list[list[Moment] | Exception]:
-        """Return the moments of every pair, or its error; a pair that fails does not affect the others."""
+        """Return the moments of every pair, or its error; a pair that fails does not affect the others.
+
+        All pairs have the same `always_answer`.
+        """
         pairs = [requested.pairs[index] for requested, index in chosen]
         top_k = max(requested.top_k for requested, _ in chosen)
         try:
-            return list(self._grounder.ground_batch(pairs, top_k, self._options.batch_size))
+            presence = not chosen[0][0].always_answer
+            return list(self._grounder.ground_batch(pairs, top_k, self._options.batch_size, presence=presence))
         except Exception as error:
             if len(chosen) == 1:
                 log.error("The model failed on %r about %s.", pairs[0][1], pairs[0][0].name, exc_info=error)

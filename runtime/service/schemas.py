@@ -55,6 +55,31 @@ class VideoList(BaseModel):
     videos: list[VideoEntry]
 
 
+class Example(BaseModel):
+    video: VideoEntry
+    query: str | None = Field(description="sentence about the video from the data set, if it has one")
+
+
+class ExampleList(BaseModel):
+    examples: list[Example]
+
+
+class ModelEntry(BaseModel):
+    model: str
+    digest: str = Field(description="SHA-256 of the model file as it was loaded")
+    precision: str = Field(examples=["fp32"])
+    words: int = Field(description="number of words that the model knows")
+    no_match_threshold: float | None = Field(
+        description="score of the best moment below which a query has no moment; null if every query has moments"
+    )
+    accepts_videos: bool = Field(description="whether video files can be uploaded, not only features")
+
+
+class WordList(BaseModel):
+    total: int = Field(description="number of known words that start with the prefix")
+    words: list[str]
+
+
 class Health(BaseModel):
     status: str = Field(description="ready, or draining during shutdown", examples=["ready"])
     model: str
@@ -87,6 +112,7 @@ def request_models(max_queries: int, max_query_chars: int) -> tuple[type[BaseMod
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     ]
     count = Annotated[int, Field(ge=1, le=MAX_MOMENTS, description="maximum number of moments per query")]
+    always = Annotated[bool, Field(description="return the best moments even below the model's no-match threshold")]
 
     class Question(BaseModel):
         """One or more queries about one video."""
@@ -96,12 +122,14 @@ def request_models(max_queries: int, max_query_chars: int) -> tuple[type[BaseMod
         video: Annotated[str, Field(min_length=1, max_length=200, description="id of the video")]
         query: Annotated[queries, WithJsonSchema({"description": "one query, or several", "anyOf": [one, several]})]
         top_k: count = 5
+        always_answer: always = False
 
     class SentQuestion(SentVideo):
         """One or more queries about the video in the same form."""
 
         query: Annotated[queries, WithJsonSchema({"description": "one field per query", **several})]
         top_k: count = 5
+        always_answer: always = False
 
     return Question, SentQuestion
 

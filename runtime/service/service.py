@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -129,7 +130,12 @@ class Service:
         self.uploads.sweep()
 
     async def ground(
-        self, name: str, prepare: Callable[[], Awaitable[VideoInput]], queries: list[str], top_k: int
+        self,
+        name: str,
+        prepare: Callable[[], Awaitable[VideoInput]],
+        queries: list[str],
+        top_k: int,
+        always_answer: bool = False,
     ) -> Response:
         """Return the moments of queries as `infer --format json` prints them; a header lists unknown words.
 
@@ -138,6 +144,7 @@ class Service:
             prepare: returns the prepared video.
             queries: sentences.
             top_k: maximum number of moments per query.
+            always_answer: ignore the model's no-match threshold.
 
         Raises:
             HttpError: 422 if the model cannot encode a query; this is checked before any query is batched. Also as
@@ -146,7 +153,9 @@ class Service:
         unknown = self._count_unknown_words(queries)
         video = await prepare()
         check_windows(len(self.grounder.cut(video)), len(queries))
-        result = await self.batcher.ground([(video, query) for query in queries], top_k)
+        # Without a threshold both kinds of requests are equal, and share batches.
+        always_answer = always_answer and self.grounder.manifest.presence is not None
+        result = await self.batcher.ground([(video, query) for query in queries], top_k, always_answer)
         answers = [
             Answer(query, name, video.duration + video.offset, moments).to_dict()
             for query, moments in zip(queries, result)
@@ -181,6 +190,23 @@ class Service:
             upload = self.upload(name)
             extraction.result()
         return await self.cache.get(name, upload.load)
+
+    @functools.cached_property
+    def examples(self) -> list[tuple[Entry, str | None]]:
+        """Videos to begin with; see `VideoCatalog.examples`. Reading the annotations may take a second."""
+        return self.catalog.examples(self.grounder.manifest.vocabulary)
+
+    def describe_model(self) -> dict[str, Any]:
+        """Return the JSON object that describes the model and what the service accepts."""
+        manifest = self.grounder.manifest
+        return {
+            "model": self.model,
+            "digest": self.digest,
+            "precision": manifest.precision,
+            "words": len(manifest.vocabulary),
+            "no_match_threshold": manifest.presence.threshold if manifest.presence else None,
+            "accepts_videos": self.uploads.accepts_videos,
+        }
 
     def upload(self, name: str) -> Upload:
         """Return an upload by its id; HttpError 404 if there is none."""
@@ -256,7 +282,7 @@ class Service:
                     await upload.extraction
                 return await self.cache.prepare(upload.load if video is None else lambda: video)
 
-            answer = self.ground(upload.name, prepare, requested.query, requested.top_k)
+            answer = self.ground(upload.name, prepare, requested.query, requested.top_k, requested.always_answer)
             return await cancel_on_disconnect(request.receive, answer, self.options.timeout_s)
 
     def to_dict(self, entry: Entry) -> dict[str, Any]:

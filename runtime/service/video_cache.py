@@ -7,10 +7,11 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from runtime.core.io.digests import file_stamp
 from runtime.core.io.input_files import check_directory, open_inside
 from runtime.core.lru_cache import LruCache
 from runtime.core.names import by_fold
+from runtime.core.tokenizer import Vocabulary
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
@@ -45,6 +47,8 @@ MEDIA_TYPES = {
 READERS = 2
 # Codes of errors whose messages contain no path of this machine, so that clients may get them.
 PUBLIC_CODES = ("clip_timing_mismatch", "frame_rate_out_of_range", "constant_features")
+# Number of videos on the first screen of the page.
+MAX_EXAMPLES = 8
 # Maximum product of a video's windows and the queries of one request.
 MAX_WINDOWS = 512
 
@@ -105,6 +109,43 @@ class VideoCatalog:
         lowered = contains.lower()
         names = [name for name in self.names if lowered in name.lower()] if lowered else self.names
         return len(names), [self.entry(name) for name in names[offset : offset + limit]]
+
+    def examples(self, vocabulary: Vocabulary) -> list[tuple[Entry, str | None]]:
+        """Return at most `MAX_EXAMPLES` videos to begin with, and a sentence about each; those with media first.
+
+        Sentences contain no unknown words and differ. Without any, the first videos have no sentence. Videos without
+        features are left out.
+        """
+        sentences = self._sentences(vocabulary)
+        names: Sequence[str] = list(sentences) or self.names
+        # Sorting is stable, so videos without media keep the order of the data set.
+        ordered = sorted(names, key=lambda name: name not in self._media)
+        chosen = itertools.islice(filter(self._has_features, ordered), MAX_EXAMPLES)
+        return [(self.entry(name), sentences.get(name)) for name in chosen]
+
+    def _has_features(self, name: str) -> bool:
+        assert self._data is not None
+        with contextlib.suppress(FeatureError):
+            return self._data.store.file_stamp(name) is not None
+        return False
+
+    def _sentences(self, vocabulary: Vocabulary) -> dict[str, str]:
+        """Return a sentence for each video that the test split describes in known words, or else another split."""
+        if self._data is None or not self._data.splits:
+            return {}
+        try:
+            annotations = self._data.annotations(self._data.splits[-1], invalid="keep", quiet=True)
+        except GroundingError as error:
+            log.warning("The page shows videos without examples: %s", error)
+            return {}
+        sentences: dict[str, str] = {}
+        seen: set[str] = set()
+        for annotation in annotations:
+            video, sentence = annotation.video, annotation.sentence
+            if video not in sentences and sentence not in seen and vocabulary.knows_all(sentence):
+                sentences[video] = sentence
+                seen.add(sentence)
+        return sentences
 
     def load(self, name: str) -> Video:
         """Read a video.

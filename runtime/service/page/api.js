@@ -3,7 +3,7 @@
 let key = sessionStorage.getItem("key") ?? "";
 let promptForKey = async () => "";
 
-/** Set the function that prompts for an API key. */
+/** Set the function that prompts for an API key; it is called with whether the service rejected another key. */
 export function onKeyRequired(prompt) {
   promptForKey = prompt;
 }
@@ -38,7 +38,7 @@ async function request(path, options = {}) {
 }
 
 async function newKey() {
-  key = await promptForKey();
+  key = await promptForKey(Boolean(key));
   sessionStorage.setItem("key", key);
 }
 
@@ -51,25 +51,44 @@ function problemOf(body, status) {
   }
 }
 
-export async function health() {
-  return (await request("/healthz")).json();
+export async function model() {
+  return (await request("/v1/model")).json();
+}
+
+/** Return videos to begin with, each with a sentence or null. */
+export async function examples() {
+  return (await (await request("/v1/examples")).json()).examples;
+}
+
+/** Return known words that start with a text. */
+export async function words(prefix, signal) {
+  const { total, words: items } = await (
+    await request(`/v1/words?limit=8&prefix=${encodeURIComponent(prefix)}`, { signal })
+  ).json();
+  return { total, items };
 }
 
 /** Return the videos whose names contain a text. */
 export async function videos(contains, signal) {
-  return (await request(`/v1/videos?limit=50&contains=${encodeURIComponent(contains)}`, { signal })).json();
+  const { total, videos: items } = await (
+    await request(`/v1/videos?limit=50&contains=${encodeURIComponent(contains)}`, { signal })
+  ).json();
+  return { total, items };
 }
 
 export async function video(id) {
   return (await request(`/v1/videos/${encodeURIComponent(id)}`)).json();
 }
 
-/** Return the moments of one query, best first, and its unknown words. */
-export async function ground(id, query, count) {
+/**
+ * Return the moments of one query, best first, and its unknown words. If `always` is true, the moments may score below
+ * the model's no-match threshold.
+ */
+export async function ground(id, query, count, always = false) {
   const response = await request("/v1/ground", {
     method: "POST",
     headers: { "content-type": "application/json" },
-    body: JSON.stringify({ video: id, query, top_k: count }),
+    body: JSON.stringify({ video: id, query, top_k: count, always_answer: always }),
   });
   const unknown = JSON.parse(decodeURIComponent(response.headers.get("drn-unknown-words") ?? "%5B%5D"));
   const [answer] = await response.json();

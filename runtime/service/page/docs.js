@@ -1,13 +1,8 @@
 // Show the OpenAPI document: the parameters, bodies and responses of every operation.
 
-const root = document.querySelector("main");
+import { element } from "./dom.js";
 
-function element(name, className, ...children) {
-  const node = document.createElement(name);
-  if (className) node.className = className;
-  node.append(...children);
-  return node;
-}
+const root = document.querySelector("main");
 
 function resolve(document, schema) {
   return schema?.$ref ? schema.$ref.slice(2).split("/").reduce((at, part) => at[part], document) : schema ?? {};

@@ -1,25 +1,74 @@
 // The page: select a video, enter queries, and show their moments.
 
 import * as api from "./api.js";
-import { Picker } from "./picker.js";
+import { Combobox } from "./combobox.js";
+import { element } from "./dom.js";
+import { showExamples } from "./examples.js";
 import { Timeline, clock } from "./timeline.js";
+import { connectUploads } from "./uploads.js";
 
 const MAX_QUERIES = 8;
 const $ = (id) => document.getElementById(id);
 const player = $("player");
+// Minimum number of letters of a word that is completed.
+const MIN_LETTERS = 2;
 
+/** The description of the model, from the service. */
+let model = { no_match_threshold: null };
 let video = null;
-/** Objects `{query, number, color, moments, unknown}`; moments are null until the response arrives. */
+/**
+ * Objects `{query, number, color, moments, unknown, isBelow}`; moments are null until the response arrives, and isBelow
+ * is whether all of them score below the model's no-match threshold.
+ */
 let answers = [];
 let chosen = null;
 let stopAt = Infinity;
 let pending = 0;
 
 const timeline = new Timeline($("timeline"), { seek, choose: (row, rank) => play(row, rank) });
-const picker = new Picker($("picker"), $("options"), {
+
+const videoField = $("picker");
+const videos = new Combobox(videoField, $("videos"), {
+  text: (isTyped) => (isTyped ? videoField.value.trim() : ""),
   find: api.videos,
+  render: (found) => [
+    element("span", "", found.name),
+    element("span", "quiet", clock(found.duration, 0) + (found.media ? " · video file" : "")),
+  ],
+  note(text, { total, items }) {
+    if (total > items.length) return `… and ${total - items.length} more. Type a part of the name.`;
+    if (items.length) return "";
+    return text ? "No name of a video contains this text." : "The service has no data set. Upload a video instead.";
+  },
   choose: (found) => open(found).then(() => $("query").focus()),
   fail: show,
+  selectsFirst: true,
+});
+videoField.addEventListener("focus", () => videoField.select());
+videoField.addEventListener("click", () => $("videos").hidden && videos.open(""));
+
+/** Return the word before the cursor of the query, and its start. */
+function wordAtCursor() {
+  const field = $("query");
+  const [word] = field.value.slice(0, field.selectionStart).match(/[^\s]*$/);
+  return { word, start: field.selectionStart - word.length };
+}
+
+const words = new Combobox($("query"), $("words"), {
+  text: () => (wordAtCursor().word.length >= MIN_LETTERS ? wordAtCursor().word : null),
+  find: api.words,
+  render: (word) => [element("span", "", word)],
+  note: (text, { total, items }) =>
+    total > items.length ? `… and ${total - items.length} more.` : items.length ? "" : `No known word starts with “${text}”.`,
+  choose(word) {
+    const { word: typed, start } = wordAtCursor();
+    const end = start + typed.length;
+    const space = $("query").value[end] === " " ? "" : " ";
+    $("query").setRangeText(word + space, start, end, "end");
+  },
+  // Words are a help only.
+  fail: () => {},
+  selectsFirst: false,
 });
 
 function show(error) {
@@ -49,7 +98,9 @@ async function open(found, queries = []) {
   chosen = null;
   stopAt = Infinity;
   unshow();
-  $("picker").value = found.name;
+  videoField.value = found.name;
+  document.body.classList.add("started");
+  $("examples").hidden = true;
   showMedia(found.media);
   timeline.show(found.duration);
   draw();
@@ -84,25 +135,25 @@ async function ask(query) {
   unshow();
   if (!video) {
     show(new Error("Choose a video first, or upload one."));
-    $("picker").focus();
+    videoField.focus();
     return;
   }
   const known = answers.find((answer) => answer.query === query);
   if (known) answers.splice(answers.indexOf(known), 1);
   if (answers.length >= MAX_QUERIES) answers.shift();
   const number = freeNumber();
-  const answer = { query, number, color: `var(--c${number - 1})`, moments: null, unknown: [] };
+  const answer = { query, number, color: `var(--c${number - 1})`, moments: null, unknown: [], isBelow: false };
   answers.push(answer);
   chosen = null;
   draw();
   pending += 1;
   $("go").disabled = true;
   try {
-    Object.assign(answer, await api.ground(video.id, query, Number($("count").value)));
+    Object.assign(answer, await ground(query));
     const [best] = answer.moments;
     say(
       best
-        ? `“${query}”: ${answer.moments.length} moments, the best from ${clock(best.start)} to ${clock(best.end)}.`
+        ? `“${query}”: ${answer.moments.length} moments, the best from ${clock(best.start)} to ${clock(best.end)}. ${doubts(answer).join(" ")}`
         : `“${query}”: no moment found.`,
     );
   } catch (error) {
@@ -116,18 +167,36 @@ async function ask(query) {
   remember();
 }
 
+/** Ask the service; if the best moment scores below the threshold, return the moments as doubtful ones. */
+async function ground(query) {
+  const count = Number($("count").value);
+  const answer = await api.ground(video.id, query, count);
+  if (answer.moments.length || model.no_match_threshold === null) return answer;
+  const { moments } = await api.ground(video.id, query, count, true);
+  // Without a likely location, the only moment is the entire video with score 1.
+  const isBelow = moments.length > 0 && isDoubtful(moments[0]);
+  return { ...answer, moments: isBelow ? moments : [], isBelow };
+}
+
+function isDoubtful(moment) {
+  return model.no_match_threshold !== null && moment.score < model.no_match_threshold;
+}
+
+/** Return the reasons to doubt an answer, as sentences. */
+function doubts(answer) {
+  const reasons = [];
+  if (answer.unknown.length) reasons.push(`Unknown words, ignored: ${answer.unknown.join(", ")}.`);
+  if (answer.isBelow) {
+    reasons.push(`All scores are below ${model.no_match_threshold.toFixed(2)}, the model's no-match threshold.`);
+  }
+  return reasons;
+}
+
 function draw() {
-  timeline.draw(answers, chosen);
+  timeline.draw(answers, chosen, isDoubtful);
   $("answers").replaceChildren(...answers.map(card));
   $("clear").hidden = !answers.length;
   $("hint").hidden = !video;
-}
-
-function element(name, className, text) {
-  const node = document.createElement(name);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
 }
 
 function card(answer, row) {
@@ -138,11 +207,10 @@ function card(answer, row) {
   away.type = "button";
   away.setAttribute("aria-label", `Remove “${answer.query}”`);
   away.addEventListener("click", () => remove(row));
+  const reasons = doubts(answer);
   head.append(element("b", "", answer.number), element("span", "", answer.query), away);
   item.append(head);
-  if (answer.unknown.length) {
-    item.append(element("p", "left-out", `Unknown words, ignored: ${answer.unknown.join(", ")}.`));
-  }
+  if (reasons.length) item.append(element("p", "reason", element("em", "doubt", "Doubtful"), reasons.join(" ")));
   if (!answer.moments) item.append(element("p", "waiting", video.state === "extracting" ? "Waiting for the video" : "Searching"));
   else if (!answer.moments.length) item.append(element("p", "nothing", "No moment found."));
   else {
@@ -155,7 +223,9 @@ function card(answer, row) {
 
 function entry(answer, moment, row, rank) {
   const item = element("li");
-  const button = element("button", rank ? "moment" : "moment best");
+  const button = element("button", "moment");
+  button.classList.toggle("best", rank === 0);
+  button.classList.toggle("doubtful", isDoubtful(moment));
   button.type = "button";
   button.id = `moment-${row}-${rank}`;
   const here = chosen ? chosen[0] === row && chosen[1] === rank : false;
@@ -163,7 +233,7 @@ function entry(answer, moment, row, rank) {
   // Tab reaches one moment, and arrow keys the others.
   button.tabIndex = here || (!chosen && row === 0 && rank === 0) ? 0 : -1;
   const from = `${clock(moment.start)} – ${clock(moment.end)}`;
-  button.setAttribute("aria-label", `${rank + 1}: from ${clock(moment.start)} to ${clock(moment.end)}, score ${moment.score.toFixed(2)}`);
+  button.setAttribute("aria-label", `${rank + 1}: from ${clock(moment.start)} to ${clock(moment.end)}, score ${moment.score.toFixed(2)}${isDoubtful(moment) ? ", doubtful" : ""}`);
   const meter = element("span", "meter");
   const level = element("i");
   level.style.width = `${100 * moment.score}%`;
@@ -274,6 +344,7 @@ $("ask").addEventListener("submit", (event) => {
     $("query").focus();
     return;
   }
+  words.close();
   // A query that is entered while the video of the address loads applies to that video.
   begun.then(() => ask(query)).then(() => $("problem").hidden && $("query").select());
 });
@@ -284,6 +355,7 @@ $("clear").addEventListener("click", () => {
   remember();
   $("query").focus();
 });
+$("count").addEventListener("change", () => video && open(video, answers.map((answer) => answer.query)).catch(show));
 $("local").addEventListener("click", () => {
   const file = element("input");
   file.type = "file";
@@ -292,125 +364,54 @@ $("local").addEventListener("click", () => {
   file.click();
 });
 
-// Uploads.
-
-let sending = new AbortController();
-const isVideo = (file) => file.type.startsWith("video/") || /\.(mp4|m4v|mov|webm|mkv|avi)$/i.test(file.name);
-
-function chooseFile() {
-  const file = $("file").files[0];
-  $("clock").hidden = !file || isVideo(file);
-  $("damaged").hidden = !file || !isVideo(file);
-  $("partial").checked = false;
-  $("sending-problem").hidden = true;
-}
-
-function openSending() {
-  $("progress").hidden = true;
-  $("upload").disabled = false;
-  chooseFile();
-  $("sending").showModal();
-}
-
-$("send").addEventListener("click", openSending);
-$("file").addEventListener("change", chooseFile);
-$("cancel").addEventListener("click", () => $("sending").close());
-$("sending").addEventListener("close", () => sending.abort());
-$("sending").querySelector("form").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  const file = $("file").files[0];
-  if (!file) {
-    $("file").focus();
-    return;
-  }
-  const fields = isVideo(file) ? { video: file } : { duration: $("duration").value, features: file };
-  if (!isVideo(file) && !$("duration").value) {
-    $("duration").focus();
-    return;
-  }
-  if (!isVideo(file) && $("frames").value) fields.num_frames = $("frames").value;
-  if (isVideo(file) && $("partial").checked) fields.partial = true;
-  sending = new AbortController();
-  $("upload").disabled = true;
-  $("sending-problem").hidden = true;
-  $("progress").hidden = false;
-  try {
-    const sent = await api.send(fields, (share) => ($("progress").value = share), sending.signal);
-    $("sending").close();
-    await open(sent);
-    $("query").focus();
-    if (sent.state === "extracting") await extracted(sent.id);
-  } catch (error) {
-    if (error.name === "AbortError") return;
-    $("sending-problem").textContent = error.message;
-    $("sending-problem").hidden = false;
-    $("upload").disabled = false;
-    $("progress").hidden = true;
-  }
-});
-
-/** Wait until the features of an upload are extracted. */
-async function extracted(id) {
-  say("The features of the video are being extracted.");
-  $("problem").hidden = true;
-  while (video?.id === id) {
-    const now = await api.video(id);
-    if (video?.id !== id) return;
-    if (now.state === "extracting") {
-      $("model").textContent = "Extracting the features of the video…";
-      await new Promise((resolve) => setTimeout(resolve, 700));
-      continue;
-    }
-    video = now;
-    about();
-    if (now.state === "failed") show(new Error(now.problem));
-    else {
-      timeline.show(now.duration);
-      draw();
-      say("The video is ready.");
-    }
-    return;
-  }
-  about();
-}
-
-for (const name of ["dragover", "dragleave", "drop"]) {
-  document.addEventListener(name, (event) => {
-    if (!event.dataTransfer?.types.includes("Files")) return;
-    event.preventDefault();
-    document.body.classList.toggle("dropping", name === "dragover");
-    if (name === "drop") {
-      $("file").files = event.dataTransfer.files;
-      openSending();
-    }
-  });
-}
-
 api.onKeyRequired(
-  () =>
+  (wasRejected) =>
     new Promise((resolve) => {
       const dialog = $("locked");
+      $("locked-problem").hidden = !wasRejected;
       if (!dialog.open) dialog.showModal();
       dialog.addEventListener("cancel", (event) => event.preventDefault());
       dialog.addEventListener("close", () => resolve($("key").value), { once: true });
     }),
 );
 
-let service = "";
-function about() {
-  $("model").textContent = service;
+connectUploads({
+  open: (sent) => open(sent).then(() => $("query").focus()),
+  current: () => video,
+  changed(sent) {
+    video = sent;
+    if (sent.state === "failed") show(new Error(sent.problem));
+    else {
+      timeline.show(sent.duration);
+      draw();
+      say("The video is ready.");
+    }
+  },
+  say,
+  status: about,
+});
+
+/** Show the model, or what the service does now. */
+function about(text = `${model.model} · ${model.precision} · ${model.words} words`) {
+  $("model").textContent = text;
 }
 
 async function begin() {
-  const health = await api.health();
-  service = `${health.model} · ${health.digest.slice(0, 12)}`;
+  model = await api.model();
   about();
-  $("sending-about").textContent =
-    "A video file, if the service has an extractor, or clip features (.npy, .npz).";
+  $("sending-about").textContent = model.accepts_videos
+    ? "A video file, or clip features (.npy, .npz)."
+    : "Clip features (.npy, .npz). This service has no extractor for video files.";
   const parameters = new URLSearchParams(location.hash.slice(1));
   showMedia(null);
   draw();
-  if (parameters.get("video")) await open(await api.video(parameters.get("video")), parameters.getAll("q").slice(0, MAX_QUERIES));
+  if (parameters.get("video")) {
+    await open(await api.video(parameters.get("video")), parameters.getAll("q").slice(0, MAX_QUERIES));
+  } else {
+    const examples = await api.examples();
+    if (!examples.length && !video) $("blank-text").textContent = "Upload a video to begin.";
+    else if (!video) showExamples($("examples"), examples, ({ video, query }) => open(video, query ? [query] : []));
+  }
 }
 
 const begun = begin().catch(show);

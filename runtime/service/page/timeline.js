@@ -42,12 +42,12 @@ export class Timeline {
     this.at(0);
   }
 
-  /** Draw answers `{color, moments}`; `chosen` is `[row, rank]` or null. */
-  draw(answers, chosen) {
-    this.rows.replaceChildren(...answers.map((answer, row) => this.track(answer, row, chosen)));
+  /** Draw answers `{color, moments}`; `chosen` is `[row, rank]` or null. Doubtful moments are hatched. */
+  draw(answers, chosen, isDoubtful) {
+    this.rows.replaceChildren(...answers.map((answer, row) => this.track(answer, row, chosen, isDoubtful)));
   }
 
-  track(answer, row, chosen) {
+  track(answer, row, chosen, isDoubtful) {
     const { color, number } = answer;
     const moments = answer.moments ?? [];
     const track = document.createElement("div");
@@ -59,8 +59,10 @@ export class Timeline {
     for (const rank of [...moments.keys()].reverse()) {
       const { start, end, score } = moments[rank];
       const bar = document.createElement("div");
-      const here = chosen && chosen[0] === row && chosen[1] === rank;
-      bar.className = here ? "bar chosen" : "bar";
+      const here = chosen !== null && chosen[0] === row && chosen[1] === rank;
+      bar.className = "bar";
+      bar.classList.toggle("chosen", here);
+      bar.classList.toggle("doubtful", isDoubtful(moments[rank]));
       bar.dataset.row = row;
       bar.dataset.rank = rank;
       bar.style.left = `${(100 * start) / this.duration}%`;

@@ -19,6 +19,7 @@ import pytest
 
 from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
 from runtime.core.decoding import Decoding
+from runtime.core.presence import Presence
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 from tests.raising import quotes
@@ -106,11 +107,22 @@ class Running:
         return self.process.returncode, log
 
 
+def _manifest(planted: Path) -> Manifest:
+    return Manifest(DataSet(planted).vocabulary, Decoding(), Features("C3D", 32), max_query_length=20)
+
+
 @pytest.fixture(scope="session")
 def model(write_graph: Callable[..., Path], planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A graph whose moments depend on video and query, for the planted data set."""
-    manifest = Manifest(DataSet(planted).vocabulary, Decoding(), Features("C3D", 32), max_query_length=20)
     path = tmp_path_factory.mktemp("service") / "drn.onnx"
+    return write_graph(path, {METADATA_KEY: _manifest(planted).to_json()}, dim=32)
+
+
+@pytest.fixture(scope="session")
+def strict(write_graph: Callable[..., Path], planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with a no-match threshold above all scores."""
+    manifest = dataclasses.replace(_manifest(planted), presence=Presence(1.0, 0.0, 1.0, 1, 1))
+    path = tmp_path_factory.mktemp("strict") / "drn.onnx"
     return write_graph(path, {METADATA_KEY: manifest.to_json()}, dim=32)
 
 

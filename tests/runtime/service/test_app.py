@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import pytest
 
 from runtime.core.io.digests import sha256
 from runtime.core.sliding_windows import Windows
+from runtime.core.tokenizer import Vocabulary
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 from runtime.infer import infer
 from runtime.service.service import unknown_words
+from runtime.service.video_cache import VideoCatalog
 from tests.runtime.service.conftest import Running, npy
 from tests.tolerances import BATCHED_SECONDS
 
@@ -111,6 +114,72 @@ def test_video_list_is_paginated(service: Running, planted: Path) -> None:
     some = service.get("/v1/videos?contains=sim0000&limit=3").json
     assert some["total"] == sum("SIM0000" in name for name in names)
     assert len(some["videos"]) == 3
+
+
+def test_model_route_describes_the_model(service: Running, model: Path, offline: Grounder) -> None:
+    described = service.get("/v1/model").json
+    assert described == {
+        "model": "drn.onnx",
+        "digest": sha256(model),
+        "precision": "fp32",
+        "words": len(offline.manifest.vocabulary),
+        "no_match_threshold": None,
+        "accepts_videos": True,
+    }
+
+
+def test_words_route_completes_known_words(service: Running, offline: Grounder) -> None:
+    known = sorted(word for word in offline.manifest.vocabulary.words if word.startswith("open"))
+    assert len(known) >= 2
+    assert service.get("/v1/words?prefix=OPEN").json == {"total": len(known), "words": known}
+    assert service.get("/v1/words?prefix=open&limit=1").json == {"total": len(known), "words": known[:1]}
+    assert service.get("/v1/words?prefix=zork").json == {"total": 0, "words": []}
+    assert len(service.get("/v1/words").json["words"]) == min(20, len(offline.manifest.vocabulary))
+    service.get("/v1/words?limit=1001").refused(422, "limit")
+
+
+def test_examples_have_features_and_known_words(service: Running, planted: Path, offline: Grounder) -> None:
+    examples = service.get("/v1/examples").json["examples"]
+    videos = [example["video"]["id"] for example in examples]
+    queries = [example["query"] for example in examples]
+    annotated = {(annotation.video, annotation.sentence) for annotation in DataSet(planted).annotations("test")}
+    assert 2 <= len(examples) == len(set(videos)) == len(set(queries)) <= 8
+    assert set(zip(videos, queries, strict=True)) <= annotated
+    assert all(offline.manifest.vocabulary.knows_all(query) for query in queries)
+    assert examples[0]["video"] == service.get(f"/v1/videos/{videos[0]}").json
+
+
+def test_examples_leave_out_videos_without_features(planted: Path, offline: Grounder, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(planted, tmp_path / "data"))
+    before = VideoCatalog(DataSet(data)).examples(offline.manifest.vocabulary)
+    DataSet(data).feature_path(before[0][0].name).unlink()
+    after = VideoCatalog(DataSet(data)).examples(offline.manifest.vocabulary)
+    assert before[0] not in after
+    # Videos with a video file come first.
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / f"{before[-1][0].name}.webm").write_bytes(b"x")
+    first, query = VideoCatalog(DataSet(data), tmp_path / "media").examples(offline.manifest.vocabulary)[0]
+    assert (first.name, query) == (before[-1][0].name, before[-1][1])
+    # Without sentences of known words, and without valid annotations, videos have no sentence.
+    assert VideoCatalog(DataSet(data)).examples(Vocabulary({"zork": 1}))[0][1] is None
+    DataSet(data).annotations_path("test").write_text("no annotation\n")
+    assert VideoCatalog(DataSet(data)).examples(offline.manifest.vocabulary)[0][1] is None
+    assert VideoCatalog(None).examples(offline.manifest.vocabulary) == []
+
+
+def test_always_answer_ignores_the_no_match_threshold(
+    start: Callable[..., Running], strict: Path, service: Running, planted: Path, tmp_path: Path
+) -> None:
+    choosy = start("--model", strict, "--data", planted, "--uploads", tmp_path)
+    question = {"video": "SIM00001", "query": "person opens the door"}
+    assert choosy.get("/v1/model").json["no_match_threshold"] == 1.0
+    assert choosy.ask(question).json[0]["moments"] == []
+    with concurrent.futures.ThreadPoolExecutor(8) as clients:
+        replies = list(clients.map(lambda one: choosy.ask({**question, "always_answer": one}), 8 * [True, False]))
+    expected = service.ask(question).json
+    assert all(alike(reply.json, expected) for reply in replies[::2])
+    assert [reply.json[0]["moments"] for reply in replies[1::2]] == 8 * [[]]
+    assert service.ask({**question, "always_answer": True}).body == service.ask(question).body
 
 
 def test_metrics_count_requests_and_pairs(service: Running) -> None:

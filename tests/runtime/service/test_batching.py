@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from runtime import Grounder, Moment
 from runtime.core.errors import GroundingError
+from runtime.core.presence import Presence
 from runtime.datasets.dataset import DataSet
 from runtime.service.batching import Batcher, BatchOptions
 from runtime.service.http_errors import HttpError
@@ -109,6 +111,30 @@ def test_requests_with_different_top_k_share_a_batch(held: Held, pairs: list[Any
     for actual, wanted in zip(asyncio.run(ask()), expected, strict=True):
         assert close_to(actual[0], wanted)
     assert held.asked == [[pairs[0][1]] * 3]
+
+
+def test_batch_may_mix_requests_with_and_without_threshold(held: Held, pairs: list[Any]) -> None:
+    expected = held.ground(*pairs[0])
+    held.manifest = dataclasses.replace(held.manifest, presence=Presence(1.0, 0.0, 1.0, 1, 1))
+
+    async def ask() -> list[Any]:
+        held.let.clear()
+        held.busy.clear()
+        batcher = Batcher(held, BatchOptions())
+        first = asyncio.create_task(batcher.ground(pairs[1:2], 5))
+        await asyncio.to_thread(held.busy.wait, 30)
+        later = [asyncio.create_task(batcher.ground(pairs[:1], 5, always)) for always in (True, False, True)]
+        await asyncio.sleep(0)
+        held.let.set()
+        await first
+        actual = await asyncio.gather(*later)
+        batcher.close()
+        return actual
+
+    always, refused, again = asyncio.run(ask())
+    assert close_to(always[0], expected)
+    assert close_to(again[0], expected)
+    assert refused == [[]]
 
 
 def test_failing_pair_does_not_fail_others_in_its_batch(offline: Grounder, pairs: list[Any]) -> None:

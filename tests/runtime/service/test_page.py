@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import Grounder
 from tests.films import film, holed, scene
 from tests.runtime.service.conftest import Running, npy
 
@@ -168,7 +169,7 @@ def test_page_is_usable_with_keyboard_only(seen: Seen) -> None:
     page = seen.open()
     keys = page.keyboard
     until(page, "document.querySelector('#model').textContent !== ''")
-    for _ in range(3):
+    for _ in range(4):
         keys.press("Tab")
     assert page.evaluate("document.activeElement.id") == "picker"
     keys.type(SHOWN[-3:])
@@ -297,6 +298,87 @@ def test_video_without_media_shows_timeline_only(seen: Seen, tmp_path: Path) -> 
     assert [url for url in seen.asked[asked:] if not url.startswith("blob:")] == []
 
 
+def test_example_opens_its_video_and_asks_its_sentence(seen: Seen) -> None:
+    page = seen.open()
+    examples = page.locator(".example")
+    expect(examples.first).to_contain_text(SHOWN)
+    # The picture of a video is a frame of its file.
+    expect(page.locator(".example video")).to_have_count(1)
+    until(page, "document.querySelector('.example video').readyState >= 2")
+    sentence = examples.first.locator(".about").inner_text().strip("“”")
+    examples.first.click()
+    expect(page.locator(".sentence span").first).to_have_text(sentence)
+    expect(page.locator("#answers > li .moment").first).to_be_visible()
+    expect(page.locator("#examples")).to_be_hidden()
+    assert page.get_by_label("Video", exact=True).input_value() == SHOWN
+    page.get_by_role("link", name="When does it happen?").click()
+    expect(examples.first).to_be_visible()
+
+
+def test_words_of_the_query_are_completed(seen: Seen, offline: Grounder) -> None:
+    page = seen.open()
+    keys = page.keyboard
+    field = page.get_by_label("What happens?")
+    options = page.locator("#words [role=option]")
+    known = sorted(word for word in offline.manifest.vocabulary.words if word.startswith("op"))
+    field.press_sequentially("person op")
+    expect(options).to_have_text(known)
+    # Without a selected word Enter sends the query.
+    keys.press("ArrowDown")
+    keys.press("Enter")
+    expect(field).to_have_value(f"person {known[0]} ")
+    expect(page.locator("#words")).to_be_hidden()
+    keys.type("the zork")
+    expect(page.locator("#words")).to_contain_text("No known word")
+    keys.press("Escape")
+    expect(page.locator("#words")).to_be_hidden()
+    # A word in the middle of the query is completed in its place.
+    field.fill("person op door")
+    for _ in range(len(" door")):
+        keys.press("ArrowLeft")
+    keys.press("ArrowDown")
+    options.last.click()
+    expect(field).to_have_value(f"person {known[-1]} door")
+
+
+def test_answers_below_the_threshold_are_doubtful(
+    browser: Browser, start: Callable[..., Running], strict: Path, planted: Path, tmp_path: Path
+) -> None:
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    seen = Seen(page, start("--model", strict, "--data", planted, "--uploads", tmp_path).url)
+    seen.open()
+    seen.choose(UNSHOWN)
+    seen.ask("person opens the door")
+    expect(page.locator(".reason")).to_contain_text("below 1.00")
+    expect(page.locator(".moment.doubtful")).to_have_count(5)
+    expect(page.locator(".bar.doubtful")).to_have_count(5)
+    assert "doubtful" in str(page.locator(".moment").first.get_attribute("aria-label"))
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_the_contrast_of_wcag_aa(seen: Seen, scheme: Any) -> None:
+    page = seen.open()
+    page.emulate_media(color_scheme=scheme)
+
+    def luminance(name: str) -> float:
+        value = page.evaluate(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')").strip()
+        channels = [int(value[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+        linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(*names: str) -> float:
+        low, high = sorted(map(luminance, names))
+        return (high + 0.05) / (low + 0.05)
+
+    text = [(color, ground) for color in ("text", "quiet", "accent") for ground in ("panel", "ground")]
+    text += [("on-accent", "accent"), ("bad", "bad-ground"), ("doubt", "doubt-ground"), ("on-screen", "screen")]
+    text += [(f"c{number}", "panel") for number in range(8)]
+    assert {pair: round(contrast(*pair), 2) for pair in text if contrast(*pair) < 4.5} == {}
+    assert contrast("edge", "panel") >= 3
+
+
 def test_page_state_is_restored_from_the_url(seen: Seen) -> None:
     page = seen.open()
     seen.choose(UNSHOWN)
@@ -314,7 +396,7 @@ def test_page_shows_errors_next_to_their_input(seen: Seen) -> None:
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("Choose a video first")
     page.get_by_label("Video", exact=True).fill("nobody")
-    expect(page.locator("#options")).to_contain_text("No name of a video contains this text")
+    expect(page.locator("#videos")).to_contain_text("No name of a video contains this text")
     seen.choose(UNSHOWN)
     page.get_by_label("What happens?").fill("zork")
     page.keyboard.press("Enter")
@@ -322,7 +404,8 @@ def test_page_shows_errors_next_to_their_input(seen: Seen) -> None:
     assert page.locator(".track").count() == 0
     seen.ask("person opens the zork")
     expect(page.get_by_role("alert")).to_be_hidden()
-    expect(page.locator(".left-out")).to_have_text("Unknown words, ignored: zork.")
+    expect(page.locator(".reason")).to_contain_text("Unknown words, ignored: zork.")
+    expect(page.locator(".reason .doubt")).to_be_visible()
     page.route("**/v1/ground", lambda route: route.abort())
     page.get_by_label("What happens?").fill("person opens the door")
     page.keyboard.press("Enter")
@@ -409,11 +492,14 @@ def test_page_requests_and_remembers_the_api_key(
     page.set_default_timeout(PATIENCE_MS)
     seen = Seen(page, start(*words).url)
     seen.open()
-    page.get_by_label("Video", exact=True).click()
-    for key in ("wrong", "open"):
-        page.get_by_label("Key", exact=True).fill(key)
-        page.keyboard.press("Enter")
+    expect(page.locator("#locked-problem")).to_be_hidden()
+    page.get_by_label("Key", exact=True).fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#locked-problem")).to_be_visible()
+    page.get_by_label("Key", exact=True).fill("open")
+    page.keyboard.press("Enter")
     expect(page.locator("#locked")).to_be_hidden()
+    expect(page.locator(".example video")).to_have_count(1)
     seen.choose(SHOWN)
     seen.ask("person opens the door")
     until(page, "document.querySelector('#player').readyState >= 2")
