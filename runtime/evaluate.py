@@ -1,4 +1,4 @@
-"""`python -m runtime.evaluate`: compute R@n IoU=m and mIoU of a model, and of the best constant moments."""
+"""`python -m runtime.evaluate`: compute recall, mIoU and mAP of a model or a prediction file."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from runtime.core.io.atomic_files import atomic_write, check_report, write_json
 from runtime.core.metrics import Report, format_table, prior_report
 from runtime.core.pooling import Segments
 from runtime.datasets.dataset import DataSet, Invalid, one_per_moment
+from runtime.datasets.prediction_files import read_predictions, read_truths
 from runtime.datasets.schema import Annotation
 from runtime.grounding.evaluation import Evaluation, used_fallback
 from runtime.grounding.evaluation import evaluate as evaluate_annotations
 from runtime.grounding.evaluation import predictions as predictions_of
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
+from runtime.grounding.prediction_scores import HEADLINE, LENGTH_RANGES, score_predictions, truths_of
 
 log = logging.getLogger("drn")
 
@@ -36,9 +38,11 @@ Ablation = Literal["none", "blind", "shuffled"]
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | None,
     data: Path,
     *,
+    predictions_from: Path | None = None,
+    shared_only: bool = False,
     split: str = "test",
     protocol: Protocol | None = None,
     output: Path | None = None,
@@ -52,12 +56,18 @@ def evaluate(
 ) -> Report:
     """Ground every query of a split and report recall, compared with the best constant moments of the training split.
 
+    With --predictions-from instead of --model, score a prediction file in the QVHighlights format: recall, mIoU and
+    mAP, for all moments and by their length, equal to those of the public evaluator (docs/evaluation.md).
+
     Example:
         python -m runtime.evaluate --model drn.onnx --data charades --split test
 
     Args:
         model: .onnx, .engine or .pt file, or triton://HOST:PORT/MODEL for a model served by Triton (docs/triton.md).
-        data: directory of a data set. docs/formats.md lists the formats.
+        data: directory of a data set. docs/formats.md lists the formats. With --predictions-from also a JSONL file
+            with the ground truth in the QVHighlights format.
+        predictions_from: JSONL file with predictions in the QVHighlights format, to score instead of a model.
+        shared_only: score the queries that both predictions and ground truth have, even if one has others.
         split: train, val or test.
         protocol: mmaction2 (soft-NMS, IoU above the threshold) or drn (hard NMS, IoU at least the threshold).
             Default: set by the model.
@@ -73,6 +83,10 @@ def evaluate(
         device: device that runs the model; auto selects cuda if it is available.
         threads: number of CPU threads. Default: set by the library that runs the model.
     """
+    if model is None or predictions_from is not None or shared_only:
+        _check_scoring(model, predictions_from, protocol, predictions, ablation)
+        assert predictions_from is not None
+        return score_file(predictions_from, data, split, output, invalid, limit, shared_only)
     options = Options(
         model, data, split, protocol, output, predictions, ablation, invalid, limit, batch_size, device, threads
     )
@@ -83,9 +97,67 @@ def evaluate(
     return result.evaluation.report
 
 
+def _check_scoring(
+    model: str | Path | None,
+    predictions_from: Path | None,
+    protocol: Protocol | None,
+    predictions: Path | None,
+    ablation: Ablation,
+) -> None:
+    """Raise GroundingError for options of a model together with those of a prediction file, or without either."""
+    if predictions_from is None:
+        actual = "neither" if model is None else "--shared-only with --model"
+        raise GroundingError(
+            f"Expected --model or --predictions-from, got {actual}. Pass the model or the predictions to score.",
+            code="missing_option",
+        )
+    if model is not None:
+        raise GroundingError(
+            f"Expected --model or --predictions-from, got both, {model} and {predictions_from}. Remove one.",
+            code="conflicting_options",
+        )
+    given = {"--protocol": protocol, "--predictions": predictions, "--ablation": ablation != "none" or None}
+    names = ", ".join(name for name, value in given.items() if value is not None)
+    if names:
+        raise GroundingError(
+            f"{names} cannot be used with --predictions-from, which runs no model. Remove it.",
+            code="inapplicable_option",
+        )
+
+
+def score_file(
+    path: Path, data: Path, split: str, output: Path | None, invalid: Invalid, limit: int | None, shared_only: bool
+) -> Report:
+    """Score a prediction file, write and print the metrics, and return those of all queries; see `evaluate`."""
+    _check_positive(limit)
+    data_set = None if data.is_file() else DataSet(data)
+    check_report(output, path, *([data] if data_set is None else data_set.files))
+    truths = read_truths(data) if data_set is None else truths_of(data_set, split, invalid)
+    scores = score_predictions(read_predictions(path), truths, limit=limit, shared_only=shared_only)
+    if output:
+        settings = {"predictions": path.name, "data": data.name, "split": None if data_set is None else split}
+        write_json(output, {**scores.to_dict(), **settings})
+    labels = {name: f"{name} ({above:g} to {limit:g} s)" for name, (above, limit) in LENGTH_RANGES.items()}
+    rows = [("all", scores.report), *((labels[name], report) for name, report in scores.ranges.items())]
+    print(format_table(rows, HEADLINE))
+    counts = ", ".join(f"{report.queries} {name}" for name, report in scores.ranges.items())
+    source = data.name if data_set is None else split
+    print(f"{scores.report.queries} queries of {source} ({counts}), percent; IoU at least the threshold.")
+    if scores.without_moment:
+        print(f"{scores.without_moment} other queries match no moment of their video.")
+    return scores.report
+
+
+def _check_positive(limit: int | None, batch_size: int = BATCH_SIZE) -> None:
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise GroundingError(
+            f"Expected --limit and --batch-size of at least 1, got {limit} and {batch_size}.", code="invalid_option"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The arguments of `evaluate`."""
+    """The arguments of `evaluate` for a model."""
 
     model: str | Path
     data: Path
@@ -121,11 +193,7 @@ def run(options: Options) -> Result:
 
     The caller prints afterwards, because the reader of its output may have closed the pipe.
     """
-    if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
-        raise GroundingError(
-            f"Expected --limit and --batch-size of at least 1, got {options.limit} and {options.batch_size}.",
-            code="invalid_option",
-        )
+    _check_positive(options.limit, options.batch_size)
     data_set = DataSet(options.data)
     check_report(options.output, options.model, options.predictions, *data_set.files)
     check_report(options.predictions, options.model, *data_set.files)

@@ -47,9 +47,11 @@ from runtime.corpus.queries import read_questions
 from runtime.corpus.sharding import FORMAT as CORPUS_FORMAT
 from runtime.corpus.sharding import MANIFEST, check_same
 from runtime.datasets.dataset import DataSet
+from runtime.datasets.prediction_files import read_predictions, read_truths
 from runtime.datasets.presets import PRESETS
 from runtime.datasets.qvhighlights import FORMAT as DATASET_FORMAT
 from runtime.grounding.grounder import Grounder
+from runtime.grounding.prediction_scores import score_predictions
 from runtime.media.extraction import FORMAT as NOTE_FORMAT
 from runtime.media.extraction import ExtractionRecord, read_record
 from runtime.triton import front
@@ -89,6 +91,7 @@ def _plain() -> list[Reader]:
         Reader("tacos", functools.partial(_captions, tacos=True), _data_set),
         Reader("common-form", _common_form, _data_set),
         Reader("queries", _queries, lambda directory, path: read_questions(path)),
+        Reader("predictions", _predictions, _score_predictions),
         Reader("corpus-directory", _corpus_directory, lambda directory, path: _all(DirectorySource(directory))),
         Reader(
             "corpus-manifest",
@@ -198,6 +201,27 @@ def _queries(directory: Path) -> list[Path]:
     rows = [{"query": "person opens the door"}, {"query": "dog runs", "vid": "v_a", "qid": 7}]
     (directory / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [directory / "queries.jsonl"]
+
+
+def _predictions(directory: Path) -> list[Path]:
+    rows = {
+        "predictions.jsonl": [
+            {"qid": 1, "query": "dog runs", "vid": "a", "pred_relevant_windows": [[1, 9, 0.5], [2, 4, 0.25]]},
+            {"qid": "x", "pred_relevant_windows": [[0, 20.5, 1]], "pred_saliency_scores": [0.5, -1]},
+        ],
+        "truths.jsonl": [
+            {"qid": 1, "vid": "a", "relevant_windows": [[1, 9], [10, 40]]},
+            {"qid": "x", "relevant_windows": [[0, 2.5]]},
+        ],
+    }
+    for name, lines in rows.items():
+        (directory / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [directory / name for name in rows]
+
+
+def _score_predictions(directory: Path, path: Path) -> object:
+    predictions, truths = read_predictions(directory / "predictions.jsonl"), read_truths(directory / "truths.jsonl")
+    return score_predictions(predictions, truths).to_dict()
 
 
 def _corpus_directory(directory: Path) -> list[Path]:

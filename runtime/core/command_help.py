@@ -52,15 +52,20 @@ def documented(function: Callable[..., Any]) -> tuple[Callable[..., Callable[[],
     fields: dict[str, list[Any]] = {group: [] for group in _GROUPS if group in groups.values()}
     top: list[inspect.Parameter] = []
     for name, parameter in parameters.items():
+        # A parameter that may be None and has no default must be given in Python, but not on the command line.
+        required = parameter.default is inspect.Parameter.empty and type(None) not in typing.get_args(hints[name])
+        default = None if not required and parameter.default is inspect.Parameter.empty else parameter.default
         text, option = help_texts.get(name, ""), None
         if name == model and not is_positional(parameter, hints[name]):
             text, option = f"{text} As the first argument, it needs no --{OPTION}.", OPTION
-        hint = _annotated(hints[name], parameter.default, text, option)
+        hint = _annotated(hints[name], default, text, option)
         if name not in groups:
-            top.append(parameter.replace(annotation=hint))
+            # Keywords may follow each other in any order, with and without a default.
+            is_keyword = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+            kind = inspect.Parameter.KEYWORD_ONLY if is_keyword else parameter.kind
+            top.append(parameter.replace(annotation=hint, default=default, kind=kind))
             continue
-        required = parameter.default is inspect.Parameter.empty
-        field = (name, hint) if required else (name, hint, dataclasses.field(default=parameter.default))
+        field = (name, hint) if required else (name, hint, dataclasses.field(default=default))
         fields[groups[name]].append(field)
     for group in fields:
         # Dataclass fields without a default must come first.

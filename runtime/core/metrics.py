@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -146,13 +147,19 @@ def best_constant_moments(truth: np.ndarray, count: int, iou_threshold: float | 
     return candidates[indices]
 
 
-def format_table(rows: Sequence[tuple[str, Report]]) -> str:
-    """Return labeled reports as a text table in percent, one row each."""
-    names = list(rows[0][1].values)
+def format_table(rows: Sequence[tuple[str, Report]], names: Sequence[str] = ()) -> str:
+    """Return labeled reports as a text table in percent, one row each.
+
+    Args:
+        rows: labels and reports. A value that is NaN is shown as "-".
+        names: metrics to show; default: all of the first report.
+    """
+    names = names or list(rows[0][1].values)
     width = max(len(label) for label, _ in rows)
     columns = [max(len(name), 6) for name in names]
     lines = [" " * width + "".join(f"  {name:>{column}}" for name, column in zip(names, columns))]
     for label, scored in rows:
-        cells = (f"  {100 * scored.values[name]:>{column}.2f}" for name, column in zip(names, columns))
-        lines.append(f"{label:<{width}}" + "".join(cells))
+        values = [scored.values[name] for name in names]
+        cells = ["-" if math.isnan(value) else f"{100 * value:.2f}" for value in values]
+        lines.append(f"{label:<{width}}" + "".join(f"  {cell:>{column}}" for cell, column in zip(cells, columns)))
     return "\n".join(lines)

@@ -69,6 +69,7 @@ def parse_json(
     error: type[GroundingError] = AnnotationError,
     *,
     advice: str = "correct it",
+    constants: bool = False,
 ) -> Any:
     """Return a JSON value with finite numbers, valid Unicode, bounded nesting and no name twice in one object.
 
@@ -77,6 +78,7 @@ def parse_json(
         source: start of messages: the file, and the line in files of JSON lines.
         error: class to raise.
         advice: what the reader should do, as an imperative without a full stop.
+        constants: whether NaN, Infinity and -Infinity are numbers, as for `json` of Python.
 
     Raises:
         GroundingError: `error`, if the text is not such a value.
@@ -87,7 +89,7 @@ def parse_json(
             object_pairs_hook=_unique,
             parse_int=_integer,
             parse_float=_finite,
-            parse_constant=_constant,
+            parse_constant=float if constants else _constant,
         )
         _check_depth(value, text)
         _check_unicode(value, text)

@@ -73,3 +73,20 @@ def test_every_example_parses(module: str) -> None:
         *_, name, words = example.split(maxsplit=3)[1:]
         assert name == module
         tyro.cli(later, args=shlex.split(words), config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+
+
+def test_parameter_that_may_be_none_is_an_optional_option() -> None:
+    def required_in_python(model: Path | None, data: Path) -> tuple[Path | None, Path]:
+        """Do one thing.
+
+        Args:
+            model: file.
+            data: directory.
+        """
+        return model, data
+
+    later, _ = documented(required_in_python)
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    assert tyro.cli(later, args=["--data", "d"], config=config)() == (None, Path("d"))
+    with pytest.raises(SystemExit):
+        tyro.cli(later, args=["--model", "m"], config=config)

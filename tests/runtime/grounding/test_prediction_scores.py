@@ -1,0 +1,313 @@
+"""Test `runtime.grounding.prediction_scores` and `runtime.evaluate --predictions-from`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.core.errors import AnnotationError, GroundingError, OutputError
+from runtime.datasets.dataset import DataSet
+from runtime.datasets.prediction_files import Prediction, Truth, read_predictions, read_truths
+from runtime.evaluate import evaluate
+from runtime.grounding.prediction_scores import LENGTH_RANGES, PredictionScores, score_predictions, truths_of
+from tests import public_evaluator
+from tests.annotated import write_qvhighlights
+from tests.raising import raises
+
+Row = dict[str, Any]
+NAN = math.nan
+
+
+def predicted(qid: object, *windows: Sequence[float], **other: object) -> Row:
+    return {"qid": qid, "pred_relevant_windows": [list(window) for window in windows], **other}
+
+
+def annotated(qid: object, *windows: Sequence[float], **other: object) -> Row:
+    return {"qid": qid, "relevant_windows": [list(window) for window in windows], **other}
+
+
+def write(path: Path, rows: Sequence[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def score(tmp_path: Path) -> Any:
+    """Return a function that writes and scores rows."""
+
+    def scored(predictions: Sequence[Row], truths: Sequence[Row], **options: Any) -> PredictionScores:
+        rows = read_predictions(write(tmp_path / "predictions.jsonl", predictions))
+        return score_predictions(rows, read_truths(write(tmp_path / "truths.jsonl", truths)), **options)
+
+    return scored
+
+
+def check(score: Any, predictions: Sequence[Row], truths: Sequence[Row]) -> PredictionScores:
+    """Compare the metrics of all length ranges with plain loops, and return them."""
+    result = score(predictions, truths)
+    for length, report in [(None, result.report), *((LENGTH_RANGES[name], one) for name, one in result.ranges.items())]:
+        if report.queries:
+            expected = public_evaluator.scores(predictions, truths, length)
+            actual = {name: report.values[name] for name in expected}
+            assert actual == pytest.approx(expected, abs=1e-12)
+    return result
+
+
+# The public evaluator's recorded numbers
+
+
+@pytest.fixture(scope="module")
+def published(real_data: Path) -> tuple[Path, Path, Row]:
+    directory = real_data / "predictions"
+    if not directory.is_dir():
+        pytest.skip("the published predictions are not in DRN_REAL_DATA/predictions")
+    stored = json.loads((directory / "moment_detr_val_metrics.json").read_text())
+    truths = real_data / "qvhighlights" / "highlight_val_release.jsonl"
+    return directory / "moment_detr_val.jsonl", truths, stored
+
+
+def test_published_predictions_have_the_stored_metrics(published: tuple[Path, Path, Row], tmp_path: Path) -> None:
+    path, truths, stored = published
+    evaluate(None, truths, predictions_from=path, output=tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    for name in ("full", *LENGTH_RANGES):
+        values = report if name == "full" else report[name]
+        expected = {f"R@1 IoU={key}": value for key, value in stored[name]["MR-R1"].items()}
+        expected |= {f"mAP@{key}": value for key, value in stored[name]["MR-mAP"].items() if key != "average"}
+        expected["mAP"] = stored[name]["MR-mAP"]["average"]
+        assert {key: float(f"{100 * values[key]:.2f}") for key in expected} == expected
+    assert report["queries"] == 1550
+    assert [report[name]["queries"] for name in LENGTH_RANGES] == [429, 957, 574]
+
+
+def test_published_predictions_are_scored_within_a_second(published: tuple[Path, Path, Row]) -> None:
+    predictions, truths = read_predictions(published[0]), read_truths(published[1])
+    started = time.process_time()
+    score_predictions(predictions, truths)
+    assert time.process_time() - started < 1
+
+
+# Unusual files
+
+
+def test_metrics_match_hand_computed_values(score: Any) -> None:
+    truths = [annotated(1, [0, 10]), annotated(2, [0, 20], [40, 80])]
+    result = check(score, [predicted(1, [0, 8, 0.9]), predicted(2, [40, 80, 0.9], [0, 5, 0.8])], truths)
+    values = result.report.values
+    assert values["mIoU"] == pytest.approx(0.9)
+    assert (values["R@1 IoU=0.7"], values["R@1 IoU=0.85"]) == (1, 0.5)
+    # One of two moments of the second query is found.
+    assert values["mAP@0.75"] == 0.75
+    assert [result.ranges[name].queries for name in LENGTH_RANGES] == [1, 1, 1]
+    assert result.ranges["middle"].values["R@1 IoU=0.5"] == 0
+    assert result.ranges["long"].values["R@1 IoU=0.5"] == 1
+
+
+def test_unsorted_windows_count_in_file_order_for_recall(score: Any) -> None:
+    rows = [predicted(1, [50, 60, 0.1], [0, 10, 0.9])]
+    values = check(score, rows, [annotated(1, [0, 10])]).report.values
+    assert (values["R@1 IoU=0.5"], values["R@5 IoU=0.5"], values["mAP"]) == (0, 1, 1)
+
+
+def test_eleventh_window_does_not_count(score: Any) -> None:
+    windows = [[50 + index, 60 + index, 0.5] for index in range(10)]
+    values = check(score, [predicted(1, *windows, [0, 10, 0.9])], [annotated(1, [0, 10])]).report.values
+    assert values["mAP"] == 0
+
+
+def test_repeated_query_pools_windows_and_recalls_last_row(score: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [predicted(1, *[[0, 10, 0.1]] * 11), predicted(2, [0, 10, 0.5]), predicted(1, [50, 60, 0.9])]
+    with caplog.at_level(logging.WARNING, "drn"):
+        result = check(score, rows, [annotated(1, [0, 10]), annotated(2, [0, 10])])
+    assert (result.report.queries, result.report.values["R@1 IoU=0.5"]) == (2, 0.5)
+    assert result.report.values["mAP"] == 0.75
+    assert len(caplog.records) == 1
+
+
+def test_windows_outside_the_video_are_not_clipped(score: Any) -> None:
+    rows = [predicted(1, [-10, 10, 0.5])]
+    values = check(score, rows, [annotated(1, [0, 10], duration=10)]).report.values
+    assert (values["R@1 IoU=0.5"], values["R@1 IoU=0.55"], values["mIoU"]) == (1, 0, 0.5)
+
+
+def test_reversed_window_is_scored_as_by_the_evaluator(score: Any) -> None:
+    rows = [predicted(1, [20, 10, 0.5]), predicted(2, [25, 10, 0.5])]
+    values = check(score, rows, [annotated(1, [10, 20]), annotated(2, [10, 20])]).report.values
+    assert (values["mAP"], values["R@1 IoU=0.5"], values["mIoU"]) == (0.5, 0, 0)
+
+
+def test_scores_that_are_not_numbers_are_sorted_by_python(score: Any) -> None:
+    rows = [predicted(1, [50, 60, 0.5], [60, 70, NAN], [0, 10, 0.9]), predicted(2, [50, 60, NAN], [0, 10, math.inf])]
+    check(score, rows, [annotated(1, [0, 10]), annotated(2, [0, 10])])
+
+
+def test_integer_times_equal_floats(score: Any) -> None:
+    integers = check(score, [predicted(1, [0, 7, 1])], [annotated(1, [0, 10])])
+    assert integers == check(score, [predicted(1, [0.0, 7.0, 1.0])], [annotated(1, [0.0, 10.0])])
+    assert integers.report.values["R@1 IoU=0.7"] == 1
+
+
+def test_query_without_windows_is_a_miss(score: Any) -> None:
+    values = check(score, [predicted(1), predicted(2, [0, 10, 1])], [annotated(1, [0, 10]), annotated(2, [0, 10])])
+    assert (values.report.values["mAP"], values.report.values["R@1 IoU=0.5"]) == (0.5, 0.5)
+
+
+def test_touching_moments_of_equal_iou_match_in_order_of_the_evaluator(score: Any) -> None:
+    rows = [predicted(1, [0, 20, 0.9], [0, 10, 0.8], [10, 20, 0.7])]
+    check(score, rows, [annotated(1, [0, 10], [10, 20])])
+    check(score, rows, [annotated(1, *[[10 * index, 10 * index + 10] for index in range(20)])])
+
+
+def test_length_ranges_include_their_upper_end(score: Any) -> None:
+    truths = [annotated(1, [0, 10], [20, 50]), annotated(2, [0, 150], [0, 151], [5, 5])]
+    rows = [predicted(1, [0, 10, 1]), predicted(2, [0, 150, 1])]
+    result = check(score, rows, truths)
+    assert [result.ranges[name].queries for name in LENGTH_RANGES] == [1, 1, 1]
+    assert result.ranges["long"].values["mAP"] == 1
+
+
+def test_range_without_queries_is_null(score: Any) -> None:
+    result = check(score, [predicted(1, [0, 10, 1])], [annotated(1, [0, 10])]).to_dict()
+    assert (result["short"]["mAP"], result["long"]["mAP"], result["long"]["queries"]) == (1, None, 0)
+
+
+TIMES = st.integers(0, 40) | st.sampled_from([0.5, 12.25, 33.3])
+SCORES = st.sampled_from([0, 0.5, 1, NAN]) | st.floats(0, 1)
+PREDICTED = st.lists(st.tuples(TIMES, TIMES, SCORES), max_size=12)
+ANNOTATED = st.lists(st.tuples(TIMES, TIMES), min_size=1, max_size=3)
+
+
+@given(st.lists(st.tuples(st.lists(PREDICTED, min_size=1, max_size=2), ANNOTATED), min_size=1, max_size=4))
+def test_scores_equal_plain_loops(queries: list[tuple[list, list]]) -> None:
+    rows = [predicted(qid, *windows) for qid, (several, _) in enumerate(queries) for windows in several]
+    truths = [annotated(qid, *moments) for qid, (_, moments) in enumerate(queries) if list(moments) != [(0, 0)]]
+    rows = [row for row in rows if row["qid"] in {truth["qid"] for truth in truths}]
+    if truths:
+        check(_score_values, rows, truths)
+
+
+def _score_values(predictions: Sequence[Row], truths: Sequence[Row]) -> PredictionScores:
+    import numpy as np
+
+    rows = [
+        Prediction(row["qid"], None, np.array(row["pred_relevant_windows"], np.float64).reshape(-1, 3), 1)
+        for row in predictions
+    ]
+    return score_predictions(
+        rows, [Truth(truth["qid"], None, np.array(truth["relevant_windows"], np.float64)) for truth in truths]
+    )
+
+
+# Which queries are scored
+
+
+def test_different_queries_are_refused_unless_shared_only(score: Any) -> None:
+    rows = [predicted(1, [0, 10, 1]), predicted("2", [0, 10, 1])]
+    truths = [annotated(1, [0, 10]), annotated(2, [0, 10]), annotated(3, [0, 10])]
+    with raises(AnnotationError, "query_mismatch", 2, 3, "'2'", "--shared-only"):
+        score(rows, truths)
+    assert score(rows, truths, shared_only=True).report.queries == 1
+    with raises(AnnotationError, "query_mismatch"):
+        score([predicted(9, [0, 10, 1])], truths, shared_only=True)
+
+
+def test_limit_takes_first_queries_of_ground_truth(score: Any) -> None:
+    rows = [predicted(qid, [0, 10, 1]) for qid in (3, 2, 1)]
+    truths = [annotated(1, [0, 10]), annotated(2, [50, 60]), annotated(3, [50, 60])]
+    assert score(rows, truths, limit=1).report.values["R@1 IoU=0.5"] == 1
+    assert score(rows[2:], truths, limit=1).report.queries == 1
+    with raises(AnnotationError, "query_mismatch", "'x'"):
+        score([*rows, predicted("x", [0, 10, 1])], truths, limit=1)
+
+
+def test_video_distinguishes_repeated_ids_of_ground_truth(score: Any) -> None:
+    truths = [annotated(1, [0, 10], vid="a"), annotated(1, vid="b"), annotated(2, [0, 10], vid="a")]
+    rows = [predicted(qid, [0, 10, 1], vid=video) for qid, video in ((1, "b"), (1, "a"), (2, "a"))]
+    result = score(rows, truths)
+    assert (result.report.queries, result.without_moment, result.report.values["mAP"]) == (2, 1, 1)
+    with raises(AnnotationError, "duplicate_query", 1):
+        score(rows, [*truths, annotated(1, vid="b")])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        predicted(1, [0, 10, 0.1], [0, 10, 0.9]),
+        predicted(1, [0, 10, NAN], [0, 10, 0.9]),
+        predicted(1, [10, 10, 0.5]),
+        predicted(1, [0, 10, 0.5], vid="b"),
+        predicted(1),
+    ],
+)
+def test_suspicious_rows_are_warned_of(score: Any, row: Row, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "drn"):
+        score([row], [annotated(1, [0, 10], vid="a")])
+    assert len(caplog.records) == 1
+
+
+# The command
+
+
+def test_evaluate_scores_its_own_predictions_by_query_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_set = DataSet(write_qvhighlights(tmp_path / "data"))
+    annotations = data_set.annotations("val")
+    rows = [predicted(one.name, [one.start, one.end, 0.5], vid=one.video) for one in annotations[::-1]]
+    path = write(tmp_path / "predictions.jsonl", rows)
+    report = evaluate(None, tmp_path / "data", predictions_from=path, split="val", output=tmp_path / "report.json")
+    assert (report.queries, report.values["R@1 IoU=0.7"], report.values["mIoU"]) == (6, 1, 1)
+    # Half of the queries have two moments, of which one is predicted.
+    assert report.values["mAP"] == 0.75
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (written["mAP"], written["middle"]["queries"], written["long"]["mAP"]) == (0.75, 6, None)
+    assert (written["predictions"], written["data"], written["split"]) == ("predictions.jsonl", "data", "val")
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[-6:] == ["mAP@0.5", "mAP@0.75", "R@5", "IoU=0.5", "R@5", "IoU=0.7"]
+    assert [line.split()[0] for line in table[1:5]] == ["all", *LENGTH_RANGES]
+    assert table[2].split()[-1] == "-"
+
+
+def test_truths_of_a_data_set_end_with_their_video(tmp_path: Path) -> None:
+    write(
+        tmp_path / "val.jsonl",
+        [
+            annotated(5, [10, 40], query="a", vid="v", duration=30),
+            annotated(6, [1, 2], query="b", vid="v", duration=30),
+        ],
+    )
+    first, second = truths_of(DataSet(tmp_path), "val", "error")
+    assert (first.qid, first.video, first.windows.tolist()) == (5, "v", [[10, 30]])
+    assert second.windows.tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({}, "missing_option"),
+        ({"shared_only": True, "model": "drn.onnx"}, "missing_option"),
+        ({"predictions_from": Path("p.jsonl"), "model": "drn.onnx"}, "conflicting_options"),
+        ({"predictions_from": Path("p.jsonl"), "protocol": "drn"}, "inapplicable_option"),
+        ({"predictions_from": Path("p.jsonl"), "ablation": "blind"}, "inapplicable_option"),
+        ({"predictions_from": Path("p.jsonl"), "predictions": Path("q.jsonl")}, "inapplicable_option"),
+        ({"predictions_from": Path("p.jsonl"), "limit": 0}, "invalid_option"),
+    ],
+)
+def test_evaluate_rejects_options_that_do_not_fit(tmp_path: Path, options: Row, code: str) -> None:
+    with raises(GroundingError, code):
+        evaluate(**{"model": None, "data": tmp_path, **options})
+
+
+def test_evaluate_does_not_overwrite_its_inputs(tmp_path: Path) -> None:
+    path = write(tmp_path / "predictions.jsonl", [predicted(1, [0, 10, 1])])
+    truths = write(tmp_path / "truths.jsonl", [annotated(1, [0, 10])])
+    for output in (path, truths):
+        with raises(OutputError, "output_exists", output):
+            evaluate(None, truths, predictions_from=path, output=output)
