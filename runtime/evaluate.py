@@ -68,7 +68,7 @@ def evaluate(
             with the ground truth in the QVHighlights format.
         predictions_from: JSONL file with predictions in the QVHighlights format, to score instead of a model.
         shared_only: score the queries that both predictions and ground truth have, even if one has others.
-        split: train, val or test.
+        split: split of the queries: train, val or test.
         protocol: mmaction2 (soft-NMS, IoU above the threshold) or drn (hard NMS, IoU at least the threshold).
             Default: set by the model.
         output: JSON file to write the report to.

@@ -73,18 +73,20 @@ def extract(
 
     Args:
         videos: video files: mp4, mkv, webm, avi and all other formats that FFmpeg reads; or directories of them.
-        extractor: .onnx file from `export.to_onnx`, .engine file from `export.build_engine`, or an image encoder
-            with its description file.
+        extractor: .onnx file from `export.to_onnx`, .engine file from `export.build_engine`, or an image encoder in
+            ONNX with its description file (docs/your-own-video.md).
         output: directory for the features; features of other videos in it are preserved.
         partial: accept damaged videos, and use the frames that can be decoded.
         batch_size: number of clips per batch.
         device: device that runs the extractor; auto selects cuda if it is available.
-        threads: number of CPU threads. Default: set by the libraries.
+        threads: number of CPU threads. Default: set by FFmpeg and by the library that runs the extractor.
     """
     if not videos:
         raise VideoFileError("No video was given. Name the video files to extract.", code="missing_option")
     if batch_size < 1:
-        raise GroundingError(f"Expected --batch-size of at least 1, got {batch_size}.", code="invalid_option")
+        raise GroundingError(
+            f"Expected --batch-size of at least 1, got {batch_size}. Correct the option.", code="invalid_option"
+        )
     listed = {file: path.is_dir() for path in videos for file in (videos_in(path) if path.is_dir() else [path])}
     _check_names(list(listed), output)
     network = open_extractor(extractor, device, threads)
@@ -261,7 +263,7 @@ def _check_extractors(
         directory: directory of the records, for the message.
         records: records by video.
         names: videos whose features are replaced.
-        extractor_hash: `extractor_key`.
+        extractor_hash: `extractor_key` of the present extractor.
     """
     others = sorted(
         name for name, record in records.items() if record.extractor != extractor_hash and name not in names

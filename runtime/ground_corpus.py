@@ -63,7 +63,9 @@ def ground_corpus(
         ("--batch-size", batch_size, 1),
     ):  # fmt: skip
         if value is not None and value < minimum:
-            raise GroundingError(f"Expected {option} of at least {minimum}, got {value}.", code="invalid_option")
+            raise GroundingError(
+                f"Expected {option} of at least {minimum}, got {value}. Correct the option.", code="invalid_option"
+            )
     settings = Settings(format, shard_pairs, top_k, batch_size, window, overlap, device, threads)
     result = ground(model, features, queries, output, settings, actors=actors, address=address)
     print(result)

@@ -129,7 +129,9 @@ def run(options: Options) -> list[Answer]:
 def _check(options: Options) -> list[Path]:
     """Raise GroundingError for arguments that cannot be used, and return the files for the best moments."""
     if options.top_k < 1:
-        raise GroundingError(f"Expected --top-k of at least 1, got {options.top_k}.", code="invalid_option")
+        raise GroundingError(
+            f"Expected --top-k of at least 1, got {options.top_k}. Correct the option.", code="invalid_option"
+        )
     if not options.query:
         raise QueryError('No query was given. Pass --query "a sentence".', code="missing_option")
     source = options.source

@@ -33,10 +33,10 @@ def rank(
     device: Device = "auto",
     threads: int | None = None,
 ) -> Ranking:
-    """Rank videos for each query by their best moment, and compare its own video's rank with chance.
+    """Rank the videos of a split for each query, and compare the rank of the correct video with chance.
 
-    Each query is grounded in its own video and in other videos of the split, drawn at random. Another video may
-    also show what the query describes, so no model reaches 100 %.
+    Each query is grounded in its own video and in other videos of the split, drawn at random; videos are ranked by
+    their best moment. Another video may also show what the query describes, so no model reaches 100 %.
 
     Example:
         python -m runtime.rank --model drn.query.onnx --data charades --videos 100
@@ -45,9 +45,9 @@ def rank(
         model: .onnx, .engine or .pt file. For a split model give the query part, so that each video is encoded
             once.
         data: directory of a data set. docs/formats.md lists the formats.
-        videos: number of videos per query, its own included.
-        split: train, val or test.
-        seed: random seed of the selection of videos.
+        videos: number of videos per query, with the correct one.
+        split: split of the queries: train, val or test.
+        seed: random seed of the choice of other videos.
         output: JSON file to write the metrics and the rank of each query to.
         invalid: what to do with a moment that ends before it starts or starts after its video: stop, drop it
             with a warning, or keep it.
@@ -59,7 +59,7 @@ def rank(
     if videos < 2 or seed < 0 or batch_size < 1 or (limit is not None and limit < 1):
         raise GroundingError(
             "Expected --videos of at least 2, --seed of at least 0, and --limit and --batch-size of at least 1, got "
-            f"{videos}, {seed}, {limit} and {batch_size}.",
+            f"{videos}, {seed}, {limit} and {batch_size}. Correct the option.",
             code="invalid_option",
         )
     data_set = DataSet(data)

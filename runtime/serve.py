@@ -142,16 +142,20 @@ class ServeOptions:
                 code="missing_option",
             )
         if not 0 <= self.port <= 65535:
-            raise GroundingError(f"Expected --port from 0 to 65535, got {self.port}.", code="invalid_option")
+            raise GroundingError(
+                f"Expected --port from 0 to 65535, got {self.port}. Correct the option.", code="invalid_option"
+            )
         if not (0 < self.timeout <= 3600 and 0 <= self.grace <= 3600):
             raise GroundingError(
-                f"Expected 0 < --timeout <= 3600 and 0 <= --grace <= 3600 s, got {self.timeout:g} and {self.grace}.",
+                f"Expected 0 < --timeout <= 3600 and 0 <= --grace <= 3600 seconds, got {self.timeout:g} and "
+                f"{self.grace}. Correct the option.",
                 code="invalid_option",
             )
         if not (self.cache_mib >= 0 and 0 < self.upload_mib <= self.uploads_mib and self.keep_minutes > 0):
             raise GroundingError(
                 "Expected --cache-mib of at least 0, 0 < --upload-mib <= --uploads-mib and --keep-minutes above 0, got "
-                f"{self.cache_mib}, {self.upload_mib}, {self.uploads_mib} and {self.keep_minutes:g}.",
+                f"{self.cache_mib}, {self.upload_mib}, {self.uploads_mib} and {self.keep_minutes:g}. Correct the "
+                "option.",
                 code="invalid_option",
             )
 

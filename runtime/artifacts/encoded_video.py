@@ -38,12 +38,12 @@ class EncodedVideo:
     Attributes:
         features: (D, T) input of the query part: float32, or float16 in half precision.
         spans: (T, 2) float32, starts and ends of the segments as fractions of the video.
-        duration: length in seconds.
+        duration: length of the video in seconds.
         name: name of the video in reports.
         model: SHA-256 of the video part; only the query part of the same model can read the encoding.
         key: 64 hexadecimal digits that identify features, spans and model; default: their digest.
         prepared: has no effect; version 0.1 stored intermediate results here.
-        offset: see `Video`.
+        offset: seconds from the start of the video file, as players count, to its first frame; see `Video`.
     """
 
     features: np.ndarray
@@ -83,7 +83,7 @@ class EncodedVideo:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedVideo:
-        """Read a file of `save`, without running code in it.
+        """Read an encoding that `save` wrote, without running code in the file.
 
         Raises:
             FeatureError: the file is missing, damaged, or not an encoding.
@@ -103,10 +103,10 @@ class EncodedWindows:
 
     Attributes:
         parts: encoding of each window.
-        windows: windows in time order.
+        windows: windows of the video, in time order.
         duration: length of the video in seconds.
         name: name of the video in reports.
-        offset: see `Video`.
+        offset: seconds from the start of the video file, as players count, to its first frame; see `Video`.
     """
 
     parts: tuple[EncodedVideo, ...]
@@ -127,7 +127,11 @@ class EncodedWindows:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EncodedWindows:
-        """Read a file of `save`; see `EncodedVideo.load`."""
+        """Read encodings that `save` wrote, without running code in the file.
+
+        Raises:
+            FeatureError: the file is missing, damaged, or not a file of encoded windows.
+        """
         return _load(path, WINDOWS_FORMAT, cls._read)
 
     @classmethod
@@ -169,7 +173,7 @@ def _load(
         check_format(metadata, expected_format, f"{path}", FeatureError, ADVICE)
         for name in ("duration", "offset"):
             if not (is_number(metadata.get(name, 0.0)) and 0 <= metadata.get(name, 0.0) <= MAX_DURATION_S):
-                raise ValueError(f"its {name} is {excerpt(metadata[name])}")
+                raise ValueError(f"its {name} is {excerpt(metadata[name])}, expected 0 to {MAX_DURATION_S:g} seconds")
         # Files of version 0.1 have no digest.
         digest = metadata.pop("digest", None)
         if digest is not None and digest != json_digest(metadata):

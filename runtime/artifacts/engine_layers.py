@@ -367,7 +367,14 @@ def read_layers_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def layer_stats_of_file(content: Mapping[str, Any]) -> list[tuple[str, EngineLayerStats | None]]:
-    """Return name and layer counts of each profile in a layers file; None for counts if no layer is described."""
+    """Return the name and the layer counts of each profile in a layers file.
+
+    Args:
+        content: result of `read_layers_file`.
+
+    Returns:
+        A name and counts for each profile; None for the counts if the inspector described no layer.
+    """
     results: list[tuple[str, EngineLayerStats | None]] = []
     views = content["profiles"] or [{"name": "no profile"}]
     for index, view in enumerate(views):

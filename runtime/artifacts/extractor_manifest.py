@@ -30,9 +30,9 @@ class ExtractorManifest:
     Attributes:
         kind: name of the network in reports: C3D, I3D, CLIP.
         dim: D, number of channels of a feature.
-        window, stride: frames of a clip, and frames from the start of a clip to the next.
-        resize: height and width of a frame before the crop, or its shorter side.
-        crop: height and width of the input of the network.
+        window, stride: number of frames of a clip, and of frames from the start of a clip to the next.
+        resize: height and width of a frame before the crop, or its shorter side, in pixels.
+        crop: height and width of the input of the network, in pixels.
         mean, std: means of red, green and blue to subtract from pixels, and the divisors after that. The graph of a
             clip extractor contains both; pixels of image encoders are normalized by `runtime.media.extractors`.
         white: value of white in `mean` and `std`: 255, or 1 for most image encoders.
@@ -155,8 +155,8 @@ class ResizeCrop:
     """The preprocessing of a frame: resize, then center crop.
 
     Attributes:
-        resize: height and width for frames of any shape; or one number, the shorter side.
-        crop: height and width of the crop.
+        resize: height and width in pixels for frames of any shape; or one number, the shorter side.
+        crop: height and width of the crop, in pixels.
     """
 
     resize: tuple[int, int] | int = (128, 171)

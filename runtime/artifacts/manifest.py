@@ -32,8 +32,8 @@ class Features:
     Attributes:
         kind: name of the extractor in reports.
         dim: D, number of channels.
-        window, stride: frames of a clip, and frames from the start of a clip to the next.
-        pooling: rule by which clips are pooled into segments.
+        window, stride: number of frames of a clip, and of frames from the start of a clip to the next.
+        pooling: rule by which clips are pooled into segments, `mmaction2` or `drn`; see `Video.segments`.
     """
 
     kind: str = "C3D"
@@ -71,9 +71,9 @@ class Manifest:
         sources: source files: name to SHA-256.
         producer: packages that wrote the file: name to version.
         training: settings of the training, for reports.
-        part: `whole`, or the part of a split model.
-        video_part: for a query part, the file of its video part in the same directory, to SHA-256.
-        prepared_parts: for a query part of version 0.1, two more files, to SHA-256, which are not read.
+        part: `whole`, or `video` or `query` for a part of a split model.
+        video_part: for a query part, name of its video part in the same directory, to SHA-256; else empty.
+        prepared_parts: for a query part of version 0.1, names of two more files, to SHA-256; they are not read.
         windows: windows of videos longer than the training videos; None for older files, which do not split videos.
         presence: score below which no moment is found; None for a model that always returns moments.
     """

@@ -87,7 +87,7 @@ class PairBackend(Backend, Protocol):
         Args:
             query_tokens: (B, L) int32 word ids, 0 past each length.
             query_length: (B,) int32 lengths in tokens.
-            videos: V encodings.
+            videos: encodings of V videos.
             video_index: (B,) int32 index in `videos` for each query.
 
         Returns:
@@ -111,7 +111,7 @@ class QueryServer(Protocol):
 
         Args:
             video: the video, with clip features (num_clips, D).
-            queries: sentences.
+            queries: sentences about the video.
             top_k: maximum number of moments for each query.
             windows: how the video is split; "model" for the windows of the model, None for one window.
             always: whether moments below the model's presence threshold are returned too.
@@ -122,9 +122,9 @@ def recorded_video_part(path: Path, manifest: Manifest, suffix: str) -> tuple[Pa
     """Return the path and the SHA-256 of the video part that a query part records.
 
     Args:
-        path: of the query part, in whose directory the video part is.
-        manifest: of the query part.
-        suffix: of the video part, which may have been converted since.
+        path: path of the query part, in whose directory the video part is.
+        manifest: manifest of the query part.
+        suffix: suffix of the video part, which may have been converted since.
 
     Raises:
         ModelFileError: the manifest does not record one video part, or the file is missing.
@@ -150,7 +150,15 @@ def sibling_file(path: Path, name: str) -> Path:
 
 
 def run_pair(pair: PairBackend, batch: Batch) -> Heads:
-    """Run a split model on a batch of segments: encode every row as a video of its own, then run the queries."""
+    """Run a split model on a batch of segments: encode the segments of every row, then run the queries.
+
+    Args:
+        pair: the split model.
+        batch: B queries, each with the segments of its video.
+
+    Returns:
+        Heads of the B queries, as `Backend.run` returns them.
+    """
     features = pair.encode(batch.segment_features)
     videos = [EncodedVideo(encoded, spans, 1.0) for encoded, spans in zip(features, batch.segment_spans)]
     return pair.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))

@@ -39,7 +39,7 @@ AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 
 class MinOptMax(NamedTuple):
-    """The smallest and largest size of an axis that an engine accepts, and the size that it is tuned for."""
+    """The smallest and largest size of an axis that an engine accepts, and the size that it is tuned for (opt)."""
 
     min: int
     opt: int
@@ -47,7 +47,13 @@ class MinOptMax(NamedTuple):
 
     @classmethod
     def covering(cls, ranges: Iterable[Sequence[int]]) -> MinOptMax:
-        """Return the range over several profiles, with the optimum of the last: the first may be for one query."""
+        """Return the range that covers the ranges of several profiles.
+
+        The opt is that of the last profile, because the first profile of an engine may be for single queries.
+
+        Args:
+            ranges: (min, opt, max) of one axis for each profile, at least one.
+        """
         minima, optima, maxima = zip(*ranges)
         return cls(min(minima), optima[-1], max(maxima))
 
@@ -57,9 +63,9 @@ class OptimizationProfile:
     """One optimization profile of an engine.
 
     Attributes:
-        index: in the engine.
-        ranges: of the axes `batch`, `query_length` and `video` that the engine has.
-        static_shapes: of each input, the sizes after the dynamic axes.
+        index: index of the profile in the engine.
+        ranges: range of each axis that the engine has: `batch`, `query_length` and `video`.
+        static_shapes: for each input, the sizes after its dynamic axes.
         fixed: axes that are always padded to their maximum (the videos stored on the device).
     """
 
@@ -69,7 +75,14 @@ class OptimizationProfile:
     fixed: frozenset[str] = frozenset()
 
     def padded(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
-        """Return the sizes that a request is padded to; None if it is too large for this profile."""
+        """Return the sizes that a request is padded to.
+
+        Args:
+            sizes: axis to size of the request, for every axis of `ranges`.
+
+        Returns:
+            Axis to padded size; None if the request is too large for this profile.
+        """
         results = {}
         for axis, (min_size, _, max_size) in self.ranges.items():
             if sizes[axis] > max_size:
@@ -82,7 +95,12 @@ class OptimizationProfile:
         return results
 
     def shapes(self, axes: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]) -> dict[str, Shape]:
-        """Return the shape of every input at these sizes."""
+        """Return the shape of every input at given sizes.
+
+        Args:
+            axes: input name to the names of its dynamic axes, which are its first axes; see `AXES`.
+            sizes: axis to size.
+        """
         return {name: (*(sizes[axis] for axis in dynamic), *self.static_shapes[name]) for name, dynamic in axes.items()}
 
     def max_sizes(self) -> dict[str, int]:
@@ -95,7 +113,14 @@ def profile_from_shapes(
     shapes: Mapping[str, Sequence[Shape]],
     fixed: frozenset[str] = frozenset(),
 ) -> OptimizationProfile:
-    """Return an engine's profile from the min, opt and max shape of each input."""
+    """Return an engine's profile from the min, opt and max shape of each input.
+
+    Args:
+        index: index of the profile in the engine.
+        axes: input name to the names of its dynamic axes, which are its first axes; see `AXES`.
+        shapes: input name to its min, opt and max shape.
+        fixed: axes that are always padded to their maximum.
+    """
     ranges: dict[str, MinOptMax] = {}
     for name, dynamic in axes.items():
         ranges.update((axis, MinOptMax(*sizes)) for axis, *sizes in zip(dynamic, *shapes[name]))
@@ -121,7 +146,14 @@ def padded_length(length: int, max_length: int) -> int:
 def choose_profile(
     profiles: Sequence[OptimizationProfile], sizes: Mapping[str, int]
 ) -> tuple[OptimizationProfile, dict[str, int]]:
-    """Return the profile with the least padding for a request, the smaller one if equal, and the padded sizes.
+    """Return the profile with the least padding for a request; of equal ones, the smaller profile.
+
+    Args:
+        profiles: profiles of the engine, at least one.
+        sizes: axis to size of the request.
+
+    Returns:
+        The profile, and axis to padded size.
 
     Raises:
         ShapeError: the request is too large for every profile.
@@ -145,13 +177,16 @@ def choose_profile(
 
 
 def row_slices(num_rows: int, max_rows: int) -> Iterator[np.ndarray]:
-    """Yield row indices of parts of a batch, each of at most `max_rows` rows, in order."""
+    """Yield the row indices of consecutive parts of a batch, (rows,) int64, each of at most `max_rows` rows."""
     for start in range(0, num_rows, max_rows):
         yield np.arange(start, min(start + max_rows, num_rows))
 
 
 def as_slice(rows: np.ndarray) -> slice | np.ndarray:
-    """Return row indices as a slice if they are consecutive, so that indexing does not copy."""
+    """Return ascending row indices, (rows,) with at least one, as a slice if they are consecutive.
+
+    Indexing by a slice does not copy.
+    """
     first, last = int(rows[0]), int(rows[-1])
     return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
@@ -162,8 +197,8 @@ def row_slices_by_video(
     """Yield row indices of parts of a batch, each within the limits of rows and of different videos.
 
     Args:
-        video_index: (B,) int, the video of each row.
-        max_rows, max_videos: limits of one part.
+        video_index: (B,) int, the index of the video of each row.
+        max_rows, max_videos: maximum number of rows, and of different videos, of one part.
         num_videos: number of videos, including those that no row refers to.
     """
     if num_videos <= max_videos:
@@ -182,8 +217,8 @@ def gather_rows(
     """Return the heads of a batch that ran in parts.
 
     Args:
-        num_rows: of the batch.
-        outputs: row indices and outputs of each part.
+        num_rows: number of rows of the batch.
+        outputs: row indices and outputs (name to array) of each part.
         empty_outputs: returns the outputs of an empty batch.
     """
     if len(outputs) == 1:
@@ -199,9 +234,17 @@ def gather_rows(
 
 
 def referenced_videos(video_index: np.ndarray, num_videos: int, max_videos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the videos that rows refer to, (V,), and for each row its index among them, (B,).
+    """Return the videos that rows refer to.
 
     All videos are returned if they fit, because `np.unique` takes longer than a small network.
+
+    Args:
+        video_index: (B,) int, the index of the video of each row.
+        num_videos: number of videos, including those that no row refers to.
+        max_videos: maximum number of videos of one run.
+
+    Returns:
+        (V,) int indices of videos, and (B,) int, for each row the index of its video among them.
     """
     if len(video_index) == 1:
         return video_index, np.zeros(1, np.int32)
@@ -224,12 +267,24 @@ class TensorSlice:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def view(self, buffer: np.ndarray) -> np.ndarray:
-        """Return the tensor in `buffer`, (size,) uint8, without copying."""
+        """Return the tensor as a view of a buffer, without copying.
+
+        Args:
+            buffer: 1-D uint8 array, as large as the layout of `pack_tensors`.
+        """
         return buffer[self.offset : self.offset + self.size].view(self.dtype).reshape(self.shape)
 
 
 def pack_tensors(shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype]) -> tuple[dict[str, TensorSlice], int]:
-    """Return a layout of tensors in one buffer, so that one copy moves them all, and its size in bytes."""
+    """Return a layout of tensors in one buffer, so that one copy moves them all.
+
+    Args:
+        shapes: tensor name to shape.
+        dtypes: tensor name to data type; may have further names.
+
+    Returns:
+        Tensor name to its slice of the buffer, and the size of the buffer in bytes.
+    """
     slices, offset = {}, 0
     for name, shape in shapes.items():
         slices[name] = TensorSlice(offset, shape, dtypes[name])

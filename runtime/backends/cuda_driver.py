@@ -82,7 +82,7 @@ class Cuda:
         library: replaces libcuda in tests.
 
     Attributes:
-        name: of the GPU.
+        name: name of the GPU.
         capability: compute capability, as "9.0".
         driver: newest CUDA version that the driver supports, as "13.0".
 
@@ -160,11 +160,11 @@ class Cuda:
         self._check("cuMemFreeHost", array.ctypes.data)
 
     def copy_in(self, address: int, host: int, size: int, stream: int) -> None:
-        """Enqueue a copy of `size` bytes of page-locked memory at `host` to the GPU."""
+        """Enqueue on `stream` a copy of `size` bytes from page-locked memory at `host` to the GPU at `address`."""
         self._check("cuMemcpyHtoDAsync_v2", address, host, size, stream)
 
     def copy_out(self, host: int, address: int, size: int, stream: int) -> None:
-        """Enqueue a copy of `size` bytes of the GPU to page-locked memory at `host`."""
+        """Enqueue on `stream` a copy of `size` bytes from the GPU at `address` to page-locked memory at `host`."""
         self._check("cuMemcpyDtoHAsync_v2", host, address, size, stream)
 
     def stream(self) -> int:
@@ -211,7 +211,7 @@ class Cuda:
         self._check("cuEventRecord", event, stream)
 
     def elapsed_ms(self, start: int, end: int) -> float:
-        """Return the milliseconds between two recorded events of a synchronized stream."""
+        """Return the milliseconds between two events of `event` that were recorded on a synchronized stream."""
         elapsed = ctypes.c_float()
         self._check("cuEventElapsedTime", ctypes.byref(elapsed), start, end)
         return elapsed.value

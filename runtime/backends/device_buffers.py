@@ -18,16 +18,16 @@ class DeviceBuffers:
     All inputs share one buffer, so that one copy moves them to the GPU; so do all outputs.
 
     Args:
-        cuda: the GPU.
+        cuda: GPU on which memory is allocated.
 
     Attributes:
-        stream: of the engine and its copies.
-        events: start and end of a timed run.
-        scratch: address of the memory that all contexts share.
-        device_in, device_out: addresses of inputs and outputs.
+        stream: handle of the stream on which the engine and its copies run.
+        events: handles of the events at the start and the end of a timed run.
+        scratch: GPU address of the memory that all contexts share.
+        device_in, device_out: GPU addresses of inputs and outputs.
         host_in, host_out: page-locked memory of the same sizes, (bytes,) uint8.
-        encodings: addresses of the tensors of encodings by number of slots, which differs among profiles, and name.
-        staging: page-locked source of each of them, of the same shape.
+        encodings: GPU addresses of the tensors of encodings by number of slots, which differs among profiles, and name.
+        staging: page-locked source of each tensor of `encodings`, of the same shape.
         device_bytes: bytes allocated on the device.
     """
 
@@ -53,7 +53,12 @@ class DeviceBuffers:
         self.scratch = self._allocate(size)
 
     def allocate_encodings(self, shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype]) -> None:
-        """Allocate the tensors of encodings, (slots, ...) each, once for each number of slots."""
+        """Allocate the tensors of encodings, once for each number of slots.
+
+        Args:
+            shapes: tensor name to shape, (slots, ...).
+            dtypes: tensor name to data type.
+        """
         for name, shape in shapes.items():
             key = (shape[0], name)
             if key not in self.encodings:
@@ -75,7 +80,13 @@ class DeviceBuffers:
         self.cuda.copy_out(self.host_out.ctypes.data, self.device_out, size, self.stream)
 
     def upload(self, name: str, slots: int, slot: int) -> None:
-        """Enqueue a copy of one encoding from `staging` to its slot on the device."""
+        """Enqueue a copy of one encoding from `staging` to its slot on the device.
+
+        Args:
+            name: name of the tensor.
+            slots: number of slots of the tensor.
+            slot: index of the slot.
+        """
         host = self.staging[slots, name][slot]
         self.cuda.copy_in(self.encodings[slots, name] + slot * host.nbytes, host.ctypes.data, host.nbytes, self.stream)
 

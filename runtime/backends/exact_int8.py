@@ -176,7 +176,7 @@ def read_contents(content: Buffer) -> Contents:
     """Return the structure of a serialized model; ValueError if it is no model."""
     graphs = [field for field in fields(content, 0, len(content)) if field[0] == _MODEL_GRAPH]
     if len(graphs) != 1:
-        raise ValueError(f"it has {len(graphs)} graphs")
+        raise ValueError(f"it has {len(graphs)} graphs, expected one")
     _, _, graph_start, start, end = graphs[0]
     nodes, tensors, values, io_types = [], {}, [], []
     for number, _, tag, first, last in fields(content, start, end):
@@ -234,7 +234,11 @@ def weights_in_file(path: Path) -> dict[str, int]:
 
 
 def weights_text(weights: Mapping[str, int]) -> str:
-    """Return the share of each data type among the weights, as text."""
+    """Return the share of each data type among the weights as text: "99.0 % int8, 1.0 % fp32".
+
+    Args:
+        weights: data type to number of weights, in the order of the text.
+    """
     total = sum(weights.values())
     return ", ".join(f"{100 * count / total:.1f} % {name}" for name, count in weights.items())
 

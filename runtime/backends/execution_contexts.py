@@ -26,10 +26,10 @@ class EngineTensors:
     """The inputs and outputs of an engine.
 
     Attributes:
-        axes: dynamic axes of each input; see `batch_shapes.AXES`.
+        axes: input name to the names of its dynamic axes; see `batch_shapes.AXES`.
         encodings: names of the inputs that stay on the device.
-        outputs: names, in the order of the results.
-        dtypes: of all tensors.
+        outputs: names of the outputs, in the order of the results.
+        dtypes: tensor name to data type, for all inputs and outputs.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -38,12 +38,26 @@ class EngineTensors:
     dtypes: Mapping[str, np.dtype]
 
     def pack_inputs(self, shapes: Mapping[str, Shape]) -> tuple[dict[str, TensorSlice], int]:
-        """Return the layout of the inputs that are copied for each run, and its size in bytes."""
+        """Return the layout of the inputs that are copied for each run.
+
+        Args:
+            shapes: input name to shape.
+
+        Returns:
+            Input name to its slice of the buffer, and the size of the buffer in bytes.
+        """
         copied = {name: shape for name, shape in shapes.items() if name not in self.encodings}
         return pack_tensors(copied, self.dtypes)
 
     def pack_outputs(self, context: Any) -> tuple[dict[str, TensorSlice], int]:
-        """Return the layout of the outputs of a context whose input shapes are set, and its size in bytes."""
+        """Return the layout of the outputs of a context.
+
+        Args:
+            context: `IExecutionContext` whose input shapes are set.
+
+        Returns:
+            Output name to its slice of the buffer, and the size of the buffer in bytes.
+        """
         return pack_tensors({name: tuple(context.get_tensor_shape(name)) for name in self.outputs}, self.dtypes)
 
 
@@ -52,11 +66,11 @@ class ExecutionState:
     """The execution context of one profile and shape.
 
     Attributes:
-        profile, sizes: the profile, and the padded size of each axis.
-        context: of TensorRT, with these shapes set.
-        inputs, outputs: views of page-locked memory.
+        profile, sizes: the profile, and the padded size of each of its axes.
+        context: TensorRT's `IExecutionContext`, with the shapes of `sizes` set.
+        inputs, outputs: tensor name to a view of page-locked memory.
         bytes_in, bytes_out: bytes that one run copies.
-        runs: number of runs.
+        runs: number of runs so far.
         graph: CUDA graph of a run; None until it is captured.
     """
 
@@ -79,7 +93,7 @@ class ExecutionContexts:
 
     Args:
         trt: the module of TensorRT.
-        engine: `ICudaEngine`.
+        engine: TensorRT's `ICudaEngine`, deserialized.
         tensors: inputs and outputs of the engine.
         buffers: memory of the engine.
         kernels: file for the kernels that TensorRT-RTX compiles.
@@ -87,7 +101,7 @@ class ExecutionContexts:
         run_advice: returns what to do if a run fails, as the end of an error message.
 
     Attributes:
-        states: by profile index and padded sizes.
+        states: execution states by profile index and padded sizes.
         captures: whether CUDA graphs are captured: False after a failure, and for TensorRT-RTX, which captures itself.
         scratch_bytes: memory that all contexts share.
         gpu_ms: milliseconds that the GPU spent on the network since this was set to 0, if `timed`.
@@ -120,7 +134,16 @@ class ExecutionContexts:
         self._cache: Any = None
 
     def create(self, profile: OptimizationProfile, shapes: Mapping[str, Shape]) -> Any:
-        """Create a context for a profile and input shapes."""
+        """Return a new `IExecutionContext` for a profile and input shapes.
+
+        Args:
+            profile: profile of the engine.
+            shapes: input name to shape, within the profile.
+
+        Raises:
+            CudaError: TensorRT cannot create the context, or rejects a shape.
+            OutOfDeviceMemory: the GPU's memory is full.
+        """
         context = self._create_context()
         self._checker.require(
             context is not None,
@@ -188,7 +211,12 @@ class ExecutionContexts:
         self._timed = timed
 
     def state(self, profile: OptimizationProfile, sizes: Mapping[str, int]) -> ExecutionState:
-        """Return the state of a profile and padded sizes, created at the first call."""
+        """Return the state of a profile and padded sizes, which is created at the first call.
+
+        Args:
+            profile: profile of the engine.
+            sizes: axis to padded size, as `choose_profile` returns them.
+        """
         key = (profile.index, *sizes.values())
         state = self.states.get(key)
         if state is None:

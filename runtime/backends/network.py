@@ -19,13 +19,13 @@ Encoding = Union[Segments, EncodedVideo]
 
 
 class UnsplitNetwork:
-    """Run a model that was not split; its encoding of a window is the segments."""
+    """Run a model that was not split. Its input is segments, so the encoding of a window is the segments themselves."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     def encode(self, segments: Segments, duration: float, name: str, offset: float = 0.0) -> Segments:
-        """Return the segments as they are."""
+        """Return the segments unchanged; the other arguments have no effect."""
         del duration, name, offset
         return segments
 
@@ -40,7 +40,14 @@ class UnsplitNetwork:
     def run(
         self, tokens: np.ndarray, lengths: np.ndarray, encodings: Sequence[Encoding], encoding_index: np.ndarray
     ) -> Heads:
-        """Return the heads of B queries; see `SplitNetwork.run`."""
+        """Return the heads of B queries; see `SplitNetwork.run`.
+
+        Args:
+            tokens: (B, L) int32 word ids, 0 past each length.
+            lengths: (B,) int32 lengths in tokens.
+            encodings: segments of V windows.
+            encoding_index: (B,) int32 index in `encodings` of the window of each query.
+        """
         segments = [cast(Segments, encodings[index]) for index in encoding_index]
         return self._backend.run(Batch(tokens, lengths, *stack_segments(segments)))
 
@@ -62,8 +69,9 @@ class SplitNetwork:
 
         Args:
             segments: (T, D) features and (T, 2) spans of the window.
-            duration: of the window, in seconds.
-            name, offset: of its video; the offset in seconds.
+            duration: duration of the window, in seconds.
+            name: name of the video of the window.
+            offset: seconds from the start of the video file to its first frame.
         """
         features = self._backend.encode(segments.features[None].astype(np.float32, copy=False))[0]
         return EncodedVideo(features, segments.spans.astype(np.float32), duration, name, self.video_part, offset=offset)
@@ -93,8 +101,11 @@ class SplitNetwork:
         Args:
             tokens: (B, L) int32 word ids, 0 past each length.
             lengths: (B,) int32 lengths in tokens.
-            encodings: of V windows.
-            encoding_index: (B,) int32 index of the window of each query.
+            encodings: encodings of V windows.
+            encoding_index: (B,) int32 index in `encodings` of the window of each query.
+
+        Returns:
+            Heads of the queries, as `Backend.run` returns them.
         """
         return self._backend.ask(tokens, lengths, cast("Sequence[EncodedVideo]", encodings), encoding_index)
 

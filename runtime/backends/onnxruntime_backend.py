@@ -38,13 +38,15 @@ class Session:
     """A DRN model file, or one part of a split model, open in ONNX Runtime.
 
     Args:
-        path, device, threads: see `create_session`.
-        part_of: for a video part, the path of the query part and the SHA-256 that it records for this file.
+        path: the `.onnx` file.
+        device: `auto`, `cpu` or `cuda`; see `create_session`.
+        threads: number of CPU threads; ONNX Runtime's default when None.
+        part_of: for a video part, the path of the query part and the SHA-256 that it records for this file; else None.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         device: `cpu` or `cuda`.
-        manifest: of the model, with the precision of its weights.
+        manifest: manifest of the model, with the precision of its weights.
         uses_io_binding: whether tensors are bound, so that those on the GPU are not copied again.
 
     Raises:
@@ -131,7 +133,11 @@ class Session:
             raise ShapeError(f"The model does not accept this batch: {message}. Check the shapes.") from error
 
     def to_device(self, array: np.ndarray) -> Any:
-        """Copy an array to the session's device, as a tensor for `run`; DeviceError as of `run`."""
+        """Copy an array to the session's device, as a tensor for `run`.
+
+        Raises:
+            DeviceError: this process was forked after CUDA was started.
+        """
         self._check_process()
         import onnxruntime as ort
 
@@ -168,7 +174,13 @@ class OnnxRuntimeBackend:
         self._session = session
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch; raises as `Session.run`."""
+        """Return the heads of a batch; see `Backend.run` for shapes.
+
+        Raises:
+            ShapeError: the arrays do not fit the graph.
+            DeviceMemoryError: the device has no memory left.
+            DeviceError: this process was forked after CUDA was started.
+        """
         return Heads(*self._session.run(HEAD_NAMES, vars(batch)))
 
 
@@ -176,7 +188,7 @@ class OnnxRuntimePair:
     """Run a model that was split into two `.onnx` files; see `PairBackend`.
 
     Args:
-        query: the query part.
+        query: session of the query part.
         threads: CPU threads of the video part.
 
     Raises:
@@ -196,7 +208,12 @@ class OnnxRuntimePair:
         self._video.require(VIDEO_INPUTS, VIDEO_OUTPUTS)
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return (V, D, T) encoded features of (V, T, D) float32 segments."""
+        """Return the encodings of V videos, (V, D, T) float32 or float16, from their (V, T, D) float32 segments.
+
+        Raises:
+            ShapeError: the segments do not fit the graph.
+            DeviceMemoryError: the device has no memory left.
+        """
         (encoded,) = self._video.run(VIDEO_OUTPUTS, {"segment_features": segment_features})
         return encoded
 
@@ -207,7 +224,12 @@ class OnnxRuntimePair:
         videos: Sequence[EncodedVideo],
         video_index: np.ndarray,
     ) -> Heads:
-        """Return the heads of B queries; see `PairBackend`."""
+        """Return the heads of B queries; see `PairBackend.ask` for shapes.
+
+        Raises:
+            ShapeError: the arrays do not fit the graph.
+            DeviceMemoryError: the device has no memory left.
+        """
         if not len(query_length):
             return Heads(*self._query.run(HEAD_NAMES, {"query_length": query_length}))
         (first, *others) = videos
@@ -235,7 +257,7 @@ class OnnxRuntimePair:
             raise
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch; see `run_pair`."""
+        """Return the heads of a batch, each row with a video of its own; see `Backend.run` for shapes."""
         return run_pair(self, batch)
 
 
@@ -246,11 +268,13 @@ def open_graph(
 
     Args:
         path: the `.onnx` file; that of the query part if the model was split.
-        device, threads: see `create_session`.
+        device: `auto`, `cpu` or `cuda`; see `create_session`.
+        threads: number of CPU threads; ONNX Runtime's default when None.
 
     Raises:
-        ModelFileError: as of `Session` and `OnnxRuntimePair`, or the file is a video part.
-        DeviceError: as of `Session`.
+        ModelFileError: the file is damaged, is no DRN model, or is a video part; or the video part of a query part is
+            missing or is not the one that it records.
+        DeviceError: ONNX Runtime is not installed, or does not support the device.
     """
     session = Session(Path(path), device, threads)
     part = session.manifest.part

@@ -59,17 +59,18 @@ class TensorRTEngine:
 
     Args:
         library: the module `tensorrt`, `tensorrt_lean` or `tensorrt_rtx`.
-        cuda: the GPU.
-        path, sidecar: the engine file and its metadata.
+        cuda: GPU that runs the engine.
+        path: the engine file.
+        sidecar: metadata of the engine.
 
     Attributes:
-        path, sidecar, cuda: see above.
-        profiles: optimization profiles.
-        query_length: min, opt and max over the profiles, in tokens; zeros if the engine takes no queries.
-        lock: for exclusive use by one thread; the engines of a model share one lock.
-        tensors: inputs and outputs.
+        path, sidecar, cuda: the arguments.
+        profiles: optimization profiles, in the order of the build.
+        query_length: min, opt and max number of tokens over the profiles; zeros if the engine takes no queries.
+        lock: lock for exclusive use by one thread; the engines of a model share one lock.
+        tensors: names, axes and data types of inputs and outputs.
         buffers: memory, with the slots of encodings.
-        contexts: execution contexts.
+        contexts: execution contexts, one for each profile and shape.
         is_bfloat16: whether encodings are stored as bfloat16 bits.
         closed: whether everything was released.
         rows_answered: number of rows that have run.
@@ -194,8 +195,8 @@ class TensorRTEngine:
         """Run a batch.
 
         Args:
-            inputs: arrays by name, except encodings. They are padded to the shape that the engine runs.
-            sizes: of each axis (`batch`, `query_length`, `video`) that the engine has.
+            inputs: arrays by input name, except encodings. They are padded to the shape that the engine runs.
+            sizes: size of each axis (`batch`, `query_length`, `video`) that the engine has.
 
         Returns:
             Copies of the outputs by name, without padding.
@@ -218,12 +219,28 @@ class TensorRTEngine:
         return outputs
 
     def key(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Return profile index and padded sizes; requests of equal key share a context. Raises as `choose`."""
+        """Return the profile index and the padded sizes of a request; requests of equal key share a context.
+
+        Args:
+            sizes: size of each axis that the engine has.
+
+        Raises:
+            ShapeError: the request is too large for every profile.
+        """
         profile, padded = self.choose(sizes)
         return (profile.index, *padded.values())
 
     def warm(self, sizes: Mapping[str, int]) -> None:
-        """Run zeros until requests of these sizes need no new context and no capture; arguments and errors as `run`."""
+        """Run zeros until requests of these sizes need no new context and no capture of a CUDA graph.
+
+        Args:
+            sizes: size of each axis that the engine has.
+
+        Raises:
+            ShapeError: the request is too large for every profile.
+            OutOfDeviceMemory: the GPU's memory is full.
+            CudaError: TensorRT or the GPU failed.
+        """
         profile, _ = self.choose(sizes)
         shapes = profile.shapes(self.tensors.axes, sizes)
         inputs = {
@@ -238,7 +255,14 @@ class TensorRTEngine:
             self.run(inputs, sizes)
 
     def choose(self, sizes: Mapping[str, int]) -> tuple[OptimizationProfile, dict[str, int]]:
-        """Return the profile and padded sizes of a request, cached; see `batch_shapes.choose_profile`."""
+        """Return the profile with the least padding for a request and its padded sizes, cached by size.
+
+        Args:
+            sizes: size of each axis that the engine has.
+
+        Raises:
+            ShapeError: the request is too large for every profile.
+        """
         key = tuple(sizes.values())
         if key not in self._choices:
             if len(self._choices) >= MAX_CACHED_CHOICES:

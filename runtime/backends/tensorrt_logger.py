@@ -14,7 +14,11 @@ log = logging.getLogger("drn")
 
 
 def logger_for(trt: Any) -> Any:
-    """Return an `ILogger` that stores errors in `lines` and the last warning in `last_warning`."""
+    """Return an `ILogger` that stores errors in `lines` and the last warning in `last_warning`.
+
+    Args:
+        trt: the module of TensorRT.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -39,8 +43,8 @@ class CallChecker:
 
     Args:
         trt: the module of TensorRT.
-        logger: as `logger_for` returns it, to which the engine logs.
-        name: of the engine file.
+        logger: logger from `logger_for`, to which the engine logs.
+        name: name of the engine file, for messages.
     """
 
     def __init__(self, trt: Any, logger: Any, name: str) -> None:
@@ -77,7 +81,7 @@ def explain_startup_failure(trt: Any, logger: Any, driver: str | None) -> Iterat
 
     Args:
         trt: the module of TensorRT.
-        logger: as `logger_for` returns it, passed to the constructor.
+        logger: logger from `logger_for`, which the constructor gets.
         driver: newest CUDA version that the driver supports; None if unknown.
 
     Raises:

@@ -41,7 +41,7 @@ class PlanUse:
 
     Attributes:
         name: file name of the plan.
-        max_query_length: in tokens.
+        max_query_length: maximum number of tokens of a query.
         queries: number of queries since it was opened.
     """
 
@@ -104,7 +104,11 @@ class TensorRTModel:
     def _run_parts(
         self, parts: Iterable[np.ndarray], run: Callable[[np.ndarray], Mapping[str, np.ndarray]]
     ) -> list[RowOutputs]:
-        """Run the rows of each part while no other call runs, and return rows and outputs; raises as `_run_part`."""
+        """Run the rows of each part while no other call runs, and return rows and outputs.
+
+        Raises:
+            DeviceError: the GPU's memory is full, the GPU failed, or this process was forked after it was opened.
+        """
         with self._exclusive():
             for network in self._networks:
                 network.contexts.gpu_ms = 0.0

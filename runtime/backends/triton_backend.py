@@ -28,7 +28,19 @@ class Call(Protocol):
     """Protocol of a function that runs a model of the server."""
 
     def __call__(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        """Return the requested outputs in this order."""
+        """Run a model and return its outputs.
+
+        Args:
+            model: name of the model on the server.
+            inputs: array of each input by name, with the batch as the first axis.
+            outputs: names of the outputs to return.
+
+        Returns:
+            The outputs, in the order of `outputs`.
+
+        Raises:
+            ServerError: the server cannot be reached, or the model failed.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +50,7 @@ class FrontConfig:
     They are stored next to the front model and in its configuration.
 
     Attributes:
-        manifest: of the model; its maximum query length is that of the network.
+        manifest: manifest of the model; its maximum query length is that of the network.
         network: Triton name of the whole network, or of the query part.
         video_network: Triton name of the video part; empty for a whole network.
         batch: maximum number of queries in a request.
@@ -77,7 +89,7 @@ class FrontConfig:
             config = cls(**{**value, "manifest": Manifest.from_dict(value["manifest"], source)})
             sizes = (config.batch, config.videos, config.encoded_together)
             if not all(type(size) is int and size > 0 for size in sizes):
-                raise ValueError(f"its sizes are {excerpt(sizes)}")
+                raise ValueError(f"its batch sizes are {excerpt(sizes)}, expected integers above 0")
             if not isinstance(config.network, str) or not isinstance(config.video_network, str):
                 raise ValueError("its networks have no names")
             return config
@@ -87,7 +99,7 @@ class TritonBackend:
     """Run a model that was not split on a Triton server; see `Backend`.
 
     Args:
-        config: of the front model.
+        config: configuration of the front model.
         call: runs a model of the server.
     """
 
@@ -97,7 +109,12 @@ class TritonBackend:
         self._call = call
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch, requested in parts of the maximum batch size; raises as the call does."""
+        """Return the heads of a batch, requested in parts of the maximum batch size; see `Backend.run` for shapes.
+
+        Raises:
+            ShapeError: a query is longer than the network accepts.
+            ServerError: the server cannot be reached, or the model failed.
+        """
         tokens = _padded(batch.query_tokens, self.manifest.max_query_length)
         # Tensors of a batched Triton model have at least one axis besides the batch.
         lengths = batch.query_length[:, None]
@@ -115,7 +132,12 @@ class TritonBackend:
 
 
 class TritonPair:
-    """Run a split model on a Triton server; see `PairBackend`. Arguments as of `TritonBackend`."""
+    """Run a split model on a Triton server; see `PairBackend`.
+
+    Args:
+        config: configuration of the front model.
+        call: runs a model of the server.
+    """
 
     def __init__(self, config: FrontConfig, call: Call) -> None:
         self.manifest = config.manifest
@@ -123,7 +145,11 @@ class TritonPair:
         self._call = call
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return (V, D, T) encodings of (V, T, D) float32 segments."""
+        """Return the encodings of V videos, (V, D, T) float32 or float16, from their (V, T, D) float32 segments.
+
+        Raises:
+            ServerError: the server cannot be reached, or the model failed.
+        """
         name, results = self._config.video_network, []
         for rows in row_slices(len(segment_features), self._config.encoded_together):
             inputs = {"segment_features": segment_features[as_slice(rows)]}
@@ -137,7 +163,12 @@ class TritonPair:
         videos: Sequence[EncodedVideo],
         video_index: np.ndarray,
     ) -> Heads:
-        """Return the heads of B queries; see `PairBackend.ask`."""
+        """Return the heads of B queries; see `PairBackend.ask` for shapes.
+
+        Raises:
+            ShapeError: a query is longer than the network accepts.
+            ServerError: the server cannot be reached, or the model failed.
+        """
         tokens = _padded(query_tokens, self.manifest.max_query_length)
         parts = []
         for rows in row_slices_by_video(video_index, self._config.batch, self._config.videos, len(videos)):
@@ -153,7 +184,7 @@ class TritonPair:
         return _gather_rows(len(query_length), parts)
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch; see `run_pair`."""
+        """Return the heads of a batch, each row with a video of its own; see `Backend.run` for shapes."""
         return run_pair(self, batch)
 
 

@@ -39,7 +39,7 @@ class Address:
     Attributes:
         protocol: `grpc` or `http`.
         secure: whether TLS is used and the certificate is verified.
-        host, port: of the server.
+        host, port: name and port of the server.
         model: name of the front model.
     """
 
@@ -127,7 +127,19 @@ class Connection:
         return FrontConfig.from_json(parameters[PARAMETER]["string_value"], f"{name} at {self.address}")
 
     def call(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        """Run a model of the server and return the requested outputs; ServerError if that fails."""
+        """Run a model of the server.
+
+        Args:
+            model: name of the model on the server.
+            inputs: array of each input by name, with the batch as the first axis.
+            outputs: names of the outputs to return.
+
+        Returns:
+            The outputs, in the order of `outputs`.
+
+        Raises:
+            ServerError: the server cannot be reached, or the model failed.
+        """
         tensors = []
         for name, value in inputs.items():
             array = np.ascontiguousarray(value)
@@ -211,7 +223,11 @@ class ServedModel:
         windows: Windows | Literal["model"] | None,
         always: bool,
     ) -> Iterator[list[Moment]]:
-        """Yield the moments of each query, best first; ServerError if the server cannot be reached or fails."""
+        """Yield the moments of each query in seconds, best first; see `QueryServer.ground` for the arguments.
+
+        Raises:
+            ServerError: the server cannot be reached, or fails.
+        """
         inputs = {
             triton_protocol.QUERY: np.array([[query.encode() for query in queries]], np.object_),
             triton_protocol.FEATURES: video.features[None].astype(np.float32, copy=False),
@@ -239,7 +255,7 @@ def connect(
     """Connect to a front model on a Triton server.
 
     Args:
-        address: `triton://HOST:PORT/MODEL`.
+        address: address of the front model, `triton://HOST:PORT/MODEL`.
         device, threads: must be `auto` and None, because the server decides.
 
     Returns:

@@ -29,7 +29,7 @@ class TimedCase:
 
     Attributes:
         case: group, name and size.
-        calls: by model, for the models that support the case.
+        calls: call of each model that supports the case.
         max_seconds: time limit for each model; None for no limit.
     """
 
@@ -113,7 +113,13 @@ CASE_GROUPS: tuple[tuple[str, Callable[[CaseInputs], Generator[TimedCase, None, 
 
 
 def phases_call(model: BenchmarkedModel, size: int, samples: list[dict[str, float]]) -> Call:
-    """Return a call that grounds `size` queries about new videos and appends the seconds of each phase to `samples`."""
+    """Return a call that grounds queries about new videos and records the time of each phase.
+
+    Args:
+        model: the model.
+        size: number of queries.
+        samples: list to which the seconds of each phase are appended at every call.
+    """
     return Call(
         lambda pairs: samples.append(time_phases(model.grounder, pairs)[1]),
         lambda number: model.unseen_pairs(number, size),

@@ -51,10 +51,10 @@ class ComparedModel:
 
     Attributes:
         name: file name, or path where names are equal.
-        precision: of its manifest.
-        size: bytes of all its files.
-        latency: of one query on a known video, from text to moments.
-        queries_per_s: with full batches.
+        precision: precision that its manifest records.
+        size: size of all its files in bytes.
+        latency: latency of one query on a known video, from text to moments.
+        queries_per_s: queries per second with full batches.
         speed_up: relative to the first model in the same rounds; None for the first.
         metrics: recall and mIoU on all queries, as fractions.
         lost, gained: queries that only the first model, or only this model, answers with IoU 0.7.
@@ -155,12 +155,12 @@ def compare(
     Args:
         models: .onnx, .engine or .pt files, the reference first. For a split model give the query part.
         data: directory of a data set. docs/formats.md lists the formats.
-        split: train, val or test.
+        split: split of the queries: train, val or test.
         limit: use only the first N queries for recall.
         samples: number of timed calls per model with one query.
         batch: number of queries per batch when measuring throughput.
-        device: auto, cpu or cuda.
-        threads: number of CPU threads per network.
+        device: device that runs the models; auto selects cuda if it is available.
+        threads: number of CPU threads per network. Default: set by the library that runs the model.
         output: JSON file to write all values to.
         markdown: Markdown file to write the table to.
         plot: PNG file to draw latency and recall in.
@@ -211,8 +211,8 @@ def _check(
     """Check the options before any model is opened.
 
     Args:
-        models: files.
-        data_set: whose files must not be overwritten.
+        models: model files.
+        data_set: data set whose files must not be overwritten.
         counts: --samples, --batch and --limit.
         outputs: JSON, Markdown and PNG file to write.
     """
@@ -222,7 +222,9 @@ def _check(
         )
     if min(1 if count is None else count for count in counts) < 1:
         raise GroundingError(
-            "Expected --samples, --batch and --limit of at least 1, got {}, {} and {}.".format(*counts),
+            "Expected --samples, --batch and --limit of at least 1, got {}, {} and {}. Correct the option.".format(
+                *counts
+            ),
             code="invalid_option",
         )
     for path in models:
@@ -298,6 +300,10 @@ def _measure(
 
 def draw(comparison: Comparison, path: Path) -> None:
     """Draw the latency of one query and R@1 IoU=0.7 of each model into a PNG file.
+
+    Args:
+        comparison: measurements of the models.
+        path: PNG file to write.
 
     Raises:
         DeviceError: matplotlib is not installed.

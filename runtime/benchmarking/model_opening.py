@@ -110,6 +110,11 @@ def _gpu_growth(before: gpu_info.Gpu | None) -> int | None:
 def cold_start(path: Path, device: Device, threads: int | None) -> float:
     """Return the seconds from the start of a new process until it has grounded a query.
 
+    Args:
+        path: the model file.
+        device: auto, cpu or cuda.
+        threads: number of CPU threads of the network; the library's default when None.
+
     Raises:
         DeviceError: the process failed.
     """

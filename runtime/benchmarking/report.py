@@ -39,8 +39,8 @@ class BenchmarkCase:
 
     Attributes:
         group: "one query", "batch size", "queries per video" or "query length".
-        name: of the case in its group.
-        boundary: the timing scope.
+        name: name of the case in its group.
+        boundary: the timing scope: which steps a call includes.
         size: number of queries, or of words in the group "query length".
         queries: number of queries in one call.
     """
@@ -57,12 +57,12 @@ class Timing:
     """The latency of a case with one model.
 
     Attributes:
-        case: the measurement.
+        case: what was measured.
         model: label of the model.
-        latency: of one call; None if it failed.
+        latency: latency of one call; None if the case failed.
         warm_up: the calls before the samples.
         speedup: speed relative to the first model, in the same rounds; None for the first.
-        failed: error message if there are no samples.
+        failed: error message if there are no samples; else None.
     """
 
     case: BenchmarkCase
@@ -144,14 +144,14 @@ class ModelInfo:
 
     Attributes:
         label: name of the model in tables.
-        sha256: of the file on the command line.
-        files: SHA-256 by file name, of all files of the model.
-        precision: as the manifest records it.
+        sha256: SHA-256 of the file on the command line.
+        files: file name to SHA-256, for all files of the model.
+        precision: precision that the manifest records.
         kind: "pair" for a split model, which encodes videos once.
-        device: of the network.
+        device: device of the network, `cpu` or `cuda`.
         open_s, first_answer_s: seconds in this process until the model was open, and until its first query was done.
         cold_start_s: seconds from the start of a new process until its first query was done; None if that failed.
-        memory: of the model.
+        memory: memory that the model uses, in bytes.
     """
 
     label: str
@@ -213,7 +213,7 @@ class Agreement:
         Args:
             model: label of the model.
             actual, expected: moments of each query, best first, of this and of the first model.
-            visible_s: see above.
+            visible_s: smallest shift that counts as different, in seconds.
         """
         pairs = list(zip(actual, expected))
         best = [[(side[0].start, side[0].end) for side in pair] for pair in pairs if all(pair)]
@@ -232,15 +232,15 @@ class Report:
     """All results of one run of the benchmark.
 
     Attributes:
-        date: of the run, YYYY-MM-DD.
+        date: date of the run, YYYY-MM-DD.
         command: command line that repeats the run.
         hardware: CPU, cores and GPU.
-        versions: version by package.
+        versions: package to version.
         settings: options of the run.
         inputs: description and number of queries and videos, and whether they are synthetic.
-        models: in the order of the command line; ratios refer to the first.
-        agreements: of the other models with the first.
-        timings: in order of measurement.
+        models: measured models, in the order of the command line; ratios refer to the first.
+        agreements: agreement of each other model with the first.
+        timings: latency of each case and model, in the order of measurement.
         phases: time of each phase.
         peak_rss_bytes: peak memory of the process.
         conditions: states of the machine, in order of time.
@@ -286,7 +286,11 @@ class Report:
 
 
 def environment_line(report: Mapping[str, Any]) -> str:
-    """Return hardware, threads, versions and date of a report in a phrase; `report` is its JSON object."""
+    """Return hardware, threads, versions and date of a report in one phrase.
+
+    Args:
+        report: JSON object of a report, as `read_report` returns it.
+    """
     hardware, threads = report["hardware"], report["settings"]["threads"]
     on_gpu = any(model["device"] == "cuda" for model in report["models"]) and hardware["gpu"]
     parts = [str(hardware["gpu"])] if on_gpu else []
@@ -300,8 +304,8 @@ def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str]
     """Return the header and rows of the latency table of one model, for its parity report.
 
     Args:
-        report: as `read_report` returns it.
-        sha256: of the model file.
+        report: JSON object of a report, as `read_report` returns it.
+        sha256: SHA-256 of the model file.
 
     Raises:
         ModelFileError: the report has no latency of this model.
@@ -327,7 +331,7 @@ def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str]
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the JSON object that `Report.to_dict` returns.
+    """Return the JSON object of a report that `runtime.benchmark --output` wrote.
 
     Raises:
         ModelFileError: the file is no report, or lacks a value that `latency_table` reads.

@@ -1,4 +1,4 @@
-"""Read what machine this is, and its current load, clocks and temperature."""
+"""Report the hardware and software of this machine, and its present load, clocks and temperature."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "torch"
 
 @dataclasses.dataclass(frozen=True)
 class SystemState:
-    """The state of the machine at one moment.
+    """The state of the machine at one time; values that the system does not report are None.
 
     Attributes:
-        when: for people: before, after, or what was measured last.
-        load: processes that ran or waited, on average over the last minute; None where the system does not say.
-        cpu_mhz: mean clock of the CPU's cores.
-        governor: how Linux chooses that clock.
-        gpu: the first GPU that CUDA would take.
+        when: time of the state in words: before, after, or the case that was measured last.
+        load: mean number of processes that ran or waited in the last minute.
+        cpu_mhz: mean clock of the CPU cores in MHz.
+        governor: Linux frequency governor, which sets that clock.
+        gpu: the first GPU that CUDA would use.
     """
 
     when: str
@@ -49,7 +49,11 @@ def versions() -> dict[str, str]:
 
 
 def conditions(when: str) -> SystemState:
-    """Look at the machine now; takes up to a second where there is a GPU."""
+    """Return the present state of the machine; takes up to a second with a GPU.
+
+    Args:
+        when: time of the state in words, for the report.
+    """
     try:
         load: float | None = os.getloadavg()[0]
     except OSError:
@@ -60,38 +64,38 @@ def conditions(when: str) -> SystemState:
 
 
 def background_load_warning(before: float | None, after: float | None, num_cores: int, threads: int) -> str | None:
-    """Return a sentence if others left too little of the machine, else None.
+    """Return a warning if other processes used cores that the benchmark needed; else None.
 
     Args:
-        before: load before anything was measured, which is of others.
+        before: load before the measurements, which is that of other processes.
         after: load at the end, this process included.
-        num_cores: that this process may use.
-        threads: that it used.
+        num_cores: number of cores that this process may use.
+        threads: number of threads that it used.
     """
     others = max(before or 0.0, (after or 0.0) - threads)
     if others + threads <= num_cores + 0.25:
         return None
     return (
-        f"The machine was busy: others kept {others:.1f} of its {num_cores} cores at work, and this took {threads} "
-        "more. Times are longer than on a quiet machine; ratios of one run are steadier than times."
+        f"Other processes used {others:.1f} of the {num_cores} cores, and this one {threads}. Times are longer than on "
+        "an idle machine; ratios from one run vary less than times."
     )
 
 
 def throttling(states: Sequence[SystemState]) -> tuple[str, ...]:
-    """Return what slowed the GPU's clock at any of these moments."""
+    """Return the distinct reasons for a reduced clock of the GPU in these states."""
     reasons = [reason for state in states if state.gpu for reason in state.gpu.throttled_by]
     return tuple(dict.fromkeys(reasons))
 
 
 def peak_rss_bytes() -> int:
-    """Return the most memory that this process ever had."""
+    """Return the peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # In bytes on macOS, in kilobytes elsewhere.
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def rss_bytes() -> int | None:
-    """Return the memory that this process has now; None where the system does not say."""
+    """Return the present resident memory of this process, in bytes; None if the system does not report it."""
     for line in system_lines("/proc/self/statm"):
         return int(line.split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return None

@@ -43,7 +43,12 @@ class Call:
     device_seconds: Callable[[], float] | None = None
 
     def seconds(self, number: int, clock: Clock = time.perf_counter) -> float:
-        """Run call `number` and return its time in seconds."""
+        """Run the call once, and return its time in seconds.
+
+        Args:
+            number: number of the call, the argument of `prepare`.
+            clock: returns seconds.
+        """
         prepared = self.prepare(number)
         start = clock()
         self.run(prepared)
@@ -68,7 +73,11 @@ class Latency:
 
     @classmethod
     def from_samples(cls, seconds: Sequence[float]) -> Latency:
-        """Summarize at least one sample, in seconds."""
+        """Return the latency of at least one sample.
+
+        Args:
+            seconds: time of each call, in seconds.
+        """
         values = np.asarray(seconds, np.float64) * 1e3
         median = percentile(values, 50)
         # `percentile` has no median of a single sample.
@@ -106,6 +115,10 @@ def percentile(values: Sequence[float] | np.ndarray, q: float) -> float | None:
     """Return the smallest sample that `q` percent of the samples do not exceed.
 
     None if there are fewer than 100 / (100 - q) samples, so that none would exceed it.
+
+    Args:
+        values: samples in any unit.
+        q: percent, 0 to 100.
     """
     # In integers, because 100 * 0.9 is not exactly 90 in floating point.
     if len(values) * (100 - q) < 100:

@@ -38,8 +38,8 @@ class Workload:
 
     Attributes:
         pairs: videos and queries.
-        description: of them, as a sentence.
-        synthetic: whether they are random instead of from a data set.
+        description: description of the queries and videos, as a sentence.
+        synthetic: whether the videos and queries are random instead of from a data set.
     """
 
     pairs: Sequence[tuple[Video, str]]
@@ -60,7 +60,7 @@ def synthetic_workload(manifests: Sequence[Manifest], batch: int = 1) -> Workloa
     """Return random videos of 30 s with features as sparse as those of C3D, and queries of words that all models know.
 
     Args:
-        manifests: of the models.
+        manifests: manifests of the models.
         batch: minimum number of queries.
 
     Raises:
@@ -95,7 +95,7 @@ def dataset_workload(directory: Path, video: str | None, queries: Sequence[str])
     """Return videos and queries of a data set.
 
     Args:
-        directory: of the data set.
+        directory: directory of the data set.
         video: name of a video; None selects queries of the test split, or else of another one.
         queries: sentences about the video; empty selects its annotations.
 
@@ -155,7 +155,12 @@ def pairs_with_known_words(
 
 
 def ground_first(grounder: Grounder, pairs: Sequence[tuple[Video, str]] = ()) -> None:
-    """Ground the first pair, or a synthetic one if there is none."""
+    """Ground one query, to finish the one-time costs of a model.
+
+    Args:
+        grounder: the model.
+        pairs: videos and queries, of which the first is grounded; a synthetic one if empty.
+    """
     grounder.ground(*(pairs or synthetic_workload([grounder.manifest]).pairs)[0])
 
 
@@ -177,7 +182,13 @@ class BenchmarkedModel:
 
     @classmethod
     def from_grounder(cls, label: str, grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> BenchmarkedModel:
-        """Encode the videos of `pairs`, each once."""
+        """Return a model with its queries after encoding or pooling each video once.
+
+        Args:
+            label: name of the model in tables.
+            grounder: the model.
+            pairs: videos and queries.
+        """
         encoded: dict[int, Video | EncodedVideo] = {}
         for video, query in pairs:
             grounder.encode_query(query)

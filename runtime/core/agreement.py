@@ -33,12 +33,20 @@ class PairedAnswers:
     shifts: np.ndarray
 
     def gained(self, threshold: float) -> np.ndarray:
-        """Return which queries only the other model answers correctly, (N,) bool."""
+        """Return which queries only the other model answers correctly, (N,) bool.
+
+        Args:
+            threshold: IoU threshold of a hit, a key of `hits`.
+        """
         before, after = self.hits[threshold]
         return ~before & after
 
     def lost(self, threshold: float) -> np.ndarray:
-        """Return which queries only the reference answers correctly, (N,) bool."""
+        """Return which queries only the reference answers correctly, (N,) bool.
+
+        Args:
+            threshold: IoU threshold of a hit, a key of `hits`.
+        """
         before, after = self.hits[threshold]
         return before & ~after
 
@@ -55,8 +63,9 @@ def compare_answers(
     Args:
         reference, other: IoU threshold of the NMS to (N, K, 3) starts, ends and scores: best first, as fractions of the
             video, NaN after the last.
-        truth: ground truth; see `runtime.core.metrics.best_iou`.
-        durations: (N,) seconds.
+        truth: (N, 2) ground truth as fractions of the video; or (N, W, 2) for queries with up to W moments, NaN after
+            the last.
+        durations: (N,) durations of the videos in seconds.
         protocol: rule that decides what is a hit.
     """
     both = (reference, other)
@@ -84,6 +93,14 @@ def moment_deviation(
 
 
 def boundary_shifts(reference: np.ndarray, other: np.ndarray, durations: np.ndarray | float) -> np.ndarray:
-    """Return the absolute shift of (..., 2) starts and ends in seconds; `durations` if one is NaN."""
+    """Return the absolute shifts of starts and ends, in seconds.
+
+    Args:
+        reference, other: (..., 2) starts and ends as fractions of their videos, NaN for no moment.
+        durations: (...) durations of the videos in seconds; 1 for moments in seconds.
+
+    Returns:
+        (..., 2) float64 shifts; the duration of the video where a start or end is NaN.
+    """
     shifts = np.abs(other.astype(np.float64) - reference)
     return np.where(np.isfinite(shifts), shifts, 1.0) * np.asarray(durations)[..., None]

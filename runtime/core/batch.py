@@ -58,12 +58,21 @@ INPUT_NAMES: tuple[str, ...] = tuple(Batch.__dataclass_fields__)
 
 
 def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:
-    """Return a batch of B encoded queries, (L_i,) each, and the segments of their B videos."""
+    """Return a batch of B queries and the segments of their videos.
+
+    Args:
+        queries: B arrays (L_i,) of int32 word ids.
+        videos: segments of the video of each query, B objects of equal shape.
+    """
     return Batch(*pad_queries(queries), *stack_segments(videos))
 
 
 def stack_segments(videos: Sequence[Segments]) -> tuple[np.ndarray, np.ndarray]:
-    """Return features (B, T, D) and spans (B, T, 2) of the segments of B videos, both float32."""
+    """Return features (B, T, D) and spans (B, T, 2) of the segments of B videos, both float32.
+
+    Args:
+        videos: B segments of equal shape, at least one.
+    """
     features = np.empty((len(videos), *videos[0].features.shape), np.float32)
     spans = np.empty((len(videos), *videos[0].spans.shape), np.float32)
     for index, segments in enumerate(videos):
@@ -73,7 +82,14 @@ def stack_segments(videos: Sequence[Segments]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pad_queries(queries: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return B encoded queries, (L_i,) each, as (B, L) int32 word ids, 0 after each length, and (B,) int32 lengths."""
+    """Return queries as one array, padded to the longest of them.
+
+    Args:
+        queries: B arrays (L_i,) of int32 word ids.
+
+    Returns:
+        (B, L) int32 word ids, 0 after each length, and (B,) int32 lengths in tokens.
+    """
     lengths = np.array([len(tokens) for tokens in queries], np.int32)
     tokens = np.zeros((len(queries), lengths.max(initial=1)), np.int32)
     for row, ids in zip(tokens, queries):
@@ -85,8 +101,11 @@ def batches_by_length(queries: Sequence[np.ndarray], batch_size: int) -> Iterato
     """Yield the indices of batches of queries of similar length, so that batches have little padding.
 
     Args:
-        queries: token ids of each query, (L_i,).
+        queries: word ids of each query, (L_i,) int32.
         batch_size: maximum number of queries of a batch.
+
+    Yields:
+        (batch,) int64 indices in `queries`.
     """
     order = np.argsort([len(tokens) for tokens in queries], kind="stable")
     for start in range(0, len(order), batch_size):
@@ -96,6 +115,15 @@ def batches_by_length(queries: Sequence[np.ndarray], batch_size: int) -> Iterato
 def batches(
     queries: Sequence[np.ndarray], videos: Sequence[Segments], batch_size: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yield the indices and the batch of at most `batch_size` pairs of a query and a video at a time."""
+    """Yield pairs of a query and a video in batches of queries of similar length.
+
+    Args:
+        queries: N arrays (L_i,) of int32 word ids.
+        videos: segments of the video of each query, N objects of equal shape.
+        batch_size: maximum number of pairs of a batch.
+
+    Yields:
+        (B,) int64 indices of the pairs of a batch in `queries`, and the batch.
+    """
     for indices in batches_by_length(queries, batch_size):
         yield indices, collate([queries[i] for i in indices], [videos[i] for i in indices])

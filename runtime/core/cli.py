@@ -30,7 +30,8 @@ def command(function: Callable[..., Any], expand: Callable[[Sequence[str]], list
 
     Args:
         function: the command.
-        expand: returns the arguments to parse for the typed arguments, for options that insert others.
+        expand: returns the arguments to parse, given those of the command line; for an option such as --config of
+            `train`, which inserts the options of a file.
     """
     with handled(), protected_streams() as no_colors:
         _run(functools.partial(_parsed, function, expand), no_colors)
@@ -93,7 +94,12 @@ def _parsed(function: Callable[..., Any], expand: Callable[[Sequence[str]], list
 
 
 def suggest_next_command(module: str, *words: object) -> None:
-    """Print the next command to type, quoted for a shell, to stderr."""
+    """Print the next command to type, quoted for a shell, to stderr.
+
+    Args:
+        module: module of the command, such as runtime.infer.
+        words: its arguments, in order.
+    """
     log.info("\nNext:  %s", shell_words([*typed_name(module).split(), *map(str, words)]))
 
 

@@ -57,7 +57,7 @@ def documented(function: Callable[..., Any]) -> tuple[Callable[..., Callable[[],
         default = None if not required and parameter.default is inspect.Parameter.empty else parameter.default
         text, option = help_texts.get(name, ""), None
         if name == model and not is_positional(parameter, hints[name]):
-            text, option = f"{text} As the first argument, it needs no --{OPTION}.", OPTION
+            text, option = f"{text} May be the first argument, without --{OPTION}.", OPTION
         hint = _annotated(hints[name], default, text, option)
         if name not in groups:
             # Keywords may follow each other in any order, with and without a default.

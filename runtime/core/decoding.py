@@ -82,6 +82,7 @@ class Decoding:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Decoding:
+        """Return the parameters in the result of `to_dict`; TypeError if a key is unknown or missing."""
         return cls(**value)
 
 
@@ -103,7 +104,7 @@ def locations(num_segments: int, strides: tuple[int, ...]) -> np.ndarray:
     """Return the center of each location in segments, (P,) float32: stride * k + stride / 2, levels finest first.
 
     Args:
-        num_segments: T.
+        num_segments: number of segments T.
         strides: segments per location of each level, finest first.
     """
     return np.concatenate(
@@ -123,9 +124,13 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def score_proposals_with_fallback(heads: Heads, decoding: Decoding) -> Proposals:
-    """Return the proposals of `score_proposals`, or the complete video with score 1 at location 0 for a query without.
+    """Return a scored span for each location; a query without a likely location gets the complete video.
 
-    Source: mmaction2's DRN.
+    That span has score 1 and is at location 0.
+
+    Args:
+        heads: raw outputs for B queries.
+        decoding: parameters of the model.
     """
     proposals = score_proposals(heads, decoding)
     is_empty = proposals.scores.max(axis=1) == -np.inf
@@ -141,6 +146,9 @@ def score_proposals(heads: Heads, decoding: Decoding) -> Proposals:
     Args:
         heads: raw outputs for B queries.
         decoding: parameters of the model.
+
+    Returns:
+        Spans (B, P, 2) as fractions of the video, and scores (B, P).
 
     Raises:
         ModelFileError: the number of locations is wrong, or a head contains NaN or an infinity, for example because a
@@ -278,7 +286,7 @@ def hard_nms(proposals: Proposals, count: int, threshold: float) -> np.ndarray:
     Args:
         proposals: B times P proposals.
         count: K, maximum number of proposals per query.
-        threshold: temporal IoU.
+        threshold: temporal IoU with a selected proposal above which another one is removed.
 
     Returns:
         (B, K, 3) float32 starts, ends and scores, best first; NaN after the last.
@@ -305,7 +313,7 @@ def _select(
     Args:
         scores: (B, P), changed in place; -inf for locations without a proposal.
         spans: (B, P, 2).
-        count: K.
+        count: maximum number of proposals K per query.
         best: returns the (B,) indices of the best proposals.
         suppress: changes `scores`, given the (B, 2) spans selected last.
 
@@ -336,13 +344,16 @@ def _select(
 def apply_nms(
     proposals: Proposals, decoding: Decoding, count: int = PUBLISHED_COUNT, iou_threshold: float = 0.5
 ) -> np.ndarray:
-    """Return the (B, count, 3) result of the NMS of the protocol; see `soft_nms` and `hard_nms`.
+    """Return the best proposals by the NMS of the protocol: `soft_nms` for `mmaction2`, `hard_nms` for `drn`.
 
     Args:
         proposals: B times P proposals.
-        decoding: contains the protocol.
+        decoding: parameters of the model, of which only `protocol` is used.
         count: maximum number of proposals per query.
         iou_threshold: IoU threshold of the metric; the protocol `drn` uses 0.05 less, `mmaction2` ignores it.
+
+    Returns:
+        (B, count, 3) float32 starts and ends (fractions of the video) and scores, best first; NaN after the last.
     """
     if decoding.protocol == "mmaction2":
         return soft_nms(proposals, count)

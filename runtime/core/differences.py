@@ -9,9 +9,16 @@ Key = Union[str, int]
 
 
 def differences(before: Any, after: Any, path: tuple[Key, ...] = ()) -> Iterator[tuple[tuple[Key, ...], Any, Any]]:
-    """Yield the path and both values of every difference between two JSON values; None represents a missing key.
+    """Yield every difference between two JSON values.
 
     Objects, and lists of equally many objects, are compared entry by entry; other values are compared by ==.
+
+    Args:
+        before, after: the two JSON values.
+        path: keys and indices that lead to the values in a larger one.
+
+    Yields:
+        The path of the difference, and the value in `before` and in `after`; None for a missing key.
     """
     if before == after:
         return

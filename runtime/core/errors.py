@@ -170,7 +170,14 @@ def check_option(
     maximum: float | None = None,
     error: type[GroundingError] = GroundingError,
 ) -> None:
-    """Raise `error` (code `invalid_option`) unless the number of a command-line option is None or in range."""
+    """Raise `error` (code `invalid_option`) unless the number of a command-line option is None or in range.
+
+    Args:
+        flag: the option, such as "--top-k", for the message.
+        value: value of the option; None is valid.
+        minimum, maximum: smallest and largest accepted value; no upper limit when None.
+        error: class to raise.
+    """
     if value is not None and not (minimum <= value and (maximum is None or value <= maximum)):
         limits = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
         raise error(f"Expected {limits} for {flag}, got {value}. Correct the option.", code="invalid_option")
@@ -192,7 +199,7 @@ def invalid_setting(
 
     Args:
         expected: description of the accepted values.
-        actual: the value.
+        actual: value of the setting.
         advice: what the reader should do, as an imperative without a full stop.
         error: class of the error.
     """

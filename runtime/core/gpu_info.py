@@ -113,7 +113,15 @@ def selected_gpu() -> Gpu | None:
 
 
 def parse_gpu(line: str, fields: Sequence[str]) -> Gpu | None:
-    """Return the GPU in a line of nvidia-smi's table of `fields`, or None if it is another line."""
+    """Return the GPU in one line of nvidia-smi's table.
+
+    Args:
+        line: line of the output for `--format=csv,noheader,nounits`.
+        fields: names of the columns of the table.
+
+    Returns:
+        The GPU; None if the line is not a row of the table.
+    """
     cells = [cell.strip() for cell in line.split(",")]
     if len(cells) != len(fields):
         return None
@@ -125,7 +133,11 @@ def parse_gpu(line: str, fields: Sequence[str]) -> Gpu | None:
 
 
 def throttle_reasons(mask: str) -> tuple[str, ...]:
-    """Return the reasons in a bit mask such as 0x0000000000000004, without those that are not reported."""
+    """Return the names of the reasons for a reduced clock in a bit mask such as "0x0000000000000004".
+
+    An idle GPU and a clock limit that a user requested are omitted. Unknown bits are returned as one hexadecimal
+    number.
+    """
     try:
         bits = int(mask, 16) & ~IGNORED_THROTTLE_REASONS
     except ValueError:

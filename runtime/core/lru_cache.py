@@ -48,7 +48,13 @@ class LruCache(Generic[Key, Value]):
             return entry[0]
 
     def put(self, key: Key, value: Value, weight: int = 1) -> None:
-        """Store a value as the most recently used, and remove the oldest entries above the capacity."""
+        """Store a value as the most recently used, and remove the oldest entries above the capacity.
+
+        Args:
+            key: key of the entry; an entry of the same key is replaced.
+            value: the value.
+            weight: weight of the entry in the unit of the capacity.
+        """
         with self._lock:
             _, replaced = self._entries.pop(key, (None, 0))
             self._entries[key] = value, weight

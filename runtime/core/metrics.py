@@ -40,7 +40,13 @@ METRICS = metric_names(IOU_THRESHOLDS)
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Metrics over N queries, as fractions in [0, 1]."""
+    """Metrics over N queries.
+
+    Attributes:
+        values: metric name to its value as a fraction in [0, 1].
+        queries: number of queries N.
+        protocol: rule for hits, `mmaction2` or `drn`; see `is_hit`.
+    """
 
     values: Mapping[str, float]
     queries: int
@@ -55,7 +61,7 @@ def best_iou(picks: np.ndarray, truth: np.ndarray, rank: int) -> np.ndarray:
 
     Args:
         picks: (N, K, 2 or more) starts and ends, best first, NaN after the last.
-        truth: (N, 2) ground truth in the same unit; or (N, W, 2) for queries with several moments, NaN after the last.
+        truth: (N, 2) ground truth in the same unit; or (N, W, 2) for queries with up to W moments, NaN after the last.
             The moment of the highest IoU counts, as in the QVHighlights evaluator.
         rank: number of moments that count.
     """
@@ -69,7 +75,9 @@ def is_hit(picks: np.ndarray, truth: np.ndarray, rank: int, iou_threshold: float
     """Return whether one of the first `rank` moments of each query is a hit, (N,) bool.
 
     Args:
-        picks, truth, rank: see `best_iou`.
+        picks: (N, K, 2 or more) starts and ends, best first, NaN after the last.
+        truth: (N, 2) or (N, W, 2) ground truth in the same unit; see `best_iou`.
+        rank: number of moments that count.
         iou_threshold: temporal IoU of a hit.
         protocol: `mmaction2` computes in float32 and requires an IoU above the threshold; `drn` computes in float64 and
             accepts the threshold itself.
@@ -84,10 +92,10 @@ def report(picks: Mapping[float, np.ndarray], truth: np.ndarray, protocol: Proto
     """Return the metrics of N queries.
 
     Args:
-        picks: IoU threshold to (N, K, 3) moments, K at least 5 for R@5. The NMS of the protocol `drn` depends on the
-            threshold.
+        picks: IoU threshold to (N, K, 3) starts, ends and scores, best first, K at least 5 for R@5. The NMS of the
+            protocol `drn` depends on the threshold.
         truth: (N, 2) or (N, W, 2) ground truth in the unit of the moments; see `best_iou`.
-        protocol: rule for hits.
+        protocol: rule for hits; see `is_hit`.
     """
     values = {
         recall_name(rank, threshold): float(is_hit(picks[threshold], truth, rank, threshold, protocol).mean())
@@ -108,7 +116,8 @@ def prior_report(
 
     Args:
         training_truth: (M, 2) moments of the training split as fractions of their videos.
-        truth, protocol: see `report`.
+        truth: (N, 2) or (N, W, 2) ground truth as fractions of the video; see `best_iou`.
+        protocol: rule for hits; see `is_hit`.
         iou_thresholds: thresholds of the report.
     """
     picks = {

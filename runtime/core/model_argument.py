@@ -33,7 +33,7 @@ def normalized(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
 
     Args:
         function: the command.
-        words: the typed arguments.
+        words: arguments of the command line.
     """
     parameters = inspect.signature(function).parameters
     name = model_parameter(parameters)

@@ -74,7 +74,18 @@ class Segments:
 def pool_segments(
     features: np.ndarray, num_frames: int, num_segments: int, pooling: Pooling, clock: ClipTiming
 ) -> Segments:
-    """Return the segments of (num_clips, D) features of `num_frames` frames; see `Video.segments`."""
+    """Return the segments of a video; see `Video.segments` for the rules.
+
+    Args:
+        features: (num_clips, D) floats.
+        num_frames: length of the video in frames.
+        num_segments: number of segments T.
+        pooling: rule for borders and clips, `mmaction2` or `drn`.
+        clock: clip timing of the features.
+
+    Returns:
+        Features (T, D) float32, and spans (T, 2) float64 as fractions of the video.
+    """
     first, last, spans = segment_rows(num_frames, num_segments, pooling, clock)
     return Segments(max_over_rows(features, first, last).astype(np.float32, copy=False), spans)
 
@@ -85,9 +96,9 @@ def segment_rows(
     """Return the clips and the spans of the segments of a video; see `Video.segments` for the rules.
 
     Args:
-        num_frames: length in frames.
-        num_segments: T.
-        pooling: rule for borders and clips.
+        num_frames: length of the video in frames.
+        num_segments: number of segments T.
+        pooling: rule for borders and clips, `mmaction2` or `drn`.
         clock: clip timing of the features.
 
     Returns:
@@ -110,9 +121,16 @@ def segment_rows(
 
 
 def max_over_rows(features: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Return (T, D) element-wise maxima over the rows first to last, inclusive, of (num_clips, D) features.
+    """Return the element-wise maxima over ranges of rows.
 
     Rows after the end are clipped to the last row, because some feature files are shorter than their frame count.
+
+    Args:
+        features: (num_clips, D) floats.
+        first, last: (T,) int, first and last row of each range; the last is included.
+
+    Returns:
+        (T, D) maxima in the dtype of `features`.
     """
     end = len(features) - 1
     # NumPy compares float16 in software, ten times slower than integers of the same order.

@@ -24,7 +24,7 @@ class Presence:
         kept: share of the matching pairs (a sentence and its video) at or above the threshold.
         refused: share of the mismatched pairs (a sentence and another video) below the threshold.
         matching, mismatched: numbers of pairs.
-        rule: rule by which the threshold was chosen.
+        rule: how the threshold was chosen: "balanced accuracy", or "at least 95 % kept" for a minimum share.
     """
 
     threshold: float
@@ -51,7 +51,7 @@ class Presence:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Presence:
-        """Return the presence of the result of `to_dict`; ModelFileError for other values."""
+        """Return the presence in the result of `to_dict`; ModelFileError for other values."""
         return from_fields(cls, value)
 
 

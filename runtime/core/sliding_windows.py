@@ -43,7 +43,12 @@ class Windows:
 
     @classmethod
     def of(cls, videos: Sequence[float], moments: Sequence[float]) -> Windows:
-        """Return the windows of a model that is trained on videos and moments of these durations in seconds."""
+        """Return the windows of a model that is trained on given videos and moments.
+
+        Args:
+            videos: durations of the training videos in seconds, at least one.
+            moments: durations of the training moments in seconds, at least one.
+        """
         length = float(np.quantile(videos, QUANTILE))
         return cls(float(max(videos)), length, min(float(np.quantile(moments, QUANTILE)), length / 2))
 
@@ -55,7 +60,7 @@ class Windows:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Windows:
-        """Return the windows of the result of `to_dict`; ModelFileError for other values."""
+        """Return the windows in the result of `to_dict`; ModelFileError for other values."""
         return from_fields(cls, value)
 
 

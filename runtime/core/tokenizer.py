@@ -64,8 +64,8 @@ class Vocabulary:
             )
         if sorted(words.values()) != list(range(1, len(words) + 1)):
             raise ModelFileError(
-                f"Expected the ids 1 to {len(words)}, each once, in a table of {len(words)} words, got others. Correct "
-                "the word table.",
+                f"Expected the ids 1 to {len(words)}, each once, in a table of {len(words)} words, got "
+                f"{excerpt(sorted(words.values()))}. Correct the word table.",
                 code="word_numbers_not_consecutive",
             )
         if not isinstance(unknown, str) or unknown not in ("skip", "zero", "error"):
@@ -91,7 +91,7 @@ class Vocabulary:
         """Return the (L,) int32 ids of a sentence, L at least 1.
 
         Args:
-            sentence: the query.
+            sentence: text of the query.
             unknown_words: counter to which unknown words are added, for callers that warn once with `tell`; with None,
                 a warning names them.
             check_content: reject sentences with content words of which none is known. The published code accepts
@@ -209,7 +209,7 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Vocabulary:
-        """Return the vocabulary of the result of `to_dict`; ModelFileError for other values."""
+        """Return the vocabulary in the result of `to_dict`; ModelFileError for other values."""
         check_argument("value", value, Mapping, "the result of `to_dict`", ModelFileError)
         if missing := {"words", "unknown"} - value.keys():
             raise ModelFileError(
@@ -224,7 +224,12 @@ def _content(tokens: Iterable[str]) -> list[str]:
 
 
 def word_table(sentences: Iterable[str], min_count: int = 1) -> dict[str, int]:
-    """Return word to id for the words that occur at least `min_count` times: lower case, most common first."""
+    """Return word to id, from 1, for the words of sentences in lower case, most common first.
+
+    Args:
+        sentences: sentences to take words from.
+        min_count: minimum number of occurrences of a word.
+    """
     counts = Counter(token.lower() for sentence in sentences for token in tokenize(sentence))
     retained = sorted(
         (word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word)

@@ -81,7 +81,13 @@ class Origin:
         self._warn(message)
 
     def check_clock(self, name: str, counted: ClipTiming, clock: ClipTiming) -> None:
-        """Warn once if the frames of a video were counted by another clip timing than segments are pooled by."""
+        """Warn once if frames were counted by another clip timing than segments are pooled by.
+
+        Args:
+            name: name of the video.
+            counted: clip timing by which the frames were computed from the clips.
+            clock: clip timing by which segments are pooled.
+        """
         if counted != clock:
             self._warn(
                 f"Expected the clip timing of the training data of the model for {name} ({clock}), got {counted}. "
@@ -214,14 +220,14 @@ class Video:
         The result is cached for later queries.
 
         Args:
-            num_segments: T.
+            num_segments: number of segments T.
             pooling: rule for borders and clips. `mmaction2`: the first part starts at 0, the last ends one frame before
                 the end, and a part contains the clips from that of its first to that of its last frame. `drn`: borders
                 count frames from 1, and a part of at most one window contains a single clip.
             clock: clip timing of the features; default: that of C3D.
 
         Raises:
-            FeatureError: see `check`.
+            FeatureError: clips and frames contradict each other, or all clips are equal; see `check`.
 
         Source: CharadesSTADataset in mmaction2; CharadesSTA and its proposal file in the authors' code.
         """
@@ -245,7 +251,14 @@ class Video:
     def check(self, clock: ClipTiming) -> None:
         """Raise FeatureError unless clips match frames and the clips are not all equal.
 
-        See `Origin.check` and `check_varies`. Frames that were computed from the clips always match.
+        Frames that were computed from the clips always match.
+
+        Args:
+            clock: clip timing by which segments are pooled.
+
+        Raises:
+            FeatureError: clips and frames contradict each other (code `clip_timing_mismatch`), or all clips are equal
+                (`constant_features`).
         """
         check_argument("clock", clock, ClipTiming, "a ClipTiming", FeatureError)
         if self.counted is None:
@@ -256,7 +269,9 @@ class Video:
 
 
 def load_features(path: str | os.PathLike[str]) -> np.ndarray:
-    """Return the (num_clips, D) floats in a `.npy`, `.npz` or `.pt` file; a large `.npy` file is memory-mapped.
+    """Return the features in a `.npy`, `.npz` or `.pt` file, (num_clips, D) in the float type of the file.
+
+    A large `.npy` file is memory-mapped.
 
     Raises:
         FeatureError: the file is missing, empty or truncated, contains no such array, or would run code when read.
@@ -322,7 +337,12 @@ FEATURE_SUFFIXES: dict[str, Callable[[Path], np.ndarray]] = {
 
 
 def check_features(features: np.ndarray, name: str) -> None:
-    """Raise FeatureError unless `features` is a (num_clips, D) array of finite floats with at least one clip."""
+    """Raise FeatureError unless features are finite floats with at least one clip.
+
+    Args:
+        features: (num_clips, D) array to check.
+        name: name of the video or file, for the message.
+    """
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
         raise _wrong_array(name, getattr(features, "dtype", type(features).__name__), getattr(features, "shape", None))
     if 0 in features.shape:
@@ -350,7 +370,12 @@ def check_features(features: np.ndarray, name: str) -> None:
 
 
 def check_duration(duration: float, name: str) -> None:
-    """Raise FeatureError (code `invalid_frame_count`) unless a duration is above 0 and at most `MAX_DURATION_S`."""
+    """Raise FeatureError (code `invalid_frame_count`) unless a duration is above 0 and at most `MAX_DURATION_S`.
+
+    Args:
+        duration: duration in seconds.
+        name: name of the video, for the message.
+    """
     if not 0 < duration <= MAX_DURATION_S:
         raise FeatureError(
             f"Expected a duration in (0, {MAX_DURATION_S:g}] seconds for {name}, got {duration}. Correct it.",
@@ -384,6 +409,10 @@ def check_varies(features: np.ndarray, name: str) -> None:
 
     Features of still pictures differ more, unless the frames are identical. Moments of such videos cannot be
     distinguished either.
+
+    Args:
+        features: (num_clips, D) floats.
+        name: name of the video, for the message.
     """
     dtype = np.promote_types(features.dtype, np.float32)
     reference = features[:1].astype(dtype) if len(features) > 1 else np.zeros(features.shape, dtype)

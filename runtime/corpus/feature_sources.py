@@ -73,10 +73,18 @@ class FeatureSource(Protocol):
         """
 
     def shared_file(self, video: VideoRef) -> Path | None:
-        """Return the file that contains the features of this and other videos, which then have one stamp; else None."""
+        """Return the file that contains the features of several videos, this one among them.
+
+        All of its videos have one stamp. None if every video has a file of its own.
+        """
 
     def load(self, videos: Sequence[VideoRef], clock: ClipTiming) -> Iterator[Video | str]:
-        """Yield each video, or the reason why it cannot be loaded. Videos are read when they are consumed."""
+        """Yield each video, or the reason why it cannot be loaded; videos are read when they are consumed.
+
+        Args:
+            videos: entries of `listing`.
+            clock: clip timing by which missing frame counts are estimated.
+        """
 
 
 def open_source(path: Path) -> FeatureSource:
@@ -244,7 +252,7 @@ class ParquetSource:
                     for row, name in enumerate(self._names(number, group)):
                         if not isinstance(name, str) or not name:
                             raise AnnotationError(
-                                f"{path}: expected the name of a video in every row, got {excerpt(name)}.",
+                                f"{path}: expected the name of a video in every row, got {excerpt(name)}. Write it.",
                                 code="invalid_video_name",
                             )
                         if name in seen:
@@ -393,7 +401,7 @@ def _plain(values: Any, key: str) -> Any:
         return None
     items = _items(cell)
     if items is not None and len(items) > MAX_AXES:
-        raise ValueError(f"{key} has {len(items)} values")
+        raise ValueError(f"expected one value, or at most {MAX_AXES}, in the column {key}, got {len(items)}")
     return cell.as_py()
 
 
@@ -410,7 +418,7 @@ def _checked_shape(shape: Any) -> tuple[int, int]:
 
 
 def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
-    """Return all numbers of a cell, and the number of clips; 0 if the cell has no structure."""
+    """Return the numbers of a cell as a 1-D array, and its number of clips; 0 if it is not a list of lists."""
     import pyarrow as pa
 
     if pa.types.is_binary(cell.type) or pa.types.is_large_binary(cell.type):
@@ -425,7 +433,7 @@ def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:
             raise ValueError(f"expected clips of one feature width, got {widths[:5].to_pylist()}")
         inner, clips = inner.flatten(), len(inner)
     if inner is None or not pa.types.is_floating(inner.type):
-        raise ValueError(f"they are {cell.type}")
+        raise ValueError(f"expected numbers, lists of numbers or bytes, got {cell.type}")
     return inner.to_numpy(zero_copy_only=False), clips
 
 
@@ -436,7 +444,7 @@ def _length(value: Any, source: str) -> tuple[float, int | None]:
     if not is_number(duration) or not (num_frames is None or (is_number(num_frames) and num_frames == int(num_frames))):
         raise AnnotationError(
             f"{source}: expected a duration in seconds and optionally a frame count, got {excerpt(duration)} and "
-            f"{excerpt(num_frames)}.",
+            f"{excerpt(num_frames)}. Correct them.",
             code="malformed_row",
         )
     return float(duration), None if num_frames is None else int(num_frames)

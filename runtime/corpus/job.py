@@ -33,7 +33,7 @@ class Result:
     """The outcome of a corpus run.
 
     Attributes:
-        output: the directory.
+        output: directory of the shards.
         shards, pairs: numbers of shards and of pairs of the corpus; each pair is one row.
         grounded: number of pairs that this run grounded.
         errors: number of pairs of this run that have an error instead of moments.
@@ -72,7 +72,7 @@ def ground(
     """Ground a corpus, or resume it.
 
     Args:
-        model: model file.
+        model: model file; for a split model the query part.
         features: source of the features; see `open_source`.
         queries: JSONL file; see `read_questions`.
         output: directory of the shards.

@@ -71,7 +71,13 @@ def _page_header(stream: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
 
 
 def _struct(content: bytes, position: int, depth: int) -> tuple[dict[int, Any], int]:
-    """Return the integers and structs of a struct by field, and the position of its end."""
+    """Return the integers and structs of a struct by field number, and the position after it.
+
+    Args:
+        content: bytes of the page header.
+        position: offset of the struct in them.
+        depth: number of structs that contain it.
+    """
     if depth > MAX_DEPTH:
         raise ValueError("a page header nests too deeply")
     fields: dict[int, Any] = {}
@@ -90,7 +96,17 @@ def _struct(content: bytes, position: int, depth: int) -> tuple[dict[int, Any], 
 
 
 def _value(content: bytes, position: int, kind: int, depth: int) -> tuple[Any, int]:
-    """Return a value, None for types that are skipped, and the position of its end."""
+    """Return the value of a field, and the position after it.
+
+    Args:
+        content: bytes of the page header.
+        position: offset of the value in them.
+        kind: type code of Thrift's compact protocol.
+        depth: number of structs that contain the field.
+
+    Returns:
+        An integer, or the fields of a struct, or None for a type that is skipped; and the position.
+    """
     if kind in _SKIPPED_BYTES:
         return None, position + _SKIPPED_BYTES[kind]
     if kind in (_I16, _I32, _I64):

@@ -65,7 +65,8 @@ def _question(text: str, number: int, source: str) -> Question:
     row: Any = parse_json(text, source, advice="correct the line")
     if not isinstance(row, dict) or not isinstance(row.get("query"), str):
         raise AnnotationError(
-            f'{source}: expected a JSON object with a query, {{"query": "person opens the door"}}.',
+            f"{source}: expected a JSON object with a query, got {excerpt(row)}. Write "
+            '{"query": "person opens the door"}.',
             code="malformed_row",
         )
     if "video" in row and "vid" not in row:
@@ -82,13 +83,14 @@ def _question(text: str, number: int, source: str) -> Question:
         )
     if not isinstance(qid, (int, str)) or isinstance(qid, bool):
         raise AnnotationError(
-            f"{source}: expected an integer or text as qid, got {excerpt(qid)}.", code="malformed_row"
+            f"{source}: expected an integer or text as qid, got {excerpt(qid)}. Correct it, or leave it out.",
+            code="malformed_row",
         )
     return Question(number, qid, row["query"], video)
 
 
 def check_one_kind(questions: list[Question]) -> None:
-    """Raise GroundingError unless one Parquet column can hold all qids."""
+    """Raise GroundingError unless one Parquet column can store all qids: all texts, or all integers of 64 bits."""
     kinds = {type(question.qid) for question in questions}
     if len(kinds) > 1:
         raise GroundingError(

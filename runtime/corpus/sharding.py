@@ -145,7 +145,13 @@ def _video_queries(
 
 
 def shard_name(number: int, count: int, form: Form) -> str:
-    """Return the file name of a shard."""
+    """Return the file name of a shard, such as shard-00002-of-00010.jsonl.
+
+    Args:
+        number: number of the shard, from 1.
+        count: number of shards.
+        form: file format of the shards, jsonl or parquet.
+    """
     return f"shard-{number:05d}-of-{count:05d}.{form}"
 
 
@@ -153,7 +159,7 @@ def describe(model: Path, queries: Path, count: int, source: FeatureSource, sett
     """Return the inputs of a corpus for `corpus.json`: everything that could change a row.
 
     Args:
-        model: model file.
+        model: model file; for a split model the query part.
         queries: file of queries.
         count: number of its rows.
         source: source of the features.
@@ -206,7 +212,7 @@ def check_same(output: Path, recorded: dict[str, Any]) -> None:
     """Raise OutputError if a directory contains shards of other inputs, or is not a corpus. The caller holds its lock.
 
     Args:
-        output: the directory.
+        output: directory of the shards.
         recorded: inputs of this run, from `describe`.
     """
     path = output / MANIFEST

@@ -94,7 +94,7 @@ class ShardResult:
 
 
 def digest_path(job: CorpusJob, shard: Shard) -> Path:
-    """Return the path of the file with the digests of a shard and the stamps of its features."""
+    """Return the path of the file that records the digest of a shard's file and the stamps of its features."""
     return job.output / DIGESTS / f"{shard.number:05d}.json"
 
 
@@ -107,7 +107,8 @@ def is_finished(job: CorpusJob, shard: Shard, source: FeatureSource) -> bool:
     """Return whether the file of a shard is complete; a damaged file is deleted, so that it is written again.
 
     Args:
-        job, shard: the shard.
+        job: the job of the shard.
+        shard: shard whose file is checked.
         source: current features of the corpus.
 
     Raises:

@@ -97,8 +97,8 @@ class Captions:
             times, sentences = entry.get("timestamps"), entry.get("sentences")
             if not isinstance(times, list) or not isinstance(sentences, list) or len(times) != len(sentences):
                 raise AnnotationError(
-                    f"{location}: expected lists of equally many timestamps and sentences, got others. Correct the "
-                    "entry.",
+                    f"{location}: expected lists of equally many timestamps and sentences, got {excerpt(times)[:80]} "
+                    f"and {excerpt(sentences)[:80]}. Correct the entry.",
                     code="malformed_row",
                 )
             for index, (window, sentence) in enumerate(zip(times, sentences), 1):
@@ -124,7 +124,11 @@ class Captions:
 
 
 def read_splits(root: Path) -> dict[str, Entries]:
-    """Return the content of the split files of a directory; AnnotationError if one is malformed."""
+    """Return the content of the files `train.json`, `val.json` and `test.json` that exist in a directory, by split.
+
+    Raises:
+        AnnotationError: a file is not a JSON object of videos.
+    """
     paths = {split: root / f"{split}.json" for split in SPLITS}
     return {split: _entries(path) for split, path in paths.items() if path.exists()}
 
@@ -133,8 +137,8 @@ def _entries(path: Path) -> Entries:
     entries = read_json(path, "annotations by video")
     if not isinstance(entries, dict) or not entries or not all(isinstance(e, dict) for e in entries.values()):
         raise AnnotationError(
-            f"Expected a JSON object of videos with timestamps and sentences in {path}, got other JSON. Correct the "
-            "file, or move it to another directory.",
+            f"Expected a JSON object of videos with timestamps and sentences in {path}, got {excerpt(entries)[:80]}. "
+            "Correct the file, or move it to another directory.",
             code="unexpected_structure",
         )
     return entries

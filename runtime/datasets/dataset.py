@@ -59,7 +59,7 @@ class DataSet:
     (Charades-STA: `C3D_unit16_overlap0.5_merged/`), in `features/`, or in one HDF5 file.
 
     Args:
-        root: the directory.
+        root: directory with the annotation files.
 
     Raises:
         AnnotationError: the directory or a table is missing or malformed, or the directory has several formats.
@@ -220,18 +220,22 @@ class DataSet:
         return self._layout.videos(split)
 
     def span(self, annotation: Annotation) -> tuple[float, float]:
-        """Return start and end as fractions of the video; as in the published code, the end is clipped at 1."""
+        """Return start and end of a sentence's first moment as fractions of the video.
+
+        As in the published code, the end is clipped at 1.
+        """
         return self._fractions(annotation.video, (annotation.start, annotation.end))
 
     def spans(self, annotations: Sequence[Annotation]) -> np.ndarray:
-        """Return (N, 2) float64 starts and ends as fractions of the videos; see `span`."""
+        """Return the first moments of N sentences as fractions of their videos, (N, 2) float64; see `span`."""
         return np.array([self.span(annotation) for annotation in annotations], np.float64).reshape(-1, 2)
 
     def truths(self, annotations: Sequence[Annotation]) -> np.ndarray:
         """Return all moments of N sentences as fractions of their videos.
 
         Returns:
-            (N, W, 2) float64, NaN after the last moment; or (N, 2) if each sentence has one moment.
+            (N, W, 2) float64 for at most W moments of a sentence, NaN after the last; or (N, 2) if each sentence has
+            one.
         """
         width = max((len(annotation.moments) for annotation in annotations), default=1)
         if width == 1:
@@ -329,7 +333,11 @@ class DataSet:
         return float(offset)
 
     def offsets(self) -> dict[str, float]:
-        """Return the offsets that are not 0, in seconds by video; raises as `offset`."""
+        """Return the offsets that are not 0, in seconds by video; see `offset`.
+
+        Raises:
+            AnnotationError: a note does not match its digest, or an offset is not a number (code `damaged_note`).
+        """
         return {name: offset for name in sorted(self._notes) if (offset := self.offset(name))}
 
     def _note(self, name: str) -> Mapping[str, Any]:
@@ -444,7 +452,11 @@ class DataSet:
 
 
 def median_rate(rates: Iterable[float]) -> float | None:
-    """Return the median of frame rates in frames per second; None for too few videos."""
+    """Return the median of frame rates, in frames per second; None for too few videos.
+
+    Args:
+        rates: frame rate of each video.
+    """
     known = list(rates)
     return float(np.median(known)) if len(known) >= MIN_VIDEOS_FOR_UNITS else None
 

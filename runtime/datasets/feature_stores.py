@@ -41,7 +41,7 @@ class FeatureStore(Protocol):
         """Return the file with the features of a video."""
 
     def load(self, video: str) -> np.ndarray:
-        """Return the (num_clips, D) features of a video as stored."""
+        """Return the features of a video, (num_clips, D) in the float type of the file."""
 
     def num_clips(self, video: str) -> int:
         """Return the number of clips of a video, without reading the features if the format allows it."""
@@ -53,9 +53,9 @@ class FeatureStore(Protocol):
         """
 
     def file_stamp(self, video: str) -> tuple[Any, ...] | None:
-        """Return a stamp that changes when the file of a video is written or replaced; None if it does not exist.
+        """Return a stamp that changes when the file of a video is written or replaced, without reading the file.
 
-        The file is not read.
+        None if there is no file.
         """
 
     def content(self, video: str) -> bytes:

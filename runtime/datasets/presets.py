@@ -22,7 +22,7 @@ class Preset:
         title: name of the data set in papers.
         num_segments: T. Moments far shorter than 1 / T of their video cannot be found.
         features: kind, clip timing and width of the published features. The width in the files takes precedence.
-        iou_thresholds: IoU thresholds of the recall in papers.
+        iou_thresholds: IoU thresholds of the recall in papers, such as 0.5 and 0.7.
         query_length: min, opt and max query length in tokens, for graphs and engines.
         spread: whether a video whose clips do not match its frame count is divided by its clips; see `DataSet.frames`.
     """
@@ -53,12 +53,17 @@ class Preset:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Preset:
-        """Return the preset of the result of `to_dict`; TypeError, ValueError or GroundingError for other values."""
+        """Return the preset in the result of `to_dict`; TypeError, ValueError or GroundingError for other values."""
         return cls(**{**value, "features": Features(**value["features"])})
 
 
 def query_length_of(training: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return min, opt and max query length of the training data of a model, from `training` of its manifest."""
+    """Return min, opt and max query length, in tokens, of the data that a model was trained on.
+
+    Args:
+        training: `training` of the manifest of the model. Without `query_length` in it, those of Charades-STA are
+            returned.
+    """
     query_length = training.get("query_length")
     if (
         isinstance(query_length, (list, tuple))

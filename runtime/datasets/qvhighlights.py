@@ -106,9 +106,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     with reading(path, "a description of a data set", AnnotationError, advice):
         counts, location = value.get("num_frames", {}), value.get("features")
         if not all(is_number(count) and 2 <= count <= MAX_FRAMES for count in counts.values()):
-            raise ValueError("its num_frames are not frame counts of videos")
+            raise ValueError(f"its num_frames are not from 2 to {MAX_FRAMES} frames for each video")
         if location is not None and (not isinstance(location, str) or "\0" in location):
-            raise ValueError("its features are not a path")
+            raise ValueError(f"its features are {excerpt(location)}, not a path")
         return {**value, "preset": Preset.from_dict(value["preset"])}
     raise AssertionError
 

@@ -85,9 +85,16 @@ def check_video_name(name: str, location: str) -> None:
 
 
 def missing_split(split: str, path: Path, available: Iterable[str]) -> AnnotationError:
-    """Return the error for a split whose file does not exist."""
+    """Return the error for a split whose file does not exist.
+
+    Args:
+        split: the requested split.
+        path: path of its file.
+        available: splits that exist.
+    """
     return AnnotationError(
-        f"Expected one of the splits {', '.join(available) or '(none)'}, got {excerpt(split)}. {path} does not exist.",
+        f"Expected one of the splits {', '.join(available) or '(none)'}, got {excerpt(split)}, and {path} does not "
+        "exist. Choose another split.",
         code="missing_split",
     )
 
@@ -96,7 +103,7 @@ def unlisted_video(video: str, known: Iterable[str], files: Iterable[str], locat
     """Return the error for a video that the annotations do not list.
 
     Args:
-        video: its name.
+        video: name of the video.
         known: names of the listed videos, of which similar ones are suggested.
         files: names of the files that list videos.
         location: location of the name, for the message. Similar spellings are searched for options only, because a
@@ -142,7 +149,15 @@ def file_stem(name: str) -> str:
 
 
 def sentence_of(value: Any, location: str) -> str:
-    """Return a sentence in one line; AnnotationError for empty text and other types."""
+    """Return a sentence of the annotations in one line.
+
+    Args:
+        value: value of the sentence in the file.
+        location: file and line or sentence, with which the message begins.
+
+    Raises:
+        AnnotationError: the value is empty or is not text.
+    """
     sentence = " ".join(value.split()) if isinstance(value, str) else ""
     if not sentence:
         raise AnnotationError(

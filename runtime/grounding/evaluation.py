@@ -40,10 +40,10 @@ class Evaluation:
     """The detections for N queries, and the metrics.
 
     Attributes:
-        detections: by IoU threshold, (N, 6, 3) float32 start, end (fractions of the video) and score, best first; NaN
-            in rows without a detection.
+        detections: IoU threshold to (N, 6, 3) float32 start, end (fractions of the video) and score, best first; NaN in
+            rows without a detection.
         truth: ground truth, (N, 2) or (N, W, 2) fractions of the video; see `DataSet.truths`.
-        report: the metrics.
+        report: recall and mIoU of the detections.
     """
 
     detections: dict[float, np.ndarray]
@@ -66,10 +66,10 @@ def evaluate(
 
     Args:
         grounder: the model.
-        data_set: provides durations and features.
+        data_set: data set that provides durations and features.
         annotations: the N queries.
-        protocol: selects NMS and hit rule; that of the model when None.
-        batch_size: queries in a batch; affects speed only.
+        protocol: protocol of NMS and hit rule, `mmaction2` or `drn`; that of the model when None.
+        batch_size: maximum number of queries in a batch; affects speed only.
         segments_of: returns the segments of a video by name, or their encoding; read from the data set when None.
         on_progress: called with the number of queries grounded since the last call.
         warn: whether to warn of unknown words. Sentences without a known word are not run and count as misses.
@@ -105,7 +105,15 @@ def cause_of(
     annotations: Sequence[Annotation],
     segments_of: Callable[[str], Encoding] | None = None,
 ) -> GroundingError:
-    """Return the error to raise if the heads of these queries are not finite; see `Grounder.cause_of`."""
+    """Return the error to raise if the heads of these queries are not finite; see `Grounder.cause_of`.
+
+    Args:
+        error: error of decoding.
+        grounder: the model.
+        data_set: data set that provides the features.
+        annotations: the queries of the batch.
+        segments_of: returns the segments of a video by name, or their encoding; read from the data set when None.
+    """
     read = segments_of or (lambda name: grounder.segments(data_set.video(name)))
     segments = {name: read(name) for name in {entry.video for entry in annotations}}
     queries = encode_queries(grounder, annotations)
@@ -113,7 +121,14 @@ def cause_of(
 
 
 def used_fallback(detections: np.ndarray) -> np.ndarray:
-    """Return for (N, K, 3) detections whether the best is the fallback, the entire video with score 1; (N,) bool."""
+    """Return which queries are answered by the fallback only: the entire video with score 1.
+
+    Args:
+        detections: (N, K, 3) starts and ends (fractions of the video) and scores, best first.
+
+    Returns:
+        (N,) bool.
+    """
     return (detections[:, 0] == (0, 1, 1)).all(axis=1)
 
 
@@ -123,8 +138,8 @@ def predictions(
     """Yield the predictions for each annotation in QVHighlights format, in their order.
 
     Args:
-        evaluation: of the same annotations.
-        annotations: N queries.
+        evaluation: result of `evaluate` on the same annotations.
+        annotations: the N queries, in the order of the detections.
         data_set: provides the durations in seconds.
         top_k: maximum number of moments for each query, at most 6.
     """
@@ -146,12 +161,23 @@ def batches_of(
     batch_size: int = BATCH_SIZE,
     segments_of: Callable[[str], Segments] | None = None,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yield the batches of a split for a model that was not split; arguments and errors as of `evaluate`.
+    """Yield the batches of a split for a model that was not split.
 
     All sentences are encoded before the first video is read. Each video is read once.
 
+    Args:
+        grounder: the model.
+        data_set: data set that provides durations and features.
+        annotations: the N queries.
+        batch_size: maximum number of queries in a batch; affects speed only.
+        segments_of: returns the segments of a video by name; read from the data set when None.
+
     Yields:
-        The indices of the annotations of a batch, (B,), and the batch.
+        (B,) int64 indices of the annotations of a batch, and the batch.
+
+    Raises:
+        QueryError: a sentence is too long, or has an unknown word that the vocabulary rejects.
+        FeatureError: features are missing, or do not fit the model.
     """
     for chunk in chunks(grounder, data_set, annotations, segments_of):
         for indices, batch in batches(chunk.queries, cast("Sequence[Segments]", chunk.segments), batch_size):
@@ -166,9 +192,22 @@ def run_heads(
     segments_of: Callable[[str], Encoding] | None = None,
     warn: bool = True,
 ) -> Iterator[tuple[np.ndarray, Heads]]:
-    """Yield indices of annotations, (B,), and their heads; arguments and errors as of `evaluate`.
+    """Run the network on every annotation. A split model encodes each video once.
 
-    A split model encodes each video once.
+    Args:
+        grounder: the model.
+        data_set: data set that provides durations and features.
+        annotations: the N queries.
+        batch_size: maximum number of queries in a batch; affects speed only.
+        segments_of: returns the segments of a video by name, or their encoding; read from the data set when None.
+        warn: whether to warn of unknown words.
+
+    Yields:
+        (B,) int64 indices of the annotations of a batch, and their heads.
+
+    Raises:
+        QueryError: a sentence is too long, or has an unknown word that the vocabulary rejects.
+        FeatureError: features are missing, or do not fit the model.
     """
     for chunk in chunks(grounder, data_set, annotations, segments_of, warn):
         yield from run_chunk(grounder, chunk, batch_size)
@@ -179,10 +218,10 @@ class Chunk:
     """C queries whose videos are in memory.
 
     Attributes:
-        rows: (C,) indices of the annotations.
+        rows: (C,) int64 indices of the annotations.
         queries: word ids of each query, (L,) int32.
-        segments: of the video of each query, or their encoding.
-        names, durations: of the video of each query, in seconds.
+        segments: segments of the video of each query, or their encoding.
+        names, durations: name, and duration in seconds, of the video of each query.
     """
 
     rows: np.ndarray
@@ -193,7 +232,16 @@ class Chunk:
 
 
 def run_chunk(grounder: Grounder, chunk: Chunk, batch_size: int = BATCH_SIZE) -> Iterator[tuple[np.ndarray, Heads]]:
-    """Yield the indices of annotations, (B,), and heads of each batch of a chunk; each video is encoded once."""
+    """Run the network on the queries of a chunk; each video is encoded once.
+
+    Args:
+        grounder: the model.
+        chunk: queries and segments or encodings.
+        batch_size: maximum number of queries in a batch; affects speed only.
+
+    Yields:
+        (B,) int64 indices of the annotations of a batch, and their heads.
+    """
     encoded: dict[str, Encoding] = {}
     for name, segments, duration in zip(chunk.names, chunk.segments, chunk.durations):
         if name not in encoded and isinstance(segments, Segments):
@@ -211,7 +259,19 @@ def chunks(
     segments_of: Callable[[str], Encoding] | None = None,
     warn: bool = True,
 ) -> Iterator[Chunk]:
-    """Yield the queries of `annotations` in chunks sorted by video, so that each video is read once."""
+    """Yield the queries in chunks sorted by video, so that each video is read once.
+
+    Args:
+        grounder: the model.
+        data_set: data set that provides durations and features.
+        annotations: the N queries.
+        segments_of: returns the segments of a video by name, or their encoding; read from the data set when None.
+        warn: whether to warn of unknown words.
+
+    Raises:
+        QueryError: a sentence is too long, or has an unknown word that the vocabulary rejects.
+        FeatureError: features are missing, or do not fit the model.
+    """
     queries = encode_queries(grounder, annotations, warn)
     order = sorted(range(len(annotations)), key=lambda index: annotations[index].video)
     for start in range(0, len(order), CHUNK_SIZE):
@@ -229,7 +289,16 @@ def chunks(
 def nms_per_threshold(
     proposals: Proposals, decoding: Decoding, iou_thresholds: Sequence[float]
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield each IoU threshold of the metrics and the (B, 6, 3) detections to evaluate at it."""
+    """Yield each IoU threshold of the metrics and the detections to evaluate at it.
+
+    Args:
+        proposals: B times P proposals.
+        decoding: parameters of the model. Only the NMS of the protocol `drn` depends on the threshold.
+        iou_thresholds: IoU thresholds of the metrics.
+
+    Yields:
+        The threshold, and (B, 6, 3) float32 starts and ends (fractions of the video) and scores, best first.
+    """
     result = None
     for threshold in iou_thresholds:
         # Only the authors' protocol runs NMS with the threshold of the metric.
@@ -239,7 +308,12 @@ def nms_per_threshold(
 
 
 def encode_queries(grounder: Grounder, annotations: Sequence[Annotation], warn: bool = True) -> list[np.ndarray]:
-    """Return the (L,) int32 word ids of every sentence, with one warning for all unknown words.
+    """Return the word ids of every sentence, (L,) int32 each, with one warning for all unknown words.
+
+    Args:
+        grounder: the model.
+        annotations: annotations whose sentences are encoded.
+        warn: whether to warn of unknown words.
 
     Raises:
         QueryError: a sentence is invalid; the message contains its line and video.
@@ -258,7 +332,13 @@ def encode_queries(grounder: Grounder, annotations: Sequence[Annotation], warn: 
 
 
 def askable_rows(vocabulary: Vocabulary, annotations: Sequence[Annotation], warn: bool = True) -> np.ndarray:
-    """Return the indices of the sentences with a known word, (M,) int64, and warn of the others."""
+    """Return the indices of the sentences with at least one known word, (M,) int64, and warn of the others.
+
+    Args:
+        vocabulary: words that the model knows.
+        annotations: annotations whose sentences are checked.
+        warn: whether to warn.
+    """
     rows, skipped = [], []
     for row, annotation in enumerate(annotations):
         if vocabulary.knows_any(annotation.sentence):

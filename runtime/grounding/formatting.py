@@ -28,7 +28,7 @@ class Answer:
         query: the sentence.
         video: name of the video.
         duration: end of the video, including time before its first frame.
-        moments: best first.
+        moments: moments of the query, best first.
         truths: start and end of each ground-truth moment, if known.
     """
 
@@ -67,7 +67,12 @@ def format_answers(answers: Sequence[Answer], form: Format, width: int = 100) ->
 
 
 def format_timestamp(seconds: float, decimals: int = 1) -> str:
-    """Return a time as `[H:]M:SS.d`: 0:07.5, 12:03.0, 1:02:03.0."""
+    """Return a time as `[H:]M:SS.d`: 0:07.5, 12:03.0, 1:02:03.0.
+
+    Args:
+        seconds: time in seconds.
+        decimals: number of digits after the point.
+    """
     total_seconds, fraction = divmod(round(seconds * 10**decimals), 10**decimals)
     total_minutes, second = divmod(total_seconds, 60)
     hours, minute = divmod(total_minutes, 60)

@@ -73,10 +73,10 @@ class Grounder:
         backend: runs the network; `Grounder.load` opens one from a file.
 
     Attributes:
-        backend: see above.
+        backend: backend that runs the network.
         network: encodes windows and runs queries on them.
-        manifest: of the model: vocabulary, features, decoding.
-        windows: how long videos are split; set to None to use each entire video, as the published code does.
+        manifest: manifest of the model: vocabulary, features, decoding.
+        windows: length and overlap of the windows of long videos; None for no windows, as in the published code.
 
     Example:
         grounder = Grounder.load("drn.onnx", device="cpu")
@@ -179,7 +179,8 @@ class Grounder:
             pairs: N videos and sentences; see `ground`.
             top_k: maximum number of moments of each pair; at least 0.
             batch_size: maximum number of queries that run together; at least 1.
-            presence: see `ground`.
+            presence: whether to return no moments for a pair whose best score is below the model's `Presence`
+                threshold.
 
         Returns:
             N lists of moments, in the order of the pairs; see `ground`.
@@ -455,9 +456,10 @@ class Grounder:
         """Return the encoding of one window with a split model.
 
         Args:
-            segments: what `segments` returns: features (T, D) and spans (T, 2).
-            duration, offset: of the video, in seconds.
-            name: of the video.
+            segments: segments of the window, as `segments` returns them: features (T, D) and spans (T, 2).
+            duration: duration of the window, in seconds.
+            name: name of the video.
+            offset: seconds from the start of the video file to its first frame.
 
         Raises:
             ModelFileError: the model was not split.
@@ -535,7 +537,7 @@ class Grounder:
         If the heads are finite for zeros, the features have another scale than those of the training.
 
         Args:
-            error: of decoding; errors with another code are returned unchanged.
+            error: error of decoding; errors with another code are returned unchanged.
             pairs: the videos of the batch, and (L,) word ids of the queries about them.
 
         Returns:

@@ -21,12 +21,12 @@ class MomentDecoder:
     Args:
         videos: the video of each pair.
         windows: the windows of the video of each pair; empty if the entire video is one window.
-        manifest: of the model.
+        manifest: manifest of the model.
         top_k: maximum number of moments of each pair.
         presence: whether to drop the moments of a pair whose best score is below the model's presence threshold.
 
     Attributes:
-        moments: of each pair, best first, in seconds of the video file.
+        moments: moments of each pair, best first, in seconds of the video file.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class MomentDecoder:
         """Decode the heads of B rows.
 
         Args:
-            pairs: index of the pair of each row, (B,).
-            window_index: index of the row's window in its video, (B,).
-            heads: of the rows.
+            pairs: (B,) index of the pair of each row.
+            window_index: (B,) index of the row's window in its video.
+            heads: heads of the B rows.
 
         Raises:
             ModelFileError: a head is not finite; see `score_proposals`.

@@ -69,8 +69,8 @@ def draw(answers: Sequence[Answer], path: Path, video_file: VideoFile | None = N
 
     Args:
         answers: at least one, all about one video.
-        path: of the PNG file.
-        video_file: whose frames are drawn below the time axis; none when None.
+        path: PNG file to write.
+        video_file: video file whose frames are drawn below the time axis; none when None.
         partial: whether to accept a damaged video file.
 
     Raises:

@@ -17,7 +17,18 @@ VideoInput = Union[Video, EncodedVideo, EncodedWindows]
 
 
 def check_request(pairs: Sequence[tuple[VideoInput, str]], top_k: int, batch_size: int) -> None:
-    """Raise GroundingError unless `pairs` are (video, sentence) pairs and the sizes are integers in range."""
+    """Check the arguments of `Grounder.ground_batch`.
+
+    Args:
+        pairs: must be (video, sentence) pairs.
+        top_k: must be an integer of at least 0.
+        batch_size: must be an integer of at least 1.
+
+    Raises:
+        GroundingError: `pairs` or a size is invalid (code `invalid_argument`).
+        FeatureError: a video is neither a `Video` nor an encoding.
+        QueryError: a query is not a str.
+    """
     for name, value, minimum in (("top_k", top_k, 0), ("batch_size", batch_size, 1)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < minimum:
             raise GroundingError(
@@ -52,7 +63,13 @@ def check_query(query: object) -> None:
 
 
 def check_sizes(batches: Sequence[int], lengths: Sequence[int], max_length: int) -> None:
-    """Raise ShapeError unless batch sizes are at least 1 and query lengths, in tokens, 1 to `max_length`."""
+    """Raise ShapeError unless the sizes to warm a model for are in range.
+
+    Args:
+        batches: numbers of queries, each at least 1.
+        lengths: query lengths in tokens, each from 1 to `max_length`.
+        max_length: maximum query length of the model, in tokens.
+    """
     for name, sizes in (("batches", batches), ("lengths", lengths)):
         check_argument(name, sizes, Sequence, "a list of integers", ShapeError)
         for size in sizes:

@@ -22,8 +22,8 @@ class Ranking:
     """The rank of the correct video of each of N queries among K videos.
 
     Attributes:
-        ranks: (N,) float64 in [1, K]; equal scores share the mean of their ranks.
-        videos: K.
+        ranks: (N,) float64 in [1, K], 1 for the best; equal scores share the mean of their ranks.
+        videos: number of videos K.
     """
 
     ranks: np.ndarray
@@ -42,7 +42,11 @@ class Ranking:
 
 
 def rank(scores: np.ndarray) -> Ranking:
-    """Return the ranking of (N, K) scores, whose first column belongs to the correct videos; -inf is the lowest."""
+    """Return the ranking of the correct video among K videos for each of N queries.
+
+    Args:
+        scores: (N, K) float scores, the correct video in the first column; -inf is the lowest.
+    """
     correct = scores[:, :1]
     above, equal = (scores > correct).sum(axis=1), (scores == correct).sum(axis=1)
     return Ranking(above + (equal + 1) / 2, scores.shape[1])
@@ -55,10 +59,10 @@ def draw_videos(correct: np.ndarray, num_videos: int, count: int, seed: int) -> 
         correct: (N,) int, index of the video of each sentence.
         num_videos: number of videos to draw from.
         count: number of other videos for each sentence.
-        seed: of the random numbers.
+        seed: random seed.
 
     Returns:
-        (N, 1 + count) indices of videos, the correct one first.
+        (N, 1 + count) int indices of videos, the correct one first.
 
     Raises:
         GroundingError: there are not enough videos.
@@ -90,18 +94,20 @@ def best_scores(
 
     Args:
         grounder: the model.
-        data_set: provides features and durations.
+        data_set: data set that provides features and durations.
         sentences: N sentences.
         videos: names of videos.
         video_index: (N, K) int, indices in `videos`.
-        batch_size: pairs in a batch; affects speed only.
+        batch_size: maximum number of pairs in a batch; affects speed only.
         on_progress: called with the number of pairs scored since the last call.
 
     Returns:
         (N, K) float32 in [0, 1]; -inf if no location is likely.
 
     Raises:
-        QueryError, FeatureError, ModelFileError: as `runtime.grounding.evaluation.evaluate`.
+        QueryError: a sentence is too long, or has an unknown word that the vocabulary rejects.
+        FeatureError: features are missing, or do not fit the model.
+        ModelFileError: the output of the network is not finite.
     """
     encoded = {sentence: grounder.encode_query(sentence, check_content=False) for sentence in dict.fromkeys(sentences)}
     tokens = [encoded[sentence] for sentence in sentences]

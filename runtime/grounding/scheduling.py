@@ -33,7 +33,7 @@ class WindowGroup:
     Attributes:
         pairs: index of the (video, query) pair of each row.
         windows: index of the row's window in its video.
-        encodings: of the window of each row.
+        encodings: encoding of the window of each row.
     """
 
     pairs: list[int]
@@ -54,7 +54,7 @@ def window_groups(
 
     Args:
         pairs: N videos and queries.
-        windows: of the video of each pair; empty if the entire video is one window.
+        windows: windows of the video of each pair; empty if the entire video is one window.
         encode: returns the encoding of a video of one window.
         encode_windows: yields the encodings of the windows of a longer video.
         batch_size: maximum number of queries in a batch.
@@ -88,11 +88,11 @@ def ground_on_server(
     """Return the moments of each (video, query) pair, with one request to the server for each video.
 
     Args:
-        server: answers queries about one video.
+        server: server that answers queries about one video.
         pairs: N videos and sentences.
         top_k: maximum number of moments of each pair.
-        windows: of long videos; "model" for those of the served model, None to turn windows off.
-        always: ignore the no-match threshold.
+        windows: windows of long videos; "model" for those of the served model, None to turn windows off.
+        always: whether to ignore the no-match threshold.
 
     Raises:
         ServerError: a request failed.
@@ -108,14 +108,21 @@ def ground_on_server(
 
 
 def distinct(items: Sequence[Item]) -> tuple[list[Item], np.ndarray]:
-    """Return the distinct objects among B, compared by identity, and the index of each among them, (B,) int32."""
+    """Return the distinct objects of a sequence, compared by identity.
+
+    Args:
+        items: B objects.
+
+    Returns:
+        The distinct objects in the order of their first appearance, and (B,) int32, the index of each item among them.
+    """
     objects = {id(item): item for item in items}
     index = {key: number for number, key in enumerate(objects)}
     return list(objects.values()), np.array([index[id(item)] for item in items], np.int32)
 
 
 class EncodingCache:
-    """Store the encodings of the videos used last, by identity; safe to use from several threads.
+    """Store the encodings of the `Video` objects used last, compared by identity; safe to use from several threads.
 
     Args:
         size: maximum number of encodings.
@@ -137,8 +144,8 @@ def retry_in_halves(run: Callable[[slice], Heads], num_rows: int) -> Heads:
     """Return the heads of a batch, run in two halves if the device has not enough memory for it.
 
     Args:
-        run: returns the heads of some rows.
-        num_rows: of the batch.
+        run: returns the heads of a slice of the rows.
+        num_rows: number of rows of the batch.
 
     Raises:
         DeviceMemoryError: a half does not fit either.

@@ -85,9 +85,9 @@ class VideoSource:
     """An open video.
 
     Attributes:
-        video: its features.
+        video: the video with its features.
         truths: annotated moments by sentence, start and end in seconds from the first frame; empty without a data set.
-        video_file: for reading frames; None without a video file.
+        video_file: video file to read frames from; None without one.
     """
 
     video: Video
@@ -109,7 +109,8 @@ def open_video_source(
     Args:
         choice: arguments that `VideoArguments.check` has accepted.
         features: properties of the features that the model accepts.
-        device, threads: of the extractor.
+        device: device of the extractor: `auto`, `cpu` or `cuda`.
+        threads: number of CPU threads of the extractor; the library's default when None.
 
     Raises:
         VideoFileError: the video file cannot be decoded, or its duration differs from that of the features.

@@ -100,7 +100,7 @@ def write_clips(
     end; it has at least one frame.
 
     Args:
-        video_file: from `probe`.
+        video_file: video file that `probe` returned.
         spans: starts and ends in seconds after the first frame.
         outputs: one path per span.
         threads: CPU threads; None leaves the number to FFmpeg.

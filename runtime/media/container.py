@@ -61,7 +61,8 @@ def open_container(path: Path, threads: int | None = None) -> Iterator[tuple[Any
         threads: CPU threads for decoding; None leaves the number to FFmpeg.
 
     Raises:
-        VideoFileError: as `opened_container`, or the file has no video stream that can be decoded.
+        VideoFileError: FFmpeg cannot open the file, its format refers to other files, or it has no video stream that
+            can be decoded.
     """
     with reading(path, "a video", VideoFileError, "copy or download it again"), opened_container(path) as container:
         stream = first_video_stream(container, path)

@@ -43,12 +43,14 @@ class ExtractionRecord:
 
     Attributes:
         video: SHA-256 of the video file.
-        extractor: `extractor_key`.
+        extractor: `extractor_key` of the extractor.
         num_clips: number of features.
-        num_frames, frame_rate: as of `VideoFile`.
         whole: whether the file was checked for damage; with `partial` frames may be missing.
         features: SHA-256 of the `.npy` file; empty in records of earlier versions.
-        offset, length: as of `VideoFile`, in seconds.
+        num_frames: length of the video in frames.
+        frame_rate: frames per second.
+        offset: seconds from the start of the file, as players count, to the first frame.
+        length: duration in seconds if the file ends within the last frame; else 0.
     """
 
     video: str
@@ -67,7 +69,13 @@ class ExtractionRecord:
         return self.length or self.num_frames / self.frame_rate
 
     def is_valid_for(self, video: str, extractor: str, partial: bool) -> bool:
-        """Return whether a new extraction of a video, by its hash and `extractor_key`, would give the same features."""
+        """Return whether a new extraction would give the recorded features.
+
+        Args:
+            video: SHA-256 of the video file.
+            extractor: `extractor_key` of the extractor.
+            partial: whether a damaged file is accepted.
+        """
         return (self.video, self.extractor) == (video, extractor) and (self.whole or partial) and self.features != ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +90,12 @@ def extractor_key(extractor: Extractor) -> str:
 
 
 def check_length(video_file: VideoFile, clock: ClipTiming) -> None:
-    """Raise VideoFileError if a video is shorter than one clip."""
+    """Raise VideoFileError if a video is shorter than one clip.
+
+    Args:
+        video_file: video file that `probe` returned.
+        clock: clip timing of the extractor.
+    """
     if video_file.num_frames < max(2, clock.window):
         frames = "1 frame" if video_file.num_frames == 1 else f"{video_file.num_frames} frames"
         raise VideoFileError(
@@ -106,11 +119,11 @@ def extract(
     Memory holds a few batches of clips only. The file is written completely or not at all.
 
     Args:
-        video_file: from `probe`.
+        video_file: video file that `probe` returned.
         extractor: the network.
         output: path of the `.npy` file.
         partial: whether to accept a damaged file, and use what can be decoded.
-        batch_size: clips per batch.
+        batch_size: maximum number of clips per batch.
         threads: CPU threads for decoding; None leaves the number to FFmpeg.
 
     Returns:
@@ -207,13 +220,20 @@ def extract_if_needed(
         extractor: the network.
         output: path of the `.npy` file.
         video_hash: SHA-256 of the video file.
-        extractor_hash: `extractor_key`.
+        extractor_hash: `extractor_key` of the extractor.
         known: record of an earlier extraction to `output`.
-        partial, batch_size, threads: see `extract`.
-        video_file: from `probe`; None probes the file if it must be extracted.
+        partial: whether to accept a damaged file, and use what can be decoded.
+        batch_size: maximum number of clips per batch.
+        threads: CPU threads for decoding; None leaves the number to FFmpeg.
+        video_file: video file that `probe` returned; None probes the file if it must be extracted.
 
     Returns:
-        The record of the extraction, `known` if its features are still valid. Raises as `extract`.
+        The record of the extraction; `known` if its features are still valid.
+
+    Raises:
+        VideoFileError: the video is damaged and `partial` is not set, or is too short for one clip.
+        ModelFileError: the extractor returns features that are not finite.
+        OutputError: `output` cannot be written.
     """
     if known is not None and output.is_file() and known.is_valid_for(video_hash, extractor_hash, partial):
         if sha256(output) == known.features:
@@ -256,10 +276,15 @@ def load_or_extract(
     Args:
         path: the video file.
         extractor: the network.
-        partial, batch_size, threads, video_file: see `extract_if_needed`.
+        partial: whether to accept a damaged file, and use what can be decoded.
+        batch_size: maximum number of clips per batch.
+        threads: CPU threads for decoding; None leaves the number to FFmpeg.
+        video_file: video file that `probe` returned; None probes the file if it must be extracted.
 
     Raises:
-        VideoFileError, ModelFileError, OutputError: as `extract`.
+        VideoFileError: the video is missing, is damaged and `partial` is not set, or is too short for one clip.
+        ModelFileError: the extractor returns features that are not finite.
+        OutputError: the cache cannot be written.
     """
     video_hash, extractor_hash = hash_of(path), extractor_key(extractor)
     output = cache_directory() / f"{video_hash[:24]}-{extractor_hash[:24]}.npy"
@@ -329,9 +354,9 @@ def read_record(value: Any, source: Path) -> ExtractionRecord | None:
         if not all(isinstance(text, str) for text in texts) or not isinstance(record.whole, bool):
             raise ValueError("it lacks the digests of the files")
         if not all(type(count) is int and count > 0 for count in counts) or not is_number(record.frame_rate):
-            raise ValueError("its counts are not numbers")
+            raise ValueError("its frame and clip counts are not integers above 0")
         if not 0 < record.frame_rate <= MAX_FRAME_RATE:
-            raise ValueError(f"its frame rate is {excerpt(record.frame_rate)}")
+            raise ValueError(f"its frame rate is {excerpt(record.frame_rate)}, expected above 0 to {MAX_FRAME_RATE}")
     if "digest" not in value:
         # Earlier versions wrote no digests, so their features cannot be verified.
         return dataclasses.replace(record, features="")

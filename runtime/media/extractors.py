@@ -38,11 +38,19 @@ class Extractor(Protocol):
         """Return the manifest of the extractor."""
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
-        """Return (N, D) float32 features of (N, window, height, width, 3) uint8 RGB clips of the manifest's crop."""
+        """Return the features of clips.
+
+        Args:
+            clips: (N, window, height, width, 3) uint8 RGB, with `window` frames and the height and width of `crop` of
+                the manifest.
+
+        Returns:
+            (N, D) float32.
+        """
 
 
 class ClipExtractor:
-    """An ONNX graph on (N, window, height, width, 3) uint8 clips: C3D or I3D of `export.to_onnx`."""
+    """An ONNX extractor of (N, window, height, width, 3) uint8 clips: C3D or I3D of `export.to_onnx`."""
 
     def __init__(self, session: Any, manifest: ExtractorManifest, identity: str) -> None:
         self.manifest = manifest
@@ -50,12 +58,15 @@ class ClipExtractor:
         self._session = session
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
-        """Return (N, D) float32 features; see `Extractor`."""
+        """Return (N, D) float32 features of N clips; see `Extractor.extract` for the shape of clips."""
         return _run(self._session, clips, self.manifest)
 
 
 class ImageExtractor:
-    """An ONNX image encoder from (N, 3, height, width) float32 to (N, D), on the middle frame of each clip."""
+    """An extractor whose ONNX graph encodes images, from (N, 3, height, width) float32 to (N, D).
+
+    The image of a clip is its middle frame.
+    """
 
     def __init__(self, session: Any, manifest: ExtractorManifest, identity: str) -> None:
         self.manifest = manifest
@@ -66,7 +77,7 @@ class ImageExtractor:
         self._offset = (-np.array(manifest.mean) / np.array(manifest.std)).astype(np.float32)
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
-        """Return (N, D) float32 features; see `Extractor`."""
+        """Return (N, D) float32 features of N clips; see `Extractor.extract` for the shape of clips."""
         images = clips[:, clips.shape[1] // 2] * self._factor + self._offset
         return _run(self._session, np.ascontiguousarray(images.transpose(0, 3, 1, 2)), self.manifest)
 
@@ -78,8 +89,8 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
 
     Args:
         path: the file.
-        device: auto, cpu or cuda.
-        threads: number of CPU threads.
+        device: `auto`, `cpu` or `cuda`; `auto` selects a GPU if the library supports one.
+        threads: number of CPU threads; the library's default when None.
 
     Raises:
         ModelFileError: the file is missing or is not an extractor.
@@ -151,7 +162,13 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def check_description(value: Mapping[str, Any], path: Path, content: Content) -> None:
-    """Raise ModelFileError if a description records a digest that differs from the digest of the files."""
+    """Raise ModelFileError if a description records a digest that differs from the digest of the files.
+
+    Args:
+        value: content of the description file.
+        path: the ONNX file.
+        content: digests of the ONNX file and its external data.
+    """
     if DIGEST in value and value[DIGEST] != _description_digest(value, content):
         raise ModelFileError(
             f"{path} or {description_path(path).name} changed since the digest was recorded. Copy both again, or "

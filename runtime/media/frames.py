@@ -29,7 +29,7 @@ class FrameResizer:
     it. Only pixels inside the crop are computed.
 
     Args:
-        height, width: size of the frames as they are stored.
+        height, width: size of the frames as they are stored, in pixels.
         framing: target size and crop.
         quarter_turns, mirrored: rotation and mirroring that are applied first; see `VideoFile`.
     """
@@ -51,7 +51,11 @@ class FrameResizer:
         self._total, self._product = np.empty((2, *framing.crop, 4), np.uint32)
 
     def resize(self, frame: np.ndarray) -> np.ndarray:
-        """Return (*crop, 3) uint8 RGB of a (height, width, 4) uint8 frame, RGB and one unused byte."""
+        """Return a frame resized and cropped, (crop height, crop width, 3) uint8 RGB.
+
+        Args:
+            frame: (height, width, 4) uint8, RGB and one unused byte.
+        """
         # Four bytes are gathered as one integer, and integers of one size multiply fastest: a third of the time of
         # floats.
         pixels = frame.reshape(-1).view(np.uint32)
@@ -65,7 +69,13 @@ class FrameResizer:
 
 
 def upright(pixels: np.ndarray, quarter_turns: int, mirrored: bool) -> np.ndarray:
-    """Return a (height, width, ...) image, optionally mirrored left to right, then rotated counterclockwise."""
+    """Return an image in upright orientation, as a view.
+
+    Args:
+        pixels: (height, width, ...) image.
+        quarter_turns: rotations by 90 degrees counterclockwise.
+        mirrored: whether left and right are exchanged before the rotation.
+    """
     return np.rot90(pixels[:, ::-1] if mirrored else pixels, quarter_turns)
 
 
@@ -83,7 +93,13 @@ def _taps(length: int, resized: int, cropped: int) -> tuple[np.ndarray, np.ndarr
 
 
 def clips(frames: Iterator[np.ndarray], window: int, stride: int) -> Iterator[np.ndarray]:
-    """Yield every complete window of consecutive frames, one every `stride`, as (window, height, width, 3) uint8."""
+    """Yield every complete window of consecutive frames, as (window, height, width, 3) uint8.
+
+    Args:
+        frames: frames of one size, (height, width, 3) uint8.
+        window: number of frames of a clip.
+        stride: number of frames from the start of a clip to the next.
+    """
     clip: list[np.ndarray] = []
     skipped = 0
     for frame in frames:

@@ -36,7 +36,14 @@ class Packets:
     error: str = ""
 
     def times(self, container: Any, stream: Any) -> tuple[np.ndarray, tuple[Part, ...]]:
-        """Return the increasing times of the displayed frames, in ticks, and the parts of the stream."""
+        """Return the times of the displayed frames, and the parts of the stream.
+
+        Args:
+            container, stream: container and video stream that `open_container` yielded.
+
+        Returns:
+            (num_frames,) int64 increasing times in ticks, and the parts whose time stamps need different corrections.
+        """
         unit = float(stream.time_base)
         ticks = 1 / (float(stream.guessed_rate or stream.average_rate or 25) * unit)
         broadcast = bool(int(container.format.flags) & TS_DISCONT)
@@ -57,7 +64,7 @@ def read_packets(container: Any, stream: Any) -> Packets:
     """Read all packets of a container.
 
     Args:
-        container, stream: from `open_container`.
+        container, stream: container and video stream that `open_container` yielded.
     """
     av = load_av()
     result = Packets()

@@ -60,7 +60,12 @@ class Part:
 
 
 def usual_step(stamps: Sequence[Stamp], default: float) -> float:
-    """Return the median step between packets in file order, in ticks; `default` if no step is known."""
+    """Return the median step between packets in file order, in ticks.
+
+    Args:
+        stamps: time stamps of the packets, in file order.
+        default: result in ticks if no step is known.
+    """
     times = [stamp.dts if stamp.dts is not None else stamp.pts for stamp in stamps if stamp.is_shown]
     known = np.array([time for time in times if time is not None], np.int64)
     steps = np.abs(np.diff(known))
@@ -84,7 +89,7 @@ def split(
     Args:
         stamps: time stamps of the packets, in file order.
         unit: seconds per tick.
-        step: ticks between packets, from `usual_step`.
+        step: ticks between packets, as `usual_step` returns them.
         frame_ticks: ticks per frame at the frame rate of the header, for packets without a time stamp.
         broadcast: whether the container format allows discontinuities.
         others: times of the packets of other streams in seconds, which distinguish a gap of the video from a jump of
@@ -119,11 +124,13 @@ def split(
 
 @dataclasses.dataclass
 class _Run:
-    """Consecutive packets whose time stamps neither restart nor jump. Attributes as of `Part`, and:
+    """Consecutive packets whose time stamps neither restart nor jump.
 
     Attributes:
         max_dts: largest decoding time, in ticks.
         times: known times of the packets, in ticks.
+        first: index of the first packet, in file order.
+        start, end: smallest and largest time, in ticks.
     """
 
     first: int
@@ -183,7 +190,7 @@ def shown_times(stamps: Sequence[Stamp], parts: Sequence[Part], frame_ticks: flo
 
     Args:
         stamps: time stamps of the packets, in file order.
-        parts: from `split`.
+        parts: parts that `split` returned.
         frame_ticks: ticks per frame at the frame rate of the header, for packets without a time stamp.
     """
     count = sum(stamp.is_shown for stamp in stamps)
@@ -226,7 +233,11 @@ class SoundShift:
         self._end: float | None = None
 
     def shift_at(self, time: float) -> float:
-        """Return the seconds to add to the next packet in file order, whose time is `time` seconds."""
+        """Return the seconds to add to the time stamps of the next audio packet in file order.
+
+        Args:
+            time: time of the packet before the correction, in seconds.
+        """
         restarts = self._end is not None and time < self._end - BACK_SECONDS
         if restarts or not self._fits(self._index, time):
             following = range(self._index + 1, len(self._parts))

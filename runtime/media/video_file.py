@@ -54,7 +54,7 @@ class VideoFile:
         path: the file.
         num_frames: number of grid positions.
         frame_rate: frames per second.
-        height, width: size of a frame as it is stored, before rotation.
+        height, width: size in pixels of a frame as it is stored, before rotation.
         quarter_turns: rotations by 90 degrees counterclockwise that make a frame upright.
         damage: damage of the file as a clause; empty if there is none.
         start: time of the first frame on the file's clock, in seconds.
@@ -237,7 +237,7 @@ def read_frames(
     Frames are decoded one by one. A repeated frame is yielded as the same array.
 
     Args:
-        video_file: from `probe`.
+        video_file: video file that `probe` returned.
         framing: resizing and crop.
         every: step between the yielded grid positions.
         partial: whether to accept a damaged file, and use what can be decoded.
@@ -288,7 +288,7 @@ def frames_at(video_file: VideoFile, times: Sequence[float], height: int, *, par
     file is damaged, the last frame that can be decoded is used for later times.
 
     Args:
-        video_file: from `probe`.
+        video_file: video file that `probe` returned.
         times: increasing times in seconds from the first frame.
         height: maximum height of the result in pixels; frames are not enlarged.
         partial: whether to accept damaged frames.
@@ -334,7 +334,7 @@ def frames_from(
     """Yield the frames of a video as PyAV decodes them, each with its time in seconds after the first frame.
 
     Args:
-        video_file: from `probe`.
+        video_file: video file that `probe` returned.
         start: time in seconds; the first yielded frame is a key frame at or before it.
         threads: CPU threads for decoding; None leaves the number to FFmpeg.
         partial: whether to skip packets that cannot be decoded.
@@ -437,7 +437,7 @@ def _decoded(
     """Yield the frames of a stream with corrected time stamps.
 
     Args:
-        container, stream: from `open_container`.
+        container, stream: container and video stream that `open_container` yielded.
         path: the file, for messages.
         parts: parts with their shifts; with several parts, the container must be at its start.
         partial: whether to accept damage: packets that cannot be decoded are skipped, and frames that the decoder

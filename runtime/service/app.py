@@ -236,7 +236,11 @@ def _media_type(request: Request) -> str:
 
 
 def _unsupported_type(actual: str, *expected: str) -> HttpError:
-    return HttpError(415, f"Expected a body of type {' or '.join(expected)}, got {actual[:80] or 'no Content-Type'}.")
+    return HttpError(
+        415,
+        f"Expected a body of type {' or '.join(expected)}, got {actual[:80] or 'no Content-Type'}. Set the header "
+        "Content-Type.",
+    )
 
 
 def _not_found() -> HttpError:

@@ -46,7 +46,7 @@ class BatchOptions:
         if not (1 <= self.batch_size <= self.queue_size and 0 <= self.wait_ms <= 1000):
             raise GroundingError(
                 f"Expected 1 <= --batch-size <= --queue-size and --wait-ms from 0 to 1000, got {self.batch_size}, "
-                f"{self.queue_size} and {self.wait_ms:g}.",
+                f"{self.queue_size} and {self.wait_ms:g}. Correct the option.",
                 code="invalid_option",
             )
 
@@ -81,7 +81,7 @@ class Batcher:
 
     Args:
         grounder: the model.
-        options: limits.
+        options: limits of batches and of the queue.
         on_batch: called after every batch with its number of pairs, the seconds that each waited, and the seconds that
             the model took.
     """

@@ -93,7 +93,7 @@ class ApiKeys:
         """Return whether a request has the key or a valid ticket; secrets are compared in constant time.
 
         Args:
-            scope: of ASGI.
+            scope: ASGI connection scope of the request.
             authorization: value of the Authorization header.
         """
         if self._key is None:
@@ -141,8 +141,8 @@ class RequestGuard:
     Starlette's `TrustedHostMiddleware` cannot replace the check of hosts: it answers 400 in plain text.
 
     Args:
-        app: the routes.
-        options: limits.
+        app: ASGI application with the routes.
+        options: API key and limits of requests.
         keys: keys of `options`.
         telemetry: counts every response.
         draining: returns whether the service is shutting down.
@@ -291,9 +291,9 @@ async def cancel_on_disconnect(receive: Receive, work: Awaitable[Any], seconds: 
     """Return the result of `work`, which is cancelled if the client disconnects or after a timeout.
 
     Args:
-        receive: of ASGI, after the body is complete.
-        work: what to await.
-        seconds: timeout.
+        receive: ASGI receive function of the request, after the body is complete.
+        work: awaitable that computes the result.
+        seconds: timeout in seconds.
 
     Raises:
         ClientDisconnected: the client closed the connection.

@@ -33,15 +33,27 @@ class Telemetry:
         self._model = Info("drn_model", "The model of the service.", registry=self.registry)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Add a metric whose value is computed when it is read."""
+        """Add a metric whose value is computed when it is read.
+
+        Args:
+            name: name of the metric without the prefix "drn_".
+            text: description of the metric.
+            value: returns the value.
+        """
         Gauge(f"drn_{name}", text, registry=self.registry).set_function(value)
 
     def model(self, labels: dict[str, str]) -> None:
-        """Record the model."""
+        """Record the properties of the model as labels of one metric."""
         self._model.info(labels)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """Count a response, and record the seconds since the request arrived."""
+        """Count a response.
+
+        Args:
+            route: path template of the route.
+            status: HTTP status.
+            seconds: seconds since the request arrived.
+        """
         self._requests.labels(route, str(status)).inc()
         self._request_seconds.labels(route).observe(seconds)
 
@@ -50,18 +62,29 @@ class Telemetry:
         self._refused.labels(code).inc()
 
     def batch(self, pairs: int, waited: Sequence[float], seconds: float) -> None:
-        """Record a batch: its pairs, the seconds that each waited, and the seconds that the model took."""
+        """Record a batch of queries.
+
+        Args:
+            pairs: number of query-video pairs.
+            waited: seconds that each pair waited in the queue.
+            seconds: seconds that the model took.
+        """
         self._batch_pairs.observe(pairs)
         for wait in waited:
             self.phase("wait", wait)
         self.phase("model", seconds)
 
     def phase(self, name: str, seconds: float) -> None:
-        """Record the seconds of a phase: wait, model or ready."""
+        """Record the time of a phase.
+
+        Args:
+            name: wait (in the queue), model (one batch) or ready (preparation of a video).
+            seconds: duration in seconds.
+        """
         self._phase_seconds.labels(name).observe(seconds)
 
     def lookup(self, result: str) -> None:
-        """Count a lookup in the video cache by its result: hit, joined or miss."""
+        """Count a lookup in the video cache by its result: hit, joined (another request prepares the video) or miss."""
         self._lookups.labels(result).inc()
 
     def text(self) -> bytes:

@@ -71,7 +71,7 @@ def configuration(service: Service, grace: int) -> uvicorn.Config:
     """Return uvicorn's configuration for a service.
 
     Args:
-        service: the service.
+        service: service to run.
         grace: maximum time to finish accepted requests at the end, in seconds.
     """
     return uvicorn.Config(

@@ -62,8 +62,8 @@ class ServiceOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.max_queries <= self.batching.queue_size:
             raise GroundingError(
-                f"--queue-size must be at least {self.max_queries}, the queries of one request, got "
-                f"{self.batching.queue_size}.",
+                f"Expected --queue-size of at least {self.max_queries}, the maximum number of queries of one request, "
+                f"got {self.batching.queue_size}. Correct the option.",
                 code="invalid_option",
             )
 
@@ -78,7 +78,7 @@ class Service:
         media: directory of the video files of `data`.
         extractor: extractor of uploaded video files; None rejects them.
         device, threads: device and CPU threads of the extractor.
-        options: limits.
+        options: limits of requests, memory and uploads.
 
     Attributes:
         draining: whether the service shuts down and rejects new requests.
@@ -147,8 +147,8 @@ class Service:
             always_answer: ignore the model's no-match threshold.
 
         Raises:
-            HttpError: 422 if the model cannot encode a query; this is checked before any query is batched. Also as
-                `prepare` and `Batcher.ground`.
+            HttpError: 422 if the model cannot encode a query, which is checked before any query is batched; 429 if the
+                queue is full; 503 during shutdown; or `prepare` raised it.
         """
         unknown = self._count_unknown_words(queries)
         video = await prepare()
@@ -222,6 +222,11 @@ class Service:
     async def receive(self, request: Request, upload: Upload, form: type[SentVideo]) -> tuple[Any, Video | None]:
         """Store a form with one file in an upload.
 
+        Args:
+            request: request whose body is the form.
+            upload: empty upload that receives the file.
+            form: pydantic model of the text fields.
+
         Returns:
             The validated fields, and the video of features. For a video file the extraction is started instead.
 
@@ -231,7 +236,7 @@ class Service:
 
         def choose_path(field: str) -> Path:
             if field not in ("features", "video"):
-                raise HttpError(422, f"Expected a file called features or video, got {field[:80]!r}.")
+                raise HttpError(422, f"Expected a file called features or video, got {field[:80]!r}. Rename the field.")
             if field == "video" and not self.uploads.accepts_videos:
                 raise HttpError(
                     422, "This service accepts no video files, because it runs without --extractor. Send features."
@@ -246,7 +251,7 @@ class Service:
                 lambda size: self.uploads.reserve(upload, size),
             )
         if len(sent.files) != 1:
-            raise HttpError(422, f"Expected one file, called features or video, got {len(sent.files)}.")
+            raise HttpError(422, f"Expected one file, called features or video, got {len(sent.files)}. Send one.")
         repeated = [name for name, values in sent.fields.items() if len(values) > 1 and name != "query"]
         if repeated:
             raise HttpError(422, f"The form contains the field {repeated[0][:80]!r} more than once. Send it once.")

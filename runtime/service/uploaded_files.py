@@ -26,9 +26,17 @@ def display_name(name: str, fallback: str = "video") -> str:
 
 
 def read_features(path: Path, max_bytes: int, dim: int) -> np.ndarray:
-    """Return the (num_clips, dim) floats of a `.npy` file, or of a `.npz` file of one array.
+    """Return the features in a `.npy` file, or in a `.npz` file of one array.
 
     Sizes are checked before anything is decompressed, and no more is read than the header declares.
+
+    Args:
+        path: the file.
+        max_bytes: maximum size of the array in bytes.
+        dim: D, feature width of the model.
+
+    Returns:
+        (num_clips, D) in the float type of the file.
 
     Raises:
         HttpError: 415 for another kind of file, 413 if it is too large, 422 if it is damaged or has another shape.
@@ -65,9 +73,7 @@ def read_features(path: Path, max_bytes: int, dim: int) -> np.ndarray:
 
 
 def sniff_container(path: Path) -> str:
-    """Return the suffix of a video file by its first bytes.
-
-    FFmpeg would open further formats, among them playlists that refer to other files.
+    """Return the suffix of a video file, such as ".mp4", by its first bytes.
 
     Raises:
         HttpError: 415 for a format that is not supported.

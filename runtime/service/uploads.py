@@ -144,7 +144,7 @@ class Uploads:
     """The uploads of one service. Their directory is deleted at the end, and after a crash by the next service.
 
     Args:
-        options: limits.
+        options: limits of uploads and their expiry time.
         clock: clip timing of the model, for features that are sent without a frame count.
         extractor: extractor of video files; None rejects video files.
         device, threads: device and CPU threads of the extractor.
@@ -277,7 +277,7 @@ class Uploads:
         """Check uploaded features and store them in the upload.
 
         Args:
-            upload: the upload.
+            upload: upload that receives the features.
             sent: file of the features; it is deleted.
             dim: D, feature width of the model.
             duration: duration of the video, in seconds.
@@ -324,7 +324,7 @@ class Uploads:
         """Store an uploaded video file, and start to extract its features.
 
         Args:
-            upload: the upload.
+            upload: upload that receives the video.
             sent: the video file; it is renamed.
             partial: whether to accept a damaged file, and use what can be decoded.
 

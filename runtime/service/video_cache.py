@@ -105,7 +105,16 @@ class VideoCatalog:
         return Entry(name, name, end, self._data.num_frames.get(name), self._media.get(name))
 
     def page(self, contains: str, offset: int, limit: int) -> tuple[int, list[Entry]]:
-        """Return the number of names that contain a text, ignoring case, and a page of their descriptions."""
+        """Return a page of the videos whose names contain a text, ignoring case.
+
+        Args:
+            contains: the text; empty for all videos.
+            offset: number of matching videos before the page.
+            limit: maximum number of videos on the page.
+
+        Returns:
+            The number of matching videos, and the descriptions of those on the page.
+        """
         lowered = contains.lower()
         names = [name for name in self.names if lowered in name.lower()] if lowered else self.names
         return len(names), [self.entry(name) for name in names[offset : offset + limit]]
@@ -217,11 +226,12 @@ class VideoCache:
 
         Args:
             key: identifier of the video.
-            load: reads the video, in another thread, if it is not cached.
+            load: reads the video, in another thread, if it is not cached; may raise FeatureError or HttpError.
             stamp: current stamp of its files; a cached video with another stamp is read again.
 
         Raises:
-            FeatureError, HttpError: as `load`, or the features do not fit the model.
+            FeatureError: the features do not fit the model.
+            HttpError: 422 if the video has too many windows; 503 during shutdown.
         """
         cached = self._prepared.get(key)
         if cached is not None and cached[1] == stamp:
@@ -246,7 +256,15 @@ class VideoCache:
         self._readers.shutdown(cancel_futures=True)
 
     async def prepare(self, load: Callable[[], Video]) -> VideoInput:
-        """Return a prepared video that is not cached. Raises as `get`."""
+        """Return a prepared video that is not cached.
+
+        Args:
+            load: reads the video, in another thread; may raise FeatureError or HttpError.
+
+        Raises:
+            FeatureError: the features do not fit the model.
+            HttpError: 422 if the video has too many windows; 503 during shutdown.
+        """
 
         def read() -> Video:
             video = load()
@@ -288,7 +306,12 @@ def _bytes(video: VideoInput) -> int:
 
 
 def check_windows(windows: int, queries: int) -> None:
-    """Raise HttpError 422 if queries in the windows of a video would block the model for too long."""
+    """Raise HttpError 422 if queries in the windows of a video would block the model for too long.
+
+    Args:
+        windows: number of windows of the video.
+        queries: number of queries of the request.
+    """
     if windows * queries > MAX_WINDOWS:
         raise HttpError(
             422,

@@ -157,7 +157,9 @@ class Front:
             videos.append(self._videos.video(features, frames, float(durations[row, 0]), name))
         limits = [DEFAULT_TOP_K] * len(videos) if top_k is None else [int(value) for value in top_k[:, 0]]
         if min(limits) < 1:
-            raise QueryError(f"Expected {TOP_K} of at least 1, got {min(limits)}.", code="invalid_argument")
+            raise QueryError(
+                f"Expected {TOP_K} of at least 1, got {min(limits)}. Correct the request.", code="invalid_argument"
+            )
         always_answer = self._common_value(request, ALWAYS_ANSWER) == (True,)
         return _FrontRequest(videos, queries, limits, (self._windows(request), always_answer))
 
@@ -264,10 +266,16 @@ class _VideoCache:
         self._videos: LruCache[int, tuple[Video, dict[Windows | None, VideoInput]]] = LruCache(max_bytes)
 
     def video(self, features: np.ndarray, num_frames: int, duration: float, name: str) -> Video:
-        """Return the cached video with these (num_clips, D) features, or else add a new one.
+        """Return the cached video with these features, or else add a new one.
+
+        Args:
+            features: (num_clips, D) floats.
+            num_frames: length in frames.
+            duration: length in seconds.
+            name: name of the video in messages.
 
         Raises:
-            FeatureError: as `Video`.
+            FeatureError: the features, frames or duration are invalid.
         """
         for key, (known, _) in self._videos.items():
             same = (known.num_frames, known.duration, known.features.shape) == (num_frames, duration, features.shape)
@@ -301,5 +309,6 @@ def _text(value: Any) -> str:
         return value.decode("utf-8") if isinstance(value, bytes) else str(value)
     except UnicodeDecodeError as error:
         raise QueryError(
-            f"Expected queries in UTF-8, got another encoding at byte {error.start}.", code="invalid_argument"
+            f"Expected queries in UTF-8, got another encoding at byte {error.start}. Encode them in UTF-8.",
+            code="invalid_argument",
         ) from error

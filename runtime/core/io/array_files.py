@@ -123,10 +123,11 @@ def load_array(path: str | os.PathLike[str], mapped_bytes: int = -1) -> np.ndarr
 
     Args:
         path: the file.
-        mapped_bytes: size above which the file is memory-mapped and not read.
+        mapped_bytes: file size in bytes above which the array is memory-mapped instead of read; a negative number maps
+            every file.
 
     Raises:
-        ValueError: see `read_array`.
+        ValueError: it is not a plain array, or is truncated.
         OSError: the file cannot be read.
     """
     with open(path, "rb") as stream:
@@ -176,12 +177,14 @@ def read_member(
     """Return the array of one member of a `.npz` file.
 
     Args:
-        archive, member: from `open_archive`.
+        archive: archive that `open_archive` returned.
+        member: entry of the archive.
         source: name of the file, for messages.
-        check: see `read_array`.
+        check: called with the header and the number of bytes after it, before memory is allocated; raises an error for
+            an array that the caller does not accept.
 
     Raises:
-        FeatureError: see `check_unfolded`.
+        FeatureError: the array expands far more than features do; see `check_unfolded`.
         ValueError: it is not a plain array. `zipfile` and zlib raise others for damaged archives.
     """
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
@@ -205,7 +208,7 @@ def read_archive(path: str | os.PathLike[str], max_members: int) -> dict[str, np
         max_members: maximum number of arrays.
 
     Raises:
-        FeatureError: see `check_unfolded`.
+        FeatureError: an array expands far more than features do; see `check_unfolded`.
         ValueError: it has more than `max_members` arrays, or one that `read_member` does not accept.
     """
     with open(path, "rb") as stream, open_archive(stream) as archive:

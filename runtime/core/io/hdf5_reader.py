@@ -56,19 +56,29 @@ class Hdf5Reader:
         self._lock = threading.Lock()
 
     def describe(self, names: list[str]) -> dict[str, Any]:
-        """Return `name`, `dtype` and `shape` of a dataset; see `read` for arguments and errors."""
+        """Return `name`, `dtype` and `shape` of a dataset, without reading its values.
+
+        Args:
+            names: spellings of the name of the video; the first that exists, as a dataset or a group of one, is
+                described.
+
+        Raises:
+            MissingFeatures: there is neither a dataset nor a group of any of these names.
+            FeatureError: the file or the dataset is damaged, or is not an array of floats with two axes.
+            DeviceError: h5py is not installed.
+        """
         reply, _ = self._request({"names": names, "values": False})
         return reply
 
     def read(self, names: list[str]) -> np.ndarray:
-        """Return the (num_clips, D) floats of a dataset.
+        """Return the features of a video, (num_clips, D) in the float type of the file.
 
         Args:
             names: spellings of the name of the video; the first that exists, as a dataset or a group of one, is read.
 
         Raises:
             MissingFeatures: there is neither a dataset nor a group of any of these names.
-            FeatureError: the file or the dataset is damaged, or not such an array.
+            FeatureError: the file or the dataset is damaged, or is not an array of floats with two axes.
             DeviceError: h5py is not installed.
         """
         reply, values = self._request({"names": names, "values": True})
@@ -199,7 +209,19 @@ class Hdf5File:
         self._names: dict[str, str] = {}
 
     def answer(self, names: list[str], values: bool) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Return the description of a dataset and, if `values`, its content; see `Hdf5Reader.read`."""
+        """Return the description of a dataset and, if requested, its values.
+
+        Args:
+            names: spellings of the name of the video; the first that exists, as a dataset or a group of one, is read.
+            values: whether to return the values.
+
+        Returns:
+            `name`, `dtype`, `shape` and, with values, `bytes`; and the (num_clips, D) values or None.
+
+        Raises:
+            MissingFeatures: there is neither a dataset nor a group of any of these names.
+            FeatureError: the file or the dataset is damaged, or is not an array of floats with two axes.
+        """
         import h5py
 
         with reading(self._path, "an HDF5 file of clip features", FeatureError, "copy or download it again"):

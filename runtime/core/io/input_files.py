@@ -70,7 +70,14 @@ def check_file(
 def check_directory(
     path: str | os.PathLike[str], description: str, error: type[GroundingError], advice: str = "check the path"
 ) -> None:
-    """Raise `error` unless `path` is a directory that can be listed; see `check_file` for the arguments."""
+    """Raise `error` unless `path` is a directory that can be listed.
+
+    Args:
+        path: the directory.
+        description: start of the message: "The directory of annotations".
+        error: class to raise, with the code `missing_file`, `not_a_directory` or `unreadable_file`.
+        advice: what the reader should do, as an imperative without a full stop.
+    """
     _check_kind(path, stat.S_ISDIR, "not a directory", description, error, advice)
 
 

@@ -54,7 +54,12 @@ def fields(content: Buffer, start: int, end: int) -> Iterator[tuple[int, int, in
 
 
 def varints(content: Buffer, start: int, end: int) -> Iterator[int]:
-    """Yield the numbers of a varint field, packed or not, between two offsets."""
+    """Yield the numbers of a varint field, packed or not.
+
+    Args:
+        content: contains the field.
+        start, end: offsets of the value of the field in `content`, as `fields` yields them.
+    """
     offset = start
     while offset < end:
         value, offset = varint(content, offset)
@@ -75,7 +80,12 @@ def varint(content: Buffer, offset: int) -> tuple[int, int]:
 
 
 def number_field(number: int, value: int) -> bytes:
-    """Return an encoded varint field."""
+    """Return an encoded varint field.
+
+    Args:
+        number: number of the field.
+        value: its value, at least 0.
+    """
     return _encoded(number << 3 | VARINT) + _encoded(value)
 
 

@@ -54,7 +54,15 @@ def read_lines(
     """Return the lines of a UTF-8 text file without line ends and without blank lines at the end.
 
     Only \\n, \\r\\n and \\r end a line. `str.splitlines` also splits at U+2028, U+0085 and others, which are
-    valid within a sentence. Arguments and errors are those of `read_text`.
+    valid within a sentence.
+
+    Args:
+        path: the file.
+        description: expected content with its article, for messages: "a word table".
+        error: class to raise.
+
+    Raises:
+        GroundingError: `error`, if the file is missing, unreadable, or not UTF-8.
     """
     text = read_text(path, description, error).replace("\r\n", "\n").replace("\r", "\n")
     lines = text.split("\n")
@@ -74,7 +82,7 @@ def parse_json(
     """Return a JSON value with finite numbers, valid Unicode, bounded nesting and no name twice in one object.
 
     Args:
-        text: the JSON.
+        text: JSON text of one value.
         source: start of messages: the file, and the line in files of JSON lines.
         error: class to raise.
         advice: what the reader should do, as an imperative without a full stop.
