@@ -70,7 +70,8 @@ def build_engine(
             FP16); auto is int8 if that is accurate and faster on this machine, else fp16, or for onnxruntime fp32.
         target: runtime of the engine; auto selects TensorRT on a machine with TensorRT and a GPU, else ONNX
             Runtime.
-        data: directory of a data set (docs/formats.md) for calibration, the range scan and the accuracy check.
+        data: directory of a data set (docs/formats.md) for calibration, the search for modules that overflow in FP16,
+            and the accuracy check.
         output: engine to write, or for onnxruntime the graph. Default: next to MODEL.
         vocabulary: word table of a published checkpoint.
         batch: MIN OPT MAX of the number of queries, or of clips for an extractor.
@@ -98,7 +99,7 @@ def build_engine(
             in a CUDA graph. Default for tensorrt: the 90 % and 99 % quantiles of the query lengths in the training
             split of --data, or of the model's training data set. 0, the default for tensorrt-rtx, builds none.
         parity_split: split to check the accuracy on.
-        limit: use only the first N queries of it.
+        limit: use only the first N queries of --parity-split.
         profiles: number of optimization profiles: 2, for one query and for several, or 1 for both. Engines of
             TensorRT 8.6 with two profiles may fail to load; then an engine with one is built automatically.
         optimization_level: TensorRT's builder optimization level, 0 to 5.
@@ -108,7 +109,7 @@ def build_engine(
         hardware_compatible: build a TensorRT plan for Ampere and later GPUs.
         tf32: allow TF32 (10-bit mantissa) for FP32 operations, in engines and in ONNX Runtime on a GPU.
         compute_capability: for tensorrt-rtx, GPU architectures such as 8.6 8.9. Default: the GPU of this machine.
-        threads: number of CPU threads for calibration and the accuracy check.
+        threads: number of CPU threads for calibration and the accuracy check. Default: set by ONNX Runtime.
         dry_run: print what would be built, and stop.
 
     Returns:

@@ -140,15 +140,15 @@ def verify(
         reference: .pt, .onnx or .engine file to compare with.
         model: .pt, .onnx or .engine file to check.
         data: directory of a data set (docs/formats.md).
-        split: train, val or test.
+        split: split of the queries: train, val or test.
         limit: use only the first N queries.
         max_drop: maximum drop of R@1 IoU=0.7 and of mIoU, in points.
-        boundary_p99: maximum shift of the boundaries of the best moments, in seconds, for 99 % of the queries.
-            Default: 0.1 for FP32 and FP16 models; no limit for lower precisions.
+        boundary_p99: maximum shift of the boundaries of the best moments, in seconds, for 99 % of the queries. Default:
+            0.1 for FP32 and FP16 models; no limit for lower precisions.
         protocol: mmaction2 or drn, for both models. Default: set by the reference.
         batch_size: number of queries per batch; affects only the speed.
-        device: auto, cpu or cuda.
-        threads: number of CPU threads per network.
+        device: device that runs the models; auto selects cuda if it is available.
+        threads: number of CPU threads per network. Default: set by the library that runs the model.
         output: JSON file to write all results to.
         html: HTML report to write, as one self-contained page.
         layers: also compare every tensor that two .onnx files share, and name the first DRN module that differs.

@@ -40,7 +40,7 @@ class ConvertedModel:
 
     Attributes:
         content: content of the ONNX file.
-        manifest: of the converted model.
+        manifest: manifest of the converted model.
         precision_stats: data types of the graph.
         fp32_weight_bytes: size of the weights of the FP32 graph.
     """
@@ -95,7 +95,14 @@ class ConvertedModel:
 def single_engine_part(
     job: BuildConfig, model: ConvertedModel, converted: ConvertedGraph, profiles: Sequence[Profile]
 ) -> EnginePart:
-    """Return the source of the engine of a full model."""
+    """Return the source of the engine of a full model.
+
+    Args:
+        job: files of the build.
+        model: the converted model, which was written to `job.graph_path`.
+        converted: the same model as a graph in memory, which is not serialized.
+        profiles: optimization profiles of the engine.
+    """
     digest = model.file(job.graph_path).sha256
     return EnginePart(
         converted.graph,
@@ -118,7 +125,7 @@ def split_engine_parts(
         job: files of the build.
         model: the converted model, which was written to `job.graph_path`.
         source: the FP32 graph.
-        profiles: of the full model.
+        profiles: optimization profiles of the full model.
         videos: number of encoded videos that the query engine keeps in GPU memory.
     """
     import onnx

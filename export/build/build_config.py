@@ -170,10 +170,10 @@ class BuildConfig:
 
     Attributes:
         model: checkpoint or FP32 graph.
-        precision: of the converted graph.
+        precision: precision of the converted graph.
         target: runtime of the engine.
         data: directory of the data set.
-        requested_output: `--output`.
+        requested_output: value of `--output`; None for the default path.
         split: also split the model.
         unroll: query lengths of the engines for short queries.
     """
@@ -337,8 +337,8 @@ class BuildConfig:
         """Raise GroundingError for options that the target, its library or the GPU does not support.
 
         Args:
-            options: of the engine.
-            timing_cache, profiles: of the request.
+            options: builder options of the engine.
+            timing_cache, profiles: options of the request.
             reason: why the target was chosen, as a sentence.
         """
         if self.target == "onnxruntime":
@@ -376,7 +376,7 @@ class BuildConfig:
         A published model has a manifest only after its conversion.
 
         Args:
-            batch, query_length, keep: of the request.
+            batch, query_length, keep: options of the request.
 
         Raises:
             ShapeError: a range is invalid, or a module of `keep` does not exist.
@@ -404,14 +404,15 @@ class BuildConfig:
         check: str = "precision only (no --data)",
         unrolling: Unrolling | None = None,
     ) -> str:
-        """Return the plan of a build, for --dry-run.
+        """Return the plan of a build as text, for --dry-run.
 
         Args:
-            reason: why the target was chosen.
+            reason: why the target was chosen, as a sentence.
             shapes: optimization profiles; None if they are not known yet.
-            options, unrolling: of the engines.
+            options: builder options of the engines.
             samples: number of calibration queries; None with --table.
-            check: checks without --data.
+            check: description of the checks of a build without --data.
+            unrolling: query lengths of the engines for short queries.
         """
         lines = [
             f"model      {self.model} ({self.kind})",

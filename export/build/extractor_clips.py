@@ -34,7 +34,13 @@ class ExtractorClips:
 
     @classmethod
     def select(cls, manifest: ExtractorManifest, videos: Sequence[Path], *, calibrated: bool) -> ExtractorClips:
-        """Return synthetic clips and those of videos; if `calibrated`, every second clip of the videos and the others.
+        """Return the clips for a build.
+
+        Args:
+            manifest: manifest of the extractor.
+            videos: video files; empty for synthetic clips only.
+            calibrated: whether to calibrate on every second clip of the videos and compare on the others. Otherwise,
+                features are compared on synthetic clips and on all clips of the videos.
 
         Raises:
             VideoFileError: a video cannot be decoded, or is too short for one clip.

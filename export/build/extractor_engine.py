@@ -111,7 +111,7 @@ def build_extractor(job: BuildConfig, options: BuildOptions, request: BuildReque
 
     Args:
         job: files of the build.
-        options: of the engine.
+        options: builder options of the engine.
         request: options of the command; `keep` names layers that stay in higher precision.
 
     Returns:
@@ -260,7 +260,9 @@ def _check_engine(
         return _deviations(job, _Graph(source, threads), extractor, clips, "engine")
     except CheckFailed as error:
         rejected = mark_rejected(part.engine)
-        raise CheckFailed(f"{error} The engine was saved as {rejected.name}.", code=error.code) from error
+        raise CheckFailed(
+            f"{error} The engine was saved as {rejected.name}. Keep layers in FP32 with --keep.", code=error.code
+        ) from error
     finally:
         extractor.close()  # type: ignore[attr-defined]
 

@@ -18,7 +18,7 @@ def run_fastest(options: Mapping[str, Any]) -> Path:
     That is the INT8 model if it is faster on this machine; else the FP16 engine, or for ONNX Runtime the FP32 graph.
 
     Args:
-        options: of the command, without the precision.
+        options: options of the command by name, without the precision.
 
     Raises:
         GroundingError: an input is missing, or options contradict each other.

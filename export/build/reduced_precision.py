@@ -55,12 +55,13 @@ class ConversionOptions:
         keep: DRN modules that stay in higher precision.
         table: calibration table of this graph; None calibrates.
         plan: quantization plan from `calib.restore`, with more modules to keep.
-        samples, method: of the calibration.
         max_drop: maximum drop of R@1 IoU=0.7 and of mIoU, in points.
         threads: number of CPU threads.
         table_output: file for a new calibration table.
         plan_output: file for a new quantization plan, written if modules were restored.
         for_cpu: INT8 for ONNX Runtime on a CPU, with FP32 instead of FP16 around it.
+        samples: number of calibration queries.
+        method: calibration method, or auto.
     """
 
     keep: tuple[str, ...] = ()
@@ -102,9 +103,9 @@ def convert_precision(
 
     Args:
         source: the FP32 graph.
-        precision: requested precision.
-        options: of the conversion.
-        data_set: only its training split is used.
+        precision: fp32, fp16, bf16, int8 or fp8.
+        options: options of the conversion.
+        data_set: data set of which only the training split is used; None without one.
         name: name of the graph in messages.
 
     Raises:
@@ -315,7 +316,13 @@ def _restore_quantized(
 
 
 def validate_keep_modules(graph: onnx.ModelProto, precision: str, keep: Sequence[str]) -> None:
-    """Raise ShapeError if a module of `keep` does not exist in the graph or cannot be kept in the precision."""
+    """Raise ShapeError if a module does not exist in the graph or cannot be kept in the precision.
+
+    Args:
+        graph: FP32 graph.
+        precision: fp32, fp16, bf16, int8 or fp8.
+        keep: modules of --keep.
+    """
     if not keep:
         return
     if precision in ("int8", "fp8"):

@@ -96,7 +96,7 @@ class EngineBuild:
         request: options of the command, with the target resolved.
         reason: why the target was chosen, as a sentence.
         job: files of the build.
-        options: of the engine.
+        options: builder options of the engine.
         is_extractor: whether the model is a feature extractor, which uses none of the fields below.
         data_set: data set of `--data`.
         annotations: queries of the accuracy check.
@@ -435,8 +435,8 @@ def choose_target(
     """Return the target of a build, and why it was chosen, as a sentence.
 
     Args:
-        target: `--target`.
-        capabilities: `--compute-capability`.
+        target: value of `--target`.
+        capabilities: values of `--compute-capability`, such as "8.6".
 
     Raises:
         DeviceError: this machine cannot build for the requested target.

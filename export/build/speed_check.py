@@ -107,7 +107,7 @@ def check_speed(
         request: options of the build.
         staged: files of the build in the staging directory, with the model to time.
         name: final file name of that model.
-        options: of the engine.
+        options: builder options of the engine.
         source: file of the FP32 graph, and the graph.
         model: the converted graph.
     """
@@ -148,8 +148,8 @@ def measure_speed(
 
     Args:
         names: file names of the reference and of the model.
-        open_models: opens both.
-        min_speedup: see `SpeedCheck`.
+        open_models: opens the reference and the model, in this order.
+        min_speedup: speed that the model must reach, relative to the reference.
         data: directory of the data set with the queries. None: synthetic queries.
 
     Returns:

@@ -47,7 +47,7 @@ class BuildOptions:
         workspace_gib: maximum scratch memory on the device, in GiB.
         version_compatible: build a plan that later versions with the same major version can load.
         hardware_compatible: build a plan for Ampere and later GPUs.
-        compute_capabilities: of TensorRT-RTX, as "8.6"; empty for the GPU of this machine.
+        compute_capabilities: compute capabilities for TensorRT-RTX, as "8.6"; empty for the GPU of this machine.
         tf32: allow TF32 (10-bit mantissa) for FP32 operations.
     """
 
@@ -156,7 +156,12 @@ MIN_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9)}
 
 
 def check_options(options: BuildOptions, library: Any = None) -> None:
-    """Raise DeviceError if the library or the GPU does not support the precision or an option."""
+    """Raise DeviceError if the library or the GPU does not support the precision or an option.
+
+    Args:
+        options: builder options.
+        library: TensorRT module; None imports that of the target.
+    """
     trt = library or load_library(options.target)
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
         raise DeviceError(
@@ -259,8 +264,8 @@ def build(
 
     Args:
         graph: serialized ONNX graph of a DRN model or a feature extractor, in the requested precision.
-        options: of the build.
-        timing_cache: of an earlier build with the same GPU and version.
+        options: builder options, with at least one profile.
+        timing_cache: timing cache of an earlier build with the same GPU and version; None without one.
         library: TensorRT module; None imports that of the target.
         cuda: GPU for the inspection; None opens the first one.
 

@@ -24,7 +24,7 @@ class EnginePart:
 
     Attributes:
         graph: graph in the requested precision.
-        manifest: of the model.
+        manifest: manifest of the model, or of the part.
         graph_path: ONNX file of the graph.
         graph_sha256: SHA-256 of that file.
         engine: path of the plan.

@@ -56,10 +56,10 @@ def build_part(
 
     Args:
         part: graph, profiles and paths.
-        precision: required precision.
-        options: of the build.
+        precision: required precision: fp32, fp16, bf16, int8 or fp8.
+        options: builder options.
         cache: timing cache file, read if it exists, and updated.
-        state: shared with other parts of the same build.
+        state: state that is shared with other parts of the same build.
 
     Returns:
         The part as it was built, with the parts for short queries that were built.
@@ -98,7 +98,10 @@ def build_part(
         rejected = _rejected_path(part.engine)
         _write_engine(rejected, built.plan, content)
         _write_layers(rejected, built)
-        raise CheckFailed(f"{error} The engine was saved as {rejected.name}.", code=error.code) from error
+        raise CheckFailed(
+            f"{error} The engine was saved as {rejected.name}. Try another --precision or --optimization-level.",
+            code=error.code,
+        ) from error
     if shorter:
         content["unrolled"] = {other.engine.name: sha256(other.engine) for other in shorter}
     _write_engine(part.engine, built.plan, content)

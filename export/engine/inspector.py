@@ -30,7 +30,7 @@ def inspect_plan(
 
     Args:
         trt: the library that built the plan.
-        logger: from `logger_for`.
+        logger: logger that `logger_for` returned.
         plan: serialized engine. It is deserialized, so it must come from this process.
         profiles: optimization profiles, in the order of the build.
         host_code: whether the plan is version-compatible. Such a plan contains the lean runtime, which is code, and

@@ -82,7 +82,7 @@ def engine_verdict(
 
     Args:
         inspection: output of the inspector; None if the plan was not opened.
-        expected: required precision.
+        expected: precision that the engine must have, and the data types of its graph.
         plan_bytes: size of the plan.
         not_inspected_reason: reason for a missing inspection, as a clause.
     """
@@ -114,7 +114,12 @@ def engine_verdict(
 
 
 def require(verdict: Verdict, precision: str) -> None:
-    """Raise CheckFailed if the evidence contradicts the precision."""
+    """Raise CheckFailed if the evidence contradicts the precision.
+
+    Args:
+        verdict: verdict of `engine_verdict`.
+        precision: required precision, for the message.
+    """
     if verdict.name == CONTRADICTED:
         raise CheckFailed(
             f"The layers of the engine contradict {precision}: {verdict.reason}.",
@@ -218,7 +223,13 @@ def _expected_widths(layer: Layer, types: Mapping[str, Iterable[str]]) -> list[i
 
 
 def layer_stats_content(graph: PrecisionStats, engine: EngineLayerStats | None, verdict: Verdict) -> dict[str, Any]:
-    """Return the `census` of an engine's metadata."""
+    """Return the content of `census`, the key of an engine's metadata with its precision.
+
+    Args:
+        graph: data types of the graph that the engine was built from.
+        engine: layers of the engine by data type; None if it was not inspected.
+        verdict: verdict on its precision.
+    """
     return {
         "twin": graph.to_dict(),
         "engine": engine.to_dict() if engine else None,

@@ -29,7 +29,7 @@ class Profile:
     """One optimization profile.
 
     Attributes:
-        name: for reports.
+        name: name of the profile in reports.
         batch: min, opt and max number of queries.
         query_length: min, opt and max number of tokens.
         shapes: min, opt and max shape of each input.
@@ -54,7 +54,7 @@ def profiles(batch: SizeRange, query_length: SizeRange | None, manifest: Manifes
     Args:
         batch: min, opt and max number of queries.
         query_length: min, opt and max number of tokens; None for `default_query_lengths`.
-        manifest: of the model.
+        manifest: manifest of the model.
 
     Raises:
         ShapeError: a range is not 1 <= min <= opt <= max, or exceeds the query length of the model.
@@ -83,11 +83,11 @@ def part_profiles(
     """Return the optimization profiles of one part of a split model.
 
     Args:
-        part: video or query.
-        full: profiles of the full model, from `profiles`.
-        manifest: of the part.
+        part: `video` or `query`.
+        full: profiles of the full model, as `profiles` returns them.
+        manifest: manifest of the part.
         videos: number of encoded videos that the query part keeps in GPU memory.
-        encoded_dim: number of channels of an encoded video.
+        encoded_dim: number of channels D of an encoded video.
     """
     segments, width = manifest.decoding.num_segments, manifest.features.dim
     if part == "video":
@@ -124,7 +124,7 @@ def with_fixed_query_length(profile: Profile, tokens: int) -> Profile:
 
 
 def one_profile(several: Sequence[Profile]) -> list[Profile]:
-    """Return one profile with the range of several and the optimum of the last."""
+    """Return one profile that covers several: smallest min, largest max, and the opt of the last profile."""
     if len(several) == 1:
         return list(several)
     first, last = several[0], several[-1]
@@ -170,10 +170,10 @@ def unrolling(
     the model was trained on. TensorRT-RTX captures CUDA graphs itself, so its default is none.
 
     Args:
-        requested: from `check_unroll`; (0,) for none, empty for the default.
+        requested: lengths that `check_unroll` returned; (0,) for none, empty for the default.
         target: tensorrt, tensorrt-rtx or onnxruntime.
         longest: maximum number of tokens of the engine.
-        manifest: of the model; None for a published checkpoint that is not converted yet.
+        manifest: manifest of the model; None for a published checkpoint that is not converted yet.
         data: data set of `--data`.
         split: split to count if the data set has no training split.
 
@@ -236,7 +236,12 @@ def _min_opt_max(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:
 
 
 def check_ranges(batch: SizeRange, query_length: SizeRange | None) -> None:
-    """Raise ShapeError for a range that is not 1 <= min <= opt <= max."""
+    """Raise ShapeError for a range that is not 1 <= min <= opt <= max.
+
+    Args:
+        batch: min, opt and max number of queries.
+        query_length: min, opt and max number of tokens; None for the default.
+    """
     _check("--batch", batch)
     if query_length is not None:
         _check("--query-length", query_length)

@@ -67,7 +67,15 @@ def check_precision(trt: Any, precision: str) -> None:
 
 
 def configure(trt: Any, network: Any, config: Any, precision: str, prepared: Fp32Graph) -> None:
-    """Set the flags of a precision, and FP32 for the layers of the nodes that must stay in FP32."""
+    """Set the flags of a precision, and FP32 for the layers of the nodes that must stay in FP32.
+
+    Args:
+        trt: the module of TensorRT 8.6.
+        network: `INetworkDefinition` with the parsed graph.
+        config: `IBuilderConfig` to change.
+        precision: fp32, fp16, bf16 or int8.
+        prepared: graph that was parsed.
+    """
     for name in precision_flags(precision):
         config.set_flag(getattr(trt.BuilderFlag, name))
     if hasattr(trt, "PreviewFeature"):

@@ -162,7 +162,7 @@ def bootstrap(
     Args:
         differences: (N, M) float, one row per query; a sample uses the same queries for all M.
         resamples: number of samples of N queries with replacement.
-        confidence: confidence level.
+        confidence: confidence level of the intervals, such as 0.95.
         seed: seed of the random numbers.
 
     Returns:

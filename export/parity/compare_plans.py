@@ -26,7 +26,7 @@ class PlanAnswers:
     """Collect the heads of one plan for all queries that it accepts.
 
     Args:
-        model: an engine.
+        model: model whose backend is an engine.
         plan: one of its plans.
         heads: heads of N queries, filled by `run`.
     """

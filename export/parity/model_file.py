@@ -15,10 +15,10 @@ class ModelFile:
     """A model file at the time of the comparison.
 
     Attributes:
-        path: of the file.
-        sha256: of its content.
-        size: in bytes.
-        manifest: of the model.
+        path: path of the file.
+        sha256: SHA-256 of its content.
+        size: size in bytes.
+        manifest: manifest of the model.
     """
 
     path: Path

@@ -75,7 +75,7 @@ class Flips:
     Attributes:
         gained, lost: line numbers in the annotation file of the queries that only the other model, or only the
             reference, answers correctly.
-        p_value: of McNemar's exact test, two-sided.
+        p_value: two-sided p value of McNemar's exact test.
     """
 
     gained: tuple[int, ...]
@@ -123,20 +123,21 @@ class ParityResult:
     """The results of comparing two models on N queries.
 
     Attributes:
-        queries: N.
+        queries: number of queries N.
         protocol: NMS and hit rule, used for both models.
         simulated: whether the features are simulated.
         heads: deviation of each output.
         locations: boundary shift of the proposal at each location, before ranking: the error of the regression alone.
         boundaries: boundary shift of the best moments, which also includes changes of the ranking.
-        overlap, order: agreement of the best moments.
-        flips: by metric, R@1 IoU=0.5 and 0.7.
-        differences: by metric, those of `flips` and mIoU.
+        flips: metric to the queries that only one model answers correctly, for R@1 IoU=0.5 and 0.7.
+        differences: metric to its difference, for the metrics of `flips` and mIoU.
         fallbacks: number of queries that both models answer with the full video because no location is likely. Their
             agreement is no evidence.
         reference, other, prior: metrics; the prior is None without a training split.
-        worst: queries whose best moments agree least, worst first.
+        worst: queries whose best moments overlap least, worst first.
         plans: accuracy of each plan of an engine; empty for other models.
+        overlap: temporal IoU of the best moments of the two models.
+        order: agreement of the order of the best moments.
     """
 
     queries: int
@@ -200,6 +201,11 @@ class AccuracyBudget:
 
         The default of `boundary_p99` is 0.1 s for FP32 and FP16. Lower precisions have no default limit, because they
         shift boundaries by more without a drop of recall.
+
+        Args:
+            precision: precision of the model: fp32, fp16, bf16, int8 or fp8.
+            max_drop: maximum drop of R@1 IoU=0.7 and of mIoU, in points.
+            boundary_p99: maximum of the 99th percentile of the boundary shift, in seconds; None for the default.
         """
         if boundary_p99 is None and precision in ("fp32", "fp16"):
             boundary_p99 = cls.boundary_p99
@@ -207,7 +213,12 @@ class AccuracyBudget:
 
 
 def violations(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
-    """Return each limit that the model or one of its plans exceeds, as a clause."""
+    """Return each limit that the model or one of its plans exceeds, as a clause.
+
+    Args:
+        parity: comparison on all queries.
+        budget: limits of the accuracy drop.
+    """
     of_plans = (check.violations(parity.queries, budget) for check in parity.plans)
     return [*exceeded_limits(parity, budget), *(clause for clauses in of_plans for clause in clauses)]
 
@@ -217,8 +228,8 @@ def exceeded_limits(parity: ParityResult, budget: AccuracyBudget, share: float =
 
     Args:
         parity: comparison on some or all queries.
-        budget: limits.
-        share: share of all queries that was compared, 0 to 1: points are percent of all queries.
+        budget: limits of the accuracy drop.
+        share: fraction of all queries that was compared, 0 to 1; a point is a percent of all queries.
     """
     exceeded = [
         f"{name} has {error.not_finite} non-finite values where the reference is finite"
@@ -240,10 +251,17 @@ def exceeded_limits(parity: ParityResult, budget: AccuracyBudget, share: float =
 
 
 def unresolved_drops(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
-    """Return each drop over the budget that the number of queries does not prove, as two sentences without full stop.
+    """Return each drop over the budget that may be due to chance, because there are too few queries to prove it.
 
     One query of N is 100 / N points. If that is more than the budget, a single changed answer exceeds the budget, so
     `exceeded_limits` rejects only drops whose 95 % confidence interval is above it.
+
+    Args:
+        parity: comparison on all queries.
+        budget: limits of the accuracy drop.
+
+    Returns:
+        Two sentences for each drop, without the last full stop.
     """
     clauses = []
     for name in GATED_METRICS:
@@ -301,7 +319,7 @@ class PlanCheck:
         """Return each limit that the plan alone exceeds, as a clause.
 
         Args:
-            queries: number of all queries, of which points are percent.
+            queries: number of all queries; a point is a percent of them.
             budget: limits.
         """
         if self.parity is None:
@@ -312,7 +330,15 @@ class PlanCheck:
         ]
 
     def verdict(self, queries: int, budget: AccuracyBudget) -> tuple[str, str]:
-        """Return the verdict (proven, not proven or contradicted) and its reason as a clause; see `violations`."""
+        """Return the verdict on the plan, and its reason as a clause.
+
+        Args:
+            queries: number of all queries; a point is a percent of them.
+            budget: limits of the accuracy drop.
+
+        Returns:
+            `proven`, `not proven` or `contradicted`, and the reason.
+        """
         if not self.checked:
             return NOT_PROVEN, f"no query has at most {self.max_query_length} tokens"
         exceeded = self.violations(queries, budget)

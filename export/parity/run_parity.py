@@ -49,11 +49,14 @@ def run_parity_check(
     Args:
         sides: the reference and the model.
         files: files of the two.
-        data_set, annotations: the queries.
+        data_set: data set of the queries.
+        annotations: the queries.
         budget: limits of the accuracy drop.
-        split, command: recorded in the report.
-        protocol, batch_size: see `export.verify.verify`.
-        concurrent: see `export.parity.compare.compare`.
+        split: split of the queries, for the report.
+        command: command that reproduces the comparison, for the report.
+        protocol: protocol of NMS and hit rule, `mmaction2` or `drn`; that of the reference when None.
+        batch_size: maximum number of queries in a batch; affects speed only.
+        concurrent: whether to run both models at the same time, one thread each; for models on the CPU.
 
     Raises:
         GroundingError: see `export.parity.compare.compare`.
@@ -93,7 +96,10 @@ def write_reports(
         report: parity check.
         output: JSON file; None writes none.
         html: HTML file; None writes none.
-        precision, latency, engine, commands: see `export.parity.html_report.render_html_report`.
+        precision: table of the data types of the model.
+        engine: engine that was built from the model; the HTML report is then about the engine.
+        commands: commands that reproduce the report.
+        latency: table of the measured latency of the model.
 
     Raises:
         DeviceError: the HTML report needs Jinja2, which is not installed.
@@ -140,7 +146,8 @@ def load_for_comparison(path: Path, device: Device, threads: int | None, exact: 
 
     Args:
         path: model file.
-        device, threads: see `runtime.open_backend`.
+        device: `auto`, `cpu` or `cuda`; `auto` selects a GPU if the library supports one.
+        threads: number of CPU threads of the network; the library's default when None.
         exact: compute 8-bit graphs on the CPU without ONNX Runtime's fusions of Q/DQ, which add errors of up to 2.7e-2
             that engines do not have.
 

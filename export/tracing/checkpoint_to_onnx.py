@@ -28,7 +28,7 @@ class ExportOptions:
         checkpoint: a `drn.pt`.
         output: .onnx file to write.
         split: also write the model in two parts.
-        opset: of the graph, 17 to 23.
+        opset: opset of the graph, 17 to 23.
         max_query_length: maximum number of tokens of a query; None for 64 or the longest query of the training data.
     """
 

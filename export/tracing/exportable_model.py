@@ -50,7 +50,17 @@ class ExportableDRN(nn.Module):
     def forward(
         self, query_tokens: Tensor, query_length: Tensor, segment_features: Tensor, segment_spans: Tensor
     ) -> NetworkHeads:
-        """Compute the three heads; see `DRN.forward`. Tokens after the length of a query have no effect."""
+        """Compute the three heads; tokens after the length of a query have no effect.
+
+        Args:
+            query_tokens: (B, L) int32 word ids.
+            query_length: (B,) int32 lengths in tokens, at least 1.
+            segment_features: (B, T, D) float32.
+            segment_spans: (B, T, 2) float32 starts and ends as fractions of the video.
+
+        Returns:
+            Matching logits (B, P), boundary distances in segments (B, P, 2), and IoU logits (B, P).
+        """
         queries = self.query_encoder(query_tokens, query_length)
         gates = [gate(query) for gate, query in zip(self.qInput, queries, strict=True)]
         # These two depend on the video only: `calib.graph.split_model` cuts the graph here.
@@ -184,7 +194,13 @@ class BidirectionalLayer(nn.Module):
         self.backwards = ExportableLSTM(lstm, f"l{layer}_reverse")
 
     def forward(self, inputs: Tensor, mirrored: Tensor, mirror: Tensor) -> Tensor:
-        """Return (L, B, 2H) from the tokens and the reversed tokens; values at padding are finite but meaningless."""
+        """Return (L, B, 2H) outputs; values at padding are finite but meaningless.
+
+        Args:
+            inputs: (L, B, C) features of the tokens.
+            mirrored: (L, B, C) the same with the tokens of each query reversed.
+            mirror: (L, B) int32 index of the token at each reversed position.
+        """
         return torch.cat((self.forwards(inputs), _gather(self.backwards(mirrored), mirror)), dim=2)
 
 
@@ -261,7 +277,13 @@ class ExportableBackbone(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, projected: Tensor, positions: Tensor, gates: list[Tensor]) -> list[Tensor]:
-        """Return (B, C, 1, T_i) for each level from (B, D, 1, T), (B, 256, 1, T) and the gates."""
+        """Return the features of each level, (B, C, 1, T_i), finest first.
+
+        Args:
+            projected: (B, D, 1, T) projected clip features.
+            positions: (B, 256, 1, T) contribution of the spans to the first convolution.
+            gates: gate of each level, (B, input channels).
+        """
         levels = []
         features = projected
         for level, layer in enumerate(self.layers):
@@ -287,7 +309,11 @@ class ExportablePyramid(nn.Module):
         )
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        """Return three (B, fpn_dim, 1, T_i + 1), the last (B, fpn_dim, 1, T_i), finest first."""
+        """Return the merged levels, finest first: (B, fpn_dim, 1, T_i + 1), for the last one (B, fpn_dim, 1, T_i).
+
+        Args:
+            levels: features of each level, (B, C_i, 1, T_i), finest first.
+        """
         merged = [block(level) for block, level in zip(self.inner_blocks, levels, strict=True)]
         for level in reversed(range(len(merged) - 1)):
             merged[level] = merged[level] + _upsample(merged[level + 1])
@@ -335,7 +361,11 @@ class ExportableHead(nn.Module):
         self.register_buffer("locations", self.inside.nonzero().flatten().int())
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (B, P), (B, P, 2) and (B, P) from what `ExportablePyramid` returns."""
+        """Return matching logits (B, P), boundary distances in segments (B, P, 2) and IoU logits (B, P).
+
+        Args:
+            levels: levels that `ExportablePyramid` returned.
+        """
         towers = torch.cat(levels, dim=3) * self.inside
         for layer in self.towers:
             towers = layer(towers) * self.inside

@@ -40,7 +40,14 @@ def export_extractor(
     clock: tuple[int, int] | None = None,
     class_scores: bool = False,
 ) -> Path:
-    """Export a `c3d.pt` or `i3d.pt` to ONNX; see `export.to_onnx.to_onnx`.
+    """Export a `c3d.pt` or `i3d.pt` to ONNX, and check it against torch.
+
+    Args:
+        checkpoint: the `c3d.pt` or `i3d.pt`.
+        output: ONNX file to write.
+        opset: opset of the graph, 17 to 23.
+        clock: clip length and stride in frames; None for 16 and 8.
+        class_scores: whether the graph also returns class probabilities.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or its network does not accept clips of this length.
@@ -108,6 +115,11 @@ def trace_extractor(model: nn.Module, manifest: ExtractorManifest, *, opset: int
 def check_extractor(path: Path, model: nn.Module, manifest: ExtractorManifest) -> dict[str, float]:
     """Return the largest difference between an ONNX file and torch for each output, relative to its largest value.
 
+    Args:
+        path: the ONNX file.
+        model: network that it was exported from.
+        manifest: manifest of the extractor.
+
     Raises:
         CheckFailed: a difference exceeds the tolerance.
     """
@@ -128,7 +140,7 @@ def check_extractor(path: Path, model: nn.Module, manifest: ExtractorManifest) -
             if not difference <= TOLERANCE:
                 raise CheckFailed(
                     f"Expected {name} of the graph within {TOLERANCE:.0e} of torch, got a relative difference of "
-                    f"{difference:.1e} for {size} clips. No file was written.",
+                    f"{difference:.1e} for {size} clips. No file was written. Try another version of ONNX Runtime.",
                     code="parity_failed",
                 )
             differences[name] = max(differences[name], difference)

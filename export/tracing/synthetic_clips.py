@@ -13,6 +13,9 @@ def synthetic_clips(manifest: ExtractorManifest) -> Iterator[np.ndarray]:
     """Yield single clips, (1, window, height, width, 3) uint8: three smooth ones, noise, white, black.
 
     The clips are the same in every call.
+
+    Args:
+        manifest: manifest of the extractor, with `window` and the height and width of `crop`.
     """
     shape = 1, manifest.window, *manifest.crop, 3
     rng = np.random.default_rng(0)

@@ -45,9 +45,17 @@ def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[s
 def check_pair_against_torch(
     video: onnx.ModelProto, query: onnx.ModelProto, model: DRN, max_query_length: int
 ) -> dict[str, float]:
-    """Return the largest differences between a split graph and torch; see `check_against_torch`.
+    """Return the largest difference between a split graph and torch for each output, relative as in `TOLERANCE`.
 
     A batch has fewer videos than queries, in any order.
+
+    Args:
+        video, query: graphs of the two parts.
+        model: the network they were exported from.
+        max_query_length: maximum number of tokens of a query.
+
+    Raises:
+        CheckFailed: a difference exceeds `TOLERANCE`, torch computes non-finite values, or a graph does not run.
     """
     video_session, query_session = (open_session(part, optimized=True) for part in (video, query))
 
@@ -106,7 +114,8 @@ def _differences(
             except Exception as error:
                 raise CheckFailed(
                     f"ONNX Runtime cannot run the graph for {len(batch)} queries of up to "
-                    f"{batch.query_tokens.shape[1]} tokens ({str(error).splitlines()[0]}). No file was written.",
+                    f"{batch.query_tokens.shape[1]} tokens ({str(error).splitlines()[0]}). No file was written. "
+                    "Try another version of ONNX Runtime.",
                     code="graph_does_not_run",
                 ) from error
             for name, output, reference in zip(HEAD_NAMES, actual, expected):
@@ -116,7 +125,7 @@ def _differences(
                     raise CheckFailed(
                         f"Expected {name} of the graph within {TOLERANCE:.0e} of torch, got a relative difference of "
                         f"{difference:.1e} for {len(batch)} queries of {batch.query_length.tolist()} tokens. "
-                        "No file was written.",
+                        "No file was written. Try another version of ONNX Runtime.",
                         code="parity_failed",
                     )
                 differences[name] = max(differences[name], difference)
@@ -167,7 +176,11 @@ def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def format_differences(differences: dict[str, float]) -> str:
-    """Return a table of the largest difference of each output."""
+    """Return a table of the largest difference of each output.
+
+    Args:
+        differences: output name to relative difference, as `check_against_torch` returns them.
+    """
     lines = [f"{'output':<20} {'max difference':>14} {'tolerance':>10}"]
     lines += [f"{name:<20} {difference:>14.1e} {TOLERANCE:>10.0e}" for name, difference in differences.items()]
     return "\n".join(lines)

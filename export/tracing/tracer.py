@@ -53,7 +53,14 @@ def export_model(
 
 
 def finalize_model(traced: onnx.ModelProto, opset: int, metadata: dict[str, str], doc_string: str) -> onnx.ModelProto:
-    """Name the nodes of a traced graph, convert it to `opset`, add metadata, and check it with the ONNX checker."""
+    """Name the nodes of a traced graph, convert it to another opset, add metadata, and check it with the ONNX checker.
+
+    Args:
+        traced: graph that torch traced; it is changed.
+        opset: opset of the result, 17 to 23.
+        metadata: `metadata_props` of the result.
+        doc_string: description that the result contains.
+    """
     import onnx
 
     _tidy(traced.graph)

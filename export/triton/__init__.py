@@ -37,7 +37,7 @@ def triton(
         batch: maximum batch size of an .onnx network. The batch size of an engine is fixed by its profiles.
         instances: number of processes of the front model.
         wait_ms: maximum time that the first request of a batch waits for further requests, in ms.
-        threads: number of CPU threads of an .onnx network.
+        threads: number of CPU threads of an .onnx network. Default: set by ONNX Runtime.
 
     Returns:
         `output`.

@@ -103,7 +103,7 @@ class SourceModel:
     """A model file and its limits.
 
     Attributes:
-        manifest: of the model, with the maximum query length of the file.
+        manifest: manifest of the model, with the maximum query length of the file.
         batch: min, opt and max number of queries.
         query_length: min, opt and max number of tokens.
         path: file of the full network or the query part.
@@ -135,7 +135,7 @@ def read_model(path: Path, serving: ServingOptions) -> SourceModel:
 
     Args:
         path: .onnx or .engine file; for a split model the query part.
-        serving: options.
+        serving: options of serving, of which the device and the batch size are used.
 
     Raises:
         ModelFileError: the file is not a DRN model, or Triton cannot run it.

@@ -32,7 +32,10 @@ SHARED_FIELDS = ("platform", "backend", "max_batch_size", "input", "output")
 
 
 def message(config: Mapping[str, Any]) -> ModelConfig:
-    """Convert a configuration to Triton's message.
+    """Return a configuration as Triton's protobuf message.
+
+    Args:
+        config: `ModelConfig` in its JSON form.
 
     Raises:
         DeviceError: `tritonclient`, which defines the message, is not installed.
@@ -102,8 +105,8 @@ def next_version(repository: Path, parts: Sequence[TritonModel]) -> int:
         directory = repository / part.name
         if part not in existing:
             raise OutputError(
-                f"{repository} has {', '.join(other.name for other in existing)}, but no {part.name}, so the model is "
-                "not a new version. Choose another --name.",
+                f"{repository} contains {', '.join(other.name for other in existing)} without {part.name}, so the "
+                "model cannot be a new version of them. Choose another --name.",
                 code="version_mismatch",
             )
         known, expected = read_config(directory / "config.pbtxt"), message(part.config)
@@ -148,8 +151,8 @@ def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
 
     Args:
         repository: directory of the repository; created if it does not exist.
-        parts: from `build_models`.
-        origin: the model file.
+        parts: models that `build_models` returned.
+        origin: model file from which the models were made.
 
     Raises:
         OutputError: see `next_version`; or the directory cannot be written.
