@@ -144,11 +144,16 @@ class AccuracyEvaluator:
         self.reference = self._answers(model, "FP32")
 
     def cost(self, model: onnx.ModelProto, label: str) -> AccuracyDelta:
-        """Return the loss of `model`; `label` is the description of the progress bar."""
+        """Return the accuracy loss of a graph on the queries of this evaluator.
+
+        Args:
+            model: graph to compare with the FP32 graph.
+            label: description of the progress bar.
+        """
         return self.compare(self._answers(model, label))
 
     def compare(self, result: Evaluation) -> AccuracyDelta:
-        """Return the loss of an evaluation of the same queries."""
+        """Return the accuracy loss of a result of `runtime.grounding.evaluation.evaluate` on the same queries."""
         expected, count = self.reference, len(self.annotations)
         paired = compare_answers(
             expected.detections, result.detections, expected.truth, self.durations, expected.report.protocol
@@ -241,7 +246,7 @@ def choose_candidate(
         model: FP32 graph.
         statistics: histograms of its tensors.
         samples: calibration set of the statistics.
-        evaluator: over queries of other training videos.
+        evaluator: evaluator on queries of other training videos.
         policy: layers to quantize; the default policy when None.
         kind: int8 or fp8.
         methods: methods to try.
@@ -276,7 +281,7 @@ def table_of(
         statistics: histograms of its tensors.
         samples: calibration set of the statistics.
         candidate: method, and whether channels are equalized.
-        policy: its `unsigned` decides how many steps a range has.
+        policy: policy whose `unsigned` decides how many steps a range has; the default policy when None.
         choice: how the candidate was chosen, as JSON values.
     """
     unsigned = policy is not None and policy.unsigned

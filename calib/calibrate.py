@@ -64,9 +64,9 @@ def calibrate(
             method, with or without channel equalization, whose INT8 graph agrees best with FP32 on held-out queries.
         samples: number of queries to calibrate on, at least 32.
         held_out: number of queries of other training videos to choose the method with.
-        seed: random seed of both selections.
+        seed: random seed of the choice of the calibration queries and of the held-out queries.
         batch_size: number of queries per batch; affects only speed and memory.
-        threads: number of CPU threads.
+        threads: number of CPU threads. Default: set by ONNX Runtime.
 
     Returns:
         The calibration table.
@@ -124,8 +124,8 @@ def measure_table(
         drawn: queries to calibrate on, and held-out queries.
         method: how to choose a range. Methods other than auto apply channel equalization.
         batch_size: number of queries per batch.
-        threads: number of CPU threads.
-        evaluator: over the held-out queries; created when None and needed.
+        threads: number of CPU threads; ONNX Runtime's default when None.
+        evaluator: evaluator on the held-out queries; created when None and needed.
         policy: layers to quantize in the comparison of methods; the default policy when None.
         kind: precision in the comparison of methods.
     """
@@ -154,7 +154,7 @@ def measure_statistics(
         model: FP32 graph.
         drawn: queries to measure on.
         batch_size: number of queries per batch.
-        threads: number of CPU threads.
+        threads: number of CPU threads; ONNX Runtime's default when None.
     """
 
     def batches(drawn: CalibrationSet, description: str) -> Iterable[Batch]:

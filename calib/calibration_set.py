@@ -79,7 +79,7 @@ class CalibrationSet:
         """Yield the inputs of a model in batches of queries of similar length; features are read batch by batch.
 
         Args:
-            manifest: of the model.
+            manifest: manifest of the model, for its vocabulary and features.
             batch_size: maximum number of queries per batch.
 
         Raises:
@@ -109,8 +109,8 @@ def sample_calibration_set(
     that are rarest in the set so far, and the most new words. A second query of a video follows after all other videos.
 
     Args:
-        data_set: its `train` split is drawn from; videos of its `test` split are rejected.
-        manifest: of the model, for its vocabulary and maximum query length.
+        data_set: data set whose `train` split is drawn from; videos of its `test` split are rejected.
+        manifest: manifest of the model, for its vocabulary and maximum query length.
         samples: number of queries to calibrate on. A smaller data set gives all it has, with a warning.
         seed: random seed of the held-out videos, and of the order of equal queries.
         exclude: videos not to use.
@@ -158,8 +158,8 @@ def sample_held_out(
     """Draw queries of held-out training videos, stratified as in `sample_calibration_set`.
 
     Args:
-        data_set: its `train` split is drawn from; videos of its `test` split are rejected.
-        manifest: of the model, for its vocabulary and maximum query length.
+        data_set: data set whose `train` split is drawn from; videos of its `test` split are rejected.
+        manifest: manifest of the model, for its vocabulary and maximum query length.
         count: maximum number of queries.
         seed: random seed; with the seed of `sample_calibration_set` the videos are those that it held out.
         exclude: videos not to use.
@@ -189,7 +189,13 @@ def check_held_out(count: int) -> None:
 
 
 def forbid_test_videos(data_set: DataSet, videos: Collection[str], what: str = "The calibration set") -> None:
-    """Raise CalibrationError if one of `videos` is in the test split; `what` names their source in the message."""
+    """Raise CalibrationError if a video is in the test split.
+
+    Args:
+        data_set: data set with the test split; a warning replaces the check if it has none.
+        videos: names of the videos to check.
+        what: source of the videos, the subject of the message.
+    """
     if "test" not in data_set.splits:
         log.warning("%s has no test split, so overlap with test videos is not checked.", data_set.root)
         return
@@ -204,7 +210,11 @@ def forbid_test_videos(data_set: DataSet, videos: Collection[str], what: str = "
 
 
 def coverage_table(coverage: dict[str, Any]) -> str:
-    """Return the coverage as text: totals, and for each property the number of samples per stratum."""
+    """Return the coverage as text: totals, and for each property the number of samples per stratum.
+
+    Args:
+        coverage: `coverage` of a `CalibrationSet` or of a table.
+    """
     lines = [
         f"{coverage['sentences']} sentences of {coverage['videos']} training videos; "
         f"{coverage['words']['covered']} of {coverage['words']['of']} words, "

@@ -132,7 +132,7 @@ class CalibrationTable:
         ranges, key = table.ranges, table.key
         if not ranges or any(not -math.inf < entry.low <= entry.high < math.inf for entry in ranges.values()):
             raise CalibrationError(
-                f"{path} must contain ranges with finite ends, the lower end first. Calibrate again.",
+                f"{path} has no range, or one whose ends are not finite or not in ascending order. Calibrate again.",
                 code="invalid_range",
             )
         # Tables of version 0.1 have no content_digest.
@@ -182,7 +182,13 @@ def _exponent(value: Any) -> int:
 
 
 def calibration_key(model: onnx.ModelProto, samples: str, method: str) -> dict[str, str]:
-    """Return the key of a table that is measured on `model`; `samples` is the digest of the calibration set."""
+    """Return the key of a calibration table: hashes of graph and weights, samples, method and split.
+
+    Args:
+        model: FP32 graph that the table is measured on.
+        samples: digest of the calibration set.
+        method: calibration method, a name of `METHODS`.
+    """
     return {
         "graph": graph_hash(model),
         "weights": weights_hash(model),

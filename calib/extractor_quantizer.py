@@ -40,7 +40,13 @@ class QuantizedExtractor:
 
 
 def extractor_policy(graph: onnx.ModelProto, keep: Sequence[str] = (), *, unsigned: bool = False) -> QuantizationPolicy:
-    """Return the policy that quantizes all convolutions and linear layers but those of the modules in `keep`."""
+    """Return the policy that quantizes all convolutions and linear layers of an extractor.
+
+    Args:
+        graph: FP32 graph of the extractor.
+        keep: modules that stay in higher precision.
+        unsigned: whether inputs without negative values use all 256 steps; see `QuantizationPolicy`.
+    """
     weights = {tensor.name for tensor in graph.graph.initializer}
     layers = (node.input[1] for node in graph.graph.node if node.op_type in ("Conv", "Gemm", "MatMul"))
     modules = dict.fromkeys(name.rpartition(".")[0] for name in layers if name in weights)
@@ -62,7 +68,7 @@ def quantize_extractor(
         clips: calibration clips, each (1, window, height, width, 3) uint8.
         method: how to select ranges; auto takes the method with the smallest error of the features on some of the
             clips.
-        policy: of `extractor_policy`.
+        policy: policy that `extractor_policy` returned.
         opset: opset of the result.
         threads: number of CPU threads.
 

@@ -105,6 +105,11 @@ def find_quantizable_ops(
 ) -> list[QuantizedOp]:
     """Return the operators to quantize under a policy, in the order of the graph.
 
+    Args:
+        model: FP32 graph.
+        policy: layers to quantize.
+        kind: int8 or fp8.
+
     Raises:
         CalibrationError: a module of `policy.keep` is not in the policy.
     """
@@ -120,7 +125,13 @@ def find_quantizable_ops(
 
 
 def modules(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype = "int8") -> list[str]:
-    """Return the modules to quantize under a policy, in the order of the graph."""
+    """Return the names of the modules to quantize under a policy, in the order of the graph.
+
+    Args:
+        model: FP32 graph.
+        policy: layers to quantize.
+        kind: int8 or fp8.
+    """
     return list(dict.fromkeys(op.module for op in find_quantizable_ops(model, policy, kind)))
 
 
@@ -128,7 +139,15 @@ def channel_energies(model: onnx.ModelProto, policy: QuantizationPolicy | None =
     """Return the tensors to quantize under a policy, with the energy of the weights that read each channel.
 
     The energy of channel c is the sum of W[o, c]^2 over the outputs o, and the taps, of all operators that read the
-    tensor: (C, 1, ...) for the input of a convolution, with one axis per tap axis; (C,) for that of a matrix product.
+    tensor.
+
+    Args:
+        model: FP32 graph.
+        policy: layers to quantize; the default policy when None.
+
+    Returns:
+        Tensor name to float64 energies: (C, 1, ...) for the input of a convolution, with one axis per tap axis; (C,)
+        for that of a matrix product.
     """
     from onnx import numpy_helper
 
@@ -186,7 +205,9 @@ def insert_qdq(
     missing = sorted(tensors - set(table.ranges))
     if missing:
         raise CalibrationError(
-            f"The table has no range for {', '.join(missing)}. Calibrate again with this policy.", code="missing_range"
+            f"The calibration table has no range for {', '.join(missing)}. Calibrate again, or exclude their modules "
+            "with --keep.",
+            code="missing_range",
         )
     source = hashlib.sha256(model.SerializeToString()).hexdigest()
     model, ranges = _equalized(model, table, tensors)
@@ -208,7 +229,9 @@ def write_qdq(
     Args:
         model: FP32 graph of DRN or of an extractor.
         ranges: range of every tensor that the operators read.
-        policy, kind, opset: see `insert_qdq`.
+        policy: layers to quantize.
+        kind: int8, or fp8 in the form E4M3.
+        opset: opset of the result.
 
     Raises:
         CalibrationError: no module remains to quantize, or a module to keep is unknown.
@@ -217,7 +240,9 @@ def write_qdq(
 
     ops = {op.node: op for op in find_quantizable_ops(model, policy, kind)}
     if not ops:
-        raise CalibrationError("No module remains to quantize. Keep fewer modules.", code="nothing_to_quantize")
+        raise CalibrationError(
+            "No module remains to quantize. Name fewer modules with --keep.", code="nothing_to_quantize"
+        )
     result = with_opset(_Writer(model, ops, ranges, policy, kind).run(), opset)
     onnx.checker.check_model(result, full_check=True)
     return result
@@ -244,7 +269,8 @@ def _equalized(
         channels = constants[weights[equalizable[name][0]]].dims[1]
         if len(row) != channels:
             raise CalibrationError(
-                f"Expected {channels} gains for {name}, got {len(row)} in the table. Calibrate again.",
+                f"Expected the equalization of {channels} channels of {name}, got {len(row)} in the table. Calibrate "
+                "again.",
                 code="equalization_mismatch",
             )
         if name in ranges:
@@ -349,7 +375,7 @@ class _Writer:
         model: FP32 graph, which is not changed.
         ops: operators to quantize, by the name of their node.
         ranges: ranges of the tensors that they read.
-        policy: its `per_channel` and `unsigned`.
+        policy: policy of which `per_channel` and `unsigned` are used.
         kind: int8 or fp8.
     """
 

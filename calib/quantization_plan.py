@@ -50,10 +50,16 @@ class QuantizationPlan:
     def checked(
         self, model: onnx.ModelProto, table: CalibrationTable, kind: str, source: str = "the graph"
     ) -> QuantizationPlan:
-        """Return this plan if it belongs to a graph, a calibration table and a kind.
+        """Return this plan if it belongs to a graph, a calibration table and a precision.
+
+        Args:
+            model: FP32 graph.
+            table: calibration table of the graph.
+            kind: int8 or fp8.
+            source: name of the graph, for messages.
 
         Raises:
-            CalibrationError: it belongs to others.
+            CalibrationError: the plan belongs to another graph, table or precision.
         """
         dataclasses.replace(table, key={**table.key, **self.key}).check(model, source)
         if self.table != table.digest:

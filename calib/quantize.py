@@ -32,12 +32,12 @@ def quantize(
     """Insert QuantizeLinear and DequantizeLinear nodes into an FP32 graph.
 
     Args:
-        onnx: FP32 graph that the table was measured on.
+        onnx: FP32 graph from `python -m export.to_onnx` that the table was measured on.
         table: calibration table from `python -m calib.calibrate`.
         output: ONNX file to write.
         keep: modules to leave in FP32, such as prop_fc, fpn, fcos.head.mix_fc.
         plan: quantization plan from `python -m calib.restore`, measured on this graph.
-        kind: int8, or fp8 (E4M3).
+        kind: 8-bit data type to quantize to; fp8 is E4M3.
         opset: opset of the file. Default: the opset of the graph; fp8 uses 19. FP16 around INT8 requires 19.
 
     Returns:

@@ -138,7 +138,13 @@ class ActivationStatistics:
     gains: ChannelScales
 
     def ranges(self, method: Method, equalize: bool = True, unsigned: bool = False) -> dict[str, ValueRange]:
-        """Return the range that a method selects for each tensor; see `Histogram.range`."""
+        """Return the range that a method selects for each tensor.
+
+        Args:
+            method: how to select the limit.
+            equalize: whether to use the statistics after channel equalization.
+            unsigned: whether a tensor without negative values has 255 steps in place of 127.
+        """
         histograms = self.equalized if equalize else self.plain
         return {name: histogram.range(method, unsigned) for name, histogram in histograms.items()}
 

@@ -61,14 +61,14 @@ def rank_layers(
     """Quantize one module at a time, and rank the modules by their loss of accuracy on held-out training queries.
 
     Args:
-        onnx: FP32 graph.
+        onnx: FP32 graph from `python -m export.to_onnx`.
         data: directory of a data set (docs/formats.md). Only its training split is read.
         table: calibration table from `python -m calib.calibrate`. Default: calibrate first.
         output: JSON file to write the ranking to, for `python -m calib.restore --ranking`.
-        held_out: number of queries to measure the loss on.
-        seed: random seed of their selection.
-        kind: int8 or fp8.
-        threads: number of CPU threads.
+        held_out: number of held-out queries to measure the loss on.
+        seed: random seed of the choice of queries.
+        kind: 8-bit data type to quantize to.
+        threads: number of CPU threads. Default: set by ONNX Runtime.
 
     Returns:
         The modules, most sensitive first.
@@ -102,8 +102,9 @@ def measure_sensitivity(
     """Quantize each module of a policy alone, and return the modules by agreement with FP32, lowest first.
 
     Args:
-        model, table: FP32 graph and its calibration table.
-        evaluator: over held-out training queries.
+        model: FP32 graph.
+        table: its calibration table.
+        evaluator: evaluator on held-out training queries.
         policy: modules to quantize; the default policy when None.
         kind: int8 or fp8.
     """
@@ -145,6 +146,11 @@ def ranking_json(
 def ranked_names(path: Path, table: CalibrationTable, kind: QuantDtype) -> list[str]:
     """Return the modules in a ranking file, most sensitive first.
 
+    Args:
+        path: file that `python -m calib.rank_layers --output` wrote.
+        table: calibration table that the ranking must belong to.
+        kind: int8 or fp8.
+
     Raises:
         CalibrationError: the file is not a ranking, or is of another table or kind.
     """
@@ -171,7 +177,16 @@ def ranked_names(path: Path, table: CalibrationTable, kind: QuantDtype) -> list[
 def given_table(
     model: onnx.ModelProto, data_set: DataSet, table: Path | None, seed: int, threads: int | None, source: str
 ) -> CalibrationTable:
-    """Read a calibration table and check it against the graph and the test split; calibrate now when it is None."""
+    """Return a calibration table that belongs to the graph, read from a file or calibrated now.
+
+    Args:
+        model: FP32 graph.
+        data_set: data set to calibrate on; its test split must not contain videos of the table.
+        table: file of the table; None calibrates.
+        seed: random seed of the calibration set.
+        threads: number of CPU threads; ONNX Runtime's default when None.
+        source: name of the graph, for messages.
+    """
     if table is None:
         return measure_table(model, sample_calibration_set(data_set, read_manifest(model), seed=seed), threads=threads)
     calibration = CalibrationTable.load(table)
@@ -188,7 +203,16 @@ def evaluator_for(
     seed: int,
     threads: int | None,
 ) -> AccuracyEvaluator:
-    """Return an evaluator over training videos that the table was not measured on."""
+    """Return an evaluator over training videos that the table was not measured on.
+
+    Args:
+        model: FP32 graph.
+        data_set: data set of the queries.
+        table: calibration table, whose videos are excluded.
+        held_out: maximum number of queries.
+        seed: random seed of the choice of queries.
+        threads: number of CPU threads; ONNX Runtime's default when None.
+    """
     queries = sample_held_out(data_set, read_manifest(model), held_out, seed, exclude=table.videos)
     return AccuracyEvaluator(model, data_set, queries, threads)
 

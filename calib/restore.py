@@ -43,16 +43,17 @@ def restore(
     """Restore the precision of the most sensitive modules until recall holds on held-out training videos.
 
     Args:
-        onnx: FP32 graph.
+        onnx: FP32 graph from `python -m export.to_onnx`.
         data: directory of a data set (docs/formats.md). Only its training split is read.
         table: calibration table from `python -m calib.calibrate`, measured on this graph.
         output: quantization plan to write, for `python -m calib.quantize --plan`.
         max_drop: maximum loss of R@1 IoU=0.7 and of mIoU, in points.
-        ranking: ranking from `python -m calib.rank_layers`. Default: measured here if needed.
-        held_out: number of queries to measure the loss on. One query is 100 / held_out points.
-        seed: random seed of their selection.
-        kind: int8 or fp8.
-        threads: number of CPU threads.
+        ranking: ranking from `python -m calib.rank_layers`. Default: measured here if quantizing all modules exceeds
+            --max-drop.
+        held_out: number of held-out queries to measure the loss on. One query is 100 / held_out points.
+        seed: random seed of the choice of queries.
+        kind: 8-bit data type to quantize to.
+        threads: number of CPU threads. Default: set by ONNX Runtime.
 
     Returns:
         The quantization plan.
@@ -98,10 +99,11 @@ def find_layers_to_restore(
     """Search a small set of modules to keep in higher precision (see `minimal_keep_set`).
 
     Args:
-        model, table: FP32 graph and its calibration table.
-        evaluator: over held-out training queries.
+        model: FP32 graph.
+        table: its calibration table.
+        evaluator: evaluator on held-out training queries.
         max_drop: maximum loss of R@1 IoU=0.7 and of mIoU, in points.
-        order: modules, most sensitive first; measured when None and needed.
+        order: modules, most sensitive first; measured when None, if quantizing all modules exceeds the budget.
         policy: modules to quantize at the start; the default policy when None.
         kind: int8 or fp8.
         ranker: evaluator that measures the order; agreement with FP32 needs fewer queries than recall. `evaluator`

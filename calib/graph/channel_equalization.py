@@ -30,10 +30,12 @@ LARGEST_EXPONENT = 8
 
 
 def equalizable_tensors(model: onnx.ModelProto) -> dict[str, tuple[str, str | None]]:
-    """Return the tensors whose channels can be equalized, as name to (convolution, gate).
+    """Return the tensors whose channels can be equalized.
 
-    The convolution is the only reader of the tensor. The gate is the Gemm whose output multiplies the channels; it is
-    None for the features.
+    The gate of a tensor is the Gemm whose output multiplies its channels.
+
+    Returns:
+        Tensor name to the name of the convolution that alone reads it, and the name of its gate; None for the features.
     """
     producers = {output: node for node in model.graph.node for output in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -63,7 +65,7 @@ def measure_channel_scales(
 
     Args:
         model: FP32 graph.
-        batches: calibration inputs.
+        batches: inputs of the calibration set.
         threads: number of CPU threads.
         share: share of the unevenness to move into the weights, 0 to 1.
     """
@@ -101,7 +103,11 @@ def exponents(reach: np.ndarray, weight: np.ndarray, share: float = MIGRATION_ST
 
 
 def scale_factors(shifts: Sequence[int]) -> np.ndarray:
-    """Return the factors of C channels as float32, (C, 1, 1), to multiply a tensor (B, C, 1, T)."""
+    """Return the factors of C channels, (C, 1, 1) float32, to multiply a tensor (B, C, 1, T).
+
+    Args:
+        shifts: exponent of two of each channel.
+    """
     return np.exp2(np.array(shifts, np.float32))[:, None, None]
 
 
@@ -109,6 +115,10 @@ def apply_channel_scales(model: onnx.ModelProto, gains: ChannelScales) -> None:
     """Multiply channels by their powers of two and divide the weights that read them, in place.
 
     The outputs of the graph stay bit-identical unless a value overflows.
+
+    Args:
+        model: FP32 graph, changed in place.
+        gains: tensor name to the exponent of two of each channel.
     """
     import onnx
     from onnx import numpy_helper

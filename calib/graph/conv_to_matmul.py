@@ -31,8 +31,8 @@ def convs_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
     (B, 1, T, taps x N), then `/Pad.rows`, a `/Slice.rows` for each tap and `/Sum.rows`, which moves less data.
 
     Args:
-        model: of `calib.qdq_quantizer.insert_qdq`, in FP32 outside Q/DQ, with the padding in its convolutions
-            (`calib.graph.conv_padding.inline_padding`).
+        model: graph that `calib.qdq_quantizer.insert_qdq` returned, in FP32 outside Q/DQ, with the padding in its
+            convolutions (`calib.graph.conv_padding.inline_padding`).
 
     Raises:
         ModelFileError: a convolution is grouped, dilated or 2-D.

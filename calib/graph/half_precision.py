@@ -132,7 +132,13 @@ def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:
 
 
 class _Halving:
-    """Converts a graph in one pass over its nodes, which are in topological order."""
+    """Convert a graph to half precision in one pass over its nodes, which are in topological order.
+
+    Args:
+        model: FP32 graph, which is not changed.
+        half: `onnx.TensorProto` number of the half type.
+        keep: DRN modules that stay in FP32.
+    """
 
     def __init__(self, model: onnx.ModelProto, half: int, keep: frozenset[str]) -> None:
         self.model = copied(model)
@@ -213,7 +219,7 @@ def _half_tensor(values: np.ndarray, name: str, kind: int) -> TensorProto:
 
 
 def float32_values(tensor: TensorProto) -> np.ndarray:
-    """Return the values of an FP32, FP16 or BF16 tensor as float32, exactly."""
+    """Return the values of an FP32, FP16 or BF16 tensor as float32 of the same shape, exactly."""
     if tensor.data_type != TensorProto.BFLOAT16:
         return np.asarray(numpy_helper.to_array(tensor), np.float32)
     return from_bfloat16(np.frombuffer(tensor.raw_data, np.uint16)).reshape(tensor.dims)
@@ -257,7 +263,7 @@ def measure_magnitudes(model: onnx.ModelProto, batches: Iterable[Any]) -> dict[s
 
     Args:
         model: FP32 graph, which ONNX Runtime runs with every float tensor as an output.
-        batches: objects with one attribute per input of the graph.
+        batches: objects with one attribute per input of the graph, such as `runtime.core.batch.Batch`.
 
     Raises:
         ModelFileError: a weight or result is NaN or infinite.
@@ -294,7 +300,7 @@ def overflow_prone_modules(scanned: Mapping[str, float], kind: Half = "fp16") ->
     """Return the modules within `FP16_SAFETY_FACTOR` of the largest FP16 number, largest magnitude first.
 
     Args:
-        scanned: largest magnitude of each module, of `measure_magnitudes`.
+        scanned: largest magnitude of each module, as `measure_magnitudes` returns them.
         kind: fp16, or bf16, which has the range of FP32, so the result is empty.
     """
     if kind == "bf16":

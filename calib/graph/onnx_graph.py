@@ -67,7 +67,12 @@ def load_fp32_graph(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def read_source(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, Manifest]:
-    """Return the graph of `load_fp32_graph` and its manifest; raises the same errors."""
+    """Return the FP32 graph in an `.onnx` file, with the padding in its convolutions, and its manifest.
+
+    Raises:
+        ModelFileError: the file is missing, not ONNX, not of this toolkit, or not FP32.
+        DeviceError: onnx is not installed.
+    """
     model = load_onnx(path)
     manifest = read_manifest(model, str(path))
     if manifest.precision != "fp32":
@@ -124,6 +129,10 @@ def manifest_in(path: Path) -> Manifest:
 def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
     """Return the manifest of a graph or of a part of one, with the precision of its weights.
 
+    Args:
+        model: the graph.
+        source: name of the graph, for messages.
+
     Raises:
         ModelFileError: the graph has no manifest.
     """
@@ -133,6 +142,10 @@ def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
 
 def read_manifest(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
     """Return the manifest of an unsplit DRN graph.
+
+    Args:
+        model: the graph.
+        source: name of the graph, for messages.
 
     Raises:
         ModelFileError: the graph has no manifest, is one part of a split model, or is not a DRN graph.

@@ -86,7 +86,7 @@ class InMemoryBackend:
         self._session = open_session(model, threads, optimized)
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch."""
+        """Return the heads of a batch; see `runtime.backends.base.Backend.run` for shapes."""
         return Heads(*self._session.run(HEAD_NAMES, vars(batch)))
 
 
@@ -100,7 +100,7 @@ class InMemorySplitBackend:
         self._video, self._query = (open_session(part, threads, optimized) for part in (video, query))
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return the encodings of V videos, (V, D, T), from (V, T, D) segment features."""
+        """Return the encodings of V videos, (V, D, T), from their (V, T, D) float32 segments."""
         encoded: np.ndarray = self._video.run(None, {"segment_features": segment_features})[0]
         return encoded
 
@@ -111,7 +111,7 @@ class InMemorySplitBackend:
         videos: Sequence[EncodedVideo],
         video_index: np.ndarray,
     ) -> Heads:
-        """Return the heads of B queries."""
+        """Return the heads of B queries; see `runtime.backends.base.PairBackend.ask` for shapes."""
         inputs = {
             "query_tokens": query_tokens,
             "query_length": query_length,
@@ -122,5 +122,5 @@ class InMemorySplitBackend:
         return Heads(*self._query.run(HEAD_NAMES, inputs))
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch."""
+        """Return the heads of a batch, each row with a video of its own."""
         return run_pair(self, batch)

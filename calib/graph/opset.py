@@ -32,7 +32,11 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def raise_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """Return a graph with an opset of at least `opset`; raises the errors of `with_opset`."""
+    """Return a graph with an opset of at least `opset`; the graph itself if it has one.
+
+    Raises:
+        CalibrationError: the opset is not in 17 to 23, or the semantics of an operator may differ in it.
+    """
     return with_opset(model, max(opset, opset_of(model)))
 
 

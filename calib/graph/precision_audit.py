@@ -44,7 +44,11 @@ class PrecisionStats:
         return dict(total)
 
     def share(self, kind: str) -> float:
-        """Return the share of the multiply-adds that is computed in `kind`, 0 to 1."""
+        """Return the share of the multiply-adds that is computed in a data type, 0 to 1.
+
+        Args:
+            kind: data type, such as "int8" or "fp16".
+        """
         total = self.total()
         return total.get(kind, 0) / max(sum(total.values()), 1)
 
@@ -74,6 +78,10 @@ def count_macs(model: onnx.ModelProto, query_length: int = 8) -> dict[str, Opera
 
     A convolution or matrix product multiplies in int8 or fp8 if both its data and its weights come through Q/DQ pairs
     of that type, which TensorRT fuses into one kernel; otherwise in the type of its output.
+
+    Args:
+        model: graph of any precision.
+        query_length: number of tokens of the query.
     """
     import onnx
 
@@ -90,7 +98,12 @@ def count_macs(model: onnx.ModelProto, query_length: int = 8) -> dict[str, Opera
 
 
 def audit_graph(model: onnx.ModelProto, query_length: int = 8) -> PrecisionStats:
-    """Count the multiply-adds of a graph by DRN module and data type (`count_macs`), and its weight bytes by type."""
+    """Count the multiply-adds of a graph by DRN module and data type (`count_macs`), and its weight bytes by type.
+
+    Args:
+        model: graph of any precision.
+        query_length: number of tokens of the query.
+    """
     import onnx
 
     macs: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)

@@ -65,8 +65,7 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
     kinds = {value.name: value.type.tensor_type for value in infer_shapes(model).value_info}
     if len(cuts) != 1 or border[cuts[0]] != {FEATURES} or cuts[0] not in kinds:
         raise ModelFileError(
-            f"Expected one tensor that depends on the video alone and is read with the query, got {len(cuts)}. "
-            "Export the model with this version.",
+            f"Expected one tensor to split the graph at, got {len(cuts)}. Export the model with this version.",
             code="ambiguous_split",
         )
     (cut,) = cuts
@@ -86,7 +85,15 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
 
 
 def _border(graph: onnx.GraphProto, depends: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    """Return the tensors that depend on the video alone and are read by a node that depends on the query."""
+    """Return the tensors that only the video determines and that a node of the query part reads.
+
+    Args:
+        graph: the graph.
+        depends: tensor name to the graph inputs that it depends on.
+
+    Returns:
+        Tensor name to the graph inputs that it depends on.
+    """
     return {
         name: depends[name]
         for node in graph.node

@@ -53,7 +53,11 @@ def unroll_lstm(model: onnx.ModelProto, steps: int) -> onnx.ModelProto:
 
 
 def lstm_layers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    """Return the two LSTMs of each layer by their common name prefix; raises the errors of `unroll_lstm`."""
+    """Return the two LSTMs of each layer by their common name prefix.
+
+    Raises:
+        ModelFileError: the graph reads no tokens, or does not have two LSTMs per layer.
+    """
     layers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         if node.op_type == "LSTM":
