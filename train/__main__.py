@@ -86,7 +86,7 @@ def train(
         batch_size: queries per process and step. Default: set by the recipe.
         lr: learning rate of every stage, or one per stage. Default: set by the recipe.
         seed: random seed of the initial weights, the order of the queries and the held-out videos.
-        device: auto, cpu or cuda.
+        device: device to train on: auto, cpu or cuda; auto selects cuda if it is available.
         precision: fp32, or automatic mixed precision in fp16 or bf16.
         resume: continue an interrupted run, or extend one with more --epochs. The result equals that of an
             uninterrupted run with the same arguments.
@@ -109,9 +109,9 @@ def train(
         iou_target: locations that train the IoU head: those with IoU above 0.9 (published), or all.
         negatives: number of negative pairs per positive pair: a query with a video that is not its own, in which no
             location matches. The published recipes use none. They train the network to distinguish videos.
-        faithful: reproduce probable mistakes of the published code: training rows whose moment ends before it
-            starts, statistics and divisors per process, and with --recipe drn the clamp of the first location only
-            and the gradients that accumulate in stage 2.
+        faithful: reproduce probable mistakes of the published code: training rows whose moment ends before it starts;
+            batch norm and losses that cover the batch of each process instead of all; and with --recipe drn the clamp
+            of the first location only and the gradients that accumulate in stage 2.
         blind: replace all features by zeros, to measure the recall without visual input.
 
     Returns:

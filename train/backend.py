@@ -27,7 +27,7 @@ class TorchBackend:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch, and restore the training mode of the network.
+        """Return the heads of a batch, and restore the training mode of the network; see `Backend.run` for shapes.
 
         Raises:
             DeviceMemoryError: the GPU has no memory left for the batch.
@@ -72,11 +72,11 @@ def open_checkpoint(path: str | os.PathLike[str], device: Device = "auto", threa
 
     Args:
         path: the checkpoint.
-        device: auto, cpu or cuda.
+        device: `auto`, `cpu` or `cuda`; `auto` selects a GPU if torch finds one.
         threads: number of CPU threads of torch in this process. Default: unchanged.
 
     Raises:
-        CheckpointError: as of `load_checkpoint`.
+        CheckpointError: the file is missing, contains code, is damaged, or is not a DRN checkpoint.
         DeviceError: the device is unknown or not available.
     """
     target = torch_device(device)
@@ -101,7 +101,9 @@ def torch_device(device: str) -> torch.device:
     with contextlib.suppress(RuntimeError):
         parsed = torch.device(device)
     if parsed is None or parsed.type not in ("cpu", "cuda"):
-        raise DeviceError(f"Expected --device auto, cpu or cuda, got {excerpt(device)}.", code="unknown_device")
+        raise DeviceError(
+            f"Expected --device auto, cpu or cuda, got {excerpt(device)}. Correct the option.", code="unknown_device"
+        )
     if parsed.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             f"torch {torch.__version__} finds no GPU for --device {device}. Pass --device cpu.", code="gpu_unavailable"

@@ -94,7 +94,12 @@ class Checkpoint:
         return max(LONGEST_QUERY, *query_length_of(self.training))
 
     def manifest(self, max_query_length: int | None = None, **fields: Any) -> Manifest:
-        """Return the manifest of a model file exported from this checkpoint; `fields` are passed to `Manifest`."""
+        """Return the manifest of a model file exported from this checkpoint.
+
+        Args:
+            max_query_length: maximum number of tokens of a query; `longest_query` when None.
+            fields: further fields of `Manifest`.
+        """
         return Manifest(
             vocabulary=self.vocabulary,
             decoding=self.decoding,
@@ -143,7 +148,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
-    """Return the checkpoint in the content that `read` returned.
+    """Return the checkpoint in the content of a torch file, as `read` returns it; `path` is for messages.
 
     Raises:
         CheckpointError: the content is not that of a DRN checkpoint.
@@ -417,7 +422,7 @@ def opened(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> It
         The content that `read` returns, and a function that waits for the SHA-256 of the file and returns it.
 
     Raises:
-        CheckpointError: as of `load`. If the file is damaged, this replaces a CheckpointError of the body.
+        CheckpointError: the file is missing, contains code, or is damaged, even if the body raised another one.
     """
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
     if Path(path).suffix in (".onnx", ".engine"):
@@ -442,7 +447,7 @@ def opened(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> It
 
 
 def check(path: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError, as of `load`, if a torch file is damaged."""
+    """Raise CheckpointError if a torch file is missing, contains code, or is damaged."""
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
     if not sha256_and_seal(path)[1]:
         load(path)
@@ -465,7 +470,15 @@ def _damaged(path: str | os.PathLike[str]) -> CheckpointError:
 
 
 def read(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Any:
-    """Return the content of a torch file without checking its digest; arguments and errors as of `load`."""
+    """Return the content of a torch file without checking its digest.
+
+    Args:
+        path: the file.
+        unknown_objects: replace objects of unknown classes by an `UnreadObject` instead of rejecting the file.
+
+    Raises:
+        CheckpointError: the file is missing, contains anything but tensors and plain containers, or cannot be parsed.
+    """
     path = Path(path)
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
     names = torch_reader.check(path)

@@ -286,6 +286,10 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
 
     If tensors disagree, the majority decides, so that `check_weights` names the one that differs.
 
+    Args:
+        weights: tensor name to array, with the names of `train.network.model`.
+        path: the file, for messages.
+
     Raises:
         CheckpointError: no DRN has these tensors.
     """
@@ -359,6 +363,10 @@ def _head_convs(weights: Mapping[str, np.ndarray]) -> int:
 def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Tensor]:
     """Return the weights as float32 tensors, and counters as int64.
 
+    Args:
+        weights: tensor name to array.
+        path: the file, for messages.
+
     Raises:
         CheckpointError: a tensor has another data type, or a value is not finite.
     """
@@ -384,6 +392,11 @@ def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Te
 
 def load_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Vocabulary:
     """Return the vocabulary of a word table.
+
+    Args:
+        table: content of the file, which must map words to integers.
+        config: sizes of the network.
+        path: the file, for messages; None for a network without a word table.
 
     Raises:
         CheckpointError: it does not number exactly as many words as the network has.
@@ -411,7 +424,13 @@ def load_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Vocabul
 
 
 def report(checkpoint: Checkpoint, published: PublishedCheckpoint, output: Path) -> str:
-    """Return a summary of the checkpoint for the terminal."""
+    """Return a summary of a converted checkpoint as text.
+
+    Args:
+        checkpoint: the converted checkpoint.
+        published: content of the published file.
+        output: file of the converted checkpoint.
+    """
     config = checkpoint.config
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in DRN(config).parameters())

@@ -46,24 +46,24 @@ def fit_presence(
     evaluation never applies it.
 
     Args:
-        checkpoint: drn.pt.
+        checkpoint: drn.pt from `python -m train` or `python -m train.convert`.
         data: directory of the data set that the network was trained on.
         output: checkpoint to write; may be the same file.
         keep: minimum share of the matching pairs to answer, such as 0.95. Default: maximize balanced accuracy, with
             equal weight for matching and mismatched pairs.
         mismatched: number of other videos per query.
-        held_out: fraction of the training videos to fit on, even if there is a val split. Default without a val
-            split: the videos that the checkpoint records as held out. Scores are higher on videos that the network
-            was trained on.
+        held_out: fraction of the training videos to fit on, even if there is a val split. Default without a val split:
+            the videos that the checkpoint records as held out. Scores are higher on videos that the network was trained
+            on.
         seed: random seed of the held-out videos and of the mismatched pairs. Default: the seed of the training.
         batch_size: number of pairs per batch; affects only the speed.
-        device: auto, cpu or cuda.
-        threads: number of CPU threads.
+        device: device that runs the network; auto selects cuda if it is available.
+        threads: number of CPU threads. Default: set by torch.
     """
     if mismatched < 1 or batch_size < 1 or (seed is not None and seed < 0):
         raise GroundingError(
             f"Expected --mismatched and --batch-size of at least 1 and --seed of at least 0, got {mismatched}, "
-            f"{batch_size} and {seed}.",
+            f"{batch_size} and {seed}. Correct the option.",
             code="invalid_option",
         )
     data_set = DataSet(data)
@@ -116,7 +116,9 @@ def _held_out(
                 code="data_mismatch",
             )
     elif not 0 < fraction < 1:
-        raise GroundingError(f"Expected --held-out between 0 and 1, got {fraction}.", code="invalid_option")
+        raise GroundingError(
+            f"Expected --held-out between 0 and 1, got {fraction}. Correct the option.", code="invalid_option"
+        )
     elif fraction != training.get("held_out"):
         log.warning(
             "The network may have been trained on the videos that the threshold is fitted on; their scores are higher.",

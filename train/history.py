@@ -13,7 +13,7 @@ FIELDS = ("stage", "epoch", "loss_matching", "loss_boundary", "loss_iou")
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Return one record per epoch.
+    """Return the records of a `history.jsonl`, one per epoch.
 
     Raises:
         CheckpointError: a line is cut off or lacks a field.

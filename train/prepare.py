@@ -88,7 +88,7 @@ def prepare(
     """
     if min_count < 1 or embed_dim < 1:
         raise GroundingError(
-            f"Expected --min-count and --embed-dim of at least 1, got {min_count} and {embed_dim}.",
+            f"Expected --min-count and --embed-dim of at least 1, got {min_count} and {embed_dim}. Correct the option.",
             code="invalid_option",
         )
     clip_timing = None if clock is None else ClipTiming(*clock)

@@ -119,7 +119,9 @@ class SimulationOptions:
             ("--seed", self.seed, 0),
         ):
             if value is not None and value < minimum:
-                raise FeatureError(f"Expected {flag} of at least {minimum}, got {value}.", code="invalid_option")
+                raise FeatureError(
+                    f"Expected {flag} of at least {minimum}, got {value}. Correct the option.", code="invalid_option"
+                )
         for flag, name, names in (
             ("--difficulty", self.difficulty, tuple(DIFFICULTIES)),
             ("--dtype", self.dtype, ("float16", "float32")),
@@ -127,7 +129,8 @@ class SimulationOptions:
         ):
             if name not in names:
                 raise FeatureError(
-                    f"Expected {flag} to be {' or '.join(names)}, got {excerpt(name)}.", code="invalid_option"
+                    f"Expected {flag} to be {' or '.join(names)}, got {excerpt(name)}. Correct the option.",
+                    code="invalid_option",
                 )
         if self.annotations is not None:
             check_directory(self.annotations, "The directory of annotations", AnnotationError)

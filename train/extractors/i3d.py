@@ -99,7 +99,11 @@ class I3DConfig:
 
 
 def block_outputs(widths: Sequence[int]) -> int:
-    """Return the output channels of a mixed block: those of the last convolution of each branch."""
+    """Return the output channels of a mixed block: the sum over the last convolution of each branch.
+
+    Args:
+        widths: output channels of the six convolutions, in the order of `BRANCHES`.
+    """
     b0, _, b1b, _, b2b, b3b = widths
     return b0 + b1b + b2b + b3b
 

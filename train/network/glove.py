@@ -77,7 +77,7 @@ def check_vector(vector: np.ndarray, subject: str, texts: Sequence[str] = ()) ->
     """Check that the values of a word vector are possible.
 
     Args:
-        vector: (D,) float32.
+        vector: (D,) float32 word vector.
         subject: the file, and the line or the row, for messages.
         texts: the values as they are in the file, if it is text.
 

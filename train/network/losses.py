@@ -149,6 +149,10 @@ def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
     """Return the sigmoid focal loss of every logit, alpha 0.25, gamma 2, in the shape of `logits`.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, equation 5.
+
+    Args:
+        logits: logits of any shape.
+        positive: bool of the same shape.
     """
     # `logsigmoid`, because the logarithm of a sigmoid underflows.
     signed = torch.where(positive, logits, -logits)
@@ -158,7 +162,12 @@ def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def distance_loss(predicted: Tensor, expected: Tensor, positive: Tensor) -> Tensor:
-    """Return -ln IoU at positive locations and 0 elsewhere, (B, P), from (B, P, 2) distances to the boundaries."""
+    """Return -ln IoU of predicted and expected boundaries at positive locations and 0 elsewhere, (B, P).
+
+    Args:
+        predicted, expected: (B, P, 2) distances to the start and to the end, in segments.
+        positive: (B, P) bool.
+    """
     # Elsewhere the expected distances may be negative, and the gradient of a NaN would pass through the mask.
     expected = torch.where(positive[..., None], expected, 1.0)
     overlap = torch.minimum(predicted, expected).sum(-1)

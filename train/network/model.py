@@ -110,22 +110,36 @@ class QueryEncoder(nn.Module):
         self.W1 = nn.Linear(width, 1)
 
     def forward(self, query_tokens: Tensor, query_length: Tensor) -> list[Tensor]:
-        """Return one (B, 2H) query feature for each level from (B, L) tokens and (B,) lengths of at least 1.
+        """Return the query feature of each level, (B, 2H).
 
         Packing needs the lengths on the CPU, so pass them there: fetching them from a GPU would synchronize with it.
+
+        Args:
+            query_tokens: (B, L) int word ids, 0 past each length.
+            query_length: (B,) int lengths in tokens, at least 1.
         """
         words = self.words(query_tokens, query_length)
         return self.attend(words, query_length.to(words.device, non_blocking=True))
 
     def words(self, query_tokens: Tensor, query_length: Tensor) -> Tensor:
-        """Return the BiLSTM's outputs, (B, L, 2H), zero past each length."""
+        """Return the outputs of the BiLSTM, (B, L, 2H) with hidden size H, zero past each length.
+
+        Args:
+            query_tokens: (B, L) int word ids.
+            query_length: (B,) int lengths in tokens, at least 1.
+        """
         embedded = self.embedding(query_tokens)
         packed = pack_padded_sequence(embedded, query_length.cpu(), batch_first=True, enforce_sorted=False)
         outputs, _ = self.biLSTM(packed)
         return pad_packed_sequence(outputs, batch_first=True, total_length=query_tokens.shape[1])[0]
 
     def attend(self, words: Tensor, query_length: Tensor) -> list[Tensor]:
-        """Return one (B, 2H) feature for each level from the (B, L, 2H) word features."""
+        """Return the query feature of each level, (B, 2H).
+
+        Args:
+            words: (B, L, 2H) outputs of the BiLSTM.
+            query_length: (B,) int lengths in tokens, on the device of `words`.
+        """
         rows = torch.arange(len(words), device=words.device)
         # The outputs of both directions at the first and the last word, not the final hidden states.
         sentence = torch.cat((words[:, 0], words[rows, query_length.long() - 1]), dim=1)
@@ -156,16 +170,28 @@ class Backbone(nn.Module):
         )
 
     def forward(self, features: Tensor, positions: Tensor, gates: list[Tensor]) -> list[Tensor]:
-        """Return (B, 256, T), (B, 512, T/2) and (B, 1024, T/4) from (B, D, T) features and (B, 256, T) positions."""
+        """Return the features of each level: (B, 256, T), (B, 512, T/2) and (B, 1024, T/4).
+
+        Args:
+            features: (B, D, T) projected clip features.
+            positions: (B, 256, T) embedding of the spans.
+            gates: gate of each level, (B, input channels).
+        """
         return self.onward(self.first(features, positions, gates[0]), gates[1:])
 
     def first(self, features: Tensor, positions: Tensor, gate: Tensor) -> Tensor:
-        """Return the first convolution's (B, 256, T), before its batch norm."""
+        """Return the output of the first convolution, (B, 256, T), before its batch norm.
+
+        Args:
+            features: (B, D, T) projected clip features.
+            positions: (B, 256, T) embedding of the spans, which is not gated.
+            gate: (B, D) gate of the first level.
+        """
         # Positions are not gated.
         return self.layers[0][0](torch.cat((features * gate[:, :, None], positions), dim=1))
 
     def onward(self, first: Tensor, gates: list[Tensor]) -> list[Tensor]:
-        """Return the three levels from the first convolution's output and the other two gates."""
+        """Return the features of each level from the output of `first`, (B, 256, T), and the other two gates."""
         _, norm, relu = self.layers[0]
         levels = [relu(norm(first))]
         for layer, gate in zip(self.layers[1:], gates, strict=True):
@@ -190,7 +216,11 @@ class FeaturePyramid(nn.Module):
         self.layer_blocks = nn.ModuleList(block(config.fpn_dim, 3) for _ in BACKBONE_CHANNELS)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        """Return three (B, fpn_dim, T_i), finest first."""
+        """Return the merged levels, three (B, fpn_dim, T_i), finest first.
+
+        Args:
+            levels: features of each level from the backbone, (B, C_i, T_i), finest first.
+        """
         outputs: list[Tensor] = []
         merged = None
         for level in reversed(range(len(levels))):
@@ -245,7 +275,11 @@ class Head(nn.Module):
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - config.prior_probability) / config.prior_probability))
 
     def forward(self, levels: list[Tensor]) -> NetworkHeads:
-        """Return the heads of all levels, concatenated finest first, from three (B, fpn_dim, T_i)."""
+        """Return the heads of all levels, concatenated finest first.
+
+        Args:
+            levels: three (B, fpn_dim, T_i) from the pyramid, finest first.
+        """
         # One level after the other, because batch norm uses the statistics of each level.
         matching, distances, iou = [], [], []
         for features, scale in zip(levels, self.scales, strict=True):
@@ -295,8 +329,8 @@ class DRN(nn.Module):
         """Compute the heads at every location.
 
         Args:
-            query_tokens: (B, L) word ids, 0 past each length.
-            query_length: (B,) at least 1.
+            query_tokens: (B, L) int word ids, 0 past each length.
+            query_length: (B,) int lengths in tokens, at least 1.
             segment_features: (B, T, D) clip features, max-pooled over each segment.
             segment_spans: (B, T, 2) starts and ends as fractions of the video.
 
@@ -306,7 +340,14 @@ class DRN(nn.Module):
         return self.score(self.stem(query_tokens, query_length, self.prop_fc(segment_features), segment_spans))
 
     def stem(self, query_tokens: Tensor, query_length: Tensor, projected: Tensor, segment_spans: Tensor) -> Stem:
-        """Return the outputs before the first batch norm; `projected` are the (B, T, D) outputs of `prop_fc`."""
+        """Return the outputs of the layers before the first batch norm.
+
+        Args:
+            query_tokens: (B, L) int word ids, 0 past each length.
+            query_length: (B,) int lengths in tokens, at least 1.
+            projected: (B, T, D) outputs of `prop_fc`.
+            segment_spans: (B, T, 2) starts and ends as fractions of the video.
+        """
         queries = self.query_encoder(query_tokens, query_length)
         gate, *other_gates = (gate(query) for gate, query in zip(self.qInput, queries, strict=True))
         positions = self.position_transform(with_duration(segment_spans)).transpose(1, 2)
@@ -323,7 +364,12 @@ def with_duration(spans: Tensor) -> Tensor:
 
 
 def locations(config: DRNConfig, device: torch.device | None = None) -> Tensor:
-    """Return the center of each location in segments, (P,) float32, finest level first: stride * k + stride / 2."""
+    """Return the center of each location in segments, (P,) float32, finest level first: stride * k + stride / 2.
+
+    Args:
+        config: sizes of the network.
+        device: device of the result.
+    """
     return torch.cat(
         [
             torch.arange(0, config.num_segments, stride, dtype=torch.float32, device=device) + stride / 2

@@ -175,7 +175,8 @@ def _parse_row(row: dict[str, str | None], num_columns: int, location: str) -> V
     """Return the labels of one csv row; `location` is the file and line for messages."""
     if not row["id"] or row["actions"] is None or None in row.values():
         raise AnnotationError(
-            f"{location}: expected {num_columns} columns, got fewer. Correct the line.", code="malformed_row"
+            f"{location}: expected {num_columns} columns with an id and actions, got fewer. Correct the line.",
+            code="malformed_row",
         )
     actions = []
     for entry in filter(None, row["actions"].split(";")):

@@ -83,7 +83,7 @@ class Simulator:
         return np.exp(features, out=features)
 
     def latents(self, scenario: Scenario) -> np.ndarray:
-        """Return the latent vectors of the clips of a scenario, (num_clips, K) float32."""
+        """Return the latent vectors of the clips of a scenario, (num_clips, K) float32, K from `latent_dim`."""
         rng = seeded_generator(self.seed, "video", scenario.name)
         clip_seconds = CLIP_TIMING.stride * scenario.duration / scenario.num_frames
         constant = self.embedding("scene", scenario.scene).copy()

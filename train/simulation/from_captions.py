@@ -25,7 +25,12 @@ FRAMES_PER_SECOND = CLIP_TIMING.stride
 
 
 def captions_plan(annotations: Path, videos: int | None, seed: int) -> SimulationPlan:
-    """Read annotations in the layout of ActivityNet Captions or TACoS into a plan; see `train.simulate.simulate`.
+    """Read annotations in the layout of ActivityNet Captions or TACoS into a plan.
+
+    Args:
+        annotations: directory with train.json, val.json and test.json.
+        videos: maximum number of videos per split, chosen by the seed; None for all.
+        seed: random seed of the choice.
 
     Raises:
         AnnotationError: the directory is of another layout, or a file is malformed.

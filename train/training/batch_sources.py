@@ -31,9 +31,9 @@ class Source(Protocol):
         """Yield the inputs of the network and the (B, 2) moments of every batch, on the device.
 
         Args:
-            epoch: for each batch (B,) indices of its queries.
-            mismatched: for each batch its mismatched pairs, as of `TrainingData.mismatched`. They follow the matching
-                pairs in the inputs, and have no moments.
+            epoch: (B,) int indices of the queries of each batch.
+            mismatched: (2, M) int for each batch, as `TrainingData.mismatched` returns them: indices of queries, and of
+                queries of other videos. These pairs follow the matching pairs in the inputs, and have no moments.
         """
         ...
 

@@ -46,7 +46,7 @@ class PooledFeatures:
     key: str
 
     def segments(self, video: str) -> Segments:
-        """Return the segments of a video."""
+        """Return the segments of a video: features (T, D) in the dtype of the files, and spans (T, 2) float64."""
         row = self.rows[video]
         return Segments(self.features[row], self.spans[row])
 
@@ -62,7 +62,7 @@ def pool(
 
     Args:
         data_set: source of features and frame counts.
-        videos: distinct names.
+        videos: distinct names of videos.
         num_segments: number of segments T.
         features: width, clip timing and pooling rule.
         cache: directory of the cache.
@@ -214,26 +214,44 @@ class TrainingData:
         return len(self.annotations)
 
     def segments(self, video: str) -> Segments:
-        """Return the segments of a video, for training and validation."""
+        """Return the segments of a video, for training and validation; features (T, D) are zeros if `blind`."""
         segments = self.pooled.segments(video)
         return Segments(np.zeros_like(segments.features), segments.spans) if self.blind else segments
 
     def features(self, rows: np.ndarray) -> np.ndarray:
-        """Return the features at `rows` of the pooled videos, (len(rows), T, D) float32."""
+        """Return the features of some of the pooled videos, (N, T, D) float32.
+
+        Args:
+            rows: (N,) int rows of `pooled.features`.
+        """
         features = self.pooled.features[rows]
         return np.zeros(features.shape, np.float32) if self.blind else features.astype(np.float32)
 
     def batch(self, indices: np.ndarray, mismatched: np.ndarray | None = None) -> TrainingBatch:
-        """Return the batch of the queries at (B,) `indices`, followed by the (2, M) pairs of `mismatched`."""
+        """Return a batch: matching pairs, then mismatched ones.
+
+        Args:
+            indices: (B,) int indices of the queries.
+            mismatched: (2, M) int, for each mismatched pair the index of its query and of a query of the other video.
+        """
         queries, videos = query_video_pairs(indices, mismatched)
         segments = [self.segments(self.annotations[index].video) for index in videos]
         return TrainingBatch(collate([self.queries[index] for index in queries], segments), self.truth[indices])
 
     def epoch(self, batch_size: int, seed: Sequence[int], rank: int = 0, processes: int = 1) -> list[np.ndarray]:
-        """Return the (batch_size,) indices of every batch of one epoch of process `rank`.
+        """Return the queries of every batch of one epoch of one process.
 
         The order depends on `seed` only. A step takes `batch_size` times `processes` queries. As published, the
         remaining queries of an epoch are dropped.
+
+        Args:
+            batch_size: number of queries of a batch.
+            seed: random seed of the epoch.
+            rank: index of this process.
+            processes: number of processes.
+
+        Returns:
+            (batch_size,) int64 indices for each batch.
         """
         order = np.random.default_rng(list(seed)).permutation(len(self))
         step = batch_size * processes
@@ -251,7 +269,7 @@ class TrainingData:
             epoch: the batches, as `epoch` returns them.
             count: pairs per batch, spread evenly over its queries.
             seed: random seed of the epoch.
-            rank: this process.
+            rank: index of this process.
             processes: number of processes.
 
         Returns:
@@ -272,13 +290,21 @@ class TrainingData:
 
 
 def query_video_pairs(indices: np.ndarray, mismatched: np.ndarray | None = None) -> np.ndarray:
-    """Return (2, B + M) indices of queries, and of queries of their videos: B matching pairs, then M `mismatched`."""
+    """Return the pairs of a batch as indices of queries.
+
+    Args:
+        indices: (B,) int indices of the queries of the matching pairs.
+        mismatched: (2, M) int, for each mismatched pair the index of its query and of a query of the other video.
+
+    Returns:
+        (2, B + M) int: for each pair its query, and a query of its video; the B matching pairs first.
+    """
     matching = np.stack((indices, indices))
     return matching if mismatched is None else np.concatenate((matching, mismatched), axis=1)
 
 
 def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np.ndarray]:
-    """Return the word ids of every sentence, and warn about unknown words.
+    """Return the word ids of every sentence, (L,) int32 each, and warn about unknown words.
 
     Raises:
         AnnotationError: a sentence has no known word.
@@ -298,10 +324,15 @@ def encode(annotations: Sequence[Annotation], vocabulary: Vocabulary) -> list[np
 def split_by_video(
     annotations: Sequence[Annotation], fraction: float, seed: int
 ) -> tuple[list[Annotation], list[Annotation]]:
-    """Split annotations by video, randomly by `seed`.
+    """Split annotations into those to train on and those to validate on, so that no video is in both.
+
+    Args:
+        annotations: annotations of the training split.
+        fraction: fraction of the videos to validate on, 0 to 1; at least one video is used.
+        seed: random seed of the choice of videos.
 
     Returns:
-        The annotations to train on, and those of `fraction` of the videos, at least one, to validate on.
+        The annotations to train on, and those to validate on.
     """
     videos = sorted({annotation.video for annotation in annotations})
     count = max(1, round(fraction * len(videos)))

@@ -17,7 +17,13 @@ from runtime.core.errors import DeviceError
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The rank of this process, the number of processes, and the rank on this machine."""
+    """The training processes, seen from one of them.
+
+    Attributes:
+        rank: index of this process among all, from 0.
+        count: number of processes.
+        local_rank: index of this process among those of this machine.
+    """
 
     rank: int = 0
     count: int = 1
@@ -29,14 +35,23 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over all processes, without a gradient."""
+        """Return the sum of a tensor over all processes, without a gradient.
+
+        Args:
+            values: tensor of equal shape in all processes; it is not changed.
+        """
         if self.count > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def of_main(self, value: float, device: torch.device) -> float:
-        """Return the value of the main process."""
+        """Return the value that the main process passes.
+
+        Args:
+            value: a number; ignored in other processes.
+            device: device of the communication.
+        """
         if self.count == 1:
             return value
         return self.sum(torch.tensor(value if self.is_main else 0.0, dtype=torch.float64, device=device)).item()

@@ -74,7 +74,12 @@ class NetworkInputs:
 
 
 def split_annotations(options: TrainingOptions, data_set: DataSet) -> AnnotationSplit:
-    """Return the queries to train on and to validate on."""
+    """Return the queries to train on and to validate on.
+
+    Args:
+        options: options of the run; `validate_on`, `held_out`, `seed` and `faithful` determine the split.
+        data_set: source of the annotations.
+    """
     annotations = data_set.annotations("train", invalid="keep" if options.faithful else "drop")
     validate_on = options.validate_on or ("val" if "val" in data_set.splits else "held-out")
     record: dict[str, Any] = {}
@@ -93,7 +98,12 @@ def split_annotations(options: TrainingOptions, data_set: DataSet) -> Annotation
 
 
 def network_inputs(options: TrainingOptions, data_set: DataSet, loaded: Checkpoint | None) -> NetworkInputs:
-    """Return the network configuration of the loaded checkpoint, or of a new network.
+    """Return the configuration of the network, and the features and vocabulary of its inputs.
+
+    Args:
+        options: options of the run.
+        data_set: source of features and words.
+        loaded: checkpoint of --load, which determines the configuration; None for a new network.
 
     Raises:
         GroundingError: the options or the features conflict with the loaded checkpoint.
@@ -131,6 +141,13 @@ def load_inputs(
     processes: Processes,
 ) -> TrainingInputs:
     """Pool the features of all videos and encode all queries.
+
+    Args:
+        options: options of the run.
+        data_set: source of features and moments.
+        split: queries of the run.
+        network: configuration and vocabulary of the network.
+        processes: training processes; the main one writes the cache of the features.
 
     Raises:
         GroundingError: a feature file or a sentence cannot be used.
@@ -189,7 +206,10 @@ def check_enough_queries(inputs: TrainingInputs, settings: TrainingSettings) -> 
 def run_identity(
     options: TrainingOptions, split: AnnotationSplit, network: NetworkInputs, inputs: TrainingInputs
 ) -> dict[str, Any]:
-    """Return what determines the weights besides the settings, as `run.json` records it under `inputs`."""
+    """Return everything that determines the weights besides the settings, as JSON values.
+
+    `run.json` records it under `inputs`.
+    """
     validate_on = split.validate_on
     splits = ("train", *((validate_on,) if validate_on in ("val", "test") else ()))
     return {

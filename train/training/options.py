@@ -117,7 +117,7 @@ class TrainingOptions:
             if not fits:
                 raise GroundingError(
                     f"Expected {flag} to be one positive number, or one for each of the {len(stages)} stages, got "
-                    f"{values}.",
+                    f"{values}. Correct the option.",
                     code="invalid_option",
                 )
         changes = []
@@ -193,4 +193,6 @@ class TrainingOptions:
             checks.append((f"--{name.replace('_', '-')}", size, in_range, f"{expected}from 1 to {MAX_SIZE}"))
         for flag, value, valid, expected in checks:
             if not valid:
-                raise GroundingError(f"Expected {flag} to be {expected}, got {value}.", code="invalid_option")
+                raise GroundingError(
+                    f"Expected {flag} to be {expected}, got {value}. Correct the option.", code="invalid_option"
+                )

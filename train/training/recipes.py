@@ -52,7 +52,11 @@ class Stage:
         return self.number > 1
 
     def learning_rate_at(self, epoch: int) -> float:
-        """Return the learning rate in `epoch`, counted from 0."""
+        """Return the learning rate of an epoch.
+
+        Args:
+            epoch: number of the epoch, from 0.
+        """
         if epoch >= self.warmup_epochs - 1:
             return self.learning_rate
         return self.learning_rate * (0.1 + 0.9 * epoch / (self.warmup_epochs - 1))

@@ -10,7 +10,15 @@ from runtime.core.differences import differences
 
 
 def extended_stage(recorded: Any, requested: Mapping[str, Any]) -> int | None:
-    """Return the number of the first stage that gets more epochs, or None if the runs differ in anything else."""
+    """Return the number of the first stage that gets more epochs.
+
+    Args:
+        recorded: content of the `run.json` of the existing run.
+        requested: the same values for the new run.
+
+    Returns:
+        1 to 3; None if the runs are equal or differ in anything else than more epochs.
+    """
     try:
         before = json.loads(json.dumps(recorded))
         pairs = list(zip(before["settings"]["stages"], requested["settings"]["stages"], strict=True))
@@ -23,7 +31,12 @@ def extended_stage(recorded: Any, requested: Mapping[str, Any]) -> int | None:
 
 
 def first_difference(recorded: Any, requested: Any) -> str:
-    """Describe the first setting in which two runs differ, if possible one other than more epochs."""
+    """Describe the first setting in which two runs differ, if possible one other than more epochs.
+
+    Args:
+        recorded: content of the `run.json` of the existing run.
+        requested: the same values for the new run.
+    """
     changes = list(differences(recorded, requested))
     extended = [
         path[-1:] == ("epochs",) and isinstance(before, int) and isinstance(after, int) and after > before

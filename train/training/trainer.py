@@ -86,7 +86,7 @@ class TrainingRun:
     Args:
         output: directory of the run.
         settings: everything that determines the weights besides the data.
-        inputs: the data.
+        inputs: queries, features and settings of decoding.
         device: device to train on.
         processes: the training processes.
 
@@ -115,7 +115,7 @@ class TrainingRun:
 
         Args:
             resume: whether to continue a run that exists.
-            identity: what determines the weights besides the settings, as of `run_identity`.
+            identity: everything that determines the weights besides the settings, as `run_identity` returns it.
 
         Raises:
             OutputError: the directory contains a run that is not resumed, or one with other settings.
@@ -356,7 +356,13 @@ class TrainingRun:
         )
 
     def checkpoint(self, stage: Stage, model: DRN, record: dict[str, Any]) -> Checkpoint:
-        """Return the checkpoint of the network; `record` is that of the last epoch."""
+        """Return the checkpoint of the network.
+
+        Args:
+            stage: the present stage.
+            model: the network.
+            record: record of the last epoch.
+        """
         inputs = self.inputs
         return Checkpoint(
             config=model.config,
