@@ -167,8 +167,9 @@ def ranked_names(path: Path, table: CalibrationTable, kind: QuantDtype) -> list[
         ) from error
     if actual != (kind, table.digest):
         raise CalibrationError(
-            f"{path} is of another table: expected {kind} and {table.digest[:12]}…, got {excerpt(actual[0])} and "
-            f"{excerpt(str(actual[1])[:12])}. Make one with `python -m calib.rank_layers --table`.",
+            f"{path} is of another precision or calibration table: expected {kind} and {table.digest[:12]}…, got "
+            f"{excerpt(actual[0])} and {excerpt(str(actual[1])[:12])}. Make one with "
+            "`python -m calib.rank_layers --table`.",
             code="ranking_of_another_table",
         )
     return names

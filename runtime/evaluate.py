@@ -151,7 +151,8 @@ def score_file(
 def _check_positive(limit: int | None, batch_size: int = BATCH_SIZE) -> None:
     if batch_size < 1 or (limit is not None and limit < 1):
         raise GroundingError(
-            f"Expected --limit and --batch-size of at least 1, got {limit} and {batch_size}.", code="invalid_option"
+            f"Expected --limit and --batch-size of at least 1, got {limit} and {batch_size}. Correct the option.",
+            code="invalid_option",
         )
 
 

@@ -349,7 +349,9 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
             lstm_layers=count(layers),
         )
     except ValueError as error:
-        raise CheckpointError(f"{path} is not a DRN: {error}", code="unknown_network_shape") from error
+        raise CheckpointError(
+            f"{path} is not a DRN: {error} Pass a DRN checkpoint.", code="unknown_network_shape"
+        ) from error
 
 
 def _head_convs(weights: Mapping[str, np.ndarray]) -> int:

@@ -69,7 +69,7 @@ class _FrontRequest:
     settings: tuple[Windows | None, bool]
 
     def pairs(self) -> list[tuple[Video, str]]:
-        """Return the pairs of a video and a query, row by row."""
+        """Return the pairs of a video and a query: all queries of the first video, then those of the next."""
         return [(video, query) for video, queries in zip(self.videos, self.queries) for query in queries]
 
 

@@ -22,7 +22,7 @@ class StageTrainer:
 
     Args:
         stage: the stage; its parameters require gradients from here on.
-        settings: precision, clipping, losses.
+        settings: settings of the run, of which precision, gradient clipping and losses are used.
         processes: the training processes.
         model: the network, on its device.
     """
