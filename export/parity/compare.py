@@ -27,6 +27,7 @@ from export.parity.parity_result import (
     OutputDeviation,
     ParityResult,
     RankAgreement,
+    ScoreShift,
 )
 from runtime.artifacts.manifest import Manifest
 from runtime.core.agreement import boundary_shifts, compare_answers
@@ -36,6 +37,7 @@ from runtime.core.errors import AnnotationError, ModelFileError
 from runtime.core.metrics import prior_report, recall_name, report
 from runtime.core.moments import Moment, temporal_iou, to_moments
 from runtime.core.prefetch import prefetch
+from runtime.core.presence import Presence
 from runtime.datasets.dataset import Annotation, DataSet, one_per_moment
 from runtime.grounding.evaluation import (
     Chunk,
@@ -294,6 +296,41 @@ def _measure(
         other=scored[1],
         prior=None if prior_truth is None else prior_report(prior_truth, truth, protocol, thresholds),
         worst=tuple(_worst(annotations, durations, truth, tops, overlap, ious, paired.shifts.max(axis=-1))),
+        scores=score_shift(_best_scores(tops[0]), _best_scores(tops[1]), reference.presence),
+    )
+
+
+def _best_scores(tops: np.ndarray) -> np.ndarray:
+    """Return the scores of the best moments, (N,); -inf for queries without a likely location.
+
+    Args:
+        tops: (N, K, 3) starts, ends and scores, NaN after the last.
+    """
+    scores = tops[:, 0, 2].astype(np.float64)
+    return np.where(np.isnan(scores) | used_fallback(tops), -np.inf, scores)
+
+
+def score_shift(reference: np.ndarray, other: np.ndarray, presence: Presence | None) -> ScoreShift:
+    """Compare the scores of the best moments of two models.
+
+    Args:
+        reference, other: (N,) scores, -inf for queries without a likely location.
+        presence: no-match threshold of the reference; None if it has none.
+    """
+    points = np.concatenate([reference, other])
+    shares = [np.searchsorted(np.sort(scores), points, "right") / len(scores) for scores in (reference, other)]
+    both = np.isfinite(reference) & np.isfinite(other)
+    changes = np.abs(other[both] - reference[both]) if both.any() else np.zeros(1)
+    # Scores are float32, and `MomentDecoder` compares them with the threshold in float32.
+    threshold = float(np.float32(presence.threshold)) if presence else None
+    below = [scores < (-np.inf if threshold is None else threshold) for scores in (reference, other)]
+    return ScoreShift(
+        float(np.abs(shares[0] - shares[1]).max()),
+        float(np.quantile(changes, 0.5)),
+        float(np.quantile(changes, 0.99)),
+        threshold,
+        int((~below[0] & below[1]).sum()),
+        int((below[0] & ~below[1]).sum()),
     )
 
 

@@ -69,6 +69,27 @@ class RankAgreement:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreShift:
+    """The difference between the scores of the best moments, which the no-match threshold is compared with.
+
+    Attributes:
+        ks: Kolmogorov-Smirnov statistic: largest difference between the cumulative distributions of the two models'
+            scores, 0 to 1.
+        p50, p99: quantiles of the absolute change of a query's score.
+        threshold: no-match threshold of the reference; None if it has none.
+        refused, answered: number of queries whose score is below the threshold, or not below it, in the other model
+            only.
+    """
+
+    ks: float
+    p50: float
+    p99: float
+    threshold: float | None
+    refused: int
+    answered: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Flips:
     """Queries that only one of the two models answers correctly.
 
@@ -135,6 +156,7 @@ class ParityResult:
             agreement is no evidence.
         reference, other, prior: metrics; the prior is None without a training split.
         worst: queries whose best moments overlap least, worst first.
+        scores: difference between the scores of the best moments.
         plans: accuracy of each plan of an engine; empty for other models.
         overlap: temporal IoU of the best moments of the two models.
         order: agreement of the order of the best moments.
@@ -155,6 +177,7 @@ class ParityResult:
     other: Report
     prior: Report | None
     worst: tuple[Disagreement, ...]
+    scores: ScoreShift
     plans: tuple[PlanCheck, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,6 +197,7 @@ class ParityResult:
             "boundaries_s": dataclasses.asdict(self.boundaries),
             "overlap": dataclasses.asdict(self.overlap),
             "order": dataclasses.asdict(self.order),
+            "scores": dataclasses.asdict(self.scores),
             "flips": {name: dataclasses.asdict(flips) for name, flips in self.flips.items()},
             "differences": {name: dataclasses.asdict(value) for name, value in self.differences.items()},
             "confidence": CONFIDENCE,

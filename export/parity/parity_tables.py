@@ -119,9 +119,19 @@ def _deviations(parity: ParityResult) -> list[Table]:
         f"The best moment is the same for {100 * order.first:.2f} % of the queries, the order of the best five for "
         f"{100 * order.five:.2f} %.",
     )
+    scores = parity.scores
+    score_note = (
+        f"Scores of the best moments: median change {scores.p50:.2e}, 99th percentile {scores.p99:.2e}; "
+        f"Kolmogorov-Smirnov statistic {scores.ks:.4f}."
+    )
+    if scores.threshold is not None:
+        score_note += (
+            f" At the no-match threshold of {scores.threshold:.3f}, {scores.refused} queries are refused and "
+            f"{scores.answered} answered by the model only."
+        )
     return [
         Table(title, ("output", "max error", "99th percentile", "max value", "non-finite"), outputs),
-        Table(title, ("boundary shift, seconds", "median", "99th percentile", "max"), shifts, notes),
+        Table(title, ("boundary shift, seconds", "median", "99th percentile", "max"), shifts, (*notes, score_note)),
     ]
 
 

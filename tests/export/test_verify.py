@@ -170,7 +170,7 @@ def test_models_that_cannot_be_compared_are_rejected(models: Path, planted: Path
         ({"model": truncated}, ModelFileError, "not_onnx", (truncated,)),
         ({"model": foreign}, ModelFileError, "missing_manifest", (foreign,)),
         ({"model": narrow}, ModelFileError, "models_differ", (32, 500)),
-        ({"model": models / "history.jsonl"}, ModelFileError, "wrong_suffix", ("'history.jsonl'",)),
+        ({"model": models / "history.jsonl"}, ModelFileError, "wrong_suffix", (models / "history.jsonl",)),
         ({"data": empty}, AnnotationError, "empty_file", (empty / "Charades_sta_test.txt",)),
         ({"split": "val"}, AnnotationError, "missing_split", ("'val'",)),
         ({"limit": 0}, GroundingError, "invalid_option", ("--limit", 0)),

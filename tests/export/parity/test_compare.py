@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.parity.compare import RESAMPLES, bootstrap, collect_outputs, compare, mcnemar
+from export.parity.compare import RESAMPLES, bootstrap, collect_outputs, compare, mcnemar, score_shift
 from export.parity.parity_result import AccuracyBudget, MetricDelta, unresolved_drops, violations
 from export.parity.parity_tables import parity_tables
 from runtime import Grounder, Vocabulary
@@ -21,6 +21,7 @@ from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import Decoding
 from runtime.core.errors import AnnotationError, FeatureError, ModelFileError, QueryError
+from runtime.core.presence import Presence
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.evaluation import evaluate
 from tests.raising import quotes, raises
@@ -423,3 +424,22 @@ def test_bootstrap_interval_depends_on_the_seed() -> None:
     low, high = bootstrap(np.full((7, 1), 0.25))
     assert low[0] == high[0] == 0.25
     assert RESAMPLES >= 2000
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0.05, 1))
+def test_score_shift_equals_a_count_by_hand(count: int, seed: int, threshold: float) -> None:
+    rng = np.random.default_rng(seed)
+    reference, other = (np.where(rng.random(count) < 0.2, -np.inf, rng.integers(0, 9, count) / 8) for _ in range(2))
+    shift = score_shift(reference, other, Presence(threshold, 1.0, 1.0, 1, 1))
+    steps = [float(point) for point in (*reference, *other)]
+    by_hand = max(abs(sum(a <= step for a in reference) - sum(b <= step for b in other)) / count for step in steps)
+    assert shift.ks == pytest.approx(by_hand)
+    limit = float(np.float32(threshold))
+    assert shift.refused == sum(a >= limit > b for a, b in zip(reference, other, strict=True))
+    assert shift.answered == sum(b >= limit > a for a, b in zip(reference, other, strict=True))
+
+
+def test_score_shift_without_threshold_counts_no_crossings() -> None:
+    shift = score_shift(np.array([0.2, 0.4]), np.array([0.3, -np.inf]), None)
+    assert (shift.threshold, shift.refused, shift.answered) == (None, 0, 0)
+    assert (shift.p50, shift.p99) == (pytest.approx(0.1), pytest.approx(0.1))
