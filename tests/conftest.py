@@ -45,6 +45,7 @@ SLOWEST = (
     "test_segments.py", "test_tensorrt_backend.py", "test_examples.py", "test_rtx_builds.py", "test_split_model.py",
     "test_verify.py", "test_leg_tensorrt.py", "test_warm_up.py", "test_to_onnx.py", "test_page.py", "test_contracts.py",
     "test_extractor_engine.py", "test_unroll_lstm.py", "test_faults.py", "test_uploads.py", "test_scale_docs.py",
+    "test_next_commands.py", "test_quickstart.py",
 )  # fmt: skip
 
 
