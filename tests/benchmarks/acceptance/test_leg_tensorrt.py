@@ -224,6 +224,10 @@ def test_lease_builds_engines_without_a_data_set(ran: Job, monkeypatch: pytest.M
 
 
 def test_int8_without_stored_weights_is_another_engine(ran: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx
+
+    from export.build.reduced_precision import validate_keep_modules
+
     seen: list[Sequence[Any]] = []
 
     def run(job: Job, leg: Any, module: str, *words: Any, **options: Any) -> str:
@@ -237,7 +241,9 @@ def test_int8_without_stored_weights_is_another_engine(ran: Job, monkeypatch: py
     output = words[words.index("--output") + 1]
     assert output == engines.engine_path(ran, "tensorrt", "int8", True, engines.COMPUTED_ONLY)
     assert output != engines.engine_path(ran, "tensorrt", "int8", True)
-    assert {"qInput", "query_encoder.embedding"} <= set(words[words.index("--keep") :])
+    kept = words[words.index("--keep") + 1 :]
+    assert {"qInput", "query_encoder.embedding"} <= set(kept)
+    validate_keep_modules(onnx.load(ran.graph), "int8", kept)
 
 
 def test_gpu_tests_lists_every_file_with_gpu_marks() -> None:
