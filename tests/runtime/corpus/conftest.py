@@ -34,6 +34,12 @@ def content(output: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the process of `parquet_check`, which has its own tests."""
+    monkeypatch.setattr("runtime.corpus.feature_sources.check_metadata", lambda files: None)
+
+
+@pytest.fixture
 def corpus(mini: Path, tmp_path: Path) -> Callable[[Iterable[Row]], tuple[Path, Path]]:
     """Return a function that writes the mini data set and a file of queries."""
 

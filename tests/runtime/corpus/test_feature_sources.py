@@ -22,6 +22,7 @@ from tests.raising import quotes, raises, records
 
 pa = pytest.importorskip("pyarrow", reason="Parquet needs the extra [corpus]")
 parquet = pytest.importorskip("pyarrow.parquet")
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 CLOCK = ClipTiming()
 RNG = np.random.default_rng(0)
