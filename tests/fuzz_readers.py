@@ -12,12 +12,15 @@ import importlib.util
 import io
 import itertools
 import json
+import multiprocessing
 import tempfile
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -266,7 +269,7 @@ def _zip_again(path: Path) -> None:
     """Write the members of a damaged archive anew, so that their checksums hold."""
     members = {}
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist()[:20]:
+        for member in archive.infolist()[:200]:
             with archive.open(member) as stream:
                 # Of what a checksum would refuse, this gets the content all the same.
                 stream._expected_crc = None  # type: ignore[attr-defined]
@@ -538,6 +541,8 @@ def _parquet() -> list[Reader]:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
+    from runtime.corpus import feature_sources
+
     def make(directory: Path, nested: bool) -> list[Path]:
         features = [CLIPS.tolist()] * 3 if nested else [CLIPS.ravel().tolist()] * 3
         columns = {"video": ["a", "b", "c"], "duration": [30.5, 12.0, 9.0], "features": features}
@@ -548,14 +553,47 @@ def _parquet() -> list[Reader]:
         )
         return [directory / "a.parquet"]
 
+    checkers: list[Connection] = []
+
+    def check(files: Sequence[Path]) -> None:
+        """Do as `check_metadata`, but in one process for all cases, because a new one imports pyarrow."""
+        if not checkers:
+            ours, theirs = multiprocessing.Pipe()
+            fork = multiprocessing.get_context("fork")
+            fork.Process(target=_check_metadata, args=(ours, theirs), daemon=True).start()
+            theirs.close()
+            checkers.append(ours)
+        try:
+            checkers[0].send(files[0])
+            checkers[0].recv()
+        except (EOFError, OSError) as error:
+            checkers.clear()
+            raise FeatureError(f"Reading the metadata of {files[0]} ended the process.", code="damaged_file") from error
+
+    @mock.patch.object(feature_sources, "check_metadata", check)
     def read(directory: Path, path: Path) -> list[Any]:
         return _all(ParquetSource([path]))
 
     return [
-        # Each case starts a process that imports pyarrow.
-        Reader("parquet-lists", functools.partial(make, nested=True), read, quick_share=0.05),
-        Reader("parquet-flat", functools.partial(make, nested=False), read, quick_share=0.05),
+        Reader("parquet-lists", functools.partial(make, nested=True), read),
+        Reader("parquet-flat", functools.partial(make, nested=False), read),
     ]
+
+
+def _check_metadata(ours: Connection, theirs: Connection) -> None:
+    """Read the metadata of each Parquet file that is named, as the process of `parquet_check` does."""
+    import pyarrow.parquet as parquet
+
+    from runtime.corpus import parquet_check
+
+    # Then the end of the other process ends this one.
+    ours.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            path = theirs.recv()
+            with contextlib.suppress(Exception):
+                parquet_check._read_metadata(parquet.ParquetFile(path, memory_map=True, pre_buffer=False))
+            theirs.send(None)
 
 
 def _torch() -> list[Reader]:
@@ -573,6 +611,7 @@ def _torch() -> list[Reader]:
         save_extractor,
     )
     from train.history import read_history
+    from train.network import model
     from train.network.initialization import load_glove
     from train.network.model import DRN, DRNConfig
     from train.simulation.charades_actions import charades_plan
@@ -580,21 +619,25 @@ def _torch() -> list[Reader]:
     from train.training.run_config import with_config
 
     config = DRNConfig(6, 4, 8, 4, 4)
+    # The published widths make files of 9 MB, in which damage rarely meets anything but weights.
+    narrow = mock.patch.object(model, "BACKBONE_CHANNELS", (2, 2, 2))
 
     def tensors(directory: Path, legacy: bool) -> list[Path]:
         torch.save(torch.from_numpy(CLIPS), directory / "v.pt", _use_new_zipfile_serialization=not legacy)
         return [directory / "v.pt"]
 
+    @narrow
     def published(directory: Path) -> list[Path]:
         state = {"state_dict": DRN(config).state_dict(), "meta": {"epoch": 3, "cfg": "stage = 3"}}
         torch.save(state, directory / "drn.pth")
         return [directory / "drn.pth"]
 
+    @narrow
     def read_published(directory: Path, path: Path) -> None:
         read_config(read(path).weights, path)
 
+    @narrow
     def checkpoint(directory: Path) -> list[Path]:
-        model = DRN(config)
         about = manifest()
         save_checkpoint(
             directory / "drn.pt",
@@ -603,7 +646,7 @@ def _torch() -> list[Reader]:
                 about.features,
                 about.vocabulary,
                 about.decoding,
-                model.state_dict(),
+                DRN(config).state_dict(),
                 about.training,
                 about.windows,
                 about.presence,
@@ -611,6 +654,7 @@ def _torch() -> list[Reader]:
         )
         return [directory / "drn.pt"]
 
+    @narrow
     def read_checkpoint(directory: Path, path: Path) -> None:
         is_extractor_file(path)
         _use(load_checkpoint(path).manifest())
@@ -622,6 +666,7 @@ def _torch() -> list[Reader]:
         (directory / "content.json").write_text(json.dumps(values))
         return [directory / "content.json"]
 
+    @narrow
     def read_content(directory: Path, path: Path, name: str, loaded: Callable[[Path], object]) -> object:
         try:
             values = json.loads(path.read_text())
@@ -652,6 +697,7 @@ def _torch() -> list[Reader]:
         torch.save(torch.ones(len(TABLE) + 1, 4), directory / "glove.pt")
         return [directory / "glove.pt"]
 
+    @narrow
     def read_matrix(directory: Path, path: Path) -> object:
         return load_glove(DRN(config), path, TABLE)
 
@@ -690,14 +736,12 @@ def _torch() -> list[Reader]:
     return [
         Reader("features-pt", functools.partial(tensors, legacy=False), _load, _zip_again),
         Reader("features-pt-legacy", functools.partial(tensors, legacy=True), _load),
-        # The backbone's fixed widths make files of 9 MB.
-        Reader("published-checkpoint", published, read_published, _zip_again, quick_share=0.25),
-        Reader("checkpoint", checkpoint, read_checkpoint, _zip_again, quick_share=0.25),
+        Reader("published-checkpoint", published, read_published, _zip_again),
+        Reader("checkpoint", checkpoint, read_checkpoint, _zip_again),
         Reader(
             "checkpoint-content",
             functools.partial(content, make=checkpoint),
             functools.partial(read_content, name="drn.pt", loaded=lambda path: load_checkpoint(path).manifest()),
-            quick_share=0.25,
         ),
         Reader("c3d", c3d, lambda directory, path: load_extractor(path).model(), _zip_again),
         Reader(
@@ -705,8 +749,8 @@ def _torch() -> list[Reader]:
             functools.partial(content, make=c3d),
             functools.partial(read_content, name="c3d.pt", loaded=lambda path: load_extractor(path).model()),
         ),
-        Reader("published-i3d", flat_i3d, read_i3d, _zip_again, quick_share=0.25),
-        Reader("glove-matrix", matrix, read_matrix, _zip_again, quick_share=0.25),
+        Reader("published-i3d", flat_i3d, read_i3d, _zip_again),
+        Reader("glove-matrix", matrix, read_matrix, _zip_again),
         Reader("torch-load", state, lambda directory, path: (load(path), load(path, unknown_objects=True)), _zip_again),
         Reader("run-config", run_config, lambda directory, path: with_config(["--config", str(path)])),
         Reader("charades-csv", charades, lambda directory, path: charades_plan(directory, None, 0)),

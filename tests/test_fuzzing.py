@@ -27,7 +27,7 @@ def report() -> str:
 
     It runs in a process of its own: a process that is forked while other tests' threads run may hang or crash.
     """
-    command = [sys.executable, "-m", "tests.fuzzing", "--cases", str(CASES), "--quick"]
+    command = [sys.executable, "-m", "tests.fuzzing", "--cases", str(CASES)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
 
 
