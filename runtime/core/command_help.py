@@ -17,7 +17,7 @@ _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 # Options of these names are listed under the heading of their group; all others are listed first.
 _GROUPS: Mapping[str, tuple[str, ...]] = {
     "windows": ("window", "overlap"),
-    "quantization": ("table", "plan", "keep", "calib_samples", "calib_method"),
+    "quantization": ("table", "plan", "keep", "calib_samples", "calib_method", "calib_videos"),
     "accuracy": ("max_drop", "boundary_p99", "protocol", "parity_split", "limit", "invalid"),
     "engine": (
         "batch", "query_length", "unroll", "videos", "profiles", "optimization_level", "workspace", "timing_cache",
