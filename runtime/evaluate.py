@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,13 @@ from runtime.grounding.evaluation import Evaluation, used_fallback
 from runtime.grounding.evaluation import evaluate as evaluate_annotations
 from runtime.grounding.evaluation import predictions as predictions_of
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
-from runtime.grounding.prediction_scores import HEADLINE, LENGTH_RANGES, score_predictions, truths_of
+from runtime.grounding.prediction_scores import (
+    EXIST_THRESHOLD,
+    HEADLINE,
+    LENGTH_RANGES,
+    score_predictions,
+    truths_of,
+)
 
 log = logging.getLogger("drn")
 
@@ -43,6 +50,7 @@ def evaluate(
     *,
     predictions_from: Path | None = None,
     shared_only: bool = False,
+    exist_threshold: float = EXIST_THRESHOLD,
     split: str = "test",
     protocol: Protocol | None = None,
     output: Path | None = None,
@@ -68,6 +76,7 @@ def evaluate(
             with the ground truth in the QVHighlights format.
         predictions_from: JSONL file with predictions in the QVHighlights format, to score instead of a model.
         shared_only: score the queries that both predictions and ground truth have, even if one has others.
+        exist_threshold: pred_exist_score below which a query of --predictions-from is rejected.
         split: split of the queries: train, val or test.
         protocol: mmaction2 (soft-NMS, IoU above the threshold) or drn (hard NMS, IoU at least the threshold).
             Default: set by the model.
@@ -86,7 +95,7 @@ def evaluate(
     if model is None or predictions_from is not None or shared_only:
         _check_scoring(model, predictions_from, protocol, predictions, ablation)
         assert predictions_from is not None
-        return score_file(predictions_from, data, split, output, invalid, limit, shared_only)
+        return score_file(predictions_from, data, split, output, invalid, limit, shared_only, exist_threshold)
     options = Options(
         model, data, split, protocol, output, predictions, ablation, invalid, limit, batch_size, device, threads
     )
@@ -126,14 +135,23 @@ def _check_scoring(
 
 
 def score_file(
-    path: Path, data: Path, split: str, output: Path | None, invalid: Invalid, limit: int | None, shared_only: bool
+    path: Path,
+    data: Path,
+    split: str,
+    output: Path | None,
+    invalid: Invalid,
+    limit: int | None,
+    shared_only: bool,
+    exist_threshold: float,
 ) -> Report:
     """Score a prediction file, write and print the metrics, and return those of all queries; see `evaluate`."""
     _check_positive(limit)
     data_set = None if data.is_file() else DataSet(data)
     check_report(output, path, *([data] if data_set is None else data_set.files))
     truths = read_truths(data) if data_set is None else truths_of(data_set, split, invalid)
-    scores = score_predictions(read_predictions(path), truths, limit=limit, shared_only=shared_only)
+    scores = score_predictions(
+        read_predictions(path), truths, limit=limit, shared_only=shared_only, exist_threshold=exist_threshold
+    )
     if output:
         settings = {"predictions": path.name, "data": data.name, "split": None if data_set is None else split}
         write_json(output, {**scores.to_dict(), **settings})
@@ -143,8 +161,10 @@ def score_file(
     counts = ", ".join(f"{report.queries} {name}" for name, report in scores.ranges.items())
     source = data.name if data_set is None else split
     print(f"{scores.report.queries} queries of {source} ({counts}), percent; IoU at least the threshold.")
-    if scores.without_moment:
-        print(f"{scores.without_moment} other queries match no moment of their video.")
+    if not math.isnan(scores.multi_moment.values["mR@2"]):
+        print(format_table([("several moments", scores.multi_moment)]))
+    if scores.rejection:
+        print(scores.rejection.sentence())
     return scores.report
 
 
@@ -239,7 +259,8 @@ def _write(options: Options, result: Result) -> None:
         }
         write_json(options.output, content)
     if options.predictions:
-        rows = predictions_of(result.evaluation, result.annotations, result.data_set)
+        presence = result.manifest.presence
+        rows = predictions_of(result.evaluation, result.annotations, result.data_set, presence=presence)
         with atomic_write(options.predictions) as temporary, open(temporary, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from runtime.backends.base import Device
 from runtime.core.cli import check_plots, command, report_written, suggest_next_command
 from runtime.core.errors import GroundingError, QueryError, excerpt
 from runtime.core.io.atomic_files import check_report, check_writable
+from runtime.core.moments import Moment
 from runtime.core.sliding_windows import resolve_windows
+from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.formatting import Answer, Format, format_answers
 from runtime.grounding.grounder import Grounder
@@ -156,11 +159,25 @@ def _ground(grounder: Grounder, source: VideoSource, options: Options) -> list[A
             *(video.name, video.duration, len(windows), windows[0].duration, windows[0].end - windows[1].start),
         )
     pairs = [(video, sentence) for sentence in options.query]
-    result = grounder.ground_batch(pairs, options.top_k, presence=not options.always_answer)
-    return [
-        Answer(sentence, video.name, video.end, moments, source.truths_of(sentence))
-        for sentence, moments in zip(options.query, result)
-    ]
+    # Moments below the no-match threshold are needed for their score.
+    result = grounder.ground_batch(pairs, options.top_k, presence=False)
+    presence, answers = grounder.manifest.presence, []
+    for sentence, moments in zip(options.query, result):
+        exist_score = None
+        if presence is not None:
+            is_likely = not _is_fallback(moments[0], video)
+            exist_score = presence.exist_score(moments[0].score) if is_likely else 0.0
+            if exist_score < 0.5 and not options.always_answer:
+                moments = []
+        answers.append(Answer(sentence, video.name, video.end, moments, source.truths_of(sentence), exist_score))
+    return answers
+
+
+def _is_fallback(moment: Moment, video: Video) -> bool:
+    """Return whether a moment is the entire video with score 1, the answer without a likely location."""
+    # A server may round times to float32.
+    times = (moment.start, video.offset), (moment.end, video.offset + video.duration)
+    return moment.score == 1 and all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6) for a, b in times)
 
 
 def _write_best(source: VideoSource, answers: Sequence[Answer], clips: Sequence[Path], options: Options) -> None:

@@ -1,6 +1,6 @@
-"""Restate the metrics of QVHighlights' public evaluator as plain loops, from reading its code.
+"""Restate the metrics of the public evaluators of QVHighlights and QV-M2 as plain loops, from reading their code.
 
-Source: `standalone_eval` of https://github.com/jayleicn/moment_detr, at the version of 2026-11.
+Source: `standalone_eval` of https://github.com/jayleicn/moment_detr and https://github.com/Zhuo-Cao/QV-M2, 2026-11.
 """
 
 from __future__ import annotations
@@ -71,3 +71,45 @@ def _average_precision(predictions: Sequence[Any], truths: Sequence[Any], limit:
         area += (recall[rank] - recall[rank - 1]) * max(precision[rank:])
     assert not math.isnan(area)
     return area
+
+
+def mean_recall(listed: Sequence[Any], truths: Sequence[Any], rank: int) -> float:
+    """Return QV-M2's mR@k in percent, of queries with at least k windows and k moments."""
+    counted = [
+        (windows, moments) for windows, moments in zip(listed, truths, strict=True) if _has(windows, moments, rank)
+    ]
+    recalls = []
+    for step in range(14):
+        matches = sum(
+            len(_matches(windows[:rank], moments, round(0.3 + 0.05 * step, 2))) for windows, moments in counted
+        )
+        recalls.append(float(f"{matches / (rank * len(counted)) * 100:.2f}"))
+    return float(round(np.mean(recalls), 2))
+
+
+def mean_iou(listed: Sequence[Any], truths: Sequence[Any], rank: int) -> float:
+    """Return QV-M2's mIoU@k as a fraction, of the same queries."""
+    pairs = [
+        (windows, moments) for windows, moments in zip(listed, truths, strict=True) if _has(windows, moments, rank)
+    ]
+    matches = [overlap for windows, moments in pairs for overlap in _matches(windows[:rank], moments, -1.0)]
+    return sum(matches) / len(matches) if matches else math.nan
+
+
+def _has(windows: Sequence[Any], moments: Sequence[Any], rank: int) -> bool:
+    return len(windows) >= rank and len(moments) >= rank
+
+
+def _matches(windows: Sequence[Any], moments: Sequence[Any], limit: float) -> list[float]:
+    taken: set[int] = set()
+    overlaps = []
+    for window in windows:
+        best, chosen = -1.0, None
+        for index, moment in enumerate(moments):
+            overlap = detection_iou(window, moment)
+            if index not in taken and overlap > best:
+                best, chosen = overlap, index
+        if chosen is not None and best >= limit:
+            taken.add(chosen)
+            overlaps.append(best)
+    return overlaps

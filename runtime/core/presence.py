@@ -46,6 +46,20 @@ class Presence:
             f"and refuses {100 * self.refused:.1f} % of {self.mismatched} mismatched pairs ({self.rule})"
         )
 
+    def exist_score(self, score: float) -> float:
+        """Return the score of the best moment as a `pred_exist_score` in [0, 1], at least 0.5 from the threshold on.
+
+        Other evaluators separate at 0.5. Below and above, the result is linear in the score.
+
+        Args:
+            score: float32 score of the best moment of a video; -inf without a likely location.
+        """
+        # Scores are float32, so the threshold is rounded too: an equal score passes.
+        threshold = float(np.float32(self.threshold))
+        if score < threshold:
+            return max(score, 0.0) / threshold / 2
+        return 0.5 + (min(score, 1.0) - threshold) / (1 - threshold) / 2 if threshold < 1 else 1.0
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

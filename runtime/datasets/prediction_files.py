@@ -25,12 +25,14 @@ class Prediction:
         video: name of the video, if the row has one.
         windows: (K, 3) float64 start and end in seconds, and score, in the order of the file.
         line: line number, from 1.
+        exist_score: whether the video shows the query at all, the higher the likelier; None if the row has none.
     """
 
     qid: Qid
     video: str | None
     windows: np.ndarray
     line: int
+    exist_score: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +51,10 @@ class Truth:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Read a prediction file with the keys `qid` and `pred_relevant_windows`, and `vid` if present.
+    """Read a prediction file with the keys `qid` and `pred_relevant_windows`.
 
-    Other keys are ignored. Scores may be NaN or infinite, as in the JSON that Python writes.
+    Rows may have a `vid` and a `pred_exist_score`; other keys are ignored. Scores of windows may be NaN or infinite, as
+    in the JSON that Python writes.
 
     Raises:
         AnnotationError: the file is missing or empty, or a row is malformed.
@@ -94,7 +97,10 @@ def _prediction(row: dict[str, Any], number: int, source: str) -> Prediction:
     if not isinstance(windows, list) or not all(map(_is_scored, windows)):
         raise _malformed(source, "pred_relevant_windows [[start, end, score], ...] in seconds", windows)
     array = np.array([window[:3] for window in windows], np.float64).reshape(-1, 3)
-    return Prediction(row["qid"], row.get("vid"), array, number)
+    exist_score = row.get("pred_exist_score")
+    if exist_score is not None and not is_number(exist_score):
+        raise _malformed(source, "a number as pred_exist_score", exist_score)
+    return Prediction(row["qid"], row.get("vid"), array, number, None if exist_score is None else float(exist_score))
 
 
 def _is_scored(window: Any) -> bool:

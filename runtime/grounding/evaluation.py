@@ -24,6 +24,7 @@ from runtime.core.errors import GroundingError, ModelFileError, QueryError, exce
 from runtime.core.metrics import Report, report
 from runtime.core.moments import to_moments
 from runtime.core.pooling import Segments
+from runtime.core.presence import Presence
 from runtime.core.tokenizer import Vocabulary
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
@@ -133,7 +134,11 @@ def used_fallback(detections: np.ndarray) -> np.ndarray:
 
 
 def predictions(
-    evaluation: Evaluation, annotations: Sequence[Annotation], data_set: DataSet, top_k: int = 5
+    evaluation: Evaluation,
+    annotations: Sequence[Annotation],
+    data_set: DataSet,
+    top_k: int = 5,
+    presence: Presence | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the predictions for each annotation in QVHighlights format, in their order.
 
@@ -142,8 +147,11 @@ def predictions(
         annotations: the N queries, in the order of the detections.
         data_set: provides the durations in seconds.
         top_k: maximum number of moments for each query, at most 6.
+        presence: no-match threshold of the model, for `pred_exist_score`. Moments below it are predicted all the same.
     """
     detections = evaluation.detections[0.5]
+    unlikely = used_fallback(detections) | np.isnan(detections[:, 0, 2])
+    best_scores = np.where(unlikely, -np.inf, detections[:, 0, 2])
     for index, annotation in enumerate(annotations):
         moments = to_moments(detections[index, :top_k], data_set.durations[annotation.video])
         yield {
@@ -151,6 +159,7 @@ def predictions(
             "query": annotation.sentence,
             "vid": annotation.video,
             "pred_relevant_windows": [[moment.start, moment.end, moment.score] for moment in moments],
+            **({"pred_exist_score": presence.exist_score(float(best_scores[index]))} if presence else {}),
         }
 
 

@@ -30,6 +30,8 @@ class Answer:
         duration: end of the video, including time before its first frame.
         moments: moments of the query, best first.
         truths: start and end of each ground-truth moment, if known.
+        exist_score: whether the video shows the query at all, in [0, 1], at least 0.5 from the no-match threshold on;
+            None for a model without one.
     """
 
     query: str
@@ -37,12 +39,14 @@ class Answer:
     duration: float
     moments: Sequence[Moment]
     truths: Sequence[tuple[float, float]] = ()
+    exist_score: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "query": self.query,
             "video": self.video,
             "moments": [dict(vars(moment)) for moment in self.moments],
+            **({} if self.exist_score is None else {"pred_exist_score": self.exist_score}),
         }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from runtime.core.average_precision import IOU_THRESHOLDS, average_precision, best_overlaps
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.metrics import RANKS, Report, recall_name
+from runtime.core.multi_moments import multi_moment_metrics
 from runtime.datasets.dataset import DataSet, Invalid
 from runtime.datasets.prediction_files import Prediction, Truth
 
@@ -29,6 +30,9 @@ HEADLINE = (
     *(recall_name(5, threshold) for threshold in (0.5, 0.7)),
 )
 MAX_NAMED_QUERIES = 5
+# Existence score that separates matching queries from others, and IoU thresholds, of "Moment of Untruth".
+EXIST_THRESHOLD = 0.5
+STRICT_THRESHOLDS = (0.3, 0.5, 0.7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,51 @@ class ScoredQuery:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rejection:
+    """How well predictions reject the queries without a matching moment, as "Moment of Untruth" measures it.
+
+    A query is rejected if its `pred_exist_score` is below the threshold, or if it has no window. A row without
+    `pred_exist_score` is rejected only without a window. Source: arXiv 2502.08544, and `negative_aware_results.py` of
+    https://github.com/keflanagan/MomentofUntruth, whose hits have an IoU above the threshold.
+
+    Attributes:
+        threshold: minimum `pred_exist_score` of an answer.
+        without_moment, with_moment: numbers of queries.
+        accuracy: share of the queries without a moment that are rejected; NaN if there are none.
+        wrongly_rejected: share of the queries with a moment that are rejected.
+        recall, recall_of_all: share of the queries with a moment whose first window is a hit, by the IoU threshold.
+            Rejected queries are misses in `recall`.
+    """
+
+    threshold: float
+    without_moment: int
+    with_moment: int
+    accuracy: float
+    wrongly_rejected: float
+    recall: Mapping[float, float]
+    recall_of_all: Mapping[float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "threshold": self.threshold,
+            "queries_without_moment": self.without_moment,
+            "rejection_accuracy": None if math.isnan(self.accuracy) else self.accuracy,
+            "wrongly_rejected": self.wrongly_rejected,
+            "with_rejection": {f"R@1 IoU>{limit:g}": value for limit, value in self.recall.items()},
+            "without_rejection": {f"R@1 IoU>{limit:g}": value for limit, value in self.recall_of_all.items()},
+        }
+
+    def sentence(self) -> str:
+        """Return the result as one sentence, in percent."""
+        accuracy = "" if math.isnan(self.accuracy) else f"{100 * self.accuracy:.2f} % of "
+        return (
+            f"Rejected below a pred_exist_score of {self.threshold:g}: {accuracy}{self.without_moment} queries without "
+            f"a moment and {100 * self.wrongly_rejected:.2f} % of {self.with_moment} with one; R@1 IoU>0.5 "
+            f"{100 * self.recall[0.5]:.2f} instead of {100 * self.recall_of_all[0.5]:.2f}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class PredictionScores:
     """The metrics of a prediction file.
 
@@ -54,17 +103,21 @@ class PredictionScores:
         report: of all queries with ground truth.
         ranges: by the names in `LENGTH_RANGES`, of the queries with a moment of this length, against these moments.
             Without such a query, the values are NaN.
-        without_moment: number of queries without a matching moment, which no metric includes.
+        multi_moment: metrics of `multi_moment_metrics`, of all queries with ground truth.
+        rejection: of all queries; None if all have ground truth and no prediction has a `pred_exist_score`.
     """
 
     report: Report
     ranges: Mapping[str, Report]
-    without_moment: int
+    multi_moment: Report
+    rejection: Rejection | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all metrics as JSON values: fractions, and null for a range without queries."""
-        ranges = {name: _json_values(report) for name, report in self.ranges.items()}
-        return {**_json_values(self.report), "queries_without_moment": self.without_moment, **ranges}
+        """Return all metrics as JSON values: fractions, and null for a metric without queries."""
+        parts = {**self.ranges, "multi_moment": self.multi_moment}
+        rejection = None if self.rejection is None else self.rejection.to_dict()
+        values = {name: _json_values(report) for name, report in parts.items()}
+        return {**_json_values(self.report), **values, "rejection": rejection}
 
 
 def truths_of(data_set: DataSet, split: str, invalid: Invalid) -> list[Truth]:
@@ -85,6 +138,7 @@ def score_predictions(
     *,
     limit: int | None = None,
     shared_only: bool = False,
+    exist_threshold: float = EXIST_THRESHOLD,
 ) -> PredictionScores:
     """Return the metrics of predictions, matched to their ground truth by query id.
 
@@ -94,6 +148,7 @@ def score_predictions(
         truths: ground truth of the queries. If a query id occurs several times, the video distinguishes the queries.
         limit: use only the first N queries of `truths`.
         shared_only: ignore queries that only one of the two has.
+        exist_threshold: see `Rejection`.
 
     Raises:
         AnnotationError: the queries differ, two are equal, or none has a matching moment.
@@ -115,7 +170,8 @@ def score_predictions(
             code="query_mismatch",
         )
     ranges = {name: _report(_in_range(queries, *bounds)) for name, bounds in LENGTH_RANGES.items()}
-    return PredictionScores(_report(queries), ranges, len(shared) - len(queries))
+    last = [(truth, rows[key][-1]) for key, truth in shared.items()]
+    return PredictionScores(_report(queries), ranges, _multi_moment(queries), _rejection(last, exist_threshold))
 
 
 def _by_query(truths: Sequence[Truth]) -> tuple[dict[Hashable, Truth], bool]:
@@ -204,6 +260,35 @@ def _report(queries: Sequence[ScoredQuery]) -> Report:
             best = overlaps[:, :rank].max(axis=1)
             values.update({recall_name(rank, limit): float((best >= limit).mean()) for limit in (0.3, *IOU_THRESHOLDS)})
     return Report(values, len(queries), "drn")
+
+
+def _multi_moment(queries: Sequence[ScoredQuery]) -> Report:
+    truths = [query.truth for query in queries]
+    precision = average_precision([query.ranked for query in queries], truths)
+    return Report(multi_moment_metrics([query.listed for query in queries], truths, precision), len(queries), "drn")
+
+
+def _rejection(last: Sequence[tuple[Truth, Prediction]], threshold: float) -> Rejection | None:
+    """Return the rejection metrics of queries and their last predictions; None without queries to reject and scores."""
+    with_moment = np.array([len(truth.windows) > 0 for truth, _ in last])
+    if with_moment.all() and all(row.exist_score is None for _, row in last):
+        return None
+    rejected = np.array(
+        [not len(row.windows) or (row.exist_score is not None and row.exist_score < threshold) for _, row in last]
+    )
+    matching = [(truth.windows, row.windows) for truth, row in last if len(truth.windows)]
+    overlaps = best_overlaps([windows for _, windows in matching], [truth for truth, _ in matching], 1)[:, 0]
+    hits = {limit: overlaps > limit for limit in STRICT_THRESHOLDS}
+    answered = ~rejected[with_moment]
+    return Rejection(
+        threshold,
+        int((~with_moment).sum()),
+        int(with_moment.sum()),
+        float(rejected[~with_moment].mean()) if not with_moment.all() else math.nan,
+        float(rejected[with_moment].mean()),
+        {limit: float((hit & answered).mean()) for limit, hit in hits.items()},
+        {limit: float(hit.mean()) for limit, hit in hits.items()},
+    )
 
 
 def _json_values(report: Report) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,19 @@ def test_keep_hint_appears_only_when_a_lower_value_suffices() -> None:
         fit_threshold(unlikely, np.array([0.5]), keep=0.9)
     for raised in (without_keep, hopeless):
         assert not quotes(str(raised.value), "--keep")
+
+
+@given(st.floats(0.0625, 1, width=32), st.floats(0, 1, width=32) | st.just(-np.inf))
+def test_exist_score_reaches_half_at_the_threshold(threshold: float, score: float) -> None:
+    presence = Presence(threshold, 0.9, 0.8, 100, 500)
+    assert 0 <= presence.exist_score(score) <= 1
+    assert (presence.exist_score(score) >= 0.5) == (score >= threshold)
+    assert presence.exist_score(threshold) <= presence.exist_score(1) == 1
+
+
+def test_exist_score_of_a_rounded_threshold_passes() -> None:
+    assert Presence(0.3, 0.9, 0.8, 100, 500).exist_score(float(np.float32(0.3))) == 0.5
+    assert Presence(0.5, 0.9, 0.8, 100, 500).exist_score(0.25) == 0.25
 
 
 @given(SCORES, SCORES, st.none() | st.floats(0.01, 1))
@@ -152,7 +166,14 @@ def test_infer_prints_no_moment_found(
     model = write_graph(tmp_path / "strict.onnx", {METADATA_KEY: strict.to_json()})
     arguments = ("--model", model, "--data", mini, "--video", "AAAA1", "--query", "dog sits")
     assert run_command(infer, *arguments).out.endswith("“dog sits”\n  no moment found\n")
-    assert '"moments": []' in run_command(infer, *arguments, "--format", "json").out
+    (answer,) = json.loads(run_command(infer, *arguments, "--format", "json").out)
+    assert answer["moments"] == []
+    assert answer["pred_exist_score"] < 0.5
+    (same,) = json.loads(run_command(infer, *arguments, "--always-answer", "--format", "json").out)
+    assert (same["pred_exist_score"], bool(same["moments"])) == (answer["pred_exist_score"], True)
+    plain = write_graph(tmp_path / "plain.onnx", {METADATA_KEY: tiny_manifest.to_json()})
+    (unaware,) = json.loads(run_command(infer, "--model", plain, *arguments[2:], "--format", "json").out)
+    assert unaware == {"query": "dog sits", "video": "AAAA1", "moments": same["moments"]}
     assert "no moment found" not in run_command(infer, *arguments, "--always-answer").out
 
 

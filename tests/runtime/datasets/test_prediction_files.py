@@ -21,15 +21,15 @@ def path(tmp_path: Path) -> Path:
 
 def test_read_predictions_returns_rows_and_windows_in_order(path: Path) -> None:
     rows = [
-        '{"qid": 7, "query": "q", "vid": "v", "pred_relevant_windows": [[3, 4, 0.1], [1, 2.5, 9, 8]], "other": {}}',
+        '{"qid": 7, "vid": "v", "pred_exist_score": 1, "pred_relevant_windows": [[3, 4, 0.1], [1, 2.5, 9, 8]]}',
         '{"qid": "x", "pred_relevant_windows": [], "pred_saliency_scores": [0.5]}',
         "",
     ]
     path.write_text("\n".join(rows))
     first, second = read_predictions(path)
-    assert (first.qid, first.video, first.line) == (7, "v", 1)
+    assert (first.qid, first.video, first.line, first.exist_score) == (7, "v", 1, 1)
     assert first.windows.tolist() == [[3, 4, 0.1], [1, 2.5, 9]]
-    assert (second.qid, second.video, second.windows.shape) == ("x", None, (0, 3))
+    assert (second.qid, second.video, second.windows.shape, second.exist_score) == ("x", None, (0, 3), None)
 
 
 def test_read_predictions_accepts_scores_of_pythons_json(path: Path) -> None:
@@ -52,6 +52,7 @@ def test_read_predictions_accepts_scores_of_pythons_json(path: Path) -> None:
             f'{{"qid": 1, "pred_relevant_windows": {windows}}}'
             for windows in ("[[NaN, 2, 0.5]]", "[[1, Infinity, 0.5]]", '[["1", 2, 0.5]]', "[[false, 2, 0.5]]")
         ),
+        *(f'{{"qid": 1, "pred_exist_score": {score}, {WINDOWS}}}' for score in ("true", '"0.5"', "NaN", "[]")),
     ],
 )
 def test_read_predictions_names_line_of_malformed_row(path: Path, row: str) -> None:

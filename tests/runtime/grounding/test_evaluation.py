@@ -18,6 +18,7 @@ from runtime.core.decoding import Decoding
 from runtime.core.errors import FeatureError, GroundingError, OutputError
 from runtime.core.metrics import METRICS, metric_names
 from runtime.core.pooling import ClipTiming
+from runtime.core.presence import Presence
 from runtime.datasets.dataset import DataSet
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.grounding.evaluation import evaluate, predictions
@@ -158,6 +159,21 @@ def test_predictions_are_in_qvhighlights_format_in_seconds(grounder: Grounder, d
     assert (start, end, second) == (8, 16, 16)
     assert 0 < score < 1
     json.dumps(rows, allow_nan=False)
+
+
+def test_predictions_have_exist_score_of_a_model_with_threshold(grounder: Grounder, data_set: DataSet) -> None:
+    annotations = data_set.annotations("test")
+    evaluation = evaluate(grounder, data_set, annotations)
+    best = [row["pred_relevant_windows"][0][2] for row in predictions(evaluation, annotations, data_set)]
+    presence = Presence(best[0], 0.9, 0.8, 100, 500)
+    # No location of the second query is likely, and the third was not run.
+    evaluation.detections[0.5][1] = np.nan
+    evaluation.detections[0.5][1, 0] = (0, 1, 1)
+    evaluation.detections[0.5][2] = np.nan
+    rows = list(predictions(evaluation, annotations, data_set, presence=presence))
+    scores = [row["pred_exist_score"] for row in rows]
+    assert scores == [0.5, 0, 0, presence.exist_score(best[3])]
+    assert [bool(row["pred_relevant_windows"]) for row in rows] == [True, True, False, True]
 
 
 def overlap(a: list[float], b: list[float]) -> float:

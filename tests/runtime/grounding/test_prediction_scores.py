@@ -89,6 +89,26 @@ def test_published_predictions_have_the_stored_metrics(published: tuple[Path, Pa
     assert [report[name]["queries"] for name in LENGTH_RANGES] == [429, 957, 574]
 
 
+def test_published_predictions_have_the_metrics_of_qv_m2(published: tuple[Path, Path, Row]) -> None:
+    # Printed by standalone_eval/eval.py of https://github.com/Zhuo-Cao/QV-M2 for these files on 2026-11-30.
+    expected = {
+        "G-mAP": 32.20,
+        "mAP@1_tgt": 41.19,
+        "mAP@2_tgt": 18.42,
+        "mAP@3+tgt": 4.61,
+        "mR@1": 40.52,
+        "mR@2": 25.43,
+        "mR@3": 21.45,
+        "mIoU@1": 49.21,
+        "mIoU@2": 32.88,
+        "mIoU@3": 29.43,
+    }
+    scores = score_predictions(read_predictions(published[0]), read_truths(published[1]))
+    values = scores.multi_moment.values
+    assert {name: float(f"{100 * value:.2f}") for name, value in values.items()} == expected
+    assert scores.rejection is None
+
+
 def test_published_predictions_are_scored_within_a_second(published: tuple[Path, Path, Row]) -> None:
     predictions, truths = read_predictions(published[0]), read_truths(published[1])
     started = time.process_time()
@@ -152,7 +172,8 @@ def test_scores_that_are_not_numbers_are_sorted_by_python(score: Any) -> None:
 
 def test_integer_times_equal_floats(score: Any) -> None:
     integers = check(score, [predicted(1, [0, 7, 1])], [annotated(1, [0, 10])])
-    assert integers == check(score, [predicted(1, [0.0, 7.0, 1.0])], [annotated(1, [0.0, 10.0])])
+    floats = check(score, [predicted(1, [0.0, 7.0, 1.0])], [annotated(1, [0.0, 10.0])])
+    assert integers.to_dict() == floats.to_dict()
     assert integers.report.values["R@1 IoU=0.7"] == 1
 
 
@@ -233,7 +254,7 @@ def test_video_distinguishes_repeated_ids_of_ground_truth(score: Any) -> None:
     truths = [annotated(1, [0, 10], vid="a"), annotated(1, vid="b"), annotated(2, [0, 10], vid="a")]
     rows = [predicted(qid, [0, 10, 1], vid=video) for qid, video in ((1, "b"), (1, "a"), (2, "a"))]
     result = score(rows, truths)
-    assert (result.report.queries, result.without_moment, result.report.values["mAP"]) == (2, 1, 1)
+    assert (result.report.queries, result.rejection.without_moment, result.report.values["mAP"]) == (2, 1, 1)
     with raises(AnnotationError, "duplicate_query", 1):
         score(rows, [*truths, annotated(1, vid="b")])
 
@@ -254,13 +275,46 @@ def test_suspicious_rows_are_warned_of(score: Any, row: Row, caplog: pytest.LogC
     assert len(caplog.records) == 1
 
 
+# Rejection
+
+
+def test_rejection_matches_hand_computed_values(score: Any) -> None:
+    truths = [annotated(1), annotated(2, [0, 0]), annotated(3), annotated(4, [0, 10]), annotated(5, [0, 10])]
+    truths.append(annotated(6, [0, 20], [0, 10]))
+    hit = [0, 10, 0.9]
+    rows = [
+        predicted(1, hit, pred_exist_score=0.49),
+        predicted(2, hit, pred_exist_score=0.5),
+        *(predicted(3), predicted(4, hit), predicted(5, hit, pred_exist_score=0.1)),
+        predicted(6, [10, 20, 0.9], pred_exist_score=1),
+    ]
+    result = score(rows, truths)
+    rejection = result.to_dict()["rejection"]
+    assert rejection["rejection_accuracy"] == pytest.approx(2 / 3)
+    assert (rejection["queries_without_moment"], rejection["wrongly_rejected"]) == (3, pytest.approx(1 / 3))
+    # The last query has an IoU of exactly 0.5, which is no hit here.
+    assert rejection["with_rejection"]["R@1 IoU>0.5"] == pytest.approx(1 / 3)
+    assert rejection["with_rejection"]["R@1 IoU>0.3"] == pytest.approx(2 / 3)
+    assert rejection["without_rejection"]["R@1 IoU>0.5"] == pytest.approx(2 / 3)
+    assert result.report.queries == 3
+    lower = score(rows, truths, exist_threshold=0.05).rejection
+    assert (lower.accuracy, lower.wrongly_rejected) == (pytest.approx(1 / 3), 0)
+
+
+def test_rejection_without_negative_queries_has_no_accuracy(score: Any) -> None:
+    rejection = score([predicted(1, [0, 10, 1], pred_exist_score=0.2)], [annotated(1, [0, 10])]).to_dict()["rejection"]
+    assert (rejection["rejection_accuracy"], rejection["wrongly_rejected"]) == (None, 1)
+    assert score([predicted(1, [0, 10, 1])], [annotated(1, [0, 10])]).to_dict()["rejection"] is None
+
+
 # The command
 
 
 def test_evaluate_scores_its_own_predictions_by_query_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data_set = DataSet(write_qvhighlights(tmp_path / "data"))
     annotations = data_set.annotations("val")
-    rows = [predicted(one.name, [one.start, one.end, 0.5], vid=one.video) for one in annotations[::-1]]
+    late = [149, 150, 0.1]
+    rows = [predicted(one.name, [one.start, one.end, 0.5], late, vid=one.video) for one in annotations[::-1]]
     path = write(tmp_path / "predictions.jsonl", rows)
     report = evaluate(None, tmp_path / "data", predictions_from=path, split="val", output=tmp_path / "report.json")
     assert (report.queries, report.values["R@1 IoU=0.7"], report.values["mIoU"]) == (6, 1, 1)
@@ -273,6 +327,7 @@ def test_evaluate_scores_its_own_predictions_by_query_id(tmp_path: Path, capsys:
     assert table[0].split()[-6:] == ["mAP@0.5", "mAP@0.75", "R@5", "IoU=0.5", "R@5", "IoU=0.7"]
     assert [line.split()[0] for line in table[1:5]] == ["all", *LENGTH_RANGES]
     assert table[2].split()[-1] == "-"
+    assert "mR@2" in table[6]
 
 
 def test_truths_of_a_data_set_end_with_their_video(tmp_path: Path) -> None:
