@@ -42,6 +42,5 @@ def near_name(known: Mapping[str, str], *spellings: str) -> str:
 
 
 def similar_names(known: Iterable[str], name: str) -> str:
-    """Return a sentence, after a space, with at most three known names of similar spelling; "" if there are none."""
-    similar = difflib.get_close_matches(name[:_MAX_COMPARED_LENGTH], known, 3)
-    return f" Similar names: {', '.join(map(excerpt, similar))}." if similar else ""
+    """Return at most three known names of similar spelling, quoted, most similar first; "" if there are none."""
+    return ", ".join(map(excerpt, difflib.get_close_matches(name[:_MAX_COMPARED_LENGTH], known, 3)))

@@ -110,8 +110,8 @@ def unlisted_video(video: str, known: Iterable[str], files: Iterable[str], locat
             data set may have many rows with unknown videos.
     """
     suggestion = near_name(by_fold(known), video)
-    if not suggestion and location.startswith("--"):
-        suggestion = similar_names(known, video)
+    if not suggestion and location.startswith("--") and (similar := similar_names(known, video)):
+        suggestion = f" Similar names: {similar}."
     return AnnotationError(
         f"{location}: the video {excerpt(video)} is not in {', '.join(files)}. Check the name.{suggestion}",
         code="unlisted_video",

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.core.errors import DeviceError, VideoFileError, one_line, reading
+from runtime.core.io.input_files import check_file
+from runtime.core.names import similar_names
 
 # Magic bytes by FFmpeg's format name, to detect a second file appended to the first, which FFmpeg does not read.
 MAGIC_BYTES = {
@@ -29,6 +31,16 @@ REFERRING_FORMATS = frozenset(
 
 # Codecs of cover pictures, which some writers store as a video stream without marking it.
 PICTURE_CODECS = frozenset({"mjpeg", "png", "bmp", "gif", "webp", "tiff", "jpeg2000", "jpegxl"})
+
+
+def check_video_file(path: Path) -> None:
+    """Raise VideoFileError unless a video is a file that can be read; for a missing one, name similar files."""
+    advice = "check the path"
+    if not os.path.exists(path):
+        with contextlib.suppress(OSError, ValueError):
+            similar = similar_names(os.listdir(path.parent), path.name)
+            advice += f"; similar names in this directory are {similar}" if similar else ""
+    check_file(path, "The video", VideoFileError, advice)
 
 
 def check_one_file(path: str | os.PathLike[str]) -> None:

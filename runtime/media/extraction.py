@@ -17,12 +17,13 @@ from runtime.core.decoding import NON_FINITE
 from runtime.core.errors import ModelFileError, VideoFileError, excerpt, printable_line, reading
 from runtime.core.io.atomic_files import atomic_write, write_json
 from runtime.core.io.digests import json_digest, sha256
-from runtime.core.io.input_files import check_file, read_json
+from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import is_number
 from runtime.core.pooling import ClipTiming
 from runtime.core.prefetch import prefetch
 from runtime.core.video import Video, load_features
 from runtime.datasets.validation import MAX_FRAME_RATE
+from runtime.media.container import check_video_file
 from runtime.media.extractors import Extractor
 from runtime.media.frames import clips
 from runtime.media.video_file import VideoFile, probe, read_frames
@@ -309,7 +310,7 @@ def load_or_extract(
 
 def hash_of(path: Path) -> str:
     """Return the SHA-256 of a video file; VideoFileError if it is missing or cannot be read."""
-    check_file(path, "The video", VideoFileError)
+    check_video_file(path)
     try:
         return sha256(path)
     except OSError as error:

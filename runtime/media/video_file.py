@@ -14,9 +14,8 @@ import numpy as np
 
 from runtime.artifacts.extractor_manifest import ResizeCrop
 from runtime.core.errors import VideoFileError
-from runtime.core.io.input_files import check_file
 from runtime.core.video import MAX_DURATION_S, MAX_FRAME_RATE, MAX_FRAMES, MIN_FRAME_RATE
-from runtime.media.container import MAGIC_BYTES, load_av, open_container
+from runtime.media.container import MAGIC_BYTES, check_video_file, load_av, open_container
 from runtime.media.frames import FrameResizer, orientation, upright
 from runtime.media.packets import Packets, read_packets
 from runtime.media.timestamps import Part, shifts
@@ -106,7 +105,7 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
         DeviceError: PyAV is not installed.
     """
     path = Path(path)
-    check_file(path, "The video", VideoFileError)
+    check_video_file(path)
     if path.stat().st_size == 0:
         raise VideoFileError(f"The video {path} is empty (0 bytes). Copy or download it again.", code="empty_file")
     with open_container(path) as (container, stream):

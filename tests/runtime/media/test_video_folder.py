@@ -106,3 +106,10 @@ def test_equal_names_in_subdirectories_are_rejected(folder: Path, tmp_path: Path
     film(folder / "day two" / "hall.mkv", 40)
     with raises(VideoFileError, "ambiguous_video_name", folder / "hall.mkv", "hall"):
         extract((folder,), tiny, tmp_path / "data")
+
+
+def test_missing_video_file_is_answered_with_similar_names(folder: Path, tmp_path: Path, tiny: Path) -> None:
+    with raises(VideoFileError, "missing_file", folder / "hal.mkv", "'hall.mkv'"):
+        extract((folder / "hal.mkv",), tiny, tmp_path / "data")
+    with raises(VideoFileError, "missing_file", tmp_path / "gone" / "hal.mkv"):
+        extract((tmp_path / "gone" / "hal.mkv",), tiny, tmp_path / "data")
