@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ from train.training.trainer import fresh_model
 # Relative tolerance of a loss after a few steps; sums are in another order.
 TOLERANCE = 1e-3
 WARM_UP = 2
+# Rows, inner size and columns of the matrix product that gives the rate of the machine.
+PRODUCT = (512, 4096, 4096)
 MAP, MEMORY, STEMS = "from the memory map", "from the device's memory", "stems, computed already"
 
 
@@ -156,7 +159,7 @@ def _stage(
         samples = [list(_samples(training, indices)) for indices in epoch]
         other = stage_trainer(stage, model, len(epoch[0]), device)
         _check_equal(other, eager, HostSource(training, device), epoch, samples)
-        left, right = torch.rand(512, 4096), torch.rand(4096, 4096)
+        left, right = torch.rand(PRODUCT[:2]), torch.rand(PRODUCT[1:])
         runs |= {"eager": lambda i: eager.step(samples[i]), "gemm": lambda i: left @ right}
     turns = interleave(runs, len(epoch) - WARM_UP, WARM_UP)
     seconds = medians(turns)
@@ -168,7 +171,7 @@ def _stage(
         result |= {"of which its share of what is computed once": 1e3 * share, "ms per query, once": 1e3 * once}
     result["multiply-adds per step, 1e9"] = multiply_adds / 1e9
     if device.type == "cpu":
-        limit = multiply_adds / (512 * 4096 * 4096) * seconds["gemm"]
+        limit = multiply_adds / math.prod(PRODUCT) * seconds["gemm"]
         result |= {
             "ms per step, eager": 1e3 * seconds["eager"],
             # The median of ratios within a turn, because the speed of a shared machine varies.

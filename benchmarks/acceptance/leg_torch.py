@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 # Relative tolerance of losses to those in float32 on a CPU, over a few steps. Measured there at full size: float32 with
 # other kernels 2e-7, bfloat16 2e-3; float16 rounds eight times as finely.
 LOSSES = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 2e-3}
-LOSS_STEPS = 3
 # Halvings of the scale of float16 gradients, from 65,536, until they do not overflow.
 MAX_OVERFLOWS = 16
 # Tolerance relative to the largest value: TF32 and float16 both round to 5e-4, about twenty times in sequence.
@@ -129,9 +128,11 @@ def _compare_losses(job: Job, precision: str, on_cpu: Callable[[int], list[float
     broken = [] if worst <= limit else [f"a loss differs by {worst:.1e} where {limit:g} is allowed"]
     off = ", TF32 off" if precision == "fp32" else ""
     summary = (
-        f"{LOSS_STEPS} steps of each stage on {job.device} in {precision}{off}: losses are within {worst:.1e} of the "
+        f"Steps of each stage on {job.device} in {precision}{off}, {job.sizes.loss_steps} each: losses are within "
     )
-    return Found(f"{summary}CPU's in fp32 (relative; {limit:g} allowed).", {**values, "worst": worst}, broken)
+    return Found(
+        f"{summary}{worst:.1e} of the CPU's in fp32 (relative; {limit:g} allowed).", {**values, "worst": worst}, broken
+    )
 
 
 def _training(job: Job) -> TrainingData:
@@ -155,7 +156,7 @@ def _losses(job: Job, training: TrainingData, number: int, precision: str, devic
     loaded = load_checkpoint(job.checkpoint)
     model = fresh_model(loaded.config, 0) if number == 1 else loaded.model()
     trainer = _trainer(number, precision, model, device)
-    epoch = training.epoch(16, (0, number))[:LOSS_STEPS]
+    epoch = training.epoch(16, (0, number))[: job.sizes.loss_steps]
     losses = []
     for batch in HostSource(training, device).batches(epoch):
         for _ in range(MAX_OVERFLOWS):
@@ -371,7 +372,7 @@ def _training_speed(job: Job, leg: Leg) -> Found:
     """Time training steps and the delivery of batches with `benchmarks.training`."""
     report = job.output / "training.json"
     words: list[object] = ["--data", job.data, "--model", job.checkpoint, "--device", job.device]
-    words += ["--steps", 2 if job.rehearsal else 40, "--output", report]
+    words += ["--output", report, *(["--steps", 2, "--stages", 1] if job.rehearsal else ["--steps", 40])]
     run_module(job, leg, "benchmarks.training", *words, max_seconds=240)
     found = json.loads(report.read_text(encoding="utf-8"))
     step_ms = found["stage 1"]["ms per step"]

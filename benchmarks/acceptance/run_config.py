@@ -47,6 +47,7 @@ class Sizes:
         min_calls: minimum samples per latency.
         calibration: number of calibration samples.
         query_length: MIN OPT MAX query length of engines; graphs have the same maximum.
+        loss_steps: training steps of each stage whose losses are compared.
     """
 
     feature_dim: int
@@ -60,14 +61,15 @@ class Sizes:
     min_calls: int
     calibration: int
     query_length: tuple[int, int, int]
+    loss_steps: int
 
 
-FULL = Sizes(4096, 300, {}, (8, 1, 1), (5e-4, 1e-4, 1e-5), (1, 32, 256), 500, 5.0, 20, 256, (1, 8, 32))
+FULL = Sizes(4096, 300, {}, (8, 1, 1), (5e-4, 1e-4, 1e-5), (1, 32, 256), 500, 5.0, 20, 256, (1, 8, 32), 3)
 # For a machine that is available for minutes: two batch sizes, and shorter timings.
 LEASE = dataclasses.replace(FULL, batches=(1, 256), samples=300, seconds=1.5)
 SMALL = Sizes(
-    32, 24, {"embed_dim": 16, "hidden_dim": 16, "fpn_dim": 32}, (2, 1, 1), (3e-3, 1e-3, 1e-4), (1, 4), 20, 0.1, 3, 32,
-    (1, 8, 16),
+    32, 24, {"embed_dim": 16, "hidden_dim": 16, "fpn_dim": 32}, (1, 1, 1), (3e-3, 1e-3, 1e-4), (1, 4), 20, 0.1, 3, 32,
+    (1, 8, 16), 1,
 )  # fmt: skip
 
 

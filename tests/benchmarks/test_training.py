@@ -14,7 +14,8 @@ from tests.raising import raises
 
 
 @pytest.fixture(autouse=True)
-def threads() -> None:
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "PRODUCT", (64, 64, 64))
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
