@@ -8,10 +8,12 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -41,41 +43,70 @@ def build_once(directory: Path, build: Callable[[Path], object]) -> Path:
 
 @contextlib.contextmanager
 def traced_once(directory: Path) -> Iterator[None]:
-    """Trace each network once per run, because torch takes seconds for it.
+    """Trace each network structure once per run, because torch takes seconds for it.
 
-    The key covers the class, attributes and weights of the traced module, its configuration and the opset; the same
-    input always gives the same graph. Everything that follows the tracing runs as usual.
+    The key covers classes, attributes and the shapes of weights, the shapes of inputs, and the opset. A graph that was
+    traced with other weights gets those of the module. If torch folded weights into other constants, they must be equal
+    in both, or else the module is traced anew.
     """
     import onnx
+    import torch
 
-    from export.tracing import tracer
+    export = torch.onnx.export
 
-    trace = tracer._trace
-
-    def traced(graph: Any, config: Any, opset: int) -> onnx.ModelProto:
-        key = hashlib.sha256(repr((_content(graph), config, opset)).encode()).hexdigest()
+    def traced(module: Any, inputs: tuple[Any, ...], **options: Any) -> Any:
+        shapes = [(tensor.dtype, tuple(tensor.shape)) for tensor in inputs]
+        key = hashlib.sha256(repr((_structure(module), shapes, options["opset_version"])).encode()).hexdigest()
+        programs = []
 
         def build(unfinished: Path) -> None:
-            onnx.save(trace(graph, config, opset), unfinished / "traced.onnx")
+            programs.append(export(module, inputs, **options))
+            model = programs[0].model_proto
+            onnx.save(model, unfinished / "traced.onnx")
+            np.savez(unfinished / "folded.npz", **_fill(model, module))
 
-        return onnx.load(build_once(directory / f"traced-{key}", build) / "traced.onnx")
+        path = build_once(directory / f"traced-{key}", build)
+        if not programs:
+            model = onnx.load(path / "traced.onnx")
+            with np.load(path / "folded.npz") as stored:
+                folded = _fill(model, module)
+                if all(np.array_equal(stored[name], values) for name, values in folded.items()):
+                    return types.SimpleNamespace(model_proto=model)
+        return programs[0] if programs else export(module, inputs, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracer, "_trace", traced)
+        patch.setattr(torch.onnx, "export", traced)
         yield
 
 
-def _content(value: Any) -> Any:
-    """Return the classes, attributes and weights of a module as plain values."""
+def _structure(value: Any) -> Any:
+    """Return classes, attributes and shapes of weights of a module as plain values."""
     import torch
 
-    if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), hashlib.sha256(value.detach().numpy().tobytes()).hexdigest()
     if isinstance(value, torch.nn.Module):
-        return type(value).__qualname__, _content(vars(value))
+        weights = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _weights(value, recurse=False)]
+        others = {name: item for name, item in vars(value).items() if name not in ("_parameters", "_buffers")}
+        return type(value).__qualname__, weights, _structure(others)
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
     if isinstance(value, dict):
-        return [(name, _content(item)) for name, item in value.items()]
-    return [_content(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return [(name, _structure(item)) for name, item in value.items()]
+    return [_structure(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _weights(module: Any, recurse: bool) -> list[tuple[str, Any]]:
+    return [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+
+
+def _fill(model: Any, module: Any) -> dict[str, np.ndarray]:
+    """Write the weights of a module into a graph, and return those that the graph does not contain."""
+    import onnx
+
+    weights = {name: tensor.detach().numpy() for name, tensor in _weights(module, recurse=True)}
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(weights.pop(tensor.name), tensor.name))
+    return weights
 
 
 def can_trace() -> bool:

@@ -33,7 +33,8 @@ def load(name: str) -> ModuleType:
 def model(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained small network for the planted data set, exported."""
     data_set = DataSet(planted)
-    config = DRNConfig(vocab_size=len(data_set.words), embed_dim=8, feature_dim=32, hidden_dim=8, fpn_dim=8)
+    # The sizes and the opset of `models`, whose traced graph is used again.
+    config = DRNConfig(vocab_size=len(data_set.words), embed_dim=16, feature_dim=32, hidden_dim=16, fpn_dim=32)
     directory = tmp_path_factory.mktemp("model")
     # A head that was never trained finds no location likely; half of them are after this.
     network = fresh_model(config, seed=0)
@@ -41,7 +42,7 @@ def model(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     features = Features(dim=32)
     checkpoint = Checkpoint(config, features, data_set.vocabulary, Decoding(), network.state_dict(), {"stage": 3})
     save_checkpoint(directory / "drn.pt", checkpoint)
-    return to_onnx(directory / "drn.pt", directory / "drn.onnx", split=True, max_query_length=16)
+    return to_onnx(directory / "drn.pt", directory / "drn.onnx", split=True, max_query_length=16, opset=19)
 
 
 def test_ground_many_lists_every_test_video(model: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:

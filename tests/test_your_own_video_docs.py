@@ -38,12 +38,12 @@ OTHERS = [line for line in commands(PAGE) if line not in LINES]
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where what the page starts from stands: c3d.pickle, drn.onnx, and two videos."""
     directory = tmp_path_factory.mktemp("own")
-    words = {word: number for number, word in enumerate(("person", "opens", "closes", "the", "door"), 1)}
-    config = dataclasses.replace(TINY, vocab_size=len(words))
-    told = dataclasses.replace(manifest(config), vocabulary=Vocabulary(words))
-    onnx.save(export_model(lively(config), told), directory / "drn.onnx")
+    known = ("person", "opens", "closes", "the", "door")
+    words = {word: number for number, word in enumerate((*known, *map(str, range(TINY.vocab_size - len(known)))), 1)}
+    told = dataclasses.replace(manifest(TINY), vocabulary=Vocabulary(words))
+    onnx.save(export_model(lively(TINY), told), directory / "drn.onnx")
     torch.manual_seed(0)
-    state = C3D(C3DConfig((4, 4, 8, 8, 8, 8, 8, 8), config.feature_dim), (0.0, 0.0, 0.0)).state_dict()
+    state = C3D(C3DConfig((4, 4, 8, 8, 8, 8, 8, 8), TINY.feature_dim), (0.0, 0.0, 0.0)).state_dict()
     renamed = {name.replace("v1a", "v1").replace("v2a", "v2"): value for name, value in state.items()}
     torch.save(renamed, directory / "c3d.pickle", _use_new_zipfile_serialization=False)
     film(directory / "clip.mp4", 100)

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.tracing.tracer import export_model
-from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import collate
 from runtime.core.decoding import score_proposals
 from runtime.core.errors import CheckpointError, GroundingError
@@ -74,11 +73,9 @@ def test_fit_presence_changes_only_the_threshold(fitted: Path, trained: Path) ->
     assert all(torch.equal(tensor, after.weights[name]) for name, tensor in before.weights.items())
 
 
-def test_exported_manifest_contains_presence_and_windows(fitted: Path) -> None:
+def test_manifest_of_checkpoint_contains_presence_and_windows(fitted: Path) -> None:
     loaded = load_checkpoint(fitted)
-    exported = export_model(loaded.model(), loaded.manifest(8), opset=18)
-    (carried,) = (entry.value for entry in exported.metadata_props if entry.key == METADATA_KEY)
-    manifest = Manifest.from_json(carried)
+    manifest = Manifest.from_json(loaded.manifest(8).to_json())
     assert manifest.presence == loaded.presence
     assert manifest.windows == loaded.windows
     assert manifest.windows is not None
