@@ -15,6 +15,7 @@ import train.training.trainer as loop
 from runtime.datasets.dataset import DataSet
 from tests.raising import records
 from tests.tolerances import HEADS, PROCESS_WEIGHTS, PROCESSES
+from tests.train.conftest import shorten
 from train.__main__ import train as run_training
 from train.checkpoints import load_checkpoint
 from train.network.model import DRN, DRNConfig, Stem
@@ -138,11 +139,12 @@ def test_stage_2_with_cached_stems_gives_same_result(
     precision: Any,
 ) -> None:
     options = {**tiny_sizes, "epochs": (3,), "lr": (1e-4,), "load": short_run / "stage1" / "best.pt"}
-    options |= {"stage": "2", "validate_on": "none", "precision": precision}
-    run_training(planted, tmp_path / "kept", **options)
+    options |= {"stage": "2", "validate_on": "none", "precision": precision, "batch_size": 8}
+    data = shorten(planted, tmp_path / "data", 48)
+    run_training(data, tmp_path / "kept", **options)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "stems_fit", lambda *_: False)
-        run_training(planted, tmp_path / "plain", **options)
+        run_training(data, tmp_path / "plain", **options)
     kept, plain = (
         [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
         for name in ("kept", "plain")

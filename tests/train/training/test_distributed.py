@@ -33,11 +33,12 @@ from train.training.recipes import RECIPES
 from train.training.trainer import TrainingRun
 
 ROOT = Path(__file__).parents[3]
+NARROW = "tests.train.training.narrow"
 
 
 def together(data: Path, output: Path, *arguments: str) -> str:
     """Train with two processes and return what they say on stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", NARROW]
     result = subprocess.run(
         [*command, "--data", str(data), "--output", str(output), *arguments],
         cwd=ROOT,

@@ -447,7 +447,7 @@ def test_killed_run_resumes_to_same_result(
     for name, value in tiny_sizes.items():
         arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
     process = subprocess.Popen(
-        [sys.executable, "-m", "train", "--data", str(planted), "--output", str(run), *arguments],
+        [sys.executable, "-m", "tests.train.training.narrow", "--data", str(planted), "--output", str(run), *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.DEVNULL,
