@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import os
 import runpy
@@ -40,18 +41,29 @@ NEEDED = {
 
 # Files that take longest, longest first. With these at the front, two processes end at nearly the same time.
 SLOWEST = (
-    "test_trainer.py", "test_readme.py", "test_gpu.py", "test_distributed.py", "test_your_own_video_docs.py",
-    "test_ray_runner.py", "test_tools_docs.py", "test_fuzzing.py", "test_build_engine.py", "test_signals.py",
-    "test_segments.py", "test_tensorrt_backend.py", "test_examples.py", "test_rtx_builds.py", "test_split_model.py",
-    "test_verify.py", "test_leg_tensorrt.py", "test_warm_up.py", "test_to_onnx.py", "test_page.py", "test_contracts.py",
-    "test_extractor_engine.py", "test_unroll_lstm.py", "test_faults.py", "test_uploads.py", "test_scale_docs.py",
-    "test_next_commands.py", "test_quickstart.py",
+    "test_build_engine.py", "test_trainer.py", "test_ray_runner.py", "test_readme.py", "test_gpu.py", "test_signals.py",
+    "test_next_commands.py", "test_quickstart.py", "test_fuzzing.py", "test_rtx_builds.py", "test_tensorrt_backend.py",
+    "test_distributed.py",
+    "test_your_own_video_docs.py", "test_verify.py", "test_leg_tensorrt.py", "test_tools_docs.py", "test_page.py",
+    "test_examples.py", "test_damage.py", "test_extractor_engine.py", "test_segments.py", "test_scale_docs.py",
+    "test_split_model.py", "test_warm_up.py", "test_to_onnx.py", "test_contracts.py", "test_unroll_lstm.py",
+    "test_faults.py", "test_uploads.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(SLOWEST)))
+
+
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Exempt the modules and tests loaded so far from garbage collection, which takes 4 % of the time otherwise."""
+    gc.freeze()
+    gc.enable()
 
 
 class Lacking(pytest.Module):
