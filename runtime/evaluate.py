@@ -146,7 +146,7 @@ def score_file(
 ) -> Report:
     """Score a prediction file, write and print the metrics, and return those of all queries; see `evaluate`."""
     _check_positive(limit)
-    data_set = None if data.is_file() else DataSet(data)
+    data_set = None if data.is_file() or data.suffix == ".jsonl" else DataSet(data)
     check_report(output, path, *([data] if data_set is None else data_set.files))
     truths = read_truths(data) if data_set is None else truths_of(data_set, split, invalid)
     scores = score_predictions(

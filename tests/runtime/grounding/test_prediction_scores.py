@@ -360,6 +360,16 @@ def test_evaluate_rejects_options_that_do_not_fit(tmp_path: Path, options: Row, 
         evaluate(**{"model": None, "data": tmp_path, **options})
 
 
+def test_evaluate_names_missing_and_malformed_files(tmp_path: Path) -> None:
+    path = write(tmp_path / "predictions.jsonl", [predicted(1, [0, 10])])
+    with raises(AnnotationError, "missing_file", tmp_path / "truths.jsonl"):
+        evaluate(None, tmp_path / "truths.jsonl", predictions_from=path)
+    truths = write(tmp_path / "truths.jsonl", [annotated(1, [0, 10])])
+    with raises(AnnotationError, "malformed_row", f"{path}, line 1"):
+        evaluate(None, truths, predictions_from=path, output=tmp_path / "report.json")
+    assert not (tmp_path / "report.json").exists()
+
+
 def test_evaluate_does_not_overwrite_its_inputs(tmp_path: Path) -> None:
     path = write(tmp_path / "predictions.jsonl", [predicted(1, [0, 10, 1])])
     truths = write(tmp_path / "truths.jsonl", [annotated(1, [0, 10])])
