@@ -23,6 +23,7 @@ from runtime.core.io.digests import sha256
 if TYPE_CHECKING:
     import onnx
 
+    from calib.calibration_table import CalibrationTable
     from calib.graph.precision_audit import PrecisionStats
     from export.build.build_config import BuildConfig
     from export.parity.model_file import ModelFile
@@ -43,12 +44,14 @@ class ConvertedModel:
         manifest: manifest of the converted model.
         precision_stats: data types of the graph.
         fp32_weight_bytes: size of the weights of the FP32 graph.
+        calibration: calibration table of the graph; None for floating point.
     """
 
     content: bytes
     manifest: Manifest
     precision_stats: PrecisionStats
     fp32_weight_bytes: int
+    calibration: CalibrationTable | None = None
 
     @classmethod
     def of(cls, job: BuildConfig, source: Path, graph: onnx.ModelProto, converted: ConvertedGraph) -> ConvertedModel:
@@ -78,7 +81,7 @@ class ConvertedModel:
         set_model_props(converted.graph, {METADATA_KEY: manifest.to_json()})
         weights = sum(audit_graph(graph).weight_bytes.values())
         stored = extract_padding(converted.graph) if job.precision == "fp32" else converted.graph
-        return cls(with_digest(stored.SerializeToString()), manifest, stats, weights)
+        return cls(with_digest(stored.SerializeToString()), manifest, stats, weights, converted.calibration)
 
     def file(self, path: Path) -> ModelFile:
         """Describe the file with this content at `path`, which need not exist yet."""

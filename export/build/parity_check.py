@@ -112,7 +112,7 @@ class ParityChecker:
             engine: engine of the model; None for the graph only.
             engines: all engines of the build.
         """
-        from export.parity.parity_tables import engine_precision_table, precision_table
+        from export.parity.parity_tables import calibration_coverage, engine_precision_table, precision_table
         from export.parity.run_parity import engine_precision, write_reports
 
         stats = precision_table(model.precision_stats)
@@ -127,4 +127,5 @@ class ParityChecker:
         subject = self.output_path.with_name(report.model.path.name if report.violations else self.output_path.name)
         commands = (self.command, command_line("runtime.describe", {}, subject))
         output, html = (self.job.sibling_path(f"{rejected}{ending}") for ending in ("parity.json", "passport.html"))
-        write_reports(report, output, html, stats, engine, commands)
+        calibration = calibration_coverage(model.calibration) if model.calibration else None
+        write_reports(report, output, html, stats, engine, commands, calibration=calibration)

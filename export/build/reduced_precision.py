@@ -83,10 +83,12 @@ class ConvertedGraph:
     Attributes:
         graph: strongly typed graph.
         facts: calibration and modules in higher precision, for the manifest.
+        calibration: calibration table of the graph; None for floating point.
     """
 
     graph: onnx.ModelProto
     facts: dict[str, Any]
+    calibration: CalibrationTable | None = None
 
 
 def convert_precision(
@@ -230,9 +232,9 @@ def _quantize(
     if kind == "int8" and options.for_cpu:
         # A CPU would dequantize weights that are only stored in 8 bits for every query.
         policy = dataclasses.replace(policy, stored=())
-        return ConvertedGraph(convs_to_matmul(insert_qdq(source, table, policy, kind)), facts)
+        return ConvertedGraph(convs_to_matmul(insert_qdq(source, table, policy, kind)), facts, table)
     quantized = insert_qdq(source, table, policy, kind, OPSETS[kind])
-    return ConvertedGraph(convert_to_half(quantized, "fp16", held), facts)
+    return ConvertedGraph(convert_to_half(quantized, "fp16", held), facts, table)
 
 
 def _calibration_table(

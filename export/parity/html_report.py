@@ -10,7 +10,7 @@ from typing import Any
 from export.parity.model_file import ModelFile, provenance
 from export.parity.parity_report import ParityReport
 from export.parity.parity_result import CONFIDENCE, GATED_METRICS, Disagreement, format_interval, format_points
-from export.parity.parity_tables import WORST_QUERIES, Table
+from export.parity.parity_tables import WORST_QUERIES, Table, speed_table
 from runtime.core.agreement import VISIBLE_S
 from runtime.core.errors import DeviceError
 
@@ -37,6 +37,7 @@ def render_html_report(
     latency: Table | None = None,
     engine: ModelFile | None = None,
     commands: Sequence[str] = (),
+    calibration: Table | None = None,
 ) -> str:
     """Return the page.
 
@@ -46,6 +47,7 @@ def render_html_report(
         latency: measured latency of the model.
         engine: engine that was built from the model; the page is then about the engine.
         commands: commands that reproduce the report.
+        calibration: coverage of the calibration queries of the model.
 
     Raises:
         DeviceError: Jinja2 is not installed.
@@ -56,7 +58,9 @@ def render_html_report(
     if precision is None:
         note = f"{report.model.manifest.precision}, as the manifest records; the layers were not counted."
         precision = Table("Precision", (), [], (note,))
-    tables = [precision, *report.tables(), *([latency] if latency else [])]
+    speed = [speed_table(report.speed)] if report.speed or not latency else []
+    optional = [table for table in (calibration, latency) if table]
+    tables = [precision, *speed, *report.tables(), *optional]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -11,6 +11,7 @@ from export.parity.parity_result import CONFIDENCE, AccuracyBudget, ParityResult
 from runtime.core.agreement import VISIBLE_S
 
 if TYPE_CHECKING:
+    from calib.calibration_table import CalibrationTable
     from calib.graph.precision_audit import PrecisionStats
 
 WORST_QUERIES = "Worst queries"
@@ -173,6 +174,47 @@ def _worst(parity: ParityResult, names: Sequence[str]) -> Table:
     return Table(
         WORST_QUERIES, ("line", "truth", *names, "query"), rows, ["Queries whose best moments agree least, in seconds."]
     )
+
+
+def speed_table(speed: Mapping[str, Any] | None) -> Table:
+    """Return the measured speed of a model relative to the one that it replaces.
+
+    Args:
+        speed: see `ParityReport.speed`.
+    """
+    if speed is None:
+        return Table("Speed", (), [], ["The speed was not measured."])
+    if not speed["reference"]:
+        return Table("Speed", (), [], [speed["sentence"]])
+    rows = [
+        (label, *(f"{speed[key][name]:.2f}" for name in ("median", "low", "high")))
+        for label, key in (("one query", "single"), ("batch", "batched"))
+    ]
+    note = (
+        f"Timed in turns on {speed['machine']}: {speed['verdict']}. One query or a batch must have "
+        f"{speed['min_speedup']:g} times the speed."
+    )
+    return Table("Speed", (f"times that of {speed['reference']}", "median", "from", "to"), rows, [note])
+
+
+def calibration_coverage(table: CalibrationTable) -> Table:
+    """Return the calibration queries of a table by stratum of each property, and the words that they cover."""
+    coverage, title = table.coverage, "Calibration"
+    notes = [f"Method {table.key['method']}; {len(table.ranges)} ranges, measured on queries of {table.key['split']}."]
+    if not coverage:
+        return Table(title, (), [], [*notes, "The calibration table has no coverage."])
+    held_out, words = coverage["held_out"], coverage["words"]
+    notes += [
+        f"{coverage['sentences']} queries of {coverage['videos']} videos; {words['covered']} of {words['of']} words, "
+        f"{100 * words['of_all_tokens']:.1f} % of all tokens.",
+        f"Held out to compare methods: {held_out['sentences']} queries of {held_out['videos']} other videos.",
+    ]
+    rows = [
+        (f"{axis} {entry['from']:.3g}–{entry['to']:.3g}", str(entry["samples"]), str(entry["of"]))
+        for axis, strata in coverage["axes"].items()
+        for entry in strata
+    ]
+    return Table(title, ("stratum", "calibrated", "usable"), rows, notes, folded=True)
 
 
 def precision_table(stats: PrecisionStats) -> Table:

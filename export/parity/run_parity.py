@@ -89,6 +89,7 @@ def write_reports(
     engine: ModelFile | None = None,
     commands: Sequence[str] = (),
     latency: Table | None = None,
+    calibration: Table | None = None,
 ) -> None:
     """Write the JSON report, the HTML report, or both.
 
@@ -100,6 +101,7 @@ def write_reports(
         engine: engine that was built from the model; the HTML report is then about the engine.
         commands: commands that reproduce the report.
         latency: table of the measured latency of the model.
+        calibration: coverage of the calibration queries of the model.
 
     Raises:
         DeviceError: the HTML report needs Jinja2, which is not installed.
@@ -108,7 +110,7 @@ def write_reports(
     if output:
         write_json(output, report.to_dict())
     if html:
-        write_text(html, render_html_report(report, precision, latency, engine, commands))
+        write_text(html, render_html_report(report, precision, latency, engine, commands, calibration))
 
 
 def read_precision_stats(model: Path) -> Table | None:

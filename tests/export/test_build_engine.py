@@ -124,6 +124,8 @@ def test_build_writes_parity_and_html_reports(model: Path, planted: Path) -> Non
     assert report["model"]["sha256"] == sha256(output)
     assert report["reference"]["sha256"] == sha256(model)
     page = model.with_name("drn.fp16.passport.html").read_text()
+    assert "<h2>Speed</h2>" in page
+    assert "<h2>Calibration</h2>" not in page
     assert "Parity report of drn.fp16.onnx" in page
     assert "export.build_engine" in page
     assert sha256(output) in page
@@ -214,6 +216,8 @@ def test_model_over_budget_is_saved_as_rejected_only(
     assert Grounder.load(rejected).manifest.precision == "fp16"
     page = model.with_name("drn.fp16.rejected.passport.html").read_text()
     assert 'class="verdict failed"' in page
+    # The title and the lineage mark the file as rejected.
+    assert page.count("rejected</em>") == 2
     assert sha256(rejected) in page
     assert not model.with_name("drn.fp16.passport.html").exists()
 

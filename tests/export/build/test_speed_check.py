@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import pytest
 
+from calib.calibration_table import CalibrationTable
 from export.build import fastest_precision, speed_check
 from export.build.build_config import BuildRequest
 from export.build_engine import build_engine
@@ -113,7 +114,14 @@ def test_slower_int8_model_is_written_and_the_build_fails(
     assert Grounder.load(model.with_name(name)).manifest.precision == "int8"
     report = json.loads(model.with_name("drn.int8.parity.json").read_text())
     assert report["speed"]["verdict"] == "not faster"
-    assert report["speed"]["sentence"] in model.with_name("drn.int8.passport.html").read_text()
+    page = model.with_name("drn.int8.passport.html").read_text()
+    assert report["speed"]["sentence"] in page
+    assert '<th scope="row">one query</th><td>0.85</td><td>0.80</td><td>0.90</td>' in page
+    coverage = CalibrationTable.load(model.with_name("drn.int8.calibration.json")).coverage
+    assert f"{coverage['sentences']} queries of {coverage['videos']} videos" in page
+    first = coverage["axes"]["query tokens"][0]
+    assert f"<td>{first['samples']}</td><td>{first['of']}</td>" in page
+    assert "rejected</em>" not in page
 
 
 @pytest.mark.parametrize(
