@@ -15,7 +15,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
 from runtime.core.errors import DeviceError, GroundingError, excerpt
-from runtime.core.io.input_files import open_inside
 from runtime.service.http_errors import HttpError, to_http_error
 from runtime.service.middleware import RequestGuard, cancel_on_disconnect, request_id
 from runtime.service.schemas import (
@@ -33,7 +32,7 @@ from runtime.service.schemas import (
     parse_body,
     request_models,
 )
-from runtime.service.service import Service, json_response
+from runtime.service.service import TEXT_TYPES, AnswerFormat, Service, json_response
 from runtime.service.video_cache import MEDIA_TYPES
 
 log = logging.getLogger("drn.service")
@@ -69,6 +68,7 @@ def _routes(service: Service) -> FastAPI:
     )
     _add_grounding(app, service)
     _add_videos(app, service)
+    _add_media(app, service)
     _add_model(app, service)
     _add_status(app, service)
     _add_page(app)
@@ -95,13 +95,19 @@ def _add_grounding(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/ground",
         response_model=list[Grounded],
+        responses={
+            200: {"content": {media_type: {"schema": {"type": "string"}} for media_type in TEXT_TYPES.values()}}
+        },
         openapi_extra={"requestBody": _body(schemas)},
     )
-    async def ground(request: Request) -> Response:
+    async def ground(
+        request: Request,
+        output: Annotated[AnswerFormat, Query(alias="format", description="as of `infer --format`")] = "json",
+    ) -> Response:
         """Ground queries in a video of the data set, an earlier upload, or a video in the same form."""
         media_type = _media_type(request)
         if media_type == MULTIPART:
-            return await service.ground_upload(request, form_model)
+            return await service.ground_upload(request, form_model, output)
         if media_type != JSON:
             raise _unsupported_type(media_type, JSON, MULTIPART)
         requested = parse_body(json_model, await request.body())
@@ -111,6 +117,7 @@ def _add_grounding(app: FastAPI, service: Service) -> None:
             requested.query,
             requested.top_k,
             requested.always_answer,
+            output,
         )
         return await cancel_on_disconnect(request.receive, answer, options.timeout_s)
 
@@ -164,17 +171,29 @@ def _add_videos(app: FastAPI, service: Service) -> None:
         service.uploads.remove(service.upload(video))
         return Response(status_code=204)
 
+
+def _add_media(app: FastAPI, service: Service) -> None:
+    """Serve video files and parts of them."""
+
     @app.get("/v1/videos/{video}/media", response_class=FileResponse)
     async def media(video: str) -> Response:
         """Return the video file, for a player; range requests are supported."""
-        path = service.entry(video).media
-        try:
-            handle = None if path is None else open_inside(path, path.parent)
-        except OSError:
-            handle = None
-        if path is None or handle is None:
-            raise HttpError(404, f"The service has no video file of {video[:80]!r}.", "no_media")
+        path, handle = service.open_media(video)
         return _OpenFileResponse(handle, MEDIA_TYPES[path.suffix.lower()])
+
+    @app.get("/v1/videos/{video}/clip", response_class=FileResponse)
+    async def clip(
+        request: Request,
+        video: str,
+        start: Annotated[float, Query(ge=0, le=10**9, allow_inf_nan=False, description="seconds, as players count")],
+        end: Annotated[float, Query(gt=0, le=10**9, allow_inf_nan=False, description="at most 120 s after the start")],
+    ) -> Response:
+        """Return a part of the video file as an mp4 file, encoded again so that it starts and ends at any frame."""
+        # After the body, only a disconnection is received.
+        await request.body()
+        cut = service.cut_clip(video, start, end)
+        handle = await cancel_on_disconnect(request.receive, cut, service.options.timeout_s)
+        return _OpenFileResponse(handle, "video/mp4")
 
 
 def _add_model(app: FastAPI, service: Service) -> None:

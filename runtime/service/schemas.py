@@ -73,6 +73,7 @@ class ModelEntry(BaseModel):
         description="score of the best moment below which a query has no moment; null if every query has moments"
     )
     accepts_videos: bool = Field(description="whether video files can be uploaded, not only features")
+    writes_clips: bool = Field(description="whether the service can cut clips from video files")
 
 
 class WordList(BaseModel):

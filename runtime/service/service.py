@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from runtime.backends.base import Device
-from runtime.core.errors import GroundingError, QueryError
+from runtime.core.errors import DeviceError, GroundingError, QueryError
+from runtime.core.io.input_files import open_inside
 from runtime.core.names import near_name
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
-from runtime.grounding.formatting import Answer
+from runtime.grounding.formatting import Answer, format_answers
 from runtime.grounding.grounder import Grounder
 from runtime.grounding.requests import VideoInput
+from runtime.media.clip_writer import check_encoder
 from runtime.service.batching import Batcher, BatchOptions
+from runtime.service.clips import ClipCutter
 from runtime.service.http_errors import HttpError, unknown_video
 from runtime.service.middleware import ApiKeys, GateOptions, cancel_on_disconnect
 from runtime.service.multipart import read_form
@@ -33,6 +38,8 @@ from runtime.service.uploaded_files import display_name
 from runtime.service.uploads import Upload, UploadOptions, Uploads, storing
 from runtime.service.video_cache import Entry, VideoCache, VideoCatalog, check_windows
 
+AnswerFormat = Literal["json", "csv", "srt"]
+TEXT_TYPES = {"csv": "text/csv", "srt": "application/x-subrip"}
 # Maximum size of the header that lists unknown words: proxies reject responses with more than 4 to 8 KiB of headers.
 MAX_HEADER_BYTES = 2048
 
@@ -81,6 +88,7 @@ class Service:
         options: limits of requests, memory and uploads.
 
     Attributes:
+        writes_clips: whether PyAV can write clips of video files, of which there may be some.
         draining: whether the service shuts down and rejects new requests.
     """
 
@@ -110,6 +118,8 @@ class Service:
             options.uploads, grounder.manifest.features.clock, extractor, device, threads, self.cache.forget
         )
         self.keys = ApiKeys(options.gate.api_key)
+        self.clips = ClipCutter(threads)
+        self.writes_clips = (media is not None or extractor is not None) and has_encoder()
         self.draining = False
         self.telemetry.model(
             {"name": model, "digest": digest, "precision": grounder.manifest.precision, "part": grounder.manifest.part}
@@ -136,8 +146,9 @@ class Service:
         queries: list[str],
         top_k: int,
         always_answer: bool = False,
+        output: AnswerFormat = "json",
     ) -> Response:
-        """Return the moments of queries as `infer --format json` prints them; a header lists unknown words.
+        """Return the moments of queries as `infer --format` prints them; a header lists unknown words.
 
         Args:
             name: name of the video in the answer.
@@ -145,6 +156,7 @@ class Service:
             queries: sentences.
             top_k: maximum number of moments per query.
             always_answer: ignore the model's no-match threshold.
+            output: format of the response.
 
         Raises:
             HttpError: 422 if the model cannot encode a query, which is checked before any query is batched; 429 if the
@@ -157,10 +169,12 @@ class Service:
         always_answer = always_answer and self.grounder.manifest.presence is not None
         result = await self.batcher.ground([(video, query) for query in queries], top_k, always_answer)
         answers = [
-            Answer(query, name, video.duration + video.offset, moments).to_dict()
-            for query, moments in zip(queries, result)
+            Answer(query, name, video.duration + video.offset, moments) for query, moments in zip(queries, result)
         ]
-        response = json_response(answers)
+        if output == "json":
+            response = json_response([answer.to_dict() for answer in answers])
+        else:
+            response = Response(format_answers(answers, output) + "\n", media_type=TEXT_TYPES[output])
         if unknown:
             header, omitted = unknown_words(list(unknown))
             response.headers["drn-unknown-words"] = header
@@ -206,6 +220,7 @@ class Service:
             "words": len(manifest.vocabulary),
             "no_match_threshold": manifest.presence.threshold if manifest.presence else None,
             "accepts_videos": self.uploads.accepts_videos,
+            "writes_clips": self.writes_clips,
         }
 
     def upload(self, name: str) -> Upload:
@@ -277,8 +292,8 @@ class Service:
             upload, file.path, dim, requested.duration, requested.num_frames
         )
 
-    async def ground_upload(self, request: Request, form: type[SentVideo]) -> Response:
-        """Ground the queries of a form in the video of the same form, and delete the video."""
+    async def ground_upload(self, request: Request, form: type[SentVideo], output: AnswerFormat = "json") -> Response:
+        """Ground the queries of a form in the video of the same form, and delete the video; see `ground`."""
         with self.uploads.incoming() as upload:
             requested, video = await self.receive(request, upload, form)
 
@@ -287,8 +302,35 @@ class Service:
                     await upload.extraction
                 return await self.cache.prepare(upload.load if video is None else lambda: video)
 
-            answer = self.ground(upload.name, prepare, requested.query, requested.top_k, requested.always_answer)
+            answer = self.ground(
+                upload.name, prepare, requested.query, requested.top_k, requested.always_answer, output
+            )
             return await cancel_on_disconnect(request.receive, answer, self.options.timeout_s)
+
+    def open_media(self, name: str) -> tuple[Path, int]:
+        """Return the path and an open descriptor of the video file of a video; HttpError 404 if there is none."""
+        path = self.entry(name).media
+        with contextlib.suppress(OSError):
+            if path is not None:
+                return path, open_inside(path, path.parent)
+        raise HttpError(404, f"The service has no video file of {name[:80]!r}.", "no_media")
+
+    async def cut_clip(self, name: str, start: float, end: float) -> int:
+        """Return an open descriptor of a clip, whose file is deleted already; see `ClipCutter.cut`.
+
+        Raises:
+            HttpError: 404 without a video file (code `no_media`) or PyAV (`no_clips`), and as `ClipCutter.cut`.
+        """
+        if not self.writes_clips:
+            raise HttpError(404, "This service cannot write clips. Install it with the extra [video].", "no_clips")
+        _, media = self.open_media(name)
+        try:
+            with self.uploads.incoming() as upload:
+                path = upload.directory / "clip.mp4"
+                await self.clips.cut(media, start, end, path)
+                return os.open(path, os.O_RDONLY)
+        finally:
+            os.close(media)
 
     def to_dict(self, entry: Entry) -> dict[str, Any]:
         """Return the JSON object that describes a video."""
@@ -301,6 +343,15 @@ class Service:
             "state": entry.state,
             "problem": entry.problem,
         }
+
+
+def has_encoder() -> bool:
+    """Return whether PyAV is installed and has an encoder for clips."""
+    try:
+        check_encoder()
+    except DeviceError:
+        return False
+    return True
 
 
 def unknown_words(words: Sequence[str]) -> tuple[str, int]:

@@ -9,10 +9,8 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import os
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,18 +26,13 @@ from runtime.core.video import Origin, Video, load_features
 from runtime.datasets.dataset import DataSet
 from runtime.media.extraction import cache_directory
 from runtime.service.http_errors import HttpError, unknown_video
+from runtime.service.isolated import run_isolated
 from runtime.service.uploaded_files import read_features, sniff_container
 from runtime.service.video_cache import Entry
 
 log = logging.getLogger("drn.service")
 
-# More than a network and a video need; a malicious file then ends only its own process.
-EXTRACTOR_MEMORY = 8 << 30
-# `python -m runtime.extract` with a memory limit.
-EXTRACT = (
-    "import resource, runpy, sys; size = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_AS, (size, size)); "
-    "runpy.run_module('runtime.extract', run_name='__main__', alter_sys=True)"
-)
+EXTRACT = "import runpy; runpy.run_module('runtime.extract', run_name='__main__', alter_sys=True)"
 ORIGIN = Origin("Correct the field num_frames, or send features with this clip timing.")
 
 
@@ -360,28 +353,15 @@ class Uploads:
         if partial:
             arguments.append("--partial")
         async with self._extracting:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-c", EXTRACT, str(EXTRACTOR_MEMORY), str(upload.media), *arguments),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
             try:
-                _, stderr = await asyncio.wait_for(process.communicate(), self._options.extract_s)
+                exit_code, messages = await run_isolated(EXTRACT, [upload.media, *arguments], self._options.extract_s)
             except asyncio.TimeoutError:
                 raise HttpError(
                     422, f"The extraction took more than {self._options.extract_s:g} s. Send a shorter video."
                 ) from None
-            finally:
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
         await self.check_extractor()
-        messages = stderr.decode("utf-8", "replace")
-        if process.returncode != 0:
-            raise _extraction_error(process.returncode, messages, upload.media)
+        if exit_code != 0:
+            raise _extraction_error(exit_code, messages, upload.media)
         for line in messages.splitlines():
             if upload.media.name in line:
                 # Warnings about the video, for example time stamps that restart.

@@ -95,6 +95,21 @@ export async function ground(id, query, count, always = false) {
   return { moments: answer.moments, unknown };
 }
 
+/** Return the answers to queries about a video as a file: "csv" has all moments, and "srt" the best ones. */
+export async function answers(id, queries, count, format) {
+  const response = await request(`/v1/ground?format=${format}`, {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ video: id, query: queries, top_k: count }),
+  });
+  return response.blob();
+}
+
+/** Return a part of a video as an mp4 file. */
+export async function clip(id, { start, end }) {
+  return (await request(`/v1/videos/${encodeURIComponent(id)}/clip?start=${start}&end=${end}`)).blob();
+}
+
 /** Upload a file. `onProgress` gets the fraction that was sent, which only XMLHttpRequest reports. */
 export function send(fields, onProgress, signal) {
   const form = new FormData();

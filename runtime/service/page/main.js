@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { Combobox } from "./combobox.js";
-import { element } from "./dom.js";
+import { element, save } from "./dom.js";
 import { showExamples } from "./examples.js";
 import { Timeline, clock } from "./timeline.js";
 import { connectUploads } from "./uploads.js";
@@ -197,6 +197,8 @@ function draw() {
   $("answers").replaceChildren(...answers.map(card));
   $("clear").hidden = !answers.length;
   $("hint").hidden = !video;
+  // Files contain no answers below the threshold, as those of `infer`.
+  $("downloads").hidden = !answers.some((answer) => answer.moments?.length && !answer.isBelow);
 }
 
 function card(answer, row) {
@@ -217,8 +219,34 @@ function card(answer, row) {
     const list = element("ol", "moments");
     list.append(...answer.moments.map((moment, rank) => entry(answer, moment, row, rank)));
     item.append(list);
+    if (video.media && model.writes_clips) item.append(clipButton(answer, row));
   }
   return item;
+}
+
+/** Return the button that saves the selected moment of an answer, or the best one, as a clip. */
+function clipButton(answer, row) {
+  const moment = answer.moments[chosen && chosen[0] === row ? chosen[1] : 0];
+  const span = `${clock(moment.start)} – ${clock(moment.end)}`;
+  const button = element("button", "clip", `Save clip ${span}`);
+  button.type = "button";
+  button.addEventListener("click", () => download(button, () => api.clip(video.id, moment), `${answer.query.slice(0, 60)}.mp4`));
+  return button;
+}
+
+/** Save a file of the service; the button is disabled meanwhile. */
+async function download(button, request, name) {
+  unshow();
+  button.disabled = true;
+  about("Preparing the file…");
+  try {
+    save(await request(), `${video.name} ${name}`);
+    say("The file is saved.");
+  } catch (error) {
+    show(error);
+  }
+  about();
+  button.disabled = false;
 }
 
 function entry(answer, moment, row, rank) {
@@ -355,6 +383,12 @@ $("clear").addEventListener("click", () => {
   remember();
   $("query").focus();
 });
+for (const format of ["srt", "csv"]) {
+  $(format).addEventListener("click", () => {
+    const queries = answers.filter((answer) => answer.moments).map((answer) => answer.query);
+    download($(format), () => api.answers(video.id, queries, Number($("count").value), format), `moments.${format}`);
+  });
+}
 $("count").addEventListener("change", () => video && open(video, answers.map((answer) => answer.query)).catch(show));
 $("local").addEventListener("click", () => {
   const file = element("input");

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 
 from runtime.core.io.digests import sha256
+from runtime.core.moments import Moment
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from runtime.datasets.dataset import DataSet
+from runtime.grounding.formatting import Answer, format_answers
 from runtime.grounding.grounder import Grounder
 from runtime.infer import infer
-from runtime.service.service import unknown_words
+from runtime.service.service import has_encoder, unknown_words
 from runtime.service.video_cache import VideoCatalog
 from tests.runtime.service.conftest import Running, npy
 from tests.tolerances import BATCHED_SECONDS
@@ -125,6 +127,7 @@ def test_model_route_describes_the_model(service: Running, model: Path, offline:
         "words": len(offline.manifest.vocabulary),
         "no_match_threshold": None,
         "accepts_videos": True,
+        "writes_clips": has_encoder(),
     }
 
 
@@ -165,6 +168,24 @@ def test_examples_leave_out_videos_without_features(planted: Path, offline: Grou
     DataSet(data).annotations_path("test").write_text("no annotation\n")
     assert VideoCatalog(DataSet(data)).examples(offline.manifest.vocabulary)[0][1] is None
     assert VideoCatalog(None).examples(offline.manifest.vocabulary) == []
+
+
+@pytest.mark.parametrize(("form", "kind"), [("csv", "text/csv; charset=utf-8"), ("srt", "application/x-subrip")])
+def test_answers_can_be_files_as_infer_prints_them(service: Running, planted: Path, form: Any, kind: str) -> None:
+    data = DataSet(planted)
+    sentences = ["person opens the door", "=person closes the door"]
+    body = json.dumps({"video": "SIM00001", "query": sentences, "top_k": 3}).encode()
+    reply = service.request("POST", f"/v1/ground?format={form}", body, {"content-type": "application/json"})
+    assert (reply.status, reply.headers["content-type"]) == (200, kind)
+    answers = [
+        Answer(one["query"], one["video"], data.durations["SIM00001"], [Moment(**moment) for moment in one["moments"]])
+        for one in service.ask(json.loads(body)).json
+    ]
+    assert reply.body.decode() == format_answers(answers, form) + "\n"
+    sent = service.send(f"/v1/ground?format={form}", features=("x", npy(np.eye(40, 32, dtype=np.float32))), duration=12,
+                        query="person opens the door")  # fmt: skip
+    assert (sent.status, sent.headers["content-type"]) == (200, kind)
+    service.request("POST", "/v1/ground?format=xml", body, {"content-type": "application/json"}).refused(422, "format")
 
 
 def test_always_answer_ignores_the_no_match_threshold(

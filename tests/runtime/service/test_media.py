@@ -112,3 +112,48 @@ def test_error_messages_are_bounded_for_any_request(
         assert 400 <= reply.status < 500
         assert len(reply.json["error"]["message"]) < 1500
     assert len(service.get("/v1/videos/" + "v" * 9000).refused(404)) < 1500
+
+
+@pytest.fixture(scope="module")
+def recorded(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Running:
+    """A service with a video file of 8 s, a damaged one, and directories to look into."""
+    films = pytest.importorskip("tests.films")
+    root = tmp_path_factory.mktemp("recorded")
+    films.film(root / "media" / "SIM00001.mp4", 80, rate=10)
+    (root / "media" / "SIM00002.mp4").write_bytes(b"film of two")
+    return start("--model", model, "--data", planted, "--media", root / "media", "--uploads", root / "uploads")
+
+
+def test_clip_has_the_frames_of_its_span(recorded: Running, tmp_path: Path) -> None:
+    from runtime.media.video_file import frames_at, probe
+
+    assert recorded.get("/v1/model").json["writes_clips"] is True
+    reply = recorded.get("/v1/videos/SIM00001/clip?start=2&end=4.5")
+    assert (reply.status, reply.headers["content-type"]) == (200, "video/mp4")
+    (tmp_path / "clip.mp4").write_bytes(reply.body)
+    clip = probe(tmp_path / "clip.mp4")
+    assert clip.duration == pytest.approx(2.5, abs=0.01)
+    # The top right of frame n of `scene` has the brightness 7 n.
+    (frame,) = frames_at(clip, [0.0], 48, partial=False)
+    assert frame[6:18, 40:56].mean() == pytest.approx(20 * 7, abs=6)
+
+
+def test_invalid_clip_requests_are_rejected(recorded: Running, tmp_path: Path) -> None:
+    recorded.get("/v1/videos/SIM00001/clip?start=2&end=2").refused(422, 2, "120 s")
+    recorded.get("/v1/videos/SIM00001/clip?start=0&end=121").refused(422, 121, "120 s")
+    recorded.get("/v1/videos/SIM00001/clip?start=0").refused(422, "end")
+    recorded.get("/v1/videos/SIM00003/clip?start=0&end=1").refused(404, "SIM00003", code="no_media")
+    message = recorded.get("/v1/videos/SIM00002/clip?start=0&end=1").refused(422, code="no_clip")
+    assert "/" not in message
+
+
+def test_service_without_video_files_writes_no_clips(service_without_media: Running) -> None:
+    assert service_without_media.get("/v1/model").json["writes_clips"] is False
+    service_without_media.get("/v1/videos/SIM00001/clip?start=0&end=1").refused(404, code="no_clips")
+
+
+@pytest.fixture
+def service_without_media(start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path) -> Running:
+    return start("--model", model, "--data", planted, "--uploads", tmp_path)

@@ -20,6 +20,7 @@ OPERATIONS = (
     ("GET", "/v1/videos/{video}"),
     ("DELETE", "/v1/videos/{video}"),
     ("GET", "/v1/videos/{video}/media"),
+    ("GET", "/v1/videos/{video}/clip"),
     ("GET", "/v1/examples"),
     ("GET", "/v1/model"),
     ("GET", "/v1/words"),

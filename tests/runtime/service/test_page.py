@@ -15,6 +15,7 @@ import pytest
 
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
+from runtime.media.video_file import probe
 from tests.films import film, holed, scene
 from tests.runtime.service.conftest import Running, npy
 
@@ -339,6 +340,33 @@ def test_words_of_the_query_are_completed(seen: Seen, offline: Grounder) -> None
     keys.press("ArrowDown")
     options.last.click()
     expect(field).to_have_value(f"person {known[-1]} door")
+
+
+def test_answers_and_clips_are_saved_as_files(seen: Seen, tmp_path: Path) -> None:
+    page = seen.open()
+    seen.choose(SHOWN)
+    expect(page.locator("#downloads")).to_be_hidden()
+    for sentence in ("person opens the door", "person closes the door"):
+        seen.ask(sentence)
+    for label, head in (("Subtitles", "1\n00:00:"), ("Table", "video,query,rank,start,end,score")):
+        with page.expect_download() as saved:
+            page.get_by_role("button", name=label).click()
+        text = Path(saved.value.path()).read_text()
+        assert text.startswith(head)
+        assert text.count("person opens the door") == (1 if label == "Subtitles" else 5)
+        assert saved.value.suggested_filename.startswith(SHOWN)
+    # The button of an answer saves its selected moment.
+    page.locator(".moment").nth(1).click()
+    start, end = moments(page)[1]
+    with page.expect_download() as saved:
+        page.locator(".clip").first.click()
+    saved.value.save_as(tmp_path / "clip.mp4")
+    assert saved.value.suggested_filename == f"{SHOWN} person opens the door.mp4"
+    assert probe(tmp_path / "clip.mp4").duration == pytest.approx(end - start, abs=0.5)
+    page.route("**/clip?*", lambda route: route.abort())
+    page.locator(".clip").first.click()
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    expect(page.locator(".clip").first).to_be_enabled()
 
 
 def test_answers_below_the_threshold_are_doubtful(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.service import h11_protocol, middleware, video_cache
+from runtime.service import clips, h11_protocol, isolated, middleware, video_cache
 from runtime.service.service import ServiceOptions
 from tests.films import film
 from tests.runtime.service.conftest import Running
@@ -136,6 +136,8 @@ def test_documented_limits_match_the_code() -> None:
         f"`--uploads-mib` {options.uploads.total_bytes >> 20}, {options.uploads.max_uploads} at most",
         f"`--keep-minutes` {options.uploads.keep_s / 60:g} ",
         f"one at a time, {options.uploads.max_extractions} wait; {options.uploads.extract_s / 60:g} minutes",
+        f"| clips | {clips.MAX_SECONDS:g} s each; one at a time, {clips.MAX_CLIPS} cut or wait; "
+        f"{isolated.MAX_MEMORY >> 30} GiB of memory |",
         f"`--cache-mib` {options.cache_bytes >> 20},",
         f"{middleware.HEADER_BYTES >> 10} KiB, within {h11_protocol.HEADER_SECONDS:g} s |",
         f"{middleware.BODY_BYTES_PER_SECOND >> 10} KiB a second on average, "
