@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import check_writable, locked
 from runtime.datasets.dataset import DataSet
@@ -121,6 +121,7 @@ def train(
     result = run(options)
     if result.is_main:
         print(result.checkpoint)
+        report_written(result.checkpoint)
         suggest_next_command("export.to_onnx", "--model", result.checkpoint, "--output", output / "drn.onnx")
     return result.checkpoint
 

@@ -109,9 +109,10 @@ def test_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatc
 
 def test_next_command_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "drn"):
-        suggest_next_command("runtime.infer", "--query", 'person\'s "door"', "--top-k", 5)
+        suggest_next_command("runtime.infer", "--model", "a.onnx", "--query", 'person\'s "door"', "--top-k", 5)
     line = next(line for line in caplog.text.splitlines() if "Next:" in line)
-    assert shlex.split(line)[1:] == ["python", "-m", "runtime.infer", "--query", 'person\'s "door"', "--top-k", "5"]
+    given = ["--model", "a.onnx", "--query", 'person\'s "door"', "--top-k", "5"]
+    assert shlex.split(line)[1:] == ["python", "-m", "runtime.infer", *given]
 
 
 @pytest.mark.parametrize(
