@@ -175,7 +175,8 @@ def test_clip_extractor_builds(kind: str) -> None:
         traced = inline_padding(trace_extractor(checkpoint.model(), checkpoint.manifest({})))
     assert traced.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     forms = {"fp32": traced, "fp16": convert_to_half(traced), "bf16": convert_to_half(raise_opset(traced, 22), "bf16")}
-    for precision, model in forms.items():
+    # A build of I3D takes seconds, and only its operators differ.
+    for precision, model in forms.items() if kind == "C3D" else [("fp16", forms["fp16"])]:
         assert set(audit_graph(model).total()) == {precision}
         assert len(build_with_rtx(model)) > 10_000
 
