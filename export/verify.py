@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from export.parity.compare import check_comparable
 from export.parity.compare_layers import LayerComparison, compare_layers, require_polygraphy
+from export.parity.compare_shapes import check_shapes
 from export.parity.html_report import require_jinja
 from export.parity.model_file import ModelFile
 from export.parity.parity_result import AccuracyBudget, ParityResult
@@ -131,7 +132,9 @@ def verify(
 ) -> ParityResult:
     """Compare two models on every query of a split: heads, boundaries, ranking and recall.
 
-    Exits with 0 if the accuracy drop is within the budget, else with 1. The reports are written in both cases.
+    Also runs the model at the minimum, optimum and maximum shapes that it accepts, and compares its outputs with those
+    of single queries. Exits with 0 if the accuracy drop is within the budget and the shapes agree, else with 1. The
+    reports are written in both cases.
 
     Example:
         python -m export.verify --reference drn.onnx --model drn.int8.onnx --data charades
@@ -161,7 +164,7 @@ def verify(
 
     Raises:
         GroundingError: a file cannot be read, or the models do not accept the same inputs.
-        CheckFailed: the accuracy drop exceeds the budget.
+        CheckFailed: the accuracy drop exceeds the budget, or the outputs depend on the shape.
     """
     return run(VerifyOptions(**locals()))
 
@@ -196,6 +199,9 @@ def run(options: VerifyOptions) -> ParityResult:
         batch_size=options.batch_size,
         command=options.command(),
     )
+    shapes = check_shapes(model, sides[1], data_set, annotations)
+    exceeded = [check.violation() for check in shapes if check.violation()]
+    report = dataclasses.replace(report, shapes=shapes, violations=[*report.violations, *exceeded])
     if options.layers:
         report = dataclasses.replace(report, layers=_compare_layers(reference, model, sides[0], data_set, annotations))
     if model.suffix == ".engine":

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from export.parity.compare_layers import LayerComparison
+from export.parity.compare_shapes import ShapeCheck
 from export.parity.model_file import ModelFile, provenance
 from export.parity.parity_result import AccuracyBudget, ParityResult, unresolved_drops
-from export.parity.parity_tables import Table, parity_tables
+from export.parity.parity_tables import Table, parity_tables, shapes_table
 from runtime.benchmarking.system_info import versions
 from runtime.core.cpu_info import cpu
 
@@ -31,6 +32,7 @@ class ParityReport:
         precision: sentence on the precision of the model, without its full stop; empty if it was not checked.
         speed: speed relative to another model, as `export.build.speed_check.SpeedCheck.to_dict` returns it with its
             `sentence`; None if it was not checked.
+        shapes: outputs at the limits of the model's shapes; empty if they were not checked.
         cpu: CPU of this machine, as `runtime.core.cpu_info.cpu` returns it.
         date: day of the comparison, as YYYY-MM-DD.
         versions: versions of Python and the libraries that ran the models.
@@ -47,6 +49,7 @@ class ParityReport:
     engine_precision: Mapping[str, str] | None = None
     precision: str = ""
     speed: Mapping[str, Any] | None = None
+    shapes: Sequence[ShapeCheck] = ()
     cpu: Mapping[str, Any] = dataclasses.field(default_factory=cpu)
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
@@ -73,7 +76,8 @@ class ParityReport:
 
     def tables(self) -> list[Table]:
         """Return the tables of the report."""
-        return parity_tables(self.parity, self.names, self.split, self.budget, self.layers)
+        tables = parity_tables(self.parity, self.names, self.split, self.budget, self.layers)
+        return [*tables, *([shapes_table(self.shapes)] if self.shapes else [])]
 
     def text(self) -> str:
         """Return the tables and notes for a terminal, without `sentence`."""
@@ -99,6 +103,7 @@ class ParityReport:
             "budget": dataclasses.asdict(self.budget),
             "broken": list(self.violations),
             "unresolved": self.unresolved,
+            "shapes": [dataclasses.asdict(check) for check in self.shapes],
             "layers": self.layers.to_dict() if self.layers else None,
             "engine_precision": dict(self.engine_precision) if self.engine_precision else None,
             "precision": self.precision,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from export.parity.compare_layers import LayerComparison
+from export.parity.compare_shapes import ShapeCheck
 from export.parity.parity_result import CONFIDENCE, AccuracyBudget, ParityResult, format_interval, format_points
 from runtime.core.agreement import VISIBLE_S
 
@@ -215,6 +216,13 @@ def calibration_coverage(table: CalibrationTable) -> Table:
         for entry in strata
     ]
     return Table(title, ("stratum", "calibrated", "usable"), rows, notes, folded=True)
+
+
+def shapes_table(shapes: Sequence[ShapeCheck]) -> Table:
+    """Return the deviations of the outputs at the limits of the model's shapes."""
+    rows = [(f"{check.batch} x {check.tokens}", f"{check.deviation:.1e}", f"{check.tolerance:g}") for check in shapes]
+    note = "Outputs of a batch, compared with those of its queries one at a time, as a fraction of the largest value."
+    return Table("Shapes", ("queries x tokens", "deviation", "tolerance"), rows, [note])
 
 
 def precision_table(stats: PrecisionStats) -> Table:
