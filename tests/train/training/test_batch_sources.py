@@ -113,7 +113,7 @@ def test_stems_beyond_memory_limit_are_not_cached_and_logged(
     caplog.set_level("INFO", logger="drn")
     assert stems_fit(training, model, CPU)
     assert not caplog.records
-    monkeypatch.setattr(batch_sources, "STEM_GIB", 1e-3)
+    monkeypatch.setattr(batch_sources, "STEM_GIB", 1e-4)
     assert not stems_fit(training, model, CPU)
     assert records(caplog, logging.INFO, "Stage 2", len(training))
 
