@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.extractor_quantizer import extractor_policy, quantize_extractor
 from calib.graph.half_precision import convert_to_half, emulate_bf16, measure_magnitudes
 from calib.graph.onnx_graph import read_extractor
 from calib.graph.onnx_session import open_session
@@ -21,6 +20,7 @@ from calib.graph.precision_audit import audit_graph, require_precision
 from export.build.artifacts import format_shares
 from export.build.build_config import BuildConfig, BuildRequest
 from export.build.extractor_clips import ExtractorClips
+from export.build.extractor_quantizer import extractor_policy, quantize_extractor
 from export.build.reduced_precision import (
     OPSETS,
     ConversionOptions,

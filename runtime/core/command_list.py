@@ -27,7 +27,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "benchmark": "runtime.benchmark",
         "compare": "runtime.benchmarking.compare",
         "describe": "runtime.describe",
-        "words": "runtime.words",
+        "words": "runtime.grounding.words",
         "doctor": "runtime.doctor",
     },
     "Train": {

@@ -163,7 +163,7 @@ class Vocabulary:
         advice = "Use similar words of its training set" if similar else "Use words of its training set"
         if examples:
             advice += f", such as {', '.join(map(repr, examples))}"
-        return f"{advice}; `python -m runtime.words MODEL` lists all."
+        return f"{advice}; `python -m runtime.grounding.words MODEL` lists all."
 
     def _check_table(self) -> None:
         if not self.words:

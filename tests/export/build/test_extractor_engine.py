@@ -14,12 +14,12 @@ import pytest
 
 from benchmarks.fake_tensorrt import VERSIONS, Driver, Library, write_plan
 from calib.errors import CalibrationError
-from calib.extractor_quantizer import QuantizedExtractor, quantize_extractor
 from calib.graph.precision_audit import audit_graph
 from calib.range_estimation import METHODS
 from export.build import extractor_engine
 from export.build.extractor_clips import real_clips
 from export.build.extractor_engine import FEATURE_TOLERANCES, FeatureTolerance, compare
+from export.build.extractor_quantizer import QuantizedExtractor, quantize_extractor
 from export.build_engine import build_engine
 from export.engine import engine_writer
 from export.engine.builder import BuiltEngine

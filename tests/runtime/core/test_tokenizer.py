@@ -84,7 +84,7 @@ def test_known_words_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
 def test_unknown_word_is_rejected_under_error_policy() -> None:
     with raises(QueryError, "unknown_words", "'zorbs'"):
         Vocabulary(WORDS, "error").encode("person zorbs")
-    with raises(QueryError, "unknown_words", "'doar'", "'door'", "runtime.words"):
+    with raises(QueryError, "unknown_words", "'doar'", "'door'", "runtime.grounding.words"):
         Vocabulary(WORDS, "error").encode("person opens the doar")
 
 
@@ -97,7 +97,7 @@ def test_query_of_only_unknown_words_is_rejected(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["skip", "zero"])
 @pytest.mark.parametrize("sentence", ["the doar", "the doar then the doors", "The DOAR's", "the doar, then"])
 def test_encode_unknown_content_words_suggests_near_words(policy: Any, sentence: str) -> None:
-    with raises(QueryError, "unknown_content_words", "'door'", "runtime.words") as raised:
+    with raises(QueryError, "unknown_content_words", "'door'", "runtime.grounding.words") as raised:
         Vocabulary(WORDS, policy).encode(sentence, check_content=True)
     assert "doar" in str(raised.value).lower()
 

@@ -1,4 +1,4 @@
-"""Test `python -m runtime.words`."""
+"""Test `python -m runtime.grounding.words`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.errors import GroundingError
 from runtime.core.tokenizer import Vocabulary
-from runtime.words import words
+from runtime.grounding.words import words
 from tests.raising import check_error, quotes
 
 

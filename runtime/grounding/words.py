@@ -1,4 +1,4 @@
-"""`python -m runtime.words`: list or search the words that a model knows."""
+"""`python -m runtime.grounding.words`: list or search the words that a model knows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def words(
     """List the words that a model knows, or those with a prefix; if there are none, print words of similar spelling.
 
     Example:
-        python -m runtime.words drn.onnx open
+        python -m runtime.grounding.words drn.onnx open
 
     Args:
         model: .onnx, .engine or .pt file.
