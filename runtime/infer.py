@@ -84,7 +84,10 @@ def infer(
     options = Options(model, query, source, window, overlap, always_answer, top_k, plot, cut, device, threads)
     answers = run(options)
     print(format_answers(answers, format, shutil.get_terminal_size((100, 24)).columns))
-    suggest_next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
+    if extractor:
+        suggest_next_command("runtime.serve", "--model", model, "--extractor", extractor)
+    else:
+        suggest_next_command("runtime.evaluate", "--model", model, "--data", data or "DIR")
     return answers
 
 

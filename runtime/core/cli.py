@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime.core.command_help import documented
-from runtime.core.command_list import typed_name
+from runtime.core.command_list import as_typed, typed_name
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, OutputError, one_line, printable_line
 from runtime.core.interrupts import handled, interrupted_by, uncovered
 from runtime.core.model_argument import normalized
@@ -115,7 +115,7 @@ def _fail(message: str, code: int) -> NoReturn:
         sys.stdout.flush()
     except (OSError, GroundingError):
         discard_output(sys.stdout)
-    print(message, file=sys.stderr)
+    print(as_typed(message), file=sys.stderr)
     sys.exit(code)
 
 

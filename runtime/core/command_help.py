@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
+from runtime.core.command_list import as_typed
 from runtime.core.model_argument import OPTION, is_positional, model_parameter
 
 _SECTION = re.compile(r"^(Args|Returns|Raises|Example):$", re.MULTILINE)
@@ -44,7 +45,7 @@ def documented(function: Callable[..., Any]) -> tuple[Callable[..., Callable[[],
         A function with the options of `function`, which returns the call of `function` with their values; and the text
         to print above the options.
     """
-    description, help_texts = _parsed_docstring(inspect.getdoc(function) or "")
+    description, help_texts = _parsed_docstring(as_typed(inspect.getdoc(function) or ""))
     hints = typing.get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters
     groups = {name: group for group, names in _grouped(list(parameters)).items() for name in names}

@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib.metadata
 import importlib.util
+import re
 import runpy
 import sys
 from collections.abc import Mapping
@@ -89,6 +90,11 @@ def typed_name(module: str) -> str:
     if _started_by_name and module in _NAMES:
         return f"drn {_NAMES[module]}"
     return f"python -m {module}"
+
+
+def as_typed(text: str) -> str:
+    """Return `text` with the name to type for every command in it, as `typed_name` gives it."""
+    return re.sub(r"python -m ([\w.]*\w)", lambda match: typed_name(match[1]), text)
 
 
 def overview(package: str = "") -> str:

@@ -54,6 +54,13 @@ def test_drn_help_and_next_lines_show_the_short_name() -> None:
     result = drn("describe", "--help")
     assert result.returncode == 0
     assert result.stdout.startswith("usage: drn describe ")
+    assert "  drn describe drn.onnx\n" in result.stdout
+
+
+def test_drn_errors_show_the_short_name(tmp_path: Path) -> None:
+    result = drn("evaluate", "--predictions-from", "p.jsonl", "--data", str(tmp_path / "missing"))
+    assert result.returncode == 2
+    assert "`drn simulate --output DIR`" in result.stderr
 
 
 def test_drn_accepts_underscores_and_passes_exit_codes() -> None:
