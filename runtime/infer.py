@@ -172,6 +172,8 @@ def _ground(grounder: Grounder, source: VideoSource, options: Options) -> list[A
             exist_score = presence.exist_score(moments[0].score) if is_likely else 0.0
             if exist_score < 0.5 and not options.always_answer:
                 moments = []
+        if moments and _is_fallback(moments[0], video):
+            log.info("No location of %s is likely for %s; the answer is all of it.", video.name, excerpt(sentence))
         answers.append(Answer(sentence, video.name, video.end, moments, source.truths_of(sentence), exist_score))
     return answers
 

@@ -480,7 +480,7 @@ def read(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Any:
         CheckpointError: the file is missing, contains anything but tensors and plain containers, or cannot be parsed.
     """
     path = Path(path)
-    check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
+    check_file(path, "The checkpoint", CheckpointError)
     names = torch_reader.check(path)
     replaced: list[Any] = [(UnreadObject, name) for name in names] if unknown_objects else []
     with reading(path, "a torch checkpoint", CheckpointError, "copy it again"):

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import secrets
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from runtime.core.pooling import ClipTiming
 from runtime.core.video import Origin, Video, load_features
 from runtime.datasets.dataset import DataSet
 from runtime.media.extraction import cache_directory
-from runtime.service.http_errors import HttpError, unknown_video
+from runtime.service.http_errors import HttpError, draining, unknown_video
 from runtime.service.isolated import run_isolated
 from runtime.service.uploaded_files import read_features, sniff_container
 from runtime.service.video_cache import Entry
@@ -382,6 +383,9 @@ class Uploads:
 
 def _extraction_error(exit_code: int | None, stderr: str, media: Path) -> HttpError:
     """Return the HTTP error for a failed extraction, without paths of this machine."""
+    if exit_code in (-signal.SIGTERM, -signal.SIGINT):
+        # A signal for the process group, as of Ctrl-C or a service manager, also stops the extraction.
+        return draining()
     (*_, line) = ["", *stderr.strip().splitlines()]
     if exit_code == 2 and line.startswith("error: "):
         reason = line.removeprefix("error: ").replace(str(media), "The video")

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import struct
 import time
 import tracemalloc
@@ -28,6 +29,7 @@ from runtime.core.errors import OutputError
 from runtime.core.io.atomic_files import LOCK
 from runtime.core.pooling import ClipTiming
 from runtime.datasets.dataset import DataSet
+from runtime.service import uploads
 from runtime.service.http_errors import HttpError
 from runtime.service.multipart import read_form
 from runtime.service.uploaded_files import display_name, read_features, sniff_container
@@ -619,3 +621,19 @@ def test_data_set_media_file_is_served_with_ranges(
     reply = playing.get(place, Range="bytes=2-4")
     assert (reply.status, reply.body, reply.headers["content-range"]) == (206, b"234", "bytes 2-4/10")
     assert reply.headers["content-type"] == "video/webm"
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "stderr", "status", "code"),
+    [
+        (-signal.SIGTERM, "", 503, "draining"),
+        (-signal.SIGINT, "Traceback", 503, "draining"),
+        (2, "error: /up/7/media has no frames.", 422, "invalid"),
+        (-signal.SIGKILL, "", 422, "invalid"),
+    ],
+)
+def test_extraction_that_is_stopped_does_not_blame_the_video(
+    exit_code: int, stderr: str, status: int, code: str
+) -> None:
+    error = uploads._extraction_error(exit_code, stderr, Path("/up/7/media"))
+    assert (error.status, error.code) == (status, code)
