@@ -142,7 +142,7 @@ def test_full_device_differs_from_invalid_batch_error(tiny_model: Path, monkeypa
 
 
 def test_unknown_suffix_and_missing_file_are_rejected(tmp_path: Path) -> None:
-    with raises(ModelFileError, "wrong_suffix", "'model.h5'"):
+    with raises(ModelFileError, "wrong_suffix", tmp_path / "model.h5"):
         open_backend(tmp_path / "model.h5")
     with raises(ModelFileError, "missing_file", tmp_path / "model.onnx"):
         open_backend(tmp_path / "model.onnx")
