@@ -134,7 +134,7 @@ def test_plot_of_long_videos_and_sentences_has_no_overlapping_text(
 
 
 def test_plot_of_many_moments_is_written(tmp_path: Path) -> None:
-    answer = Answer("a dog", "v", 10.0, [Moment(1, 2, 0.5)] * 3000)
+    answer = Answer("a dog", "v", 10.0, [Moment(1, 2, 0.5)] * 1200)
     draw([answer], tmp_path / "plot.png")
     assert png_size(tmp_path / "plot.png")[1] <= 32_000
 
