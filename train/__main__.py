@@ -71,7 +71,7 @@ def train(
 
     Stage 1 trains matching and boundaries, stage 2 the IoU head, stage 3 everything at a low learning rate. Each
     stage starts from the best checkpoint of the previous one. Validation runs the same code as `runtime.evaluate`.
-    For several GPUs or processes: torchrun --nproc-per-node N -m train ...
+    For several GPUs or processes: torchrun --nproc-per-node N --no-python drn train ...
 
     Example:
         python -m train --data charades --output runs/charades
