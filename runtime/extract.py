@@ -134,7 +134,6 @@ def _extract_all(videos: Mapping[Path, bool], job: _Job) -> int:
 
     Args:
         videos: files, and whether to skip a file that cannot be decoded.
-        job: the extractor and its options.
 
     Raises:
         VideoFileError: a file that must not be skipped cannot be decoded, or features of another extractor would
@@ -260,10 +259,7 @@ def _check_extractors(
     """Raise VideoFileError (code `mixed_extractors`) if features of another extractor would remain in the directory.
 
     Args:
-        directory: directory of the records, for the message.
-        records: records by video.
         names: videos whose features are replaced.
-        extractor_hash: `extractor_key` of the present extractor.
     """
     others = sorted(
         name for name, record in records.items() if record.extractor != extractor_hash and name not in names

@@ -294,12 +294,7 @@ class EngineLayerStats:
 
 
 def count_layers(layers: Iterable[Layer], plan_bytes: int = 0) -> EngineLayerStats:
-    """Count layers by data type.
-
-    Args:
-        layers: layers of one profile, from `read_layers`.
-        plan_bytes: size of the plan.
-    """
+    """Count layers by data type."""
     written: collections.Counter[str] = collections.Counter()
     read: collections.Counter[str] = collections.Counter()
     arithmetic: collections.Counter[str] = collections.Counter()
@@ -326,7 +321,6 @@ def packed(inspection: Inspection, engine: str, digest: str, library: str) -> by
     """Return the compressed content of a layers file.
 
     Args:
-        inspection: output of the inspector.
         engine: file name of the plan.
         digest: SHA-256 of the plan.
         library: name and version of the library of the inspector.
@@ -368,9 +362,6 @@ def read_layers_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def layer_stats_of_file(content: Mapping[str, Any]) -> list[tuple[str, EngineLayerStats | None]]:
     """Return the name and the layer counts of each profile in a layers file.
-
-    Args:
-        content: result of `read_layers_file`.
 
     Returns:
         A name and counts for each profile; None for the counts if the inspector described no layer.

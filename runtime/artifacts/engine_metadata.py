@@ -68,11 +68,7 @@ def metadata_path(plan: str | os.PathLike[str]) -> Path:
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a sidecar with a `digest` of all other keys, as `read_verified` requires.
-
-    Args:
-        content: keys of the sidecar; a `digest` among them is replaced.
-    """
+    """Return the content of a sidecar with a `digest` of all other keys, as `read_verified` requires."""
     rest = _without_digest(content)
     return {**rest, "digest": json_digest(rest)}
 

@@ -101,10 +101,6 @@ class ExtractorManifest:
     def from_dict(cls, value: Any, source: str) -> ExtractorManifest:
         """Return the manifest of a JSON value.
 
-        Args:
-            value: result of `to_dict`, which may have a digest.
-            source: name of the file, for messages.
-
         Raises:
             ModelFileError: the value is of another format, or a key is missing or invalid.
         """

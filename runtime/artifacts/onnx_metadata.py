@@ -169,7 +169,6 @@ def with_digest(content: bytes, external: tuple[Path, ...] = ()) -> bytes:
     """Return the content of an ONNX file with a new digest in its manifest.
 
     Args:
-        content: content of the file, which has a manifest.
         external: its files of external data, in the order of their names.
     """
     key, text, start, end = next(entry for entry in _metadata(content) if entry[0] in MANIFEST_KEYS)

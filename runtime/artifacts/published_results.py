@@ -43,9 +43,5 @@ PUBLISHED: Mapping[str, PublishedResult] = {
 
 
 def published_result(sources: Mapping[str, str]) -> PublishedResult | None:
-    """Return the published result of the checkpoint that a model was made of, or None.
-
-    Args:
-        sources: file name to SHA-256, as in a manifest.
-    """
+    """Return the published result of the checkpoint among the sources of a model (name to SHA-256), or None."""
     return next((PUBLISHED[digest[:8]] for digest in sources.values() if digest[:8] in PUBLISHED), None)

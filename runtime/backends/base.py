@@ -122,8 +122,6 @@ def recorded_video_part(path: Path, manifest: Manifest, suffix: str) -> tuple[Pa
     """Return the path and the SHA-256 of the video part that a query part records.
 
     Args:
-        path: path of the query part, in whose directory the video part is.
-        manifest: manifest of the query part.
         suffix: suffix of the video part, which may have been converted since.
 
     Raises:
@@ -150,15 +148,7 @@ def sibling_file(path: Path, name: str) -> Path:
 
 
 def run_pair(pair: PairBackend, batch: Batch) -> Heads:
-    """Run a split model on a batch of segments: encode the segments of every row, then run the queries.
-
-    Args:
-        pair: the split model.
-        batch: B queries, each with the segments of its video.
-
-    Returns:
-        Heads of the B queries, as `Backend.run` returns them.
-    """
+    """Run a split model on a batch of segments: encode the segments of every row, then run the queries."""
     features = pair.encode(batch.segment_features)
     videos = [EncodedVideo(encoded, spans, 1.0) for encoded, spans in zip(features, batch.segment_spans)]
     return pair.ask(batch.query_tokens, batch.query_length, videos, np.arange(len(batch), dtype=np.int32))

@@ -99,7 +99,6 @@ class OptimizationProfile:
 
         Args:
             axes: input name to the names of its dynamic axes, which are its first axes; see `AXES`.
-            sizes: axis to size.
         """
         return {name: (*(sizes[axis] for axis in dynamic), *self.static_shapes[name]) for name, dynamic in axes.items()}
 
@@ -116,10 +115,7 @@ def profile_from_shapes(
     """Return an engine's profile from the min, opt and max shape of each input.
 
     Args:
-        index: index of the profile in the engine.
-        axes: input name to the names of its dynamic axes, which are its first axes; see `AXES`.
         shapes: input name to its min, opt and max shape.
-        fixed: axes that are always padded to their maximum.
     """
     ranges: dict[str, MinOptMax] = {}
     for name, dynamic in axes.items():
@@ -149,7 +145,6 @@ def choose_profile(
     """Return the profile with the least padding for a request; of equal ones, the smaller profile.
 
     Args:
-        profiles: profiles of the engine, at least one.
         sizes: axis to size of the request.
 
     Returns:
@@ -198,7 +193,6 @@ def row_slices_by_video(
 
     Args:
         video_index: (B,) int, the index of the video of each row.
-        max_rows, max_videos: maximum number of rows, and of different videos, of one part.
         num_videos: number of videos, including those that no row refers to.
     """
     if num_videos <= max_videos:
@@ -217,9 +211,7 @@ def gather_rows(
     """Return the heads of a batch that ran in parts.
 
     Args:
-        num_rows: number of rows of the batch.
         outputs: row indices and outputs (name to array) of each part.
-        empty_outputs: returns the outputs of an empty batch.
     """
     if len(outputs) == 1:
         gathered = outputs[0][1]
@@ -241,7 +233,6 @@ def referenced_videos(video_index: np.ndarray, num_videos: int, max_videos: int)
     Args:
         video_index: (B,) int, the index of the video of each row.
         num_videos: number of videos, including those that no row refers to.
-        max_videos: maximum number of videos of one run.
 
     Returns:
         (V,) int indices of videos, and (B,) int, for each row the index of its video among them.
@@ -277,10 +268,6 @@ class TensorSlice:
 
 def pack_tensors(shapes: Mapping[str, Shape], dtypes: Mapping[str, np.dtype]) -> tuple[dict[str, TensorSlice], int]:
     """Return a layout of tensors in one buffer, so that one copy moves them all.
-
-    Args:
-        shapes: tensor name to shape.
-        dtypes: tensor name to data type; may have further names.
 
     Returns:
         Tensor name to its slice of the buffer, and the size of the buffer in bytes.

@@ -17,9 +17,6 @@ class DeviceBuffers:
 
     All inputs share one buffer, so that one copy moves them to the GPU; so do all outputs.
 
-    Args:
-        cuda: GPU on which memory is allocated.
-
     Attributes:
         stream: handle of the stream on which the engine and its copies run.
         events: handles of the events at the start and the end of a timed run.
@@ -57,7 +54,6 @@ class DeviceBuffers:
 
         Args:
             shapes: tensor name to shape, (slots, ...).
-            dtypes: tensor name to data type.
         """
         for name, shape in shapes.items():
             key = (shape[0], name)
@@ -80,13 +76,7 @@ class DeviceBuffers:
         self.cuda.copy_out(self.host_out.ctypes.data, self.device_out, size, self.stream)
 
     def upload(self, name: str, slots: int, slot: int) -> None:
-        """Enqueue a copy of one encoding from `staging` to its slot on the device.
-
-        Args:
-            name: name of the tensor.
-            slots: number of slots of the tensor.
-            slot: index of the slot.
-        """
+        """Enqueue a copy of one encoding from `staging` to its slot on the device."""
         host = self.staging[slots, name][slot]
         self.cuda.copy_in(self.encodings[slots, name] + slot * host.nbytes, host.ctypes.data, host.nbytes, self.stream)
 

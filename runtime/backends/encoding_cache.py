@@ -10,11 +10,7 @@ from runtime.core.lru_cache import LruCache
 
 
 class EncodingSlots:
-    """Assign slots on the device to encodings by their key; a new encoding replaces the least recently used one.
-
-    Args:
-        slots: number of encodings that fit.
-    """
+    """Assign slots on the device to encodings by their key; a new encoding replaces the least recently used one."""
 
     def __init__(self, slots: int) -> None:
         self._count = slots

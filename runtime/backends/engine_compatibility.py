@@ -1,6 +1,7 @@
 """Check from an engine's metadata file whether the engine can run on this machine, and print the command to rebuild it.
 
-TensorRT is not needed, so that an incompatible engine is reported before it is loaded.
+TensorRT is not needed, so that an incompatible engine is reported before it is loaded. `content` is the content of a
+metadata file, as `read_verified` returns it.
 """
 
 from __future__ import annotations
@@ -44,41 +45,23 @@ class HostInfo:
 
 
 def libraries(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the modules that may run a plan, the preferred one first; empty if its target is unknown.
-
-    Args:
-        content: content of the engine's metadata file, as `read_verified` returns it.
-    """
+    """Return the modules that may run a plan, the preferred one first; empty if its target is unknown."""
     names = LIBRARIES.get(str(content.get("target", "tensorrt")), ())
     return (*names, LEAN) if names == LIBRARIES["tensorrt"] and is_version_compatible(content) else names
 
 
 def is_version_compatible(content: Mapping[str, Any]) -> bool:
-    """Return whether a plan contains host code, so that its hash must be checked before it is loaded.
-
-    Args:
-        content: content of the engine's metadata file, as `read_verified` returns it.
-    """
+    """Return whether a plan contains host code, so that its hash must be checked before it is loaded."""
     return bool(_options(content).get("version_compatible"))
 
 
 def is_hardware_compatible(content: Mapping[str, Any]) -> bool:
-    """Return whether a plan was built for Ampere and later GPUs instead of one GPU.
-
-    Args:
-        content: content of the engine's metadata file, as `read_verified` returns it.
-    """
+    """Return whether a plan was built for Ampere and later GPUs instead of one GPU."""
     return bool(_options(content).get("hardware_compatible"))
 
 
 def incompatibility(plan: Path, sidecar: EngineMetadata, host: HostInfo) -> str | None:
-    """Return the error message if a plan cannot run on this machine; None if it can.
-
-    Args:
-        plan: the engine file.
-        sidecar: metadata of the plan.
-        host: GPU and library of this machine.
-    """
+    """Return the error message if a plan cannot run on this machine; None if it can."""
     content = sidecar.content
     built_by = str(content.get("library", "an unknown library"))
     built = f"{plan.name} was built by {built_by} for {built_for_gpu(content)}"
@@ -95,11 +78,7 @@ def incompatibility(plan: Path, sidecar: EngineMetadata, host: HostInfo) -> str 
 
 
 def built_for_gpu(content: Mapping[str, Any]) -> str:
-    """Return the GPUs that a plan was built for, as a phrase.
-
-    Args:
-        content: content of the engine's metadata file, as `read_verified` returns it.
-    """
+    """Return the GPUs that a plan was built for, as a phrase."""
     capabilities = content.get("compute_capabilities") or ()
     if capabilities:
         return f"compute capability {', '.join(map(str, capabilities))}"
@@ -113,8 +92,6 @@ def rebuild_command(plan: Path, sidecar: EngineMetadata, query_length: int = 0, 
     """Return the command that builds a plan again on the machine where it runs.
 
     Args:
-        plan: the engine file.
-        sidecar: metadata of the plan.
         query_length: number of tokens of a query that the new plan must accept, if the present profiles are too short.
         here: whether to build for this GPU only, even if the plan is hardware-compatible.
     """
@@ -151,11 +128,7 @@ def rebuild_command(plan: Path, sidecar: EngineMetadata, query_length: int = 0, 
 
 
 def unrolled_steps(content: Mapping[str, Any]) -> list[int]:
-    """Return the maximum query lengths, in tokens, of the short-query plans that were built with a plan.
-
-    Args:
-        content: content of the metadata file of the plan for queries of any length.
-    """
+    """Return the maximum query lengths, in tokens, of the short-query plans that were built with a plan."""
     matches = (_SHORT.search(name) for name in content.get("unrolled") or ())
     return sorted(int(match["tokens"]) for match in matches if match)
 
@@ -220,12 +193,7 @@ def _range(content: Mapping[str, Any], name: str) -> MinOptMax | None:
 
 
 def source_onnx(plan: Path, content: Mapping[str, Any]) -> Path:
-    """Return the path of the ONNX file that a plan was built from, in the same directory.
-
-    Args:
-        plan: the engine file.
-        content: content of its metadata file.
-    """
+    """Return the path of the ONNX file that a plan was built from, in the same directory."""
     hashes = content.get("sha256")
     names = [name for name in hashes if name.endswith(".onnx")] if isinstance(hashes, Mapping) else []
     return plan.with_name(names[0]) if names else plan.with_suffix(".onnx")

@@ -199,10 +199,6 @@ def precision_in(recorded: str, weights: Mapping[str, int]) -> str:
     """Return the precision of a graph: the recorded one, unless it is fp32 but some weights have another type.
 
     Other tools that convert a graph do not update the manifest.
-
-    Args:
-        recorded: precision in the manifest.
-        weights: number of weights of each data type, as `Contents.weight_types` returns them.
     """
     others = {name: count for name, count in weights.items() if name != "fp32"}
     if recorded != "fp32" or not others:
@@ -234,11 +230,7 @@ def weights_in_file(path: Path) -> dict[str, int]:
 
 
 def weights_text(weights: Mapping[str, int]) -> str:
-    """Return the share of each data type among the weights as text: "99.0 % int8, 1.0 % fp32".
-
-    Args:
-        weights: data type to number of weights, in the order of the text.
-    """
+    """Return the share of each data type among the weights as text: "99.0 % int8, 1.0 % fp32"."""
     total = sum(weights.values())
     return ", ".join(f"{100 * count / total:.1f} % {name}" for name, count in weights.items())
 

@@ -38,26 +38,12 @@ class EngineTensors:
     dtypes: Mapping[str, np.dtype]
 
     def pack_inputs(self, shapes: Mapping[str, Shape]) -> tuple[dict[str, TensorSlice], int]:
-        """Return the layout of the inputs that are copied for each run.
-
-        Args:
-            shapes: input name to shape.
-
-        Returns:
-            Input name to its slice of the buffer, and the size of the buffer in bytes.
-        """
+        """Return the layout of the inputs that are copied for each run, as `pack_tensors` returns it."""
         copied = {name: shape for name, shape in shapes.items() if name not in self.encodings}
         return pack_tensors(copied, self.dtypes)
 
     def pack_outputs(self, context: Any) -> tuple[dict[str, TensorSlice], int]:
-        """Return the layout of the outputs of a context.
-
-        Args:
-            context: `IExecutionContext` whose input shapes are set.
-
-        Returns:
-            Output name to its slice of the buffer, and the size of the buffer in bytes.
-        """
+        """Return the layout of the outputs of a context whose input shapes are set, as `pack_tensors` returns it."""
         return pack_tensors({name: tuple(context.get_tensor_shape(name)) for name in self.outputs}, self.dtypes)
 
 
@@ -92,12 +78,7 @@ class ExecutionContexts:
     only one uses at a time.
 
     Args:
-        trt: the module of TensorRT.
         engine: TensorRT's `ICudaEngine`, deserialized.
-        tensors: inputs and outputs of the engine.
-        buffers: memory of the engine.
-        kernels: file for the kernels that TensorRT-RTX compiles.
-        checker: raises the errors that TensorRT logs.
         run_advice: returns what to do if a run fails, as the end of an error message.
 
     Attributes:
@@ -135,10 +116,6 @@ class ExecutionContexts:
 
     def create(self, profile: OptimizationProfile, shapes: Mapping[str, Shape]) -> Any:
         """Return a new `IExecutionContext` for a profile and input shapes.
-
-        Args:
-            profile: profile of the engine.
-            shapes: input name to shape, within the profile.
 
         Raises:
             CudaError: TensorRT cannot create the context, or rejects a shape.
@@ -214,7 +191,6 @@ class ExecutionContexts:
         """Return the state of a profile and padded sizes, which is created at the first call.
 
         Args:
-            profile: profile of the engine.
             sizes: axis to padded size, as `choose_profile` returns them.
         """
         key = (profile.index, *sizes.values())

@@ -40,14 +40,7 @@ class UnsplitNetwork:
     def run(
         self, tokens: np.ndarray, lengths: np.ndarray, encodings: Sequence[Encoding], encoding_index: np.ndarray
     ) -> Heads:
-        """Return the heads of B queries; see `SplitNetwork.run`.
-
-        Args:
-            tokens: (B, L) int32 word ids, 0 past each length.
-            lengths: (B,) int32 lengths in tokens.
-            encodings: segments of V windows.
-            encoding_index: (B,) int32 index in `encodings` of the window of each query.
-        """
+        """Return the heads of B queries; see `SplitNetwork.run`."""
         segments = [cast(Segments, encodings[index]) for index in encoding_index]
         return self._backend.run(Batch(tokens, lengths, *stack_segments(segments)))
 
@@ -70,7 +63,6 @@ class SplitNetwork:
         Args:
             segments: (T, D) features and (T, 2) spans of the window.
             duration: duration of the window, in seconds.
-            name: name of the video of the window.
             offset: seconds from the start of the video file to its first frame.
         """
         features = self._backend.encode(segments.features[None].astype(np.float32, copy=False))[0]

@@ -38,9 +38,6 @@ class Session:
     """A DRN model file, or one part of a split model, open in ONNX Runtime.
 
     Args:
-        path: the `.onnx` file.
-        device: `auto`, `cpu` or `cuda`; see `create_session`.
-        threads: number of CPU threads; ONNX Runtime's default when None.
         part_of: for a video part, the path of the query part and the SHA-256 that it records for this file; else None.
 
     Attributes:
@@ -102,7 +99,6 @@ class Session:
         """Run the graph.
 
         Args:
-            outputs: names of the outputs to return.
             feed: array of each input by name, or on a GPU a tensor that `to_device` returned.
 
         Returns:
@@ -133,11 +129,7 @@ class Session:
             raise ShapeError(f"The model does not accept this batch: {message}. Check the shapes.") from error
 
     def to_device(self, array: np.ndarray) -> Any:
-        """Copy an array to the session's device, as a tensor for `run`.
-
-        Raises:
-            DeviceError: this process was forked after CUDA was started.
-        """
+        """Copy an array to the session's device, as a tensor for `run`."""
         self._check_process()
         import onnxruntime as ort
 
@@ -174,22 +166,12 @@ class OnnxRuntimeBackend:
         self._session = session
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch; see `Backend.run` for shapes.
-
-        Raises:
-            ShapeError: the arrays do not fit the graph.
-            DeviceMemoryError: the device has no memory left.
-            DeviceError: this process was forked after CUDA was started.
-        """
+        """Return the heads of a batch; see `Backend.run` for shapes, and `Session.run` for errors."""
         return Heads(*self._session.run(HEAD_NAMES, vars(batch)))
 
 
 class OnnxRuntimePair:
     """Run a model that was split into two `.onnx` files; see `PairBackend`.
-
-    Args:
-        query: session of the query part.
-        threads: CPU threads of the video part.
 
     Raises:
         ModelFileError: the video part is missing, is not the one that the query part records, or is no video part.
@@ -208,12 +190,7 @@ class OnnxRuntimePair:
         self._video.require(VIDEO_INPUTS, VIDEO_OUTPUTS)
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return the encodings of V videos, (V, D, T) float32 or float16, from their (V, T, D) float32 segments.
-
-        Raises:
-            ShapeError: the segments do not fit the graph.
-            DeviceMemoryError: the device has no memory left.
-        """
+        """Return the encodings of V videos, (V, D, T) float32 or float16, from their (V, T, D) float32 segments."""
         (encoded,) = self._video.run(VIDEO_OUTPUTS, {"segment_features": segment_features})
         return encoded
 
@@ -224,12 +201,7 @@ class OnnxRuntimePair:
         videos: Sequence[EncodedVideo],
         video_index: np.ndarray,
     ) -> Heads:
-        """Return the heads of B queries; see `PairBackend.ask` for shapes.
-
-        Raises:
-            ShapeError: the arrays do not fit the graph.
-            DeviceMemoryError: the device has no memory left.
-        """
+        """Return the heads of B queries; see `PairBackend.ask` for shapes."""
         if not len(query_length):
             return Heads(*self._query.run(HEAD_NAMES, {"query_length": query_length}))
         (first, *others) = videos
@@ -266,15 +238,9 @@ def open_graph(
 ) -> OnnxRuntimeBackend | OnnxRuntimePair:
     """Open a whole model, or both parts of a split model from its query part.
 
-    Args:
-        path: the `.onnx` file; that of the query part if the model was split.
-        device: `auto`, `cpu` or `cuda`; see `create_session`.
-        threads: number of CPU threads; ONNX Runtime's default when None.
-
     Raises:
         ModelFileError: the file is damaged, is no DRN model, or is a video part; or the video part of a query part is
             missing or is not the one that it records.
-        DeviceError: ONNX Runtime is not installed, or does not support the device.
     """
     session = Session(Path(path), device, threads)
     part = session.manifest.part
@@ -287,12 +253,7 @@ def open_graph(
 
 
 def locate_part(query: Path, name: str, digest: str) -> Path:
-    """Return the path of a model part after checking its content.
-
-    Args:
-        query: the query part, in the same directory.
-        name: file name that its manifest records.
-        digest: SHA-256 that its manifest records.
+    """Return the path of a model part in the directory of the query part, after comparing its SHA-256 with `digest`.
 
     Raises:
         ModelFileError: the file is missing, or its content differs.

@@ -31,9 +31,6 @@ def import_onnxruntime(gpu: bool) -> tuple[Any, str]:
 
     Returns:
         The module, and the libraries that it could not load, as it prints them; empty on a CPU.
-
-    Raises:
-        DeviceError: ONNX Runtime is not installed.
     """
     try:
         import onnxruntime as ort
@@ -84,12 +81,9 @@ def new_session(
 
     Args:
         source: path of an ONNX file, or a serialized graph.
-        threads: CPU threads; ONNX Runtime's default when None.
-        optimize: whether ONNX Runtime may rewrite the graph.
         provider: name of the execution provider, or its name and options.
 
     Raises:
-        DeviceError: ONNX Runtime is not installed.
         Exception: of ONNX Runtime, if it cannot open the graph.
     """
     ort, _ = import_onnxruntime(gpu=False)
@@ -109,9 +103,7 @@ def create_session(path: Path, device: Device = "auto", threads: int | None = No
     The file is hashed in a thread while ONNX Runtime optimizes the graph, which takes longer.
 
     Args:
-        path: the `.onnx` file.
         device: `auto` selects a GPU if ONNX Runtime supports one, otherwise the CPU.
-        threads: CPU threads; ONNX Runtime's default when None.
 
     Returns:
         The session, the device that it runs on, and the hashes of the file.

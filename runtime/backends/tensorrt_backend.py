@@ -49,9 +49,7 @@ def open_engine(
     """Open a whole model, or both parts of a split model from its query part, with its short-query plans.
 
     Args:
-        path: the `.engine` file; its metadata file is in the same directory.
         device: `auto` or `cuda`; an engine does not run on a CPU.
-        threads: ignored, because an engine runs on a GPU.
         library, cuda: replace the TensorRT module and the driver in tests.
 
     Raises:
@@ -96,17 +94,10 @@ def open_engine(
 def open_extractor_engine(
     path: Path, device: Device = "auto", *, library: Any = None, cuda: Cuda | None = None
 ) -> TensorRTExtractor:
-    """Open an engine that extracts clip features.
-
-    Args:
-        path: the `.engine` file; its metadata file is in the same directory.
-        device: `auto` or `cuda`; an engine does not run on a CPU.
-        library, cuda: replace the TensorRT module and the driver in tests.
+    """Open an engine that extracts clip features; see `open_engine` for the arguments and other errors.
 
     Raises:
         ModelFileError: the plan does not match its metadata file, or is no extractor engine.
-        DeviceError: the plan was built for another library, version or GPU, or no GPU is available.
-        DeviceMemoryError: the GPU has not enough memory.
     """
     content = read_verified(path)
     sidecar = ExtractorSidecar(ExtractorManifest.from_dict(content["manifest"], str(metadata_path(path))), content)
@@ -126,10 +117,6 @@ def _check_device(path: Path, device: Device) -> None:
 
 def locate_video_part(path: Path, sidecar: Sidecar) -> tuple[Path, Sidecar]:
     """Return the engine file of the video part of a model, and its metadata.
-
-    Args:
-        path: engine file of the query part, in the same directory.
-        sidecar: metadata of the query part, which records the SHA-256 of both parts.
 
     Raises:
         ModelFileError: the file is missing, damaged, or of another build.
@@ -227,12 +214,7 @@ class TensorRTExtractor(TensorRTModel):
         self.identity = identity
 
     def extract(self, clips: np.ndarray) -> np.ndarray:
-        """Return (N, D) float32 features of (N, window, height, width, 3) uint8 RGB clips.
-
-        Raises:
-            ShapeError: the clips have another shape than the engine accepts.
-            DeviceError: the GPU's memory is full, the GPU failed, or this process was forked after it was opened.
-        """
+        """Return (N, D) float32 features of (N, window, height, width, 3) uint8 RGB clips."""
         return self._run_one_input(self._network, "batch", "clips", clips, "features")
 
 
@@ -240,9 +222,7 @@ class _QueryModel(TensorRTModel):
     """Base of whole and split models: run each batch with the plan for its longest query.
 
     Args:
-        manifest: manifest of the model.
         networks: engine for queries of any length, and for a split model the engine of the video part.
-        short_query_networks: faster engines that accept short queries only.
     """
 
     def __init__(
@@ -342,15 +322,7 @@ class TensorRTBackend(_QueryModel):
     """Run a model that was not split; see `Backend`."""
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch, run in parts if it exceeds the largest profile.
-
-        Args:
-            batch: B queries with the segments of their videos; see `Backend.run` for shapes.
-
-        Raises:
-            ShapeError: the arrays do not fit the engine.
-            DeviceError: the GPU's memory is full, the GPU failed, or this process was forked after it was opened.
-        """
+        """Return the heads of a batch, run in parts if it exceeds the largest profile."""
         length = int(batch.query_length.max(initial=1))
         network = self.network_for(length)
         tokens = batch.query_tokens[:, :length]
@@ -370,14 +342,7 @@ class TensorRTBackend(_QueryModel):
 
 
 class TensorRTPair(_QueryModel):
-    """Run a split model, whose query plans store encodings on the device; see `PairBackend`.
-
-    Args:
-        manifest: manifest of the query part.
-        query: engine of the query part, for queries of any length.
-        video: engine of the video part.
-        short_query_networks: faster engines of the query part that accept short queries only.
-    """
+    """Run a split model, whose query plans store encodings on the device; see `PairBackend`."""
 
     def __init__(
         self,
@@ -408,12 +373,7 @@ class TensorRTPair(_QueryModel):
             yield network, {**sizes, "video": 1}
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return the encodings of V videos, (V, D, T) float32 or float16, from their (V, T, D) float32 segments.
-
-        Raises:
-            ShapeError: the segments do not fit the engine.
-            DeviceError: the GPU's memory is full, the GPU failed, or this process was forked after it was opened.
-        """
+        """Return the encodings of V videos, (V, D, T) float32 or float16, from their (V, T, D) float32 segments."""
         encoded = self._run_one_input(self._video, "video", "segment_features", segment_features, ENCODED_FEATURES)
         return from_bfloat16(encoded) if self._video.is_bfloat16 else encoded
 
@@ -427,10 +387,6 @@ class TensorRTPair(_QueryModel):
         """Return the heads of B queries; see `PairBackend.ask` for shapes.
 
         Encodings that are not on the GPU are copied there; videos of equal `key` share one copy.
-
-        Raises:
-            ShapeError: the arrays or encodings do not fit the engine.
-            DeviceError: the GPU's memory is full, the GPU failed, or this process was forked after it was opened.
         """
         length = int(query_length.max(initial=1))
         network = self.network_for(length)
@@ -455,12 +411,7 @@ class TensorRTPair(_QueryModel):
         return gather_rows(len(query_length), outputs, network.empty_outputs)
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch, each row with a video of its own; see `Backend.run` for shapes.
-
-        Raises:
-            ShapeError: the arrays do not fit the engine.
-            DeviceError: the GPU's memory is full, the GPU failed, or this process was forked after it was opened.
-        """
+        """Return the heads of a batch, each row with a video of its own; see `Backend.run` for shapes."""
         # Keys that no other call uses, also not in another thread, because these videos are not cached.
         call = next(self._calls)
         videos = [

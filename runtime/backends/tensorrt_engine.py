@@ -59,9 +59,6 @@ class TensorRTEngine:
 
     Args:
         library: the module `tensorrt`, `tensorrt_lean` or `tensorrt_rtx`.
-        cuda: GPU that runs the engine.
-        path: the engine file.
-        sidecar: metadata of the engine.
 
     Attributes:
         path, sidecar, cuda: the arguments.
@@ -219,28 +216,12 @@ class TensorRTEngine:
         return outputs
 
     def key(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Return the profile index and the padded sizes of a request; requests of equal key share a context.
-
-        Args:
-            sizes: size of each axis that the engine has.
-
-        Raises:
-            ShapeError: the request is too large for every profile.
-        """
+        """Return the profile index and the padded sizes of a request; requests of equal key share a context."""
         profile, padded = self.choose(sizes)
         return (profile.index, *padded.values())
 
     def warm(self, sizes: Mapping[str, int]) -> None:
-        """Run zeros until requests of these sizes need no new context and no capture of a CUDA graph.
-
-        Args:
-            sizes: size of each axis that the engine has.
-
-        Raises:
-            ShapeError: the request is too large for every profile.
-            OutOfDeviceMemory: the GPU's memory is full.
-            CudaError: TensorRT or the GPU failed.
-        """
+        """Run zeros until requests of these sizes need no new context and no capture of a CUDA graph."""
         profile, _ = self.choose(sizes)
         shapes = profile.shapes(self.tensors.axes, sizes)
         inputs = {
@@ -255,14 +236,7 @@ class TensorRTEngine:
             self.run(inputs, sizes)
 
     def choose(self, sizes: Mapping[str, int]) -> tuple[OptimizationProfile, dict[str, int]]:
-        """Return the profile with the least padding for a request and its padded sizes, cached by size.
-
-        Args:
-            sizes: size of each axis that the engine has.
-
-        Raises:
-            ShapeError: the request is too large for every profile.
-        """
+        """Return the profile with the least padding for a request and its padded sizes, cached by size."""
         key = tuple(sizes.values())
         if key not in self._choices:
             if len(self._choices) >= MAX_CACHED_CHOICES:

@@ -14,11 +14,7 @@ log = logging.getLogger("drn")
 
 
 def logger_for(trt: Any) -> Any:
-    """Return an `ILogger` that stores errors in `lines` and the last warning in `last_warning`.
-
-    Args:
-        trt: the module of TensorRT.
-    """
+    """Return an `ILogger` that stores errors in `lines` and the last warning in `last_warning`."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -39,13 +35,7 @@ def logger_for(trt: Any) -> Any:
 
 
 class CallChecker:
-    """Raise the errors that TensorRT logged if a call on an engine failed.
-
-    Args:
-        trt: the module of TensorRT.
-        logger: logger from `logger_for`, to which the engine logs.
-        name: name of the engine file, for messages.
-    """
+    """Raise the errors that TensorRT logged if a call on an engine failed."""
 
     def __init__(self, trt: Any, logger: Any, name: str) -> None:
         self._library = f"{trt.__name__} {trt.__version__}"
@@ -55,7 +45,6 @@ class CallChecker:
         """Raise CudaError, or OutOfDeviceMemory, unless a call succeeded.
 
         Args:
-            ok: result of the call; false if it failed.
             action: verb and object of the call: "load the plan".
             advice: what to do, as the end of the message of a CudaError without a full stop. If memory ran out, the
                 caller adds what to do.
@@ -80,8 +69,6 @@ def explain_startup_failure(trt: Any, logger: Any, driver: str | None) -> Iterat
     """Raise an error with the logged reason if TensorRT cannot be initialized; its constructors raise TypeError only.
 
     Args:
-        trt: the module of TensorRT.
-        logger: logger from `logger_for`, which the constructor gets.
         driver: newest CUDA version that the driver supports; None if unknown.
 
     Raises:

@@ -51,7 +51,11 @@ class PlanUse:
 
 
 class TensorRTModel:
-    """The engines of a model, their encoding cache and their lifetime."""
+    """The engines of a model, their encoding cache and their lifetime.
+
+    Calls raise ShapeError for arrays that do not fit the engine, and DeviceError if the GPU failed, its memory is full,
+    or this process was forked after the engine was opened.
+    """
 
     def __init__(self, *networks: TensorRTEngine) -> None:
         self._networks = networks
@@ -104,11 +108,7 @@ class TensorRTModel:
     def _run_parts(
         self, parts: Iterable[np.ndarray], run: Callable[[np.ndarray], Mapping[str, np.ndarray]]
     ) -> list[RowOutputs]:
-        """Run the rows of each part while no other call runs, and return rows and outputs.
-
-        Raises:
-            DeviceError: the GPU's memory is full, the GPU failed, or this process was forked after it was opened.
-        """
+        """Run the rows of each part while no other call runs, and return rows and outputs."""
         with self._exclusive():
             for network in self._networks:
                 network.contexts.gpu_ms = 0.0

@@ -31,15 +31,7 @@ class Call(Protocol):
         """Run a model and return its outputs.
 
         Args:
-            model: name of the model on the server.
             inputs: array of each input by name, with the batch as the first axis.
-            outputs: names of the outputs to return.
-
-        Returns:
-            The outputs, in the order of `outputs`.
-
-        Raises:
-            ServerError: the server cannot be reached, or the model failed.
         """
 
 
@@ -96,12 +88,7 @@ class FrontConfig:
 
 
 class TritonBackend:
-    """Run a model that was not split on a Triton server; see `Backend`.
-
-    Args:
-        config: configuration of the front model.
-        call: runs a model of the server.
-    """
+    """Run a model that was not split on a Triton server; see `Backend`."""
 
     def __init__(self, config: FrontConfig, call: Call) -> None:
         self.manifest = config.manifest
@@ -132,12 +119,7 @@ class TritonBackend:
 
 
 class TritonPair:
-    """Run a split model on a Triton server; see `PairBackend`.
-
-    Args:
-        config: configuration of the front model.
-        call: runs a model of the server.
-    """
+    """Run a split model on a Triton server; see `PairBackend`."""
 
     def __init__(self, config: FrontConfig, call: Call) -> None:
         self.manifest = config.manifest
@@ -145,11 +127,7 @@ class TritonPair:
         self._call = call
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        """Return the encodings of V videos, (V, D, T) float32 or float16, from their (V, T, D) float32 segments.
-
-        Raises:
-            ServerError: the server cannot be reached, or the model failed.
-        """
+        """Return the encodings of V videos, (V, D, T) float32 or float16, from their (V, T, D) float32 segments."""
         name, results = self._config.video_network, []
         for rows in row_slices(len(segment_features), self._config.encoded_together):
             inputs = {"segment_features": segment_features[as_slice(rows)]}
@@ -163,12 +141,7 @@ class TritonPair:
         videos: Sequence[EncodedVideo],
         video_index: np.ndarray,
     ) -> Heads:
-        """Return the heads of B queries; see `PairBackend.ask` for shapes.
-
-        Raises:
-            ShapeError: a query is longer than the network accepts.
-            ServerError: the server cannot be reached, or the model failed.
-        """
+        """Return the heads of B queries; see `PairBackend.ask` for shapes, and `TritonBackend.run` for errors."""
         tokens = _padded(query_tokens, self.manifest.max_query_length)
         parts = []
         for rows in row_slices_by_video(video_index, self._config.batch, self._config.videos, len(videos)):

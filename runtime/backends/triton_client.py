@@ -130,9 +130,7 @@ class Connection:
         """Run a model of the server.
 
         Args:
-            model: name of the model on the server.
             inputs: array of each input by name, with the batch as the first axis.
-            outputs: names of the outputs to return.
 
         Returns:
             The outputs, in the order of `outputs`.
@@ -255,7 +253,6 @@ def connect(
     """Connect to a front model on a Triton server.
 
     Args:
-        address: address of the front model, `triton://HOST:PORT/MODEL`.
         device, threads: must be `auto` and None, because the server decides.
 
     Returns:

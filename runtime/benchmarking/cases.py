@@ -116,8 +116,6 @@ def phases_call(model: BenchmarkedModel, size: int, samples: list[dict[str, floa
     """Return a call that grounds queries about new videos and records the time of each phase.
 
     Args:
-        model: the model.
-        size: number of queries.
         samples: list to which the seconds of each phase are appended at every call.
     """
     return Call(

@@ -211,8 +211,6 @@ def _check(
     """Check the options before any model is opened.
 
     Args:
-        models: model files.
-        data_set: data set whose files must not be overwritten.
         counts: --samples, --batch and --limit.
         outputs: JSON, Markdown and PNG file to write.
     """
@@ -299,16 +297,7 @@ def _measure(
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Draw the latency of one query and R@1 IoU=0.7 of each model into a PNG file.
-
-    Args:
-        comparison: measurements of the models.
-        path: PNG file to write.
-
-    Raises:
-        DeviceError: matplotlib is not installed.
-        OutputError: the file cannot be written, or its name does not end in .png.
-    """
+    """Draw the latency of one query and R@1 IoU=0.7 of each model into a PNG file."""
     check_plots(path)
     from matplotlib.figure import Figure
 

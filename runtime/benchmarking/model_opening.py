@@ -52,10 +52,6 @@ def open_model(
     """Open a model, ground one query, and return the model with the time and memory that both took.
 
     Args:
-        path: the model file.
-        label: name of the model in tables.
-        device: auto, cpu or cuda.
-        threads: CPU threads of the network.
         pairs: the first is grounded; a synthetic one if empty.
         cold_start_s: seconds that `cold_start` measured; None if it failed.
     """
@@ -108,12 +104,7 @@ def _gpu_growth(before: gpu_info.Gpu | None) -> int | None:
 
 
 def cold_start(path: Path, device: Device, threads: int | None) -> float:
-    """Return the seconds from the start of a new process until it has grounded a query.
-
-    Args:
-        path: the model file.
-        device: auto, cpu or cuda.
-        threads: number of CPU threads of the network; the library's default when None.
+    """Return the seconds from the start of a new process until it has grounded a query with a model file.
 
     Raises:
         DeviceError: the process failed.

@@ -19,12 +19,7 @@ from runtime.grounding.scheduling import distinct
 def time_phases(
     grounder: Grounder, pairs: Sequence[tuple[Video, str]], clock: Clock = time.perf_counter
 ) -> tuple[list[list[Moment]], dict[str, float]]:
-    """Ground pairs in one batch, as `Grounder.ground_batch` does, and time the phases.
-
-    Args:
-        grounder: the model; videos are not split into windows.
-        pairs: N videos and queries.
-        clock: returns seconds.
+    """Ground pairs in one batch without windows, as `Grounder.ground_batch` does, and time the phases.
 
     Returns:
         The moments of each pair, and the seconds of each phase by name.

@@ -13,16 +13,7 @@ from runtime.core.io.atomic_files import atomic_write
 
 
 def draw(report: Report, path: Path) -> None:
-    """Plot latency of one query, throughput by batch size and queries per video, and latency by query length.
-
-    Args:
-        report: the results.
-        path: PNG file to write.
-
-    Raises:
-        DeviceError: matplotlib is not installed.
-        OutputError: the file cannot be written, or its name does not end in .png.
-    """
+    """Plot latency of one query, throughput by batch size and queries per video, and latency by query length."""
     check_plots(path)
     from matplotlib.figure import Figure
 

@@ -211,7 +211,6 @@ class Agreement:
         """Compare the best moments of a model with those of the first model.
 
         Args:
-            model: label of the model.
             actual, expected: moments of each query, best first, of this and of the first model.
             visible_s: smallest shift that counts as different, in seconds.
         """
@@ -286,11 +285,7 @@ class Report:
 
 
 def environment_line(report: Mapping[str, Any]) -> str:
-    """Return hardware, threads, versions and date of a report in one phrase.
-
-    Args:
-        report: JSON object of a report, as `read_report` returns it.
-    """
+    """Return hardware, threads, versions and date of a report in one phrase."""
     hardware, threads = report["hardware"], report["settings"]["threads"]
     on_gpu = any(model["device"] == "cuda" for model in report["models"]) and hardware["gpu"]
     parts = [str(hardware["gpu"])] if on_gpu else []
@@ -302,10 +297,6 @@ def environment_line(report: Mapping[str, Any]) -> str:
 
 def latency_table(report: Mapping[str, Any], sha256: str) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
     """Return the header and rows of the latency table of one model, for its parity report.
-
-    Args:
-        report: JSON object of a report, as `read_report` returns it.
-        sha256: SHA-256 of the model file.
 
     Raises:
         ModelFileError: the report has no latency of this model.

@@ -55,12 +55,7 @@ class BenchmarkOptions:
     threads: int | None
 
     def validate(self) -> None:
-        """Check the options before any model is opened.
-
-        Raises:
-            GroundingError: an option is out of range, or needs another one.
-            ModelFileError: a model file is missing.
-        """
+        """Raise GroundingError for options out of range, options that need others, and missing model files."""
         if not self.models:
             raise ModelFileError("No model was given. Pass --model FILE or --compare FILE FILE.", code="missing_option")
         check_option("--samples", self.samples, 1)
@@ -81,11 +76,7 @@ class BenchmarkOptions:
 
 
 class BenchmarkRun:
-    """A run of the benchmark; `report` returns the results so far, also after an interruption.
-
-    Args:
-        options: validated options.
-    """
+    """A run of the benchmark; `report` returns the results so far, also after an interruption."""
 
     def __init__(self, options: BenchmarkOptions) -> None:
         self._options = options

@@ -49,11 +49,7 @@ def versions() -> dict[str, str]:
 
 
 def conditions(when: str) -> SystemState:
-    """Return the present state of the machine; takes up to a second with a GPU.
-
-    Args:
-        when: time of the state in words, for the report.
-    """
+    """Return the present state of the machine; takes up to a second with a GPU."""
     try:
         load: float | None = os.getloadavg()[0]
     except OSError:
@@ -69,8 +65,6 @@ def background_load_warning(before: float | None, after: float | None, num_cores
     Args:
         before: load before the measurements, which is that of other processes.
         after: load at the end, this process included.
-        num_cores: number of cores that this process may use.
-        threads: number of threads that it used.
     """
     others = max(before or 0.0, (after or 0.0) - threads)
     if others + threads <= num_cores + 0.25:

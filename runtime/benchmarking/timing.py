@@ -43,12 +43,7 @@ class Call:
     device_seconds: Callable[[], float] | None = None
 
     def seconds(self, number: int, clock: Clock = time.perf_counter) -> float:
-        """Run the call once, and return its time in seconds.
-
-        Args:
-            number: number of the call, the argument of `prepare`.
-            clock: returns seconds.
-        """
+        """Run the call once, and return its time in seconds."""
         prepared = self.prepare(number)
         start = clock()
         self.run(prepared)
@@ -73,11 +68,7 @@ class Latency:
 
     @classmethod
     def from_samples(cls, seconds: Sequence[float]) -> Latency:
-        """Return the latency of at least one sample.
-
-        Args:
-            seconds: time of each call, in seconds.
-        """
+        """Return the latency of at least one sample."""
         values = np.asarray(seconds, np.float64) * 1e3
         median = percentile(values, 50)
         # `percentile` has no median of a single sample.
@@ -115,10 +106,6 @@ def percentile(values: Sequence[float] | np.ndarray, q: float) -> float | None:
     """Return the smallest sample that `q` percent of the samples do not exceed.
 
     None if there are fewer than 100 / (100 - q) samples, so that none would exceed it.
-
-    Args:
-        values: samples in any unit.
-        q: percent, 0 to 100.
     """
     # In integers, because 100 * 0.9 is not exactly 90 in floating point.
     if len(values) * (100 - q) < 100:
@@ -174,12 +161,7 @@ def warm_up(
     """Run interleaved calls until the times of each are stable, or a limit is reached.
 
     Args:
-        calls: those that are timed afterwards.
-        clock: returns seconds.
         max_seconds: time limit for each call, after the minimum number of windows.
-
-    Returns:
-        The warm-up of each call.
     """
     start = clock()
     size = window_size(sum(call.seconds(0, clock) for call in calls) / len(calls))
@@ -214,13 +196,8 @@ def run_interleaved(
     """Time each call once per round.
 
     Args:
-        calls: the calls that are compared.
-        rounds: maximum number of rounds.
         samples: a list for each call, to which its seconds are appended at once, so that an interruption loses none.
-        max_seconds: time limit; None for no limit.
         min_rounds: number of rounds that ignore the time limit.
-        clock: returns seconds.
-        on_round: called after every round.
     """
     start = clock()
     for number in range(rounds):
@@ -237,8 +214,6 @@ def time_interleaved(
     """Warm up, then time each call once per round.
 
     Args:
-        calls: the calls that are compared.
-        rounds: maximum number of rounds.
         max_seconds: time limit after the first `MIN_ROUNDS` rounds; None for no limit.
         max_warm_up: time limit of the warm-up in seconds, for each call.
 

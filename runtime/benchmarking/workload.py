@@ -60,7 +60,6 @@ def synthetic_workload(manifests: Sequence[Manifest], batch: int = 1) -> Workloa
     """Return random videos of 30 s with features as sparse as those of C3D, and queries of words that all models know.
 
     Args:
-        manifests: manifests of the models.
         batch: minimum number of queries.
 
     Raises:
@@ -95,7 +94,6 @@ def dataset_workload(directory: Path, video: str | None, queries: Sequence[str])
     """Return videos and queries of a data set.
 
     Args:
-        directory: directory of the data set.
         video: name of a video; None selects queries of the test split, or else of another one.
         queries: sentences about the video; empty selects its annotations.
 
@@ -155,12 +153,7 @@ def pairs_with_known_words(
 
 
 def ground_first(grounder: Grounder, pairs: Sequence[tuple[Video, str]] = ()) -> None:
-    """Ground one query, to finish the one-time costs of a model.
-
-    Args:
-        grounder: the model.
-        pairs: videos and queries, of which the first is grounded; a synthetic one if empty.
-    """
+    """Ground the first pair, or else a synthetic one, to finish the one-time costs of a model."""
     grounder.ground(*(pairs or synthetic_workload([grounder.manifest]).pairs)[0])
 
 
@@ -182,13 +175,7 @@ class BenchmarkedModel:
 
     @classmethod
     def from_grounder(cls, label: str, grounder: Grounder, pairs: Sequence[tuple[Video, str]]) -> BenchmarkedModel:
-        """Return a model with its queries after encoding or pooling each video once.
-
-        Args:
-            label: name of the model in tables.
-            grounder: the model.
-            pairs: videos and queries.
-        """
+        """Return a model with its queries after encoding or pooling each video once."""
         encoded: dict[int, Video | EncodedVideo] = {}
         for video, query in pairs:
             grounder.encode_query(query)
@@ -223,7 +210,6 @@ class BenchmarkedModel:
 
         Args:
             queries: word ids of each query, (L,) int32.
-            videos: cached video of each query.
         """
         backend = self.grounder.backend
         if not self.grounder.is_pair:

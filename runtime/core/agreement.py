@@ -33,20 +33,12 @@ class PairedAnswers:
     shifts: np.ndarray
 
     def gained(self, threshold: float) -> np.ndarray:
-        """Return which queries only the other model answers correctly, (N,) bool.
-
-        Args:
-            threshold: IoU threshold of a hit, a key of `hits`.
-        """
+        """Return which queries only the other model answers correctly, (N,) bool."""
         before, after = self.hits[threshold]
         return ~before & after
 
     def lost(self, threshold: float) -> np.ndarray:
-        """Return which queries only the reference answers correctly, (N,) bool.
-
-        Args:
-            threshold: IoU threshold of a hit, a key of `hits`.
-        """
+        """Return which queries only the reference answers correctly, (N,) bool."""
         before, after = self.hits[threshold]
         return before & ~after
 
@@ -66,7 +58,6 @@ def compare_answers(
         truth: (N, 2) ground truth as fractions of the video; or (N, W, 2) for queries with up to W moments, NaN after
             the last.
         durations: (N,) durations of the videos in seconds.
-        protocol: rule that decides what is a hit.
     """
     both = (reference, other)
     first = next(iter(reference))

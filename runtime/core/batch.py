@@ -68,11 +68,7 @@ def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:
 
 
 def stack_segments(videos: Sequence[Segments]) -> tuple[np.ndarray, np.ndarray]:
-    """Return features (B, T, D) and spans (B, T, 2) of the segments of B videos, both float32.
-
-    Args:
-        videos: B segments of equal shape, at least one.
-    """
+    """Return features (B, T, D) and spans (B, T, 2) of the segments of B videos of equal shape, both float32."""
     features = np.empty((len(videos), *videos[0].features.shape), np.float32)
     spans = np.empty((len(videos), *videos[0].spans.shape), np.float32)
     for index, segments in enumerate(videos):
@@ -102,7 +98,6 @@ def batches_by_length(queries: Sequence[np.ndarray], batch_size: int) -> Iterato
 
     Args:
         queries: word ids of each query, (L_i,) int32.
-        batch_size: maximum number of queries of a batch.
 
     Yields:
         (batch,) int64 indices in `queries`.
@@ -120,7 +115,6 @@ def batches(
     Args:
         queries: N arrays (L_i,) of int32 word ids.
         videos: segments of the video of each query, N objects of equal shape.
-        batch_size: maximum number of pairs of a batch.
 
     Yields:
         (B,) int64 indices of the pairs of a batch in `queries`, and the batch.

@@ -29,7 +29,6 @@ def command(function: Callable[..., Any], expand: Callable[[Sequence[str]], list
     input, and 128 + N after signal N: 130 for Ctrl-C, 143 for SIGTERM.
 
     Args:
-        function: the command.
         expand: returns the arguments to parse, given those of the command line; for an option such as --config of
             `train`, which inserts the options of a file.
     """
@@ -94,12 +93,7 @@ def _parsed(function: Callable[..., Any], expand: Callable[[Sequence[str]], list
 
 
 def suggest_next_command(module: str, *words: object) -> None:
-    """Print the next command to type, quoted for a shell, to stderr.
-
-    Args:
-        module: module of the command, such as runtime.infer.
-        words: its arguments, in order.
-    """
+    """Print the next command to type, quoted for a shell, to stderr."""
     log.info("\nNext:  %s", shell_words([*typed_name(module).split(), *map(str, words)]))
 
 

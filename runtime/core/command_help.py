@@ -105,7 +105,6 @@ def _annotated(hint: Any, default: Any, text: str, option: str | None) -> Any:
     """Return a type hint with its help text, without "(default: None)" and "(default: )".
 
     Args:
-        hint, default, text: type, default value and help text of a parameter.
         option: name of its option, if it differs from that of the parameter.
     """
     import tyro

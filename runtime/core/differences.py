@@ -14,7 +14,6 @@ def differences(before: Any, after: Any, path: tuple[Key, ...] = ()) -> Iterator
     Objects, and lists of equally many objects, are compared entry by entry; other values are compared by ==.
 
     Args:
-        before, after: the two JSON values.
         path: keys and indices that lead to the values in a larger one.
 
     Yields:

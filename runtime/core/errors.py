@@ -23,7 +23,6 @@ class _CodedError(Exception):
     """Base class of errors with a stable identifier.
 
     Args:
-        message: what happened, with the values, and what to do.
         code: identifier for programs and tests, listed in docs/error-codes.md; default: the code of the class.
     """
 
@@ -150,11 +149,8 @@ def check_argument(
     """Raise `error` (code `invalid_argument`) unless an argument of a public function has the right type.
 
     Args:
-        name: name of the argument.
         value: the argument; a bool does not count as a number.
-        types: accepted types.
         expected: description of an accepted value with its article, for the message: "an array".
-        error: class to raise.
     """
     if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
         raise error(
@@ -173,10 +169,7 @@ def check_option(
     """Raise `error` (code `invalid_option`) unless the number of a command-line option is None or in range.
 
     Args:
-        flag: the option, such as "--top-k", for the message.
-        value: value of the option; None is valid.
         minimum, maximum: smallest and largest accepted value; no upper limit when None.
-        error: class to raise.
     """
     if value is not None and not (minimum <= value and (maximum is None or value <= maximum)):
         limits = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
@@ -198,10 +191,7 @@ def invalid_setting(
     """Return an error (code `invalid_setting`) for a value of a setting.
 
     Args:
-        expected: description of the accepted values.
-        actual: value of the setting.
         advice: what the reader should do, as an imperative without a full stop.
-        error: class of the error.
     """
     return error(f"Expected {expected}, got {excerpt(actual)}. {as_sentence(advice)}", code="invalid_setting")
 
@@ -264,9 +254,7 @@ def reading(path: str | os.PathLike[str], description: str, error: type[Groundin
     project pass unchanged.
 
     Args:
-        path: the file.
         description: expected content with its article, for the message: "a NumPy array of clip features".
-        error: class to raise.
         advice: what the reader should do, as an imperative without a full stop.
 
     Raises:

@@ -117,7 +117,6 @@ def parse_gpu(line: str, fields: Sequence[str]) -> Gpu | None:
 
     Args:
         line: line of the output for `--format=csv,noheader,nounits`.
-        fields: names of the columns of the table.
 
     Returns:
         The GPU; None if the line is not a row of the table.

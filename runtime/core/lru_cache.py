@@ -51,8 +51,6 @@ class LruCache(Generic[Key, Value]):
         """Store a value as the most recently used, and remove the oldest entries above the capacity.
 
         Args:
-            key: key of the entry; an entry of the same key is replaced.
-            value: the value.
             weight: weight of the entry in the unit of the capacity.
         """
         with self._lock:

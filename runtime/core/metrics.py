@@ -63,7 +63,6 @@ def best_iou(picks: np.ndarray, truth: np.ndarray, rank: int) -> np.ndarray:
         picks: (N, K, 2 or more) starts and ends, best first, NaN after the last.
         truth: (N, 2) ground truth in the same unit; or (N, W, 2) for queries with up to W moments, NaN after the last.
             The moment of the highest IoU counts, as in the QVHighlights evaluator.
-        rank: number of moments that count.
     """
     if picks.shape[1] == 0:
         return np.zeros(len(truth), np.result_type(picks, truth))
@@ -72,13 +71,9 @@ def best_iou(picks: np.ndarray, truth: np.ndarray, rank: int) -> np.ndarray:
 
 
 def is_hit(picks: np.ndarray, truth: np.ndarray, rank: int, iou_threshold: float, protocol: Protocol) -> np.ndarray:
-    """Return whether one of the first `rank` moments of each query is a hit, (N,) bool.
+    """Return whether one of the first `rank` moments of each query is a hit, (N,) bool; see `best_iou` for the arrays.
 
     Args:
-        picks: (N, K, 2 or more) starts and ends, best first, NaN after the last.
-        truth: (N, 2) or (N, W, 2) ground truth in the same unit; see `best_iou`.
-        rank: number of moments that count.
-        iou_threshold: temporal IoU of a hit.
         protocol: `mmaction2` computes in float32 and requires an IoU above the threshold; `drn` computes in float64 and
             accepts the threshold itself.
     """
@@ -95,7 +90,6 @@ def report(picks: Mapping[float, np.ndarray], truth: np.ndarray, protocol: Proto
         picks: IoU threshold to (N, K, 3) starts, ends and scores, best first, K at least 5 for R@5. The NMS of the
             protocol `drn` depends on the threshold.
         truth: (N, 2) or (N, W, 2) ground truth in the unit of the moments; see `best_iou`.
-        protocol: rule for hits; see `is_hit`.
     """
     values = {
         recall_name(rank, threshold): float(is_hit(picks[threshold], truth, rank, threshold, protocol).mean())
@@ -117,8 +111,6 @@ def prior_report(
     Args:
         training_truth: (M, 2) moments of the training split as fractions of their videos.
         truth: (N, 2) or (N, W, 2) ground truth as fractions of the video; see `best_iou`.
-        protocol: rule for hits; see `is_hit`.
-        iou_thresholds: thresholds of the report.
     """
     picks = {
         threshold: np.broadcast_to(
@@ -138,9 +130,7 @@ def best_constant_moments(truth: np.ndarray, count: int, iou_threshold: float | 
 
     Args:
         truth: (N, 2) fractions of the video.
-        count: number of spans.
         iou_threshold: temporal IoU above which a span is a hit; with None the mean of the best IoU is maximized.
-        step: step of the grid of starts and ends.
     """
     ticks = np.arange(0, 1 + step / 2, step, dtype=np.float32)
     start, end = np.triu_indices(len(ticks), 1)

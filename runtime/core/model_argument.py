@@ -30,10 +30,6 @@ def normalized(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
 
     `--model FILE`, the name of the parameter in version 0.1 (`--checkpoint FILE`), and FILE as the first argument are
     equivalent. The result contains `--model FILE`, or FILE first if the parameter is positional.
-
-    Args:
-        function: the command.
-        words: arguments of the command line.
     """
     parameters = inspect.signature(function).parameters
     name = model_parameter(parameters)

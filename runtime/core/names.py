@@ -27,10 +27,6 @@ def near_name(known: Mapping[str, str], *spellings: str) -> str:
 
     macOS stores accents separately from their letters (NFD), other systems as one character (NFC). Such names look
     the same.
-
-    Args:
-        known: names from `by_fold`.
-        spellings: spellings of an unknown name.
     """
     for name in spellings:
         other = known.get(folded(name), name)

@@ -16,9 +16,6 @@ def marked(name: str) -> Callable[[Function], Function]:
 
     Without the package `nvtx`, or with NVTX_DISABLE in the environment when `runtime` is imported, the decorator
     returns the function itself, so that calls have no overhead.
-
-    Args:
-        name: name of the range.
     """
     annotate = _annotate()
     if annotate is None:

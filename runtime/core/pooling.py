@@ -78,10 +78,6 @@ def pool_segments(
 
     Args:
         features: (num_clips, D) floats.
-        num_frames: length of the video in frames.
-        num_segments: number of segments T.
-        pooling: rule for borders and clips, `mmaction2` or `drn`.
-        clock: clip timing of the features.
 
     Returns:
         Features (T, D) float32, and spans (T, 2) float64 as fractions of the video.
@@ -94,12 +90,6 @@ def segment_rows(
     num_frames: int, num_segments: int, pooling: Pooling, clock: ClipTiming
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the clips and the spans of the segments of a video; see `Video.segments` for the rules.
-
-    Args:
-        num_frames: length of the video in frames.
-        num_segments: number of segments T.
-        pooling: rule for borders and clips, `mmaction2` or `drn`.
-        clock: clip timing of the features.
 
     Returns:
         (T,) indices of the first clips, (T,) indices of the last clips, and (T, 2) float64 spans as fractions.

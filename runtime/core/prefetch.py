@@ -15,7 +15,6 @@ def prefetch(items: Iterator[Item], depth: int = 1) -> Generator[Item, None, Non
 
     Args:
         items: the iterator; must not yield None.
-        depth: maximum number of items computed ahead of the caller.
 
     Raises:
         Exception: the exception of `items`, at the same item.

@@ -14,7 +14,6 @@ class RepeatFilter(logging.Filter):
     """A filter that passes each message a limited number of times.
 
     Args:
-        times: number of times that a message passes.
         by_template: count messages that differ only in their values as one.
     """
 

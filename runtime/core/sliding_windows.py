@@ -43,12 +43,7 @@ class Windows:
 
     @classmethod
     def of(cls, videos: Sequence[float], moments: Sequence[float]) -> Windows:
-        """Return the windows of a model that is trained on given videos and moments.
-
-        Args:
-            videos: durations of the training videos in seconds, at least one.
-            moments: durations of the training moments in seconds, at least one.
-        """
+        """Return the windows of a model that is trained on videos and moments of these durations, in seconds."""
         length = float(np.quantile(videos, QUANTILE))
         return cls(float(max(videos)), length, min(float(np.quantile(moments, QUANTILE)), length / 2))
 
@@ -90,7 +85,6 @@ def resolve_windows(own: Windows | None, length: float | None, overlap: float | 
     """Return the windows of long videos after the options of a command are applied; None if videos are not split.
 
     Args:
-        own: windows of the model, if it records any.
         length: duration of a window in seconds, instead of that of the model; 0 to not split videos.
         overlap: overlap in seconds. With None, that of the model applies, up to half of the length.
 
@@ -123,7 +117,6 @@ def split_into_windows(
     Args:
         num_clips, num_frames, duration: clips, frames and seconds of the video; clips after the last frame are ignored.
         windows: length and overlap of windows, rounded to clips (the overlap upwards).
-        clock: clip timing of the features.
     """
     num_clips = min(num_clips, clock.num_clips(num_frames))
     rate = num_frames / duration

@@ -220,10 +220,8 @@ def command_line(module: str, options: Mapping[str, object], *positional: object
     """Return a command line, quoted for a shell.
 
     Args:
-        module: module of the command, such as runtime.infer.
         options: parameter name to value. None, False and empty sequences are omitted; True is a flag without a value,
             and a sequence is a flag with several values.
-        positional: words before the options.
     """
     words: list[object] = ["python", "-m", module, *positional]
     for name, value in options.items():

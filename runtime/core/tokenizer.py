@@ -91,7 +91,6 @@ class Vocabulary:
         """Return the (L,) int32 ids of a sentence, L at least 1.
 
         Args:
-            sentence: text of the query.
             unknown_words: counter to which unknown words are added, for callers that warn once with `tell`; with None,
                 a warning names them.
             check_content: reject sentences with content words of which none is known. The published code accepts
@@ -190,11 +189,7 @@ class Vocabulary:
         return difflib.get_close_matches(word, candidates, MAX_SIMILAR, 0.6)
 
     def tell(self, unheard: Counter[str]) -> None:
-        """Warn about the unknown words of many sentences, and name the most common ones.
-
-        Args:
-            unheard: counts of unknown words; see `encode`.
-        """
+        """Warn about the unknown words of many sentences, and name the most common ones."""
         if unheard:
             named = ", ".join(repr(word) for word, _ in unheard.most_common(MAX_NAMED))
             more = f" and {len(unheard) - MAX_NAMED} others" if len(unheard) > MAX_NAMED else ""
@@ -224,12 +219,7 @@ def _content(tokens: Iterable[str]) -> list[str]:
 
 
 def word_table(sentences: Iterable[str], min_count: int = 1) -> dict[str, int]:
-    """Return word to id, from 1, for the words of sentences in lower case, most common first.
-
-    Args:
-        sentences: sentences to take words from.
-        min_count: minimum number of occurrences of a word.
-    """
+    """Return word to id, from 1, for the words of sentences in lower case, most common first."""
     counts = Counter(token.lower() for sentence in sentences for token in tokenize(sentence))
     retained = sorted(
         (word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word)

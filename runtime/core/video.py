@@ -60,12 +60,6 @@ class Origin:
     def check(self, name: str, num_clips: int, num_frames: int, clock: ClipTiming) -> None:
         """Check that the number of clips of a video matches its frame count.
 
-        Args:
-            name: name of the video.
-            num_clips: number of rows of its features.
-            num_frames: length in frames.
-            clock: clip timing by which segments are pooled.
-
         Raises:
             FeatureError: they contradict each other (code `clip_timing_mismatch`). A small difference is a warning
                 instead, once for all videos of this origin.
@@ -84,9 +78,7 @@ class Origin:
         """Warn once if frames were counted by another clip timing than segments are pooled by.
 
         Args:
-            name: name of the video.
             counted: clip timing by which the frames were computed from the clips.
-            clock: clip timing by which segments are pooled.
         """
         if counted != clock:
             self._warn(
@@ -110,10 +102,6 @@ def check_frame_rate(
     """Raise `error` (code `frame_rate_out_of_range`) unless a video has 1 to 240 frames per second.
 
     Args:
-        name: name of the video, for the message.
-        num_frames: length in frames.
-        duration: length in seconds.
-        error: class to raise.
         usual_rate: median frame rate of the data set; a rate far from it is a warning.
     """
     rate = num_frames / duration
@@ -220,7 +208,6 @@ class Video:
         The result is cached for later queries.
 
         Args:
-            num_segments: number of segments T.
             pooling: rule for borders and clips. `mmaction2`: the first part starts at 0, the last ends one frame before
                 the end, and a part contains the clips from that of its first to that of its last frame. `drn`: borders
                 count frames from 1, and a part of at most one window contains a single clip.
@@ -252,9 +239,6 @@ class Video:
         """Raise FeatureError unless clips match frames and the clips are not all equal.
 
         Frames that were computed from the clips always match.
-
-        Args:
-            clock: clip timing by which segments are pooled.
 
         Raises:
             FeatureError: clips and frames contradict each other (code `clip_timing_mismatch`), or all clips are equal
@@ -337,12 +321,7 @@ FEATURE_SUFFIXES: dict[str, Callable[[Path], np.ndarray]] = {
 
 
 def check_features(features: np.ndarray, name: str) -> None:
-    """Raise FeatureError unless features are finite floats with at least one clip.
-
-    Args:
-        features: (num_clips, D) array to check.
-        name: name of the video or file, for the message.
-    """
+    """Raise FeatureError unless features are finite floats of shape (num_clips, D) with at least one clip."""
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
         raise _wrong_array(name, getattr(features, "dtype", type(features).__name__), getattr(features, "shape", None))
     if 0 in features.shape:
@@ -370,12 +349,7 @@ def check_features(features: np.ndarray, name: str) -> None:
 
 
 def check_duration(duration: float, name: str) -> None:
-    """Raise FeatureError (code `invalid_frame_count`) unless a duration is above 0 and at most `MAX_DURATION_S`.
-
-    Args:
-        duration: duration in seconds.
-        name: name of the video, for the message.
-    """
+    """Raise FeatureError (code `invalid_frame_count`) unless a duration is above 0 and at most `MAX_DURATION_S`."""
     if not 0 < duration <= MAX_DURATION_S:
         raise FeatureError(
             f"Expected a duration in (0, {MAX_DURATION_S:g}] seconds for {name}, got {duration}. Correct it.",
@@ -409,10 +383,6 @@ def check_varies(features: np.ndarray, name: str) -> None:
 
     Features of still pictures differ more, unless the frames are identical. Moments of such videos cannot be
     distinguished either.
-
-    Args:
-        features: (num_clips, D) floats.
-        name: name of the video, for the message.
     """
     dtype = np.promote_types(features.dtype, np.float32)
     reference = features[:1].astype(dtype) if len(features) > 1 else np.zeros(features.shape, dtype)

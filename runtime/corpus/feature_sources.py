@@ -82,7 +82,6 @@ class FeatureSource(Protocol):
         """Yield each video, or the reason why it cannot be loaded; videos are read when they are consumed.
 
         Args:
-            videos: entries of `listing`.
             clock: clip timing by which missing frame counts are estimated.
         """
 
@@ -214,9 +213,6 @@ class ParquetSource:
     Features are a list of clips, each a list of D floats; or all floats in one list or in little-endian bytes, with a
     column `shape`, [num_clips, D], and for bytes optionally `dtype` (default: float32); or a tensor as Ray Data writes
     it.
-
-    Args:
-        files: the files, in order.
     """
 
     kind = "Parquet"

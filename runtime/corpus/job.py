@@ -72,13 +72,9 @@ def ground(
     """Ground a corpus, or resume it.
 
     Args:
-        model: model file; for a split model the query part.
         features: source of the features; see `open_source`.
         queries: JSONL file; see `read_questions`.
-        output: directory of the shards.
-        settings: everything else that determines the rows.
         actors: number of worker processes; 0 grounds in this process, None uses all free resources of the cluster.
-        address: address of a Ray cluster; see `run_on_ray`.
 
     Raises:
         GroundingError: the inputs are invalid or differ from those of the shards in `output`, or a shard failed.

@@ -27,7 +27,6 @@ def decompressed_bytes(stream: BinaryIO, column: Any) -> int:
     """Return an upper bound of the memory that the values of a column chunk take, in bytes.
 
     Args:
-        stream: the file.
         column: a `pyarrow.parquet.ColumnChunkMetaData`.
 
     Raises:
@@ -71,13 +70,7 @@ def _page_header(stream: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
 
 
 def _struct(content: bytes, position: int, depth: int) -> tuple[dict[int, Any], int]:
-    """Return the integers and structs of a struct by field number, and the position after it.
-
-    Args:
-        content: bytes of the page header.
-        position: offset of the struct in them.
-        depth: number of structs that contain it.
-    """
+    """Return the integers and structs of a struct by field number, and the position after it."""
     if depth > MAX_DEPTH:
         raise ValueError("a page header nests too deeply")
     fields: dict[int, Any] = {}
@@ -99,10 +92,7 @@ def _value(content: bytes, position: int, kind: int, depth: int) -> tuple[Any, i
     """Return the value of a field, and the position after it.
 
     Args:
-        content: bytes of the page header.
-        position: offset of the value in them.
         kind: type code of Thrift's compact protocol.
-        depth: number of structs that contain the field.
 
     Returns:
         An integer, or the fields of a struct, or None for a type that is skipped; and the position.

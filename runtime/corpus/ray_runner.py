@@ -44,8 +44,6 @@ def run_on_ray(
     """Yield the result of each shard, in order of completion.
 
     Args:
-        job: values that all workers share.
-        shards: shards to ground.
         actors: number of processes; None uses all free resources of the cluster.
         address: address of a cluster, or auto; None for the cluster that this process is in, or else a local Ray.
 

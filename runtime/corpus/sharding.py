@@ -105,9 +105,7 @@ def plan(
     is split over shards only if it has more pairs than a shard. The same inputs always give the same shards.
 
     Args:
-        listing: videos of the source.
         questions: queries in the order of their lines.
-        shard_pairs: maximum number of pairs per shard.
     """
     common: list[Question] = []
     own: dict[str, list[Question]] = {}
@@ -145,26 +143,12 @@ def _video_queries(
 
 
 def shard_name(number: int, count: int, form: Form) -> str:
-    """Return the file name of a shard, such as shard-00002-of-00010.jsonl.
-
-    Args:
-        number: number of the shard, from 1.
-        count: number of shards.
-        form: file format of the shards, jsonl or parquet.
-    """
+    """Return the file name of a shard, such as shard-00002-of-00010.jsonl."""
     return f"shard-{number:05d}-of-{count:05d}.{form}"
 
 
 def describe(model: Path, queries: Path, count: int, source: FeatureSource, settings: Settings) -> dict[str, Any]:
-    """Return the inputs of a corpus for `corpus.json`: everything that could change a row.
-
-    Args:
-        model: model file; for a split model the query part.
-        queries: file of queries.
-        count: number of its rows.
-        source: source of the features.
-        settings: all other settings.
-    """
+    """Return the inputs of a corpus for `corpus.json`: everything that could change a row."""
     return {
         "format": FORMAT,
         "model": {"file": model.name, "sha256": [sha256(path) for path in _files(model)]},
@@ -209,12 +193,7 @@ def require_corpus_dir(output: Path) -> None:
 
 
 def check_same(output: Path, recorded: dict[str, Any]) -> None:
-    """Raise OutputError if a directory contains shards of other inputs, or is not a corpus. The caller holds its lock.
-
-    Args:
-        output: directory of the shards.
-        recorded: inputs of this run, from `describe`.
-    """
+    """Raise OutputError if a directory, whose lock is held, contains shards of other inputs, or is not a corpus."""
     path = output / MANIFEST
     if not path.exists():
         if content_names(output):

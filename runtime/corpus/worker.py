@@ -106,11 +106,6 @@ def stamps_of(shard: Shard, stamp: Callable[[VideoRef], str]) -> dict[str, str]:
 def is_finished(job: CorpusJob, shard: Shard, source: FeatureSource) -> bool:
     """Return whether the file of a shard is complete; a damaged file is deleted, so that it is written again.
 
-    Args:
-        job: the job of the shard.
-        shard: shard whose file is checked.
-        source: current features of the corpus.
-
     Raises:
         OutputError: the features of a video changed since the shard was written, or its digests are missing.
     """

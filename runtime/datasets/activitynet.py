@@ -14,10 +14,6 @@ def activitynet(root: Path, splits: Mapping[str, Entries]) -> Captions:
     """Return the data set in `{"v_X": {"duration", "timestamps": [[start, end], ...], "sentences": [...]}}`.
 
     Durations and timestamps are in seconds.
-
-    Args:
-        root: directory of the data set.
-        splits: split to the content of its file, as `read_splits` returns them.
     """
     return Captions(root, splits, PRESETS["activitynet"], _clock, "a duration in seconds")
 

@@ -37,9 +37,6 @@ class Captions:
     """`{"VIDEO": {"timestamps": [[start, end], ...], "sentences": [...], ...}}` in `SPLIT.json`; see `DatasetFormat`.
 
     Args:
-        root: directory of the data set.
-        splits: content of its files by split.
-        preset: preset of the data set.
         clock_of: returns the length of a video from its entry; raises TypeError, KeyError or ValueError if it has none.
         clock: description of the keys that `clock_of` reads, for messages.
 

@@ -58,9 +58,6 @@ class DataSet:
     The files in the directory determine the format; see docs/formats.md. Features are in the published directory
     (Charades-STA: `C3D_unit16_overlap0.5_merged/`), in `features/`, or in one HDF5 file.
 
-    Args:
-        root: directory with the annotation files.
-
     Raises:
         AnnotationError: the directory or a table is missing or malformed, or the directory has several formats.
     """
@@ -194,7 +191,6 @@ class DataSet:
         """Raise AnnotationError (code `units_mismatch`) if moments and durations seem to have different units.
 
         Args:
-            split: split of the moments.
             ends: video to the end of its last moment, as read, in seconds.
         """
         shares = {video: end / self.durations[video] for video, end in ends.items()}
@@ -275,7 +271,6 @@ class DataSet:
         strides). Segments are then equal parts of the clips.
 
         Args:
-            video: name of the video.
             num_clips: number of clips, if they have been read already.
 
         Raises:
@@ -333,11 +328,7 @@ class DataSet:
         return float(offset)
 
     def offsets(self) -> dict[str, float]:
-        """Return the offsets that are not 0, in seconds by video; see `offset`.
-
-        Raises:
-            AnnotationError: a note does not match its digest, or an offset is not a number (code `damaged_note`).
-        """
+        """Return the offsets that are not 0, in seconds by video; see `offset`."""
         return {name: offset for name in sorted(self._notes) if (offset := self.offset(name))}
 
     def _note(self, name: str) -> Mapping[str, Any]:
@@ -452,11 +443,7 @@ class DataSet:
 
 
 def median_rate(rates: Iterable[float]) -> float | None:
-    """Return the median of frame rates, in frames per second; None for too few videos.
-
-    Args:
-        rates: frame rate of each video.
-    """
+    """Return the median of frame rates, in frames per second; None for too few videos."""
     known = list(rates)
     return float(np.median(known)) if len(known) >= MIN_VIDEOS_FOR_UNITS else None
 

@@ -163,7 +163,6 @@ def open_store(root: Path, location: Path | None) -> FeatureStore:
     """Return the feature store of the data set in a directory.
 
     Args:
-        root: directory of the data set.
         location: directory or HDF5 file of the features; default: `features/` in `root`. If the directory does not
             exist, the HDF5 file in `root` is used.
 

@@ -66,9 +66,6 @@ def read_truths(path: Path) -> list[Truth]:
     """Read a ground-truth file with the keys `qid` and `relevant_windows`, and `vid` if present.
 
     A query without a matching moment has the windows [] or, as in the data of "Moment of Untruth", [[0, 0]].
-
-    Raises:
-        AnnotationError: the file is missing or empty, or a row is malformed.
     """
     return [_truth(row, source) for row, _, source in _rows(path, "The ground-truth file")]
 

@@ -77,9 +77,6 @@ def query_length_of(training: Mapping[str, Any]) -> tuple[int, int, int]:
 def length_quantiles(lengths: Iterable[int]) -> tuple[int, int]:
     """Return the 90 % and 99 % quantiles of query lengths, in tokens.
 
-    Args:
-        lengths: tokens of each query, at least one.
-
     Returns:
         The smallest lengths that at least 90 % and 99 % of the queries do not exceed.
     """

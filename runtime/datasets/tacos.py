@@ -16,10 +16,6 @@ def tacos(root: Path, splits: Mapping[str, Entries]) -> Captions:
     """Return the data set in `{"X.avi": {"fps", "num_frames", "timestamps": [[first, last], ...], "sentences"}}`.
 
     Timestamps are frame numbers.
-
-    Args:
-        root: directory of the data set.
-        splits: split to the content of its file, as `read_splits` returns them.
     """
     return Captions(root, splits, PRESETS["tacos"], _clock, "fps and num_frames")
 

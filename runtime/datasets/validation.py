@@ -29,13 +29,7 @@ class VideoTable:
         self._names: dict[str, str] = {}
 
     def add(self, name: str, duration: Any, location: str, num_frames: Any | None = None) -> None:
-        """Add a video; the same video may be added again.
-
-        Args:
-            name: name in the annotations.
-            duration: length in seconds.
-            location: location of the values, for messages.
-            num_frames: length in frames; None if unknown.
+        """Add a video of a duration in seconds; the same video may be added again. `location` begins messages.
 
         Raises:
             AnnotationError: the name or a number is invalid, or another video has this name.
@@ -85,13 +79,7 @@ def check_video_name(name: str, location: str) -> None:
 
 
 def missing_split(split: str, path: Path, available: Iterable[str]) -> AnnotationError:
-    """Return the error for a split whose file does not exist.
-
-    Args:
-        split: the requested split.
-        path: path of its file.
-        available: splits that exist.
-    """
+    """Return the error for a split whose file does not exist."""
     return AnnotationError(
         f"Expected one of the splits {', '.join(available) or '(none)'}, got {excerpt(split)}, and {path} does not "
         "exist. Choose another split.",
@@ -103,9 +91,6 @@ def unlisted_video(video: str, known: Iterable[str], files: Iterable[str], locat
     """Return the error for a video that the annotations do not list.
 
     Args:
-        video: name of the video.
-        known: names of the listed videos, of which similar ones are suggested.
-        files: names of the files that list videos.
         location: location of the name, for the message. Similar spellings are searched for options only, because a
             data set may have many rows with unknown videos.
     """
@@ -119,12 +104,7 @@ def unlisted_video(video: str, known: Iterable[str], files: Iterable[str], locat
 
 
 def check_distinct_names(names: Iterable[str], location: str) -> None:
-    """Raise AnnotationError (code `ambiguous_video_name`) if the features of two videos could be one file.
-
-    Args:
-        names: names of videos, each once.
-        location: location of the names, for messages.
-    """
+    """Raise AnnotationError (code `ambiguous_video_name`) if the features of two videos could be one file."""
     by_stem: dict[str, str] = {}
     for name in names:
         _check_distinct(by_stem, name, location)
@@ -150,10 +130,6 @@ def file_stem(name: str) -> str:
 
 def sentence_of(value: Any, location: str) -> str:
     """Return a sentence of the annotations in one line.
-
-    Args:
-        value: value of the sentence in the file.
-        location: file and line or sentence, with which the message begins.
 
     Raises:
         AnnotationError: the value is empty or is not text.

@@ -66,9 +66,6 @@ def evaluate(
     """Ground every annotation of a data set and compare the detections with the ground truth.
 
     Args:
-        grounder: the model.
-        data_set: data set that provides durations and features.
-        annotations: the N queries.
         protocol: protocol of NMS and hit rule, `mmaction2` or `drn`; that of the model when None.
         batch_size: maximum number of queries in a batch; affects speed only.
         segments_of: returns the segments of a video by name, or their encoding; read from the data set when None.
@@ -106,15 +103,7 @@ def cause_of(
     annotations: Sequence[Annotation],
     segments_of: Callable[[str], Encoding] | None = None,
 ) -> GroundingError:
-    """Return the error to raise if the heads of these queries are not finite; see `Grounder.cause_of`.
-
-    Args:
-        error: error of decoding.
-        grounder: the model.
-        data_set: data set that provides the features.
-        annotations: the queries of the batch.
-        segments_of: returns the segments of a video by name, or their encoding; read from the data set when None.
-    """
+    """Return the error to raise for heads that are not finite; see `Grounder.cause_of` and `evaluate`."""
     read = segments_of or (lambda name: grounder.segments(data_set.video(name)))
     segments = {name: read(name) for name in {entry.video for entry in annotations}}
     queries = encode_queries(grounder, annotations)
@@ -122,13 +111,10 @@ def cause_of(
 
 
 def used_fallback(detections: np.ndarray) -> np.ndarray:
-    """Return which queries are answered by the fallback only: the entire video with score 1.
+    """Return which queries are answered by the fallback only, (N,) bool: the entire video with score 1.
 
     Args:
         detections: (N, K, 3) starts and ends (fractions of the video) and scores, best first.
-
-    Returns:
-        (N,) bool.
     """
     return (detections[:, 0] == (0, 1, 1)).all(axis=1)
 
@@ -143,9 +129,6 @@ def predictions(
     """Yield the predictions for each annotation in QVHighlights format, in their order.
 
     Args:
-        evaluation: result of `evaluate` on the same annotations.
-        annotations: the N queries, in the order of the detections.
-        data_set: provides the durations in seconds.
         top_k: maximum number of moments for each query, at most 6.
         presence: no-match threshold of the model, for `pred_exist_score`. Moments below it are predicted all the same.
     """
@@ -170,23 +153,12 @@ def batches_of(
     batch_size: int = BATCH_SIZE,
     segments_of: Callable[[str], Segments] | None = None,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yield the batches of a split for a model that was not split.
+    """Yield the batches of a split for a model that was not split; see `evaluate` for the arguments.
 
     All sentences are encoded before the first video is read. Each video is read once.
 
-    Args:
-        grounder: the model.
-        data_set: data set that provides durations and features.
-        annotations: the N queries.
-        batch_size: maximum number of queries in a batch; affects speed only.
-        segments_of: returns the segments of a video by name; read from the data set when None.
-
     Yields:
         (B,) int64 indices of the annotations of a batch, and the batch.
-
-    Raises:
-        QueryError: a sentence is too long, or has an unknown word that the vocabulary rejects.
-        FeatureError: features are missing, or do not fit the model.
     """
     for chunk in chunks(grounder, data_set, annotations, segments_of):
         for indices, batch in batches(chunk.queries, cast("Sequence[Segments]", chunk.segments), batch_size):
@@ -201,22 +173,10 @@ def run_heads(
     segments_of: Callable[[str], Encoding] | None = None,
     warn: bool = True,
 ) -> Iterator[tuple[np.ndarray, Heads]]:
-    """Run the network on every annotation. A split model encodes each video once.
-
-    Args:
-        grounder: the model.
-        data_set: data set that provides durations and features.
-        annotations: the N queries.
-        batch_size: maximum number of queries in a batch; affects speed only.
-        segments_of: returns the segments of a video by name, or their encoding; read from the data set when None.
-        warn: whether to warn of unknown words.
+    """Run the network on every annotation; see `evaluate` for the arguments. A split model encodes each video once.
 
     Yields:
         (B,) int64 indices of the annotations of a batch, and their heads.
-
-    Raises:
-        QueryError: a sentence is too long, or has an unknown word that the vocabulary rejects.
-        FeatureError: features are missing, or do not fit the model.
     """
     for chunk in chunks(grounder, data_set, annotations, segments_of, warn):
         yield from run_chunk(grounder, chunk, batch_size)
@@ -241,16 +201,7 @@ class Chunk:
 
 
 def run_chunk(grounder: Grounder, chunk: Chunk, batch_size: int = BATCH_SIZE) -> Iterator[tuple[np.ndarray, Heads]]:
-    """Run the network on the queries of a chunk; each video is encoded once.
-
-    Args:
-        grounder: the model.
-        chunk: queries and segments or encodings.
-        batch_size: maximum number of queries in a batch; affects speed only.
-
-    Yields:
-        (B,) int64 indices of the annotations of a batch, and their heads.
-    """
+    """Yield annotation indices and heads of the batches of a chunk, as `run_heads` does; each video is encoded once."""
     encoded: dict[str, Encoding] = {}
     for name, segments, duration in zip(chunk.names, chunk.segments, chunk.durations):
         if name not in encoded and isinstance(segments, Segments):
@@ -268,19 +219,7 @@ def chunks(
     segments_of: Callable[[str], Encoding] | None = None,
     warn: bool = True,
 ) -> Iterator[Chunk]:
-    """Yield the queries in chunks sorted by video, so that each video is read once.
-
-    Args:
-        grounder: the model.
-        data_set: data set that provides durations and features.
-        annotations: the N queries.
-        segments_of: returns the segments of a video by name, or their encoding; read from the data set when None.
-        warn: whether to warn of unknown words.
-
-    Raises:
-        QueryError: a sentence is too long, or has an unknown word that the vocabulary rejects.
-        FeatureError: features are missing, or do not fit the model.
-    """
+    """Yield the queries in chunks sorted by video, so that each video is read once; see `evaluate`."""
     queries = encode_queries(grounder, annotations, warn)
     order = sorted(range(len(annotations)), key=lambda index: annotations[index].video)
     for start in range(0, len(order), CHUNK_SIZE):
@@ -300,11 +239,6 @@ def nms_per_threshold(
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield each IoU threshold of the metrics and the detections to evaluate at it.
 
-    Args:
-        proposals: B times P proposals.
-        decoding: parameters of the model. Only the NMS of the protocol `drn` depends on the threshold.
-        iou_thresholds: IoU thresholds of the metrics.
-
     Yields:
         The threshold, and (B, 6, 3) float32 starts and ends (fractions of the video) and scores, best first.
     """
@@ -318,11 +252,6 @@ def nms_per_threshold(
 
 def encode_queries(grounder: Grounder, annotations: Sequence[Annotation], warn: bool = True) -> list[np.ndarray]:
     """Return the word ids of every sentence, (L,) int32 each, with one warning for all unknown words.
-
-    Args:
-        grounder: the model.
-        annotations: annotations whose sentences are encoded.
-        warn: whether to warn of unknown words.
 
     Raises:
         QueryError: a sentence is invalid; the message contains its line and video.
@@ -341,13 +270,7 @@ def encode_queries(grounder: Grounder, annotations: Sequence[Annotation], warn: 
 
 
 def askable_rows(vocabulary: Vocabulary, annotations: Sequence[Annotation], warn: bool = True) -> np.ndarray:
-    """Return the indices of the sentences with at least one known word, (M,) int64, and warn of the others.
-
-    Args:
-        vocabulary: words that the model knows.
-        annotations: annotations whose sentences are checked.
-        warn: whether to warn.
-    """
+    """Return the indices of the sentences with at least one known word, (M,) int64, and warn of the others."""
     rows, skipped = [], []
     for row, annotation in enumerate(annotations):
         if vocabulary.knows_any(annotation.sentence):

@@ -54,7 +54,6 @@ def format_answers(answers: Sequence[Answer], form: Format, width: int = 100) ->
     """Return answers in one of the formats.
 
     Args:
-        answers: one for each query.
         form: `text` has a bar for each moment, `json` an array, `jsonl` a line for each query, `csv` a line for each
             moment, and `srt` the best moment of each query as a subtitle.
         width: columns of the terminal, for `text`.
@@ -74,7 +73,6 @@ def format_timestamp(seconds: float, decimals: int = 1) -> str:
     """Return a time as `[H:]M:SS.d`: 0:07.5, 12:03.0, 1:02:03.0.
 
     Args:
-        seconds: time in seconds.
         decimals: number of digits after the point.
     """
     total_seconds, fraction = divmod(round(seconds * 10**decimals), 10**decimals)

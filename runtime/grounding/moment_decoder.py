@@ -19,10 +19,7 @@ class MomentDecoder:
     """Decode the heads of N (video, query) pairs, each as soon as all windows of its video have been added.
 
     Args:
-        videos: the video of each pair.
         windows: the windows of the video of each pair; empty if the entire video is one window.
-        manifest: manifest of the model.
-        top_k: maximum number of moments of each pair.
         presence: whether to drop the moments of a pair whose best score is below the model's presence threshold.
 
     Attributes:
@@ -52,7 +49,6 @@ class MomentDecoder:
         Args:
             pairs: (B,) index of the pair of each row.
             window_index: (B,) index of the row's window in its video.
-            heads: heads of the B rows.
 
         Raises:
             ModelFileError: a head is not finite; see `score_proposals`.

@@ -69,14 +69,9 @@ def draw(answers: Sequence[Answer], path: Path, video_file: VideoFile | None = N
 
     Args:
         answers: at least one, all about one video.
-        path: PNG file to write.
-        video_file: video file whose frames are drawn below the time axis; none when None.
-        partial: whether to accept a damaged video file.
 
     Raises:
-        DeviceError: matplotlib is not installed.
         VideoFileError: the video file is damaged and `partial` is False.
-        OutputError: the file cannot be written, or its name does not end in .png.
     """
     check_plots(path)
     from matplotlib.figure import Figure

@@ -146,9 +146,7 @@ def score_predictions(
         predictions: rows of a prediction file. Rows of one query are one list in mAP, and the last of them counts in
             recall and mIoU.
         truths: ground truth of the queries. If a query id occurs several times, the video distinguishes the queries.
-        limit: use only the first N queries of `truths`.
         shared_only: ignore queries that only one of the two has.
-        exist_threshold: see `Rejection`.
 
     Raises:
         AnnotationError: the queries differ, two are equal, or none has a matching moment.

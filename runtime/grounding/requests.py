@@ -17,18 +17,7 @@ VideoInput = Union[Video, EncodedVideo, EncodedWindows]
 
 
 def check_request(pairs: Sequence[tuple[VideoInput, str]], top_k: int, batch_size: int) -> None:
-    """Check the arguments of `Grounder.ground_batch`.
-
-    Args:
-        pairs: must be (video, sentence) pairs.
-        top_k: must be an integer of at least 0.
-        batch_size: must be an integer of at least 1.
-
-    Raises:
-        GroundingError: `pairs` or a size is invalid (code `invalid_argument`).
-        FeatureError: a video is neither a `Video` nor an encoding.
-        QueryError: a query is not a str.
-    """
+    """Raise GroundingError, FeatureError or QueryError unless these are valid arguments of `Grounder.ground_batch`."""
     for name, value, minimum in (("top_k", top_k, 0), ("batch_size", batch_size, 1)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < minimum:
             raise GroundingError(
@@ -63,13 +52,7 @@ def check_query(query: object) -> None:
 
 
 def check_sizes(batches: Sequence[int], lengths: Sequence[int], max_length: int) -> None:
-    """Raise ShapeError unless the sizes to warm a model for are in range.
-
-    Args:
-        batches: numbers of queries, each at least 1.
-        lengths: query lengths in tokens, each from 1 to `max_length`.
-        max_length: maximum query length of the model, in tokens.
-    """
+    """Raise ShapeError unless the sizes to warm a model for are in range."""
     for name, sizes in (("batches", batches), ("lengths", lengths)):
         check_argument(name, sizes, Sequence, "a list of integers", ShapeError)
         for size in sizes:
@@ -82,13 +65,7 @@ def check_sizes(batches: Sequence[int], lengths: Sequence[int], max_length: int)
 
 
 def features_out_of_scale(inputs: Sequence[Segments | EncodedVideo], largest: float, kind: str) -> FeatureError:
-    """Return the error for features that make the output not finite, although it is finite for zeros.
-
-    Args:
-        inputs: segments or encodings that were run.
-        largest: their largest absolute value.
-        kind: name of the extractor that the model was trained with.
-    """
+    """Return the error for features that make the output not finite, although it is finite for zeros."""
     name = "encodings" if isinstance(inputs[0], EncodedVideo) else "features"
     return FeatureError(
         f"The model's output is not finite for {name} up to {largest:.3g}, but is finite for zeros, so the features "

@@ -57,9 +57,6 @@ def draw_videos(correct: np.ndarray, num_videos: int, count: int, seed: int) -> 
 
     Args:
         correct: (N,) int, index of the video of each sentence.
-        num_videos: number of videos to draw from.
-        count: number of other videos for each sentence.
-        seed: random seed.
 
     Returns:
         (N, 1 + count) int indices of videos, the correct one first.
@@ -88,26 +85,17 @@ def best_scores(
     batch_size: int = BATCH_SIZE,
     on_progress: Callable[[int], Any] = lambda pairs: None,
 ) -> np.ndarray:
-    """Return the score of the best moment of each sentence in K videos.
+    """Return the score of the best moment of each of N sentences in K videos; see `evaluate` for the errors.
 
     Every video is read once, encoded once by a split model, and not split into windows.
 
     Args:
-        grounder: the model.
-        data_set: data set that provides features and durations.
         sentences: N sentences.
-        videos: names of videos.
         video_index: (N, K) int, indices in `videos`.
-        batch_size: maximum number of pairs in a batch; affects speed only.
         on_progress: called with the number of pairs scored since the last call.
 
     Returns:
         (N, K) float32 in [0, 1]; -inf if no location is likely.
-
-    Raises:
-        QueryError: a sentence is too long, or has an unknown word that the vocabulary rejects.
-        FeatureError: features are missing, or do not fit the model.
-        ModelFileError: the output of the network is not finite.
     """
     encoded = {sentence: grounder.encode_query(sentence, check_content=False) for sentence in dict.fromkeys(sentences)}
     tokens = [encoded[sentence] for sentence in sentences]

@@ -53,11 +53,7 @@ def window_groups(
     All videos of one window form one group. Longer videos are encoded in groups that fill a batch.
 
     Args:
-        pairs: N videos and queries.
         windows: windows of the video of each pair; empty if the entire video is one window.
-        encode: returns the encoding of a video of one window.
-        encode_windows: yields the encodings of the windows of a longer video.
-        batch_size: maximum number of queries in a batch.
     """
     single = [pair for pair, split in enumerate(windows) if not split]
     videos = {id(pairs[pair][0]): pairs[pair][0] for pair in single}
@@ -88,14 +84,7 @@ def ground_on_server(
     """Return the moments of each (video, query) pair, with one request to the server for each video.
 
     Args:
-        server: server that answers queries about one video.
-        pairs: N videos and sentences.
-        top_k: maximum number of moments of each pair.
         windows: windows of long videos; "model" for those of the served model, None to turn windows off.
-        always: whether to ignore the no-match threshold.
-
-    Raises:
-        ServerError: a request failed.
     """
     moments: list[list[Moment]] = [[] for _ in pairs]
     videos, index = distinct([video for video, _ in pairs])
@@ -110,9 +99,6 @@ def ground_on_server(
 def distinct(items: Sequence[Item]) -> tuple[list[Item], np.ndarray]:
     """Return the distinct objects of a sequence, compared by identity.
 
-    Args:
-        items: B objects.
-
     Returns:
         The distinct objects in the order of their first appearance, and (B,) int32, the index of each item among them.
     """
@@ -122,11 +108,7 @@ def distinct(items: Sequence[Item]) -> tuple[list[Item], np.ndarray]:
 
 
 class EncodingCache:
-    """Store the encodings of the `Video` objects used last, compared by identity; safe to use from several threads.
-
-    Args:
-        size: maximum number of encodings.
-    """
+    """Store the encodings of the `Video` objects used last, compared by identity; safe to use from several threads."""
 
     def __init__(self, size: int) -> None:
         self._encodings: LruCache[int, tuple[weakref.ref[Video], Encoding]] = LruCache(size)
@@ -143,12 +125,7 @@ class EncodingCache:
 def retry_in_halves(run: Callable[[slice], Heads], num_rows: int) -> Heads:
     """Return the heads of a batch, run in two halves if the device has not enough memory for it.
 
-    Args:
-        run: returns the heads of a slice of the rows.
-        num_rows: number of rows of the batch.
-
-    Raises:
-        DeviceMemoryError: a half does not fit either.
+    `run` returns the heads of a slice of the rows. If a half does not fit either, DeviceMemoryError is raised.
     """
     try:
         return run(slice(0, num_rows))

@@ -106,12 +106,6 @@ def open_video_source(
 ) -> VideoSource:
     """Open a video and its features, which are extracted and cached if necessary.
 
-    Args:
-        choice: arguments that `VideoArguments.check` has accepted.
-        features: properties of the features that the model accepts.
-        device: device of the extractor: `auto`, `cpu` or `cuda`.
-        threads: number of CPU threads of the extractor; the library's default when None.
-
     Raises:
         VideoFileError: the video file cannot be decoded, or its duration differs from that of the features.
         FeatureError: the features cannot be read, or do not fit the model.

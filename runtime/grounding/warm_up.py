@@ -22,10 +22,6 @@ def warm_usual(grounder: Grounder, batch_size: int) -> int:
     Usual query lengths are those up to the 99 % quantile of the training queries, and the shortest query of each plan
     of an engine, so that every plan has run.
 
-    Args:
-        grounder: the model.
-        batch_size: maximum number of queries in a batch.
-
     Returns:
         The number of shapes that were run; 0 on a CPU, or if memory ran out.
     """

@@ -100,16 +100,11 @@ def write_clips(
     end; it has at least one frame.
 
     Args:
-        video_file: video file that `probe` returned.
-        spans: starts and ends in seconds after the first frame.
         outputs: one path per span.
         threads: CPU threads; None leaves the number to FFmpeg.
-        partial: whether to accept damaged frames.
 
     Raises:
-        DeviceError: there is no encoder.
         VideoFileError: a span has no frame that can be decoded, or a damaged one and `partial` is not set.
-        OutputError: a file cannot be written.
     """
     encoder = check_encoder()
     if not encoder.endswith("264"):

@@ -69,7 +69,6 @@ def open_container(path: Path, threads: int | None = None) -> Iterator[tuple[Any
     """Open a video file, and yield its container and its first video stream that is not a cover picture.
 
     Args:
-        path: the file.
         threads: CPU threads for decoding; None leaves the number to FFmpeg.
 
     Raises:

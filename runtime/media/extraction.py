@@ -70,13 +70,7 @@ class ExtractionRecord:
         return self.length or self.num_frames / self.frame_rate
 
     def is_valid_for(self, video: str, extractor: str, partial: bool) -> bool:
-        """Return whether a new extraction would give the recorded features.
-
-        Args:
-            video: SHA-256 of the video file.
-            extractor: `extractor_key` of the extractor.
-            partial: whether a damaged file is accepted.
-        """
+        """Return whether a new extraction would give the recorded features."""
         return (self.video, self.extractor) == (video, extractor) and (self.whole or partial) and self.features != ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,12 +85,7 @@ def extractor_key(extractor: Extractor) -> str:
 
 
 def check_length(video_file: VideoFile, clock: ClipTiming) -> None:
-    """Raise VideoFileError if a video is shorter than one clip.
-
-    Args:
-        video_file: video file that `probe` returned.
-        clock: clip timing of the extractor.
-    """
+    """Raise VideoFileError if a video is shorter than one clip."""
     if video_file.num_frames < max(2, clock.window):
         frames = "1 frame" if video_file.num_frames == 1 else f"{video_file.num_frames} frames"
         raise VideoFileError(
@@ -120,12 +109,7 @@ def extract(
     Memory holds a few batches of clips only. The file is written completely or not at all.
 
     Args:
-        video_file: video file that `probe` returned.
-        extractor: the network.
-        output: path of the `.npy` file.
         partial: whether to accept a damaged file, and use what can be decoded.
-        batch_size: maximum number of clips per batch.
-        threads: CPU threads for decoding; None leaves the number to FFmpeg.
 
     Returns:
         The number of clips, and of frames.
@@ -133,7 +117,6 @@ def extract(
     Raises:
         VideoFileError: the video is damaged and `partial` is not set, or is too short for one clip.
         ModelFileError: the extractor returns features that are not finite.
-        OutputError: `output` cannot be written.
     """
     from tqdm import tqdm
 
@@ -214,27 +197,14 @@ def extract_if_needed(
     threads: int | None = None,
     video_file: VideoFile | None = None,
 ) -> ExtractionRecord:
-    """Extract a video unless `output` still contains the features of an earlier extraction.
+    """Extract a video unless `output` still contains the features of an earlier extraction; see `extract`.
 
     Args:
-        path: the video file.
-        extractor: the network.
-        output: path of the `.npy` file.
-        video_hash: SHA-256 of the video file.
-        extractor_hash: `extractor_key` of the extractor.
         known: record of an earlier extraction to `output`.
-        partial: whether to accept a damaged file, and use what can be decoded.
-        batch_size: maximum number of clips per batch.
-        threads: CPU threads for decoding; None leaves the number to FFmpeg.
         video_file: video file that `probe` returned; None probes the file if it must be extracted.
 
     Returns:
         The record of the extraction; `known` if its features are still valid.
-
-    Raises:
-        VideoFileError: the video is damaged and `partial` is not set, or is too short for one clip.
-        ModelFileError: the extractor returns features that are not finite.
-        OutputError: `output` cannot be written.
     """
     if known is not None and output.is_file() and known.is_valid_for(video_hash, extractor_hash, partial):
         if sha256(output) == known.features:
@@ -269,23 +239,10 @@ def load_or_extract(
     threads: int | None = None,
     video_file: VideoFile | None = None,
 ) -> Video:
-    """Return the clip features of a video file, from the cache in `cache_directory` if possible.
+    """Return the clip features of a video file, from the cache in `cache_directory` if possible; see `extract`.
 
     Cache keys are digests of the video's content and of everything that determines the features (`extractor_key`).
     Damaged entries are extracted again.
-
-    Args:
-        path: the video file.
-        extractor: the network.
-        partial: whether to accept a damaged file, and use what can be decoded.
-        batch_size: maximum number of clips per batch.
-        threads: CPU threads for decoding; None leaves the number to FFmpeg.
-        video_file: video file that `probe` returned; None probes the file if it must be extracted.
-
-    Raises:
-        VideoFileError: the video is missing, is damaged and `partial` is not set, or is too short for one clip.
-        ModelFileError: the extractor returns features that are not finite.
-        OutputError: the cache cannot be written.
     """
     video_hash, extractor_hash = hash_of(path), extractor_key(extractor)
     output = cache_directory() / f"{video_hash[:24]}-{extractor_hash[:24]}.npy"
@@ -340,10 +297,6 @@ def _cached_record(path: Path) -> ExtractionRecord | None:
 
 def read_record(value: Any, source: Path) -> ExtractionRecord | None:
     """Return the record of a JSON object from `ExtractionRecord.to_dict`; None if it does not match its digest.
-
-    Args:
-        value: the parsed JSON.
-        source: its file, for messages.
 
     Raises:
         VideoFileError: the object has another structure.

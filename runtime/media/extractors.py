@@ -87,11 +87,6 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
 
     The input of a graph determines its kind: uint8 clips, or one float32 image per clip.
 
-    Args:
-        path: the file.
-        device: `auto`, `cpu` or `cuda`; `auto` selects a GPU if the library supports one.
-        threads: number of CPU threads; the library's default when None.
-
     Raises:
         ModelFileError: the file is missing or is not an extractor.
         DeviceError: ONNX Runtime or the device is missing.
@@ -162,13 +157,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def check_description(value: Mapping[str, Any], path: Path, content: Content) -> None:
-    """Raise ModelFileError if a description records a digest that differs from the digest of the files.
-
-    Args:
-        value: content of the description file.
-        path: the ONNX file.
-        content: digests of the ONNX file and its external data.
-    """
+    """Raise ModelFileError if a description records a digest that differs from the digest of the files."""
     if DIGEST in value and value[DIGEST] != _description_digest(value, content):
         raise ModelFileError(
             f"{path} or {description_path(path).name} changed since the digest was recorded. Copy both again, or "

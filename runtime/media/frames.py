@@ -30,7 +30,6 @@ class FrameResizer:
 
     Args:
         height, width: size of the frames as they are stored, in pixels.
-        framing: target size and crop.
         quarter_turns, mirrored: rotation and mirroring that are applied first; see `VideoFile`.
     """
 

@@ -38,9 +38,6 @@ class Packets:
     def times(self, container: Any, stream: Any) -> tuple[np.ndarray, tuple[Part, ...]]:
         """Return the times of the displayed frames, and the parts of the stream.
 
-        Args:
-            container, stream: container and video stream that `open_container` yielded.
-
         Returns:
             (num_frames,) int64 increasing times in ticks, and the parts whose time stamps need different corrections.
         """
@@ -61,11 +58,7 @@ class Packets:
 
 
 def read_packets(container: Any, stream: Any) -> Packets:
-    """Read all packets of a container.
-
-    Args:
-        container, stream: container and video stream that `open_container` yielded.
-    """
+    """Read all packets of a container."""
     av = load_av()
     result = Packets()
     try:

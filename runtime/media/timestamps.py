@@ -63,7 +63,6 @@ def usual_step(stamps: Sequence[Stamp], default: float) -> float:
     """Return the median step between packets in file order, in ticks.
 
     Args:
-        stamps: time stamps of the packets, in file order.
         default: result in ticks if no step is known.
     """
     times = [stamp.dts if stamp.dts is not None else stamp.pts for stamp in stamps if stamp.is_shown]
@@ -87,7 +86,6 @@ def split(
     Source: `ts_discontinuity_detect` in ffmpeg's ffmpeg_demux.c; `handle_new_frame` in mpv's player/video.c.
 
     Args:
-        stamps: time stamps of the packets, in file order.
         unit: seconds per tick.
         step: ticks between packets, as `usual_step` returns them.
         frame_ticks: ticks per frame at the frame rate of the header, for packets without a time stamp.
@@ -171,7 +169,6 @@ def _jumps(start: int, end: int, following: Sequence[Stamp], jump: float, other_
     Files store frames in decoding order, so that frames of the time in between may follow.
 
     Args:
-        start, end: the times.
         following: the next packets, as many as decoders reorder.
         jump: minimum step of a jump, in ticks.
         other_times: increasing times of the packets of other streams.
@@ -189,8 +186,6 @@ def shown_times(stamps: Sequence[Stamp], parts: Sequence[Part], frame_ticks: flo
     """Return the increasing times of the displayed frames, (num_frames,) int64, in ticks.
 
     Args:
-        stamps: time stamps of the packets, in file order.
-        parts: parts that `split` returned.
         frame_ticks: ticks per frame at the frame rate of the header, for packets without a time stamp.
     """
     count = sum(stamp.is_shown for stamp in stamps)
@@ -220,7 +215,6 @@ class SoundShift:
     """Correct the time stamps of the audio stream by the parts of the video stream.
 
     Args:
-        parts: parts of the video stream.
         unit: seconds per tick of the video stream.
     """
 
@@ -233,11 +227,7 @@ class SoundShift:
         self._end: float | None = None
 
     def shift_at(self, time: float) -> float:
-        """Return the seconds to add to the time stamps of the next audio packet in file order.
-
-        Args:
-            time: time of the packet before the correction, in seconds.
-        """
+        """Return the seconds to add to the time stamp of the next audio packet in file order, given in seconds too."""
         restarts = self._end is not None and time < self._end - BACK_SECONDS
         if restarts or not self._fits(self._index, time):
             following = range(self._index + 1, len(self._parts))

@@ -165,12 +165,7 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
 
 
 def offset_of(path: str | os.PathLike[str]) -> float:
-    """Return the `offset` of a video file from its header; 0 if the header contains none.
-
-    Raises:
-        VideoFileError: the file is not a video.
-        DeviceError: PyAV is not installed.
-    """
+    """Return the `offset` of a video file from its header; 0 if the header contains none."""
     with open_container(Path(path)) as (container, stream):
         if stream.start_time is None:
             return 0.0
@@ -236,11 +231,8 @@ def read_frames(
     Frames are decoded one by one. A repeated frame is yielded as the same array.
 
     Args:
-        video_file: video file that `probe` returned.
-        framing: resizing and crop.
         every: step between the yielded grid positions.
         partial: whether to accept a damaged file, and use what can be decoded.
-        threads: CPU threads for decoding; None leaves the number to FFmpeg.
 
     Raises:
         VideoFileError: the file is damaged and `partial` is not set.
@@ -287,13 +279,8 @@ def frames_at(video_file: VideoFile, times: Sequence[float], height: int, *, par
     file is damaged, the last frame that can be decoded is used for later times.
 
     Args:
-        video_file: video file that `probe` returned.
         times: increasing times in seconds from the first frame.
         height: maximum height of the result in pixels; frames are not enlarged.
-        partial: whether to accept damaged frames.
-
-    Raises:
-        VideoFileError: a decoded frame is damaged and `partial` is not set.
     """
     results: list[np.ndarray] = []
     last = None
@@ -333,13 +320,8 @@ def frames_from(
     """Yield the frames of a video as PyAV decodes them, each with its time in seconds after the first frame.
 
     Args:
-        video_file: video file that `probe` returned.
         start: time in seconds; the first yielded frame is a key frame at or before it.
-        threads: CPU threads for decoding; None leaves the number to FFmpeg.
         partial: whether to skip packets that cannot be decoded.
-
-    Raises:
-        VideoFileError: a frame is damaged and `partial` is not set.
     """
     av = load_av()
     # Formats without an index are sought by bytes, and may end up after the key frame. Then the search starts further
@@ -436,16 +418,11 @@ def _decoded(
     """Yield the frames of a stream with corrected time stamps.
 
     Args:
-        container, stream: container and video stream that `open_container` yielded.
-        path: the file, for messages.
         parts: parts with their shifts; with several parts, the container must be at its start.
         partial: whether to accept damage: packets that cannot be decoded are skipped, and frames that the decoder
             marks as corrupt are yielded.
         sought: whether the container was sought to a time. Frames before the first key frame then lack their
             references, which is not damage.
-
-    Raises:
-        VideoFileError: the file is damaged and `partial` is not set.
     """
     av = load_av()
     packets = container.demux(stream)

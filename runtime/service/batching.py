@@ -80,8 +80,6 @@ class Batcher:
     answers without delay.
 
     Args:
-        grounder: the model.
-        options: limits of batches and of the queue.
         on_batch: called after every batch with its number of pairs, the seconds that each waited, and the seconds that
             the model took.
     """
@@ -114,8 +112,6 @@ class Batcher:
 
         Args:
             pairs: videos and queries; `Grounder.encode_query` accepts each query.
-            top_k: maximum number of moments per pair.
-            always_answer: ignore the model's no-match threshold.
 
         Raises:
             HttpError: 429 with Retry-After if the queue is full; 503 during shutdown.

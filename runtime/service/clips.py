@@ -27,11 +27,7 @@ write_clips(video, [span], [Path(output)], int(threads) if threads else None)
 
 
 class ClipCutter:
-    """Cut clips as mp4 files.
-
-    Args:
-        threads: CPU threads; None leaves the number to FFmpeg.
-    """
+    """Cut clips as mp4 files."""
 
     def __init__(self, threads: int | None) -> None:
         self._threads = threads
@@ -44,7 +40,6 @@ class ClipCutter:
         Args:
             media: descriptor of the open video file.
             start, end: in seconds.
-            output: the mp4 file.
 
         Raises:
             HttpError: the span is empty or longer than `MAX_SECONDS`; too many clips wait; or FFmpeg fails.

@@ -19,7 +19,6 @@ async def run_isolated(
 
     Args:
         code: statements, which find `arguments` in `sys.argv[1:]`.
-        arguments: of the code.
         timeout_s: maximum time in seconds; None has no limit.
         pass_fds: open files that the process inherits.
 

@@ -90,12 +90,7 @@ class ApiKeys:
         return f"{path}?ticket={until}.{self._signature(unquote(path), until)}"
 
     def authorizes(self, scope: MutableMapping[str, Any], authorization: str) -> bool:
-        """Return whether a request has the key or a valid ticket; secrets are compared in constant time.
-
-        Args:
-            scope: ASGI connection scope of the request.
-            authorization: value of the Authorization header.
-        """
+        """Return whether a request has the key or a valid ticket; secrets are compared in constant time."""
         if self._key is None:
             return True
         scheme, _, token = authorization.partition(" ")
@@ -119,9 +114,6 @@ def request_id(scope: MutableMapping[str, Any]) -> str:
 
     That is the trace ID of OpenTelemetry's `traceparent` header, else the `x-request-id` header of at most 64 letters,
     digits, dots, underscores and hyphens, else a random one. It is kept in `scope`, so that every caller gets the same.
-
-    Args:
-        scope: of ASGI.
     """
     if REQUEST_ID not in scope:
         headers = dict(scope["headers"])
@@ -139,13 +131,6 @@ class RequestGuard:
     """An ASGI application that checks and counts requests and passes them to the routes.
 
     Starlette's `TrustedHostMiddleware` cannot replace the check of hosts: it answers 400 in plain text.
-
-    Args:
-        app: ASGI application with the routes.
-        options: API key and limits of requests.
-        keys: keys of `options`.
-        telemetry: counts every response.
-        draining: returns whether the service is shutting down.
     """
 
     def __init__(
@@ -292,8 +277,6 @@ async def cancel_on_disconnect(receive: Receive, work: Awaitable[Any], seconds: 
 
     Args:
         receive: ASGI receive function of the request, after the body is complete.
-        work: awaitable that computes the result.
-        seconds: timeout in seconds.
 
     Raises:
         ClientDisconnected: the client closed the connection.

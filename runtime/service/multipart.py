@@ -129,8 +129,6 @@ async def read_form(
     """Read a form to its end.
 
     Args:
-        content_type: Content-Type header of the request, with the boundary.
-        chunks: the body.
         choose_path: returns the path to store the file of a field at; raises HttpError for an unknown field.
         reserve: called with the size of every piece of a file before it is written; raises HttpError if no space is
             left.

@@ -37,8 +37,6 @@ class Telemetry:
 
         Args:
             name: name of the metric without the prefix "drn_".
-            text: description of the metric.
-            value: returns the value.
         """
         Gauge(f"drn_{name}", text, registry=self.registry).set_function(value)
 
@@ -47,13 +45,7 @@ class Telemetry:
         self._model.info(labels)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """Count a response.
-
-        Args:
-            route: path template of the route.
-            status: HTTP status.
-            seconds: seconds since the request arrived.
-        """
+        """Count a response."""
         self._requests.labels(route, str(status)).inc()
         self._request_seconds.labels(route).observe(seconds)
 
@@ -79,7 +71,6 @@ class Telemetry:
 
         Args:
             name: wait (in the queue), model (one batch) or ready (preparation of a video).
-            seconds: duration in seconds.
         """
         self._phase_seconds.labels(name).observe(seconds)
 

@@ -103,12 +103,7 @@ class SentVideo(BaseModel):
 
 
 def request_models(max_queries: int, max_query_chars: int) -> tuple[type[BaseModel], type[SentVideo]]:
-    """Return the pydantic models of a JSON query about a known video, and of a form with its own video.
-
-    Args:
-        max_queries: maximum number of queries of a request.
-        max_query_chars: maximum length of a query, in characters.
-    """
+    """Return the pydantic models of a JSON query about a known video, and of a form with its own video."""
     sentence = Annotated[str, Field(min_length=1, max_length=max_query_chars)]
     one = {"type": "string", "minLength": 1, "maxLength": max_query_chars}
     several = {"type": "array", "items": one, "minItems": 1, "maxItems": max_queries}
@@ -151,10 +146,6 @@ def form_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 def parse_body(model: type[BaseModel], body: bytes) -> Any:
     """Return a validated JSON body.
-
-    Args:
-        model: pydantic model of the body.
-        body: body of the request.
 
     Raises:
         HttpError: 422 if it is not JSON, repeats a name or does not match the model.

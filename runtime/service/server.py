@@ -71,7 +71,6 @@ def configuration(service: Service, grace: int) -> uvicorn.Config:
     """Return uvicorn's configuration for a service.
 
     Args:
-        service: service to run.
         grace: maximum time to finish accepted requests at the end, in seconds.
     """
     return uvicorn.Config(
@@ -114,16 +113,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(create: Callable[[], Service], host: str, port: int, grace: int) -> None:
-    """Create a service and serve it until SIGTERM or Ctrl-C; print the address once connections are accepted.
-
-    Args:
-        create: returns the service.
-        host, port: address; see `listen`.
-        grace: maximum time to finish accepted requests at the end, in seconds.
-
-    Raises:
-        GroundingError: the address cannot be used.
-    """
+    """Create a service and serve it until SIGTERM or Ctrl-C; print the address once connections are accepted."""
     with _opened(create) as service, listen(host, port) as listener:
         config = configuration(service, grace)
         url_host = f"[{host}]" if ":" in host else host

@@ -79,13 +79,9 @@ class Service:
     """A model with the videos that clients can query.
 
     Args:
-        grounder: the model.
-        data: data set whose videos clients can name.
         model, digest: file name of the model and its SHA-256, for the health check and the metrics.
         media: directory of the video files of `data`.
         extractor: extractor of uploaded video files; None rejects them.
-        device, threads: device and CPU threads of the extractor.
-        options: limits of requests, memory and uploads.
 
     Attributes:
         writes_clips: whether PyAV can write clips of video files, of which there may be some.
@@ -149,14 +145,6 @@ class Service:
         output: AnswerFormat = "json",
     ) -> Response:
         """Return the moments of queries as `infer --format` prints them; a header lists unknown words.
-
-        Args:
-            name: name of the video in the answer.
-            prepare: returns the prepared video.
-            queries: sentences.
-            top_k: maximum number of moments per query.
-            always_answer: ignore the model's no-match threshold.
-            output: format of the response.
 
         Raises:
             HttpError: 422 if the model cannot encode a query, which is checked before any query is batched; 429 if the
@@ -236,11 +224,6 @@ class Service:
 
     async def receive(self, request: Request, upload: Upload, form: type[SentVideo]) -> tuple[Any, Video | None]:
         """Store a form with one file in an upload.
-
-        Args:
-            request: request whose body is the form.
-            upload: empty upload that receives the file.
-            form: pydantic model of the text fields.
 
         Returns:
             The validated fields, and the video of features. For a video file the extraction is started instead.

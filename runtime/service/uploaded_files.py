@@ -31,8 +31,6 @@ def read_features(path: Path, max_bytes: int, dim: int) -> np.ndarray:
     Sizes are checked before anything is decompressed, and no more is read than the header declares.
 
     Args:
-        path: the file.
-        max_bytes: maximum size of the array in bytes.
         dim: D, feature width of the model.
 
     Returns:

@@ -138,11 +138,8 @@ class Uploads:
     """The uploads of one service. Their directory is deleted at the end, and after a crash by the next service.
 
     Args:
-        options: limits of uploads and their expiry time.
         clock: clip timing of the model, for features that are sent without a frame count.
         extractor: extractor of video files; None rejects video files.
-        device, threads: device and CPU threads of the extractor.
-        on_remove: called with the id of every upload that is deleted.
 
     Attributes:
         bytes: size of all uploads.
@@ -271,14 +268,8 @@ class Uploads:
         """Check uploaded features and store them in the upload.
 
         Args:
-            upload: upload that receives the features.
             sent: file of the features; it is deleted.
-            dim: D, feature width of the model.
-            duration: duration of the video, in seconds.
             num_frames: number of frames of the video; None estimates it from the number of clips.
-
-        Returns:
-            The video.
 
         Raises:
             HttpError: the file or its array is invalid or too large.
@@ -318,9 +309,7 @@ class Uploads:
         """Store an uploaded video file, and start to extract its features.
 
         Args:
-            upload: upload that receives the video.
             sent: the video file; it is renamed.
-            partial: whether to accept a damaged file, and use what can be decoded.
 
         Raises:
             HttpError: 415 if the format is not supported; 429 if too many videos wait.

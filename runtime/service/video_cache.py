@@ -80,7 +80,6 @@ class VideoCatalog:
     """The videos of a data set.
 
     Args:
-        data: the data set; None for an empty catalog.
         media: directory of the video files, named after the videos.
     """
 
@@ -106,11 +105,6 @@ class VideoCatalog:
 
     def page(self, contains: str, offset: int, limit: int) -> tuple[int, list[Entry]]:
         """Return a page of the videos whose names contain a text, ignoring case.
-
-        Args:
-            contains: the text; empty for all videos.
-            offset: number of matching videos before the page.
-            limit: maximum number of videos on the page.
 
         Returns:
             The number of matching videos, and the descriptions of those on the page.
@@ -202,8 +196,6 @@ class VideoCache:
     """Cache prepared videos: checked, pooled and, by a split model, encoded. Concurrent requests share one preparation.
 
     Args:
-        grounder: the model.
-        batcher: runs the model.
         capacity: maximum size in bytes; the least recently used videos are evicted.
         telemetry: counts lookups: `hit`, `joined` (another request is preparing the video) or `miss`.
     """
@@ -225,7 +217,6 @@ class VideoCache:
         """Return a prepared video.
 
         Args:
-            key: identifier of the video.
             load: reads the video, in another thread, if it is not cached; may raise FeatureError or HttpError.
             stamp: current stamp of its files; a cached video with another stamp is read again.
 
@@ -256,15 +247,7 @@ class VideoCache:
         self._readers.shutdown(cancel_futures=True)
 
     async def prepare(self, load: Callable[[], Video]) -> VideoInput:
-        """Return a prepared video that is not cached.
-
-        Args:
-            load: reads the video, in another thread; may raise FeatureError or HttpError.
-
-        Raises:
-            FeatureError: the features do not fit the model.
-            HttpError: 422 if the video has too many windows; 503 during shutdown.
-        """
+        """Return a prepared video that is not cached."""
 
         def read() -> Video:
             video = load()
@@ -306,12 +289,7 @@ def _bytes(video: VideoInput) -> int:
 
 
 def check_windows(windows: int, queries: int) -> None:
-    """Raise HttpError 422 if queries in the windows of a video would block the model for too long.
-
-    Args:
-        windows: number of windows of the video.
-        queries: number of queries of the request.
-    """
+    """Raise HttpError 422 if queries in the windows of a video would block the model for too long."""
     if windows * queries > MAX_WINDOWS:
         raise HttpError(
             422,

@@ -78,7 +78,6 @@ class Front:
 
     Args:
         pb: `triton_python_backend_utils`, which exists only inside Triton.
-        args: arguments that Triton passes to `initialize`.
         directory: directory of this version of the model, with `about.json`.
 
     Raises:
@@ -97,11 +96,7 @@ class Front:
         self._is_first_call = True
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Return a response for each request, in order. A request that fails does not affect the others.
-
-        Args:
-            requests: `InferenceRequest` objects of Triton.
-        """
+        """Return a response for each request, in order. A request that fails does not affect the others."""
         responses: list[Any] = [None] * len(requests)
         groups: dict[tuple[Windows | None, bool], list[tuple[int, _FrontRequest]]] = {}
         for index, request in enumerate(requests):
@@ -270,12 +265,6 @@ class _VideoCache:
 
         Args:
             features: (num_clips, D) floats.
-            num_frames: length in frames.
-            duration: length in seconds.
-            name: name of the video in messages.
-
-        Raises:
-            FeatureError: the features, frames or duration are invalid.
         """
         for key, (known, _) in self._videos.items():
             same = (known.num_frames, known.duration, known.features.shape) == (num_frames, duration, features.shape)
@@ -292,9 +281,6 @@ class _VideoCache:
         """Return the encoded windows of a video if a split model grounds it in windows, else the video.
 
         A `Grounder` itself caches the encodings of videos without windows.
-
-        Raises:
-            ServerError: the network failed.
         """
         if not grounder.is_pair or not grounder.cut(video):
             return video

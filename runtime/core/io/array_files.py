@@ -55,7 +55,6 @@ def check_unfolded(description: str, unfolded: int, stored: int) -> None:
     """Raise FeatureError (code `unfolds_too_large`) for compressed data that would expand far more than features do.
 
     Args:
-        description: name of the data, for the message.
         unfolded, stored: sizes in bytes after and before decompression.
     """
     if unfolded > max(MAX_UNFOLDED_BYTES, MAX_UNFOLDED_RATIO * stored):
@@ -95,8 +94,6 @@ def read_array(
     """Read the array of a `.npy` file into memory.
 
     Args:
-        stream: the file, at its start.
-        available: size of the file in bytes.
         check: called with the header and the number of bytes after it, before memory is allocated; raises an error for
             an array that the caller does not accept.
 
@@ -122,13 +119,11 @@ def load_array(path: str | os.PathLike[str], mapped_bytes: int = -1) -> np.ndarr
     """Return the array of a `.npy` file.
 
     Args:
-        path: the file.
         mapped_bytes: file size in bytes above which the array is memory-mapped instead of read; a negative number maps
             every file.
 
     Raises:
         ValueError: it is not a plain array, or is truncated.
-        OSError: the file cannot be read.
     """
     with open(path, "rb") as stream:
         available = os.fstat(stream.fileno()).st_size
@@ -177,9 +172,6 @@ def read_member(
     """Return the array of one member of a `.npz` file.
 
     Args:
-        archive: archive that `open_archive` returned.
-        member: entry of the archive.
-        source: name of the file, for messages.
         check: called with the header and the number of bytes after it, before memory is allocated; raises an error for
             an array that the caller does not accept.
 
@@ -203,12 +195,7 @@ def read_member(
 def read_archive(path: str | os.PathLike[str], max_members: int) -> dict[str, np.ndarray]:
     """Return the arrays of a `.npz` file by name.
 
-    Args:
-        path: the file.
-        max_members: maximum number of arrays.
-
     Raises:
-        FeatureError: an array expands far more than features do; see `check_unfolded`.
         ValueError: it has more than `max_members` arrays, or one that `read_member` does not accept.
     """
     with open(path, "rb") as stream, open_archive(stream) as archive:

@@ -182,7 +182,6 @@ def locked(directory: str | os.PathLike[str], file: str | None = None, *, wait: 
     The system releases the lock when the process ends, even by `kill -9`.
 
     Args:
-        directory: directory to lock; created if it does not exist.
         file: name of a file in it; only this file is locked, and others can be written meanwhile.
         wait: wait for another process instead of raising.
 
@@ -467,12 +466,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as a file of indented JSON, atomically; see `atomic_write`.
 
-    Args:
-        path: the file.
-        value: JSON value.
-
     Raises:
-        OutputError: the file cannot be written.
         ValueError: the value contains NaN or an infinity.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -42,10 +42,13 @@ ERRORS: dict[str, type[GroundingError]] = {"invalid_features": FeatureError, "mi
 class Hdf5Reader:
     """The datasets of one HDF5 file, read in another process.
 
-    Thread-safe. A forked process starts its own reader.
+    Thread-safe. A forked process starts its own reader. Its methods take spellings of the name of a video, of which the
+    first that exists, as a dataset or a group of one, is used.
 
-    Args:
-        path: the file.
+    Raises:
+        MissingFeatures: there is neither a dataset nor a group of any of these names.
+        FeatureError: the file or the dataset is damaged, or is not an array of floats with two axes.
+        DeviceError: h5py is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,31 +59,12 @@ class Hdf5Reader:
         self._lock = threading.Lock()
 
     def describe(self, names: list[str]) -> dict[str, Any]:
-        """Return `name`, `dtype` and `shape` of a dataset, without reading its values.
-
-        Args:
-            names: spellings of the name of the video; the first that exists, as a dataset or a group of one, is
-                described.
-
-        Raises:
-            MissingFeatures: there is neither a dataset nor a group of any of these names.
-            FeatureError: the file or the dataset is damaged, or is not an array of floats with two axes.
-            DeviceError: h5py is not installed.
-        """
+        """Return `name`, `dtype` and `shape` of a dataset, without reading its values."""
         reply, _ = self._request({"names": names, "values": False})
         return reply
 
     def read(self, names: list[str]) -> np.ndarray:
-        """Return the features of a video, (num_clips, D) in the float type of the file.
-
-        Args:
-            names: spellings of the name of the video; the first that exists, as a dataset or a group of one, is read.
-
-        Raises:
-            MissingFeatures: there is neither a dataset nor a group of any of these names.
-            FeatureError: the file or the dataset is damaged, or is not an array of floats with two axes.
-            DeviceError: h5py is not installed.
-        """
+        """Return the features of a video, (num_clips, D) in the float type of the file."""
         reply, values = self._request({"names": names, "values": True})
         assert values is not None
         return values.view(np.dtype(reply["dtype"])).reshape(reply["shape"])
@@ -209,18 +193,13 @@ class Hdf5File:
         self._names: dict[str, str] = {}
 
     def answer(self, names: list[str], values: bool) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Return the description of a dataset and, if requested, its values.
+        """Return the description of a dataset and, if requested, its values; see `Hdf5Reader`.
 
         Args:
             names: spellings of the name of the video; the first that exists, as a dataset or a group of one, is read.
-            values: whether to return the values.
 
         Returns:
             `name`, `dtype`, `shape` and, with values, `bytes`; and the (num_clips, D) values or None.
-
-        Raises:
-            MissingFeatures: there is neither a dataset nor a group of any of these names.
-            FeatureError: the file or the dataset is damaged, or is not an array of floats with two axes.
         """
         import h5py
 

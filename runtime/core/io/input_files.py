@@ -59,9 +59,8 @@ def check_file(
     """Raise `error` unless `path` is a regular file that can be read.
 
     Args:
-        path: the file.
         description: start of the message: "The model file".
-        error: class to raise, with the code `missing_file`, `not_a_file` or `unreadable_file`.
+        error: class to raise, with the code `missing_file`, `not_a_file`, `not_a_directory` or `unreadable_file`.
         advice: what the reader should do, as an imperative without a full stop.
     """
     _check_kind(path, stat.S_ISREG, "not a regular file", description, error, advice)
@@ -70,14 +69,7 @@ def check_file(
 def check_directory(
     path: str | os.PathLike[str], description: str, error: type[GroundingError], advice: str = "check the path"
 ) -> None:
-    """Raise `error` unless `path` is a directory that can be listed.
-
-    Args:
-        path: the directory.
-        description: start of the message: "The directory of annotations".
-        error: class to raise, with the code `missing_file`, `not_a_directory` or `unreadable_file`.
-        advice: what the reader should do, as an imperative without a full stop.
-    """
+    """Raise `error` unless `path` is a directory that can be listed; see `check_file`."""
     _check_kind(path, stat.S_ISDIR, "not a directory", description, error, advice)
 
 
@@ -130,12 +122,7 @@ def read_json(path: str | os.PathLike[str], description: str, error: type[Ground
     """Return the JSON value in a file, checked as by `runtime.core.io.text_files.parse_json`.
 
     Args:
-        path: the file.
         description: expected content without an article, for messages: "layer ranking".
-        error: class to raise.
-
-    Raises:
-        GroundingError: `error`, if the file is missing or malformed.
     """
     text = read_text(path, f"JSON ({description})", error)
     return parse_json(text, f"{path} ({description})", error, advice="correct the file, or write it again")

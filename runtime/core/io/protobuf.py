@@ -21,7 +21,6 @@ def fields(content: Buffer, start: int, end: int) -> Iterator[tuple[int, int, in
     """Yield the fields of a message.
 
     Args:
-        content: contains the message.
         start, end: offsets of the message in `content`.
 
     Yields:
@@ -54,12 +53,7 @@ def fields(content: Buffer, start: int, end: int) -> Iterator[tuple[int, int, in
 
 
 def varints(content: Buffer, start: int, end: int) -> Iterator[int]:
-    """Yield the numbers of a varint field, packed or not.
-
-    Args:
-        content: contains the field.
-        start, end: offsets of the value of the field in `content`, as `fields` yields them.
-    """
+    """Yield the numbers of a varint field, packed or not."""
     offset = start
     while offset < end:
         value, offset = varint(content, offset)
@@ -80,12 +74,7 @@ def varint(content: Buffer, offset: int) -> tuple[int, int]:
 
 
 def number_field(number: int, value: int) -> bytes:
-    """Return an encoded varint field.
-
-    Args:
-        number: number of the field.
-        value: its value, at least 0.
-    """
+    """Return an encoded varint field."""
     return _encoded(number << 3 | VARINT) + _encoded(value)
 
 

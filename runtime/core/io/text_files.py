@@ -26,9 +26,7 @@ def read_text(path: str | os.PathLike[str], description: str, error: type[Ground
     """Return the content of a UTF-8 text file without its byte order mark.
 
     Args:
-        path: the file.
         description: expected content with its article, for messages: "a word table".
-        error: class to raise.
 
     Raises:
         GroundingError: `error`, if the file is missing, unreadable, or not UTF-8.
@@ -51,18 +49,10 @@ def read_text(path: str | os.PathLike[str], description: str, error: type[Ground
 def read_lines(
     path: str | os.PathLike[str], description: str, error: type[GroundingError] = AnnotationError
 ) -> list[str]:
-    """Return the lines of a UTF-8 text file without line ends and without blank lines at the end.
+    """Return the lines of a UTF-8 text file without line ends and without blank lines at the end; see `read_text`.
 
     Only \\n, \\r\\n and \\r end a line. `str.splitlines` also splits at U+2028, U+0085 and others, which are
     valid within a sentence.
-
-    Args:
-        path: the file.
-        description: expected content with its article, for messages: "a word table".
-        error: class to raise.
-
-    Raises:
-        GroundingError: `error`, if the file is missing, unreadable, or not UTF-8.
     """
     text = read_text(path, description, error).replace("\r\n", "\n").replace("\r", "\n")
     lines = text.split("\n")
@@ -82,9 +72,7 @@ def parse_json(
     """Return a JSON value with finite numbers, valid Unicode, bounded nesting and no name twice in one object.
 
     Args:
-        text: JSON text of one value.
         source: start of messages: the file, and the line in files of JSON lines.
-        error: class to raise.
         advice: what the reader should do, as an imperative without a full stop.
         constants: whether NaN, Infinity and -Infinity are numbers, as for `json` of Python.
 
@@ -116,10 +104,7 @@ def check_format(value: Any, expected: str, source: str, error: type[GroundingEr
     """Raise `error` (code `unknown_format`) unless a value is a mapping whose `format` is `expected`.
 
     Args:
-        value: content of a JSON file or a checkpoint.
         expected: identifier with its version, such as "drn-manifest/1".
-        source: name of the file, for the message.
-        error: class to raise.
         advice: what the reader should do, as an imperative without a full stop.
     """
     actual = value.get("format") if isinstance(value, Mapping) else None
