@@ -467,7 +467,7 @@ class _Writer:
             tensor: name of its input.
             constants: prefix of the names of scale and zero point.
             axis: axis of the scales; None for a single scale.
-            like: name of a described tensor of the same shape, if there is one.
+            like: name of a tensor of the same shape, whose shape the result gets; None for an unknown shape.
 
         Returns:
             The name of the node, which is also the name of its output.

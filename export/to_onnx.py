@@ -43,7 +43,7 @@ def to_onnx(
         max_query_length: maximum number of tokens of a query; every length up to it is checked. Default: 64, or the
             longest query of the training data set.
         clock: WINDOW STRIDE of an extractor's clips in frames. Default: 16 8. C3D needs 16 frames.
-        class_scores: of I3D, also export class probabilities as a second output.
+        class_scores: also export the class probabilities of I3D, as a second output.
 
     Returns:
         `output`.
@@ -70,7 +70,7 @@ def to_onnx(
         return export_extractor(options.checkpoint, options.output, opset=opset, clock=clock, class_scores=class_scores)
     if clock or class_scores:
         raise ShapeError(
-            f"{checkpoint} is no feature extractor, so --clock and --class-scores do not apply. Remove them.",
+            f"{checkpoint} is no feature extractor, so --clock and --class-scores do not apply. Remove these options.",
             code="inapplicable_option",
         )
     suggest_next_command("runtime.evaluate", "--model", export_checkpoint(options), "--data", "DIR")

@@ -75,7 +75,8 @@ def evaluate(
         data: directory of a data set. docs/formats.md lists the formats. With --predictions-from also a JSONL file
             with the ground truth in the QVHighlights format.
         predictions_from: JSONL file with predictions in the QVHighlights format, to score instead of a model.
-        shared_only: score the queries that both predictions and ground truth have, even if one has others.
+        shared_only: score only the queries that both the predictions and the ground truth contain. Default: queries of
+            only one of the two are an error.
         exist_threshold: pred_exist_score below which a query of --predictions-from is rejected.
         split: split of the queries: train, val or test.
         protocol: mmaction2 (soft-NMS, IoU above the threshold) or drn (hard NMS, IoU at least the threshold).
@@ -129,7 +130,7 @@ def _check_scoring(
     names = ", ".join(name for name, value in given.items() if value is not None)
     if names:
         raise GroundingError(
-            f"{names} cannot be used with --predictions-from, which runs no model. Remove it.",
+            f"{names} cannot be used with --predictions-from, which runs no model. Remove these options.",
             code="inapplicable_option",
         )
 

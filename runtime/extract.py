@@ -59,9 +59,9 @@ def extract(
 ) -> Path:
     """Extract clip features of videos into a directory in the published Charades-STA layout.
 
-    All video files in a directory and its subdirectories are extracted if VIDEOS contains the directory. A damaged file
-    in it is reported and skipped; the command exits with 1 after it has extracted the others. A damaged file that
-    VIDEOS contains is an error before the first extraction.
+    Of a directory in VIDEOS, all video files are extracted, also those in subdirectories. If one of these is damaged,
+    the command reports it, extracts the others, and exits with 1. If VIDEOS names a damaged file itself, the command
+    stops before the first extraction.
 
     The name of a video is its file name without the extension. Videos whose features are already in the directory,
     from the same file content and the same extractor, are skipped; repeat the same command to resume. A directory
@@ -160,7 +160,7 @@ def _extract_all(videos: Mapping[Path, bool], job: _Job) -> int:
 
 
 def _unless_damaged(skip: bool, function: Callable[[], T]) -> T | None:
-    """Return the result of a function; if it raises VideoFileError and `skip`, log the error and return None."""
+    """Return the result of a function; if `skip` is set, log a VideoFileError and return None."""
     try:
         return function()
     except VideoFileError as error:
@@ -239,7 +239,7 @@ def _check_names(videos: Sequence[Path], output: Path) -> None:
         stem = fold(file_stem(path.stem))
         if stem in paths:
             raise VideoFileError(
-                f"{paths[stem]} and {path} would have the same name {excerpt(stem)} in {output}. Rename one of them.",
+                f"{paths[stem]} and {path} would have the same name {excerpt(stem)} in {output}. Rename one file.",
                 code="ambiguous_video_name",
             )
         paths[stem] = path
@@ -268,7 +268,7 @@ def _check_extractors(
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise VideoFileError(
             f"{directory} contains features of {excerpt(others[0])}{more} from another extractor or an earlier version "
-            "of this package. Choose another --output, or give the files of all its videos to extract them again.",
+            "of this package. Choose another --output, or extract all videos of this directory in one command.",
             code="mixed_extractors",
         )
 

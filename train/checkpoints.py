@@ -422,7 +422,7 @@ def opened(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> It
         The content that `read` returns, and a function that waits for the SHA-256 of the file and returns it.
 
     Raises:
-        CheckpointError: the file is missing, contains code, or is damaged, even if the body raised another one.
+        CheckpointError: the file is missing, contains code, or is damaged, even if the body raised another error.
     """
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
     if Path(path).suffix in (".onnx", ".engine"):

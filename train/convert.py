@@ -56,7 +56,7 @@ class PublishedCheckpoint:
     Attributes:
         weights: name to array, as stored.
         layout: code base whose names the file has.
-        unused: names in the file of the tensors that were removed.
+        unused: names of the tensors that were removed, as the file spells them.
         stage: training stage, if its configuration records one.
         epoch: number of epochs trained, if recorded.
     """
@@ -233,7 +233,7 @@ def read(path: Path) -> PublishedCheckpoint:
 
 
 def _array(tensor: torch.Tensor, name: str, path: Path) -> np.ndarray:
-    """Return a tensor as an array; CheckpointError for those that NumPy lacks: quantized, sparse, 8-bit floats."""
+    """Return a tensor as an array; CheckpointError if it is quantized, sparse or 8-bit, which NumPy does not have."""
     try:
         # NumPy has no bfloat16.
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor.detach()).numpy()
@@ -401,7 +401,7 @@ def load_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Vocabul
         path: the file, for messages; None for a network without a word table.
 
     Raises:
-        CheckpointError: it does not number exactly as many words as the network has.
+        CheckpointError: the table does not number exactly as many words as the network has.
     """
     if not (
         isinstance(table, dict)

@@ -250,7 +250,7 @@ def _check_output(output: Path, parameters: dict[str, Any], quiet: bool = True) 
 
 
 def _mark_in_progress(output: Path, folder: Path, parameters: dict[str, Any], statement: str) -> None:
-    """Mark `output` as an incomplete simulation, whose features go to `folder`."""
+    """Mark `output` as an incomplete simulation with these parameters, and create the folder of its features."""
     write_json(output / IN_PROGRESS_MARKER, {"statement": statement, "parameters": parameters})
     try:
         (output / DONE_MARKER).unlink(missing_ok=True)

@@ -53,7 +53,7 @@ def convs_to_matmul(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class _Writer:
-    """Writes the products of one graph, and holds its constants."""
+    """Writes the matrix products of one graph, and adds the constants that they read."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._taken = {node.name for node in model.graph.node}
@@ -118,7 +118,7 @@ class _Writer:
         return self.constant(f"rows.{'.'.join(map(str, values))}", np.array(values, np.int64))
 
     def _repeated(self, name: str, times: int) -> str:
-        """Return the name of a constant that repeats another one, of one value per output channel."""
+        """Return the name of a constant that repeats `times` times the values of another one, (N,) for N channels."""
         from onnx import numpy_helper
 
         return self.constant(f"{name}.rows", np.tile(numpy_helper.to_array(self.constants[name]), times))
@@ -164,7 +164,7 @@ class _Rows:
         return self.add("Pad", tensor, self._writer.constant(f"{self.module}.pads", self._ends.ravel()))
 
     def shifted(self, tensor: str, tap: int, taps: int, stride: int, *columns: tuple[int, int]) -> str:
-        """Return the rows that one tap of the kernel reads, of all columns or of the given ranges of columns."""
+        """Return the rows that one tap of the kernel reads; `columns` selects a (start, end) range of channels."""
         bounds = [(tap, tap + 1 - taps or END, stride), *((*pair, 1) for pair in columns)]
         axes = [self.rank - 2, *[self.rank - 1 for _ in columns]]
         starts, stops, steps = zip(*bounds)

@@ -99,7 +99,7 @@ def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
         manifest = ExtractorManifest.from_dict(json.loads(manifest_json), str(path))
     except ValueError as error:
         raise ModelFileError(
-            f"The manifest in {path} is not JSON ({error}). Export it again.", code="invalid_json"
+            f"The manifest in {path} is not JSON ({error}). Export the model again.", code="invalid_json"
         ) from error
     if manifest.precision != "fp32":
         raise _not_fp32(path, manifest.precision)

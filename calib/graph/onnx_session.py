@@ -68,7 +68,8 @@ def with_extra_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.M
     missing = sorted(set(tensors) - known)
     if missing:
         raise CalibrationError(
-            f"The graph has no tensor {', '.join(missing)}. Export it with this version.", code="unknown_tensor"
+            f"The graph has no tensor {', '.join(missing)}. Export the model again with this version.",
+            code="unknown_tensor",
         )
     copy = copied(model)
     present = {value.name for value in copy.graph.output}

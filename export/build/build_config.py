@@ -453,7 +453,7 @@ def ensure_source_graph(job: BuildConfig, vocabulary: Path | None, longest: int)
     Args:
         job: files of the build.
         vocabulary: word table of a published checkpoint.
-        longest: minimum for the maximum query length of the graph, in tokens.
+        longest: query length that the graph must accept, in tokens.
 
     Raises:
         GroundingError: the model cannot be read, converted or exported.

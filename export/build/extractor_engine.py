@@ -302,7 +302,7 @@ def _report(
 
 
 def _by_origin(key: str, deviations: Mapping[str, FeatureTolerance]) -> dict[str, Any]:
-    """Return the worst deviation under a key, and that on clips of videos under the key with `_real`."""
+    """Return the worst deviation as entry KEY, and the deviation on clips of videos, if any, as entry KEY_real."""
     worst = FeatureTolerance(
         min(entry.cosine for entry in deviations.values()), max(entry.difference for entry in deviations.values())
     )

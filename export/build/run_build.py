@@ -145,7 +145,7 @@ class EngineBuild:
             _check_extractor(request)
         elif request.calib_videos:
             raise GroundingError(
-                f"--calib-videos applies to feature extractors only, and {request.model.name} is none. Use --data.",
+                f"--calib-videos applies to feature extractors only, but {request.model.name} is not one. Use --data.",
                 code="inapplicable_option",
             )
         job.check(request)

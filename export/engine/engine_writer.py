@@ -126,7 +126,7 @@ def _build_unrolled(
         except (ModelFileError, DeviceError) as error:
             if not other.optional:
                 raise type(error)(
-                    f"{error} --unroll 0 builds no engines for short queries.", code=error.code
+                    f"{error} Or pass --unroll 0 to build no engines for short queries.", code=error.code
                 ) from error
             log.warning(
                 "%s was not built, so queries of at most %d tokens use the slower engine for all queries: %s",

@@ -213,7 +213,7 @@ def _types_by_module(expected: ExpectedPrecision) -> Mapping[str, Iterable[str]]
 
 
 def _expected_widths(layer: Layer, types: Mapping[str, Iterable[str]]) -> list[int]:
-    """Return the widths of the data types in the graph of the modules that a layer computes.
+    """Return the widths of the data types that the modules of a layer have in the graph.
 
     A layer whose name shows no module may have any type of the graph.
     """

@@ -64,7 +64,7 @@ def profiles(batch: SizeRange, query_length: SizeRange | None, manifest: Manifes
     if query_length.max > manifest.max_query_length:
         raise ShapeError(
             f"Expected --query-length of at most {manifest.max_query_length} tokens, for which the model was exported, "
-            f"got {query_length.max}. Lower it, or export again with --max-query-length {query_length.max}.",
+            f"got {query_length.max}. Lower the maximum, or export again with --max-query-length {query_length.max}.",
             code="query_length_out_of_range",
         )
     smallest, best, largest = batch

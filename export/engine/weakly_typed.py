@@ -101,7 +101,7 @@ def configure(trt: Any, network: Any, config: Any, precision: str, prepared: Fp3
 
 
 def _fp32_helpers(layers: Sequence[Any], fp32: set[int], unnamed: set[int]) -> set[int]:
-    """Return the indices of layers without a node whose outputs are read by FP32 layers only.
+    """Return the indices of the unnamed layers whose outputs only FP32 layers read.
 
     The parser adds such layers before an elementwise operator to give both operands the same rank (`broadcastTensor` in
     importerUtils.cpp of onnx-tensorrt). The API gives no access to layers that the builder adds later.

@@ -65,7 +65,7 @@ class ParityReport:
 
     @property
     def unresolved(self) -> list[str]:
-        """Return each drop over the budget that the number of queries does not prove; see `unresolved_drops`."""
+        """Return each drop over the budget that may be due to chance; see `unresolved_drops`."""
         return unresolved_drops(self.parity, self.budget)
 
     @property

@@ -302,7 +302,7 @@ def unresolved_drops(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
 def _drop(parity: ParityResult, budget: AccuracyBudget, name: str, share: float = 1.0) -> tuple[float, float]:
     """Return the drop of a metric, and the drop to compare with the budget, both in points.
 
-    The second is the lower end of the confidence interval if one query is more than a budget above 0.
+    If a single query is more than a budget above 0, the second is the lower end of the confidence interval.
     """
     delta, queries = parity.differences[name], parity.queries / share
     drop = -100 * share * delta.mean

@@ -48,7 +48,7 @@ def run_parity_check(
 
     Args:
         sides: the reference and the model.
-        files: files of the two.
+        files: files of these two models.
         data_set: data set of the queries.
         annotations: the queries.
         budget: limits of the accuracy drop.

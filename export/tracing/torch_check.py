@@ -47,7 +47,7 @@ def check_pair_against_torch(
 ) -> dict[str, float]:
     """Return the largest difference between a split graph and torch for each output, relative as in `TOLERANCE`.
 
-    A batch has fewer videos than queries, in any order.
+    A batch has fewer videos than queries, which refer to the videos in any order.
 
     Args:
         video, query: graphs of the two parts.

@@ -86,7 +86,7 @@ def read_config(path: Path) -> ModelConfig:
         ) from None
     except (text_format.ParseError, OSError, UnicodeDecodeError) as error:
         raise ModelFileError(
-            f"{path} is not a Triton configuration ({one_line(error)}). Correct it, or remove {path.parent}.",
+            f"{path} is not a Triton configuration ({one_line(error)}). Correct the file, or remove {path.parent}.",
             code="invalid_model_config",
         ) from error
 

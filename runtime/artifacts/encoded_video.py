@@ -137,7 +137,7 @@ class EncodedWindows:
     @classmethod
     def _read(cls, metadata: Any, features: np.ndarray, spans: np.ndarray) -> EncodedWindows:
         if not all(is_number(value) for values in metadata["windows"] for value in values):
-            raise ValueError("its windows are not numbers")
+            raise ValueError("its windows are not lists of numbers")
         windows = tuple(Window(*values) for values in metadata["windows"])
         name, model, keys = str(metadata["name"]), str(metadata["model"]), metadata["keys"]
         if not len(features) == len(spans) == len(windows) == len(keys) > 0:
@@ -168,7 +168,7 @@ def _load(
         arrays = read_archive(path, max_members=3)
         text, features, spans = arrays["about"], arrays["features"], arrays["spans"]
         if text.shape or text.dtype.kind != "U":
-            raise ValueError("its metadata are not a text")
+            raise ValueError("its metadata is not text")
         metadata = parse_json(str(text), f"{path}", FeatureError, advice=ADVICE)
         check_format(metadata, expected_format, f"{path}", FeatureError, ADVICE)
         for name in ("duration", "offset"):

@@ -191,7 +191,7 @@ def write_digest(path: str | os.PathLike[str]) -> bytes:
     """Return the content of an ONNX file with a new digest of the file and its external data.
 
     Raises:
-        ModelFileError: it is not ONNX, or has no manifest.
+        ModelFileError: the file is not ONNX, or has no manifest.
     """
     path = Path(path)
     if not MANIFEST_KEYS & read_metadata(path).keys():

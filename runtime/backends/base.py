@@ -129,7 +129,8 @@ def recorded_video_part(path: Path, manifest: Manifest, suffix: str) -> tuple[Pa
     """
     if len(manifest.video_part) != 1:
         raise ModelFileError(
-            f"Expected one video part in the manifest of {path}, got {len(manifest.video_part)}. Export it again.",
+            f"Expected one video part in the manifest of {path}, got {len(manifest.video_part)}. Export the model "
+            "again.",
             code="missing_part",
         )
     ((name, digest),) = manifest.video_part.items()

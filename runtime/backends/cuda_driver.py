@@ -235,7 +235,10 @@ class Cuda:
         code = self._calls[name](*arguments)
         if code:
             error = OutOfDeviceMemory if code == OUT_OF_MEMORY else CudaError
-            raise error(f"CUDA call {name} failed: {self._describe(code)}.")
+            # Callers handle full memory and failed captures, and add advice of their own.
+            is_handled = error is OutOfDeviceMemory or "Capture" in name
+            advice = "" if is_handled else " Check the GPU with `nvidia-smi`, and start the program again."
+            raise error(f"CUDA call {name} failed: {self._describe(code)}.{advice}")
 
     def _describe(self, code: int) -> str:
         texts = []

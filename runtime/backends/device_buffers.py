@@ -23,7 +23,7 @@ class DeviceBuffers:
         scratch: GPU address of the memory that all contexts share.
         device_in, device_out: GPU addresses of inputs and outputs.
         host_in, host_out: page-locked memory of the same sizes, (bytes,) uint8.
-        encodings: GPU addresses of the tensors of encodings by number of slots, which differs among profiles, and name.
+        encodings: GPU addresses of the encoded videos, by number of slots (profiles differ in it) and tensor name.
         staging: page-locked source of each tensor of `encodings`, of the same shape.
         device_bytes: bytes allocated on the device.
     """

@@ -51,7 +51,7 @@ def libraries(content: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def is_version_compatible(content: Mapping[str, Any]) -> bool:
-    """Return whether a plan contains host code, so that its hash must be checked before it is loaded."""
+    """Return whether a plan is version-compatible. Such a plan contains host code, so its hash is checked first."""
     return bool(_options(content).get("version_compatible"))
 
 

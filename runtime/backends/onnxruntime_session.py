@@ -84,7 +84,7 @@ def new_session(
         provider: name of the execution provider, or its name and options.
 
     Raises:
-        Exception: of ONNX Runtime, if it cannot open the graph.
+        Exception: ONNX Runtime cannot open the graph; the class is one of its own.
     """
     ort, _ = import_onnxruntime(gpu=False)
     options = ort.SessionOptions()

@@ -137,7 +137,7 @@ def _other_build(plan: Path, path: Path, sidecar: Sidecar) -> ModelFileError:
 
 
 def _effect_of_missing_plan(plan: Path, path: Path) -> str:
-    """Return a sentence on running a model without one of its short-query plans."""
+    """Return a sentence that states which queries take longer without a short-query plan."""
     steps = engine_compatibility.unrolled_steps({"unrolled": [plan.name]})
     tokens = f" of at most {steps[0]} tokens" if steps else ""
     return f"{path.name} runs without {plan.name}, so queries{tokens} take longer."

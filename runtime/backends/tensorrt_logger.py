@@ -41,13 +41,13 @@ class CallChecker:
         self._library = f"{trt.__name__} {trt.__version__}"
         self._logger, self._name = logger, name
 
-    def require(self, ok: Any, action: str, advice: str = "") -> None:
+    def require(self, ok: Any, action: str, advice: str = ". Build the engine again") -> None:
         """Raise CudaError, or OutOfDeviceMemory, unless a call succeeded.
 
         Args:
             action: verb and object of the call: "load the plan".
-            advice: what to do, as the end of the message of a CudaError without a full stop. If memory ran out, the
-                caller adds what to do.
+            advice: end of the message of a CudaError, which states what to do, without a full stop. If memory ran out,
+                the caller adds advice.
         """
         if ok:
             self._logger.lines.clear()

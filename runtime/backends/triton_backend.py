@@ -167,11 +167,12 @@ def open_networks(config: FrontConfig, call: Call) -> TritonBackend | TritonPair
 
 
 def _padded(tokens: np.ndarray, max_length: int) -> np.ndarray:
-    """Pad (B, L) word ids with zeros to one of few lengths, because Triton batches only requests of equal shape."""
+    """Pad (B, L) word ids with zeros to a length of `padded_length`: Triton batches only requests of equal shape."""
     length = tokens.shape[1]
     if length > max_length:
         raise ShapeError(
-            f"Expected a query of 1 to {max_length} tokens for the network behind Triton, got {length}. Shorten it.",
+            f"Expected a query of 1 to {max_length} tokens for the network behind Triton, got {length}. Shorten the "
+            "query.",
             code="query_length_out_of_range",
         )
     return np.pad(tokens, ((0, 0), (0, padded_length(length, max_length) - length)))

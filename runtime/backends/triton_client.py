@@ -127,17 +127,7 @@ class Connection:
         return FrontConfig.from_json(parameters[PARAMETER]["string_value"], f"{name} at {self.address}")
 
     def call(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        """Run a model of the server.
-
-        Args:
-            inputs: array of each input by name, with the batch as the first axis.
-
-        Returns:
-            The outputs, in the order of `outputs`.
-
-        Raises:
-            ServerError: the server cannot be reached, or the model failed.
-        """
+        """Run a model of the server; see `runtime.backends.triton_backend.Call`."""
         tensors = []
         for name, value in inputs.items():
             array = np.ascontiguousarray(value)
@@ -200,8 +190,8 @@ class Connection:
 
     def _unreachable(self, message: str) -> ServerError:
         return ServerError(
-            f"No Triton server answers {self.address.protocol} at {self.address} ({message.rstrip('.')}). Start it, or "
-            f"check host and port (usually {PORTS['grpc']} for triton://, {PORTS['http']} for triton+http://).",
+            f"No Triton server answers {self.address.protocol} at {self.address} ({message.rstrip('.')}). Start the "
+            f"server, or check host and port (usually {PORTS['grpc']} for triton://, {PORTS['http']} for triton+http://).",
             code="server_unreachable",
         )
 
@@ -266,7 +256,7 @@ def connect(
     parsed = Address.parse(address)
     if device != "auto" or threads is not None:
         raise DeviceError(
-            f"--device and --threads do not apply to a model on the server {parsed}. Remove them; `python -m "
+            f"--device and --threads do not apply to a model on the server {parsed}. Remove both; `python -m "
             "export.triton` has these options.",
             code="inapplicable_option",
         )

@@ -85,9 +85,12 @@ def detection_iou(spans: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _hits(spans: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return whether each prediction is a true positive, (n, T, K) bool; arguments as of `detection_iou`, best first.
+    """Return whether each of K predictions is a true positive at T IoU thresholds, (n, T, K) bool.
 
     An IoU that is not a number counts as a match, because the evaluator rejects only an IoU below the threshold.
+
+    Args:
+        spans, truth: see `detection_iou`; predictions best first.
     """
     thresholds = np.array(IOU_THRESHOLDS)[:, None]
     overlaps = detection_iou(spans, truth)
@@ -110,7 +113,7 @@ def _hits(spans: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _interpolated(hits: np.ndarray, exists: np.ndarray, width: int) -> np.ndarray:
-    """Return the area under the precision envelope over recall, (n, T).
+    """Return the area under the precision envelope over recall at T IoU thresholds, (n, T).
 
     Args:
         hits: (n, T, K) bool, best first.

@@ -23,7 +23,7 @@ def by_fold(names: Iterable[str]) -> dict[str, str]:
 
 
 def near_name(known: Mapping[str, str], *spellings: str) -> str:
-    """Return a sentence, after a space, about a known name that differs only in case or normalization; else "".
+    """Return " " and a sentence that suggests a known name, if one differs only in case or normalization; else "".
 
     macOS stores accents separately from their letters (NFD), other systems as one character (NFC). Such names look
     the same.
@@ -33,7 +33,7 @@ def near_name(known: Mapping[str, str], *spellings: str) -> str:
         if other != name:
             normalized = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
             form = "Unicode normalization (NFC, NFD)" if normalized else "case"
-            return f" {excerpt(other)} differs from it only in {form}. Rename one of them."
+            return f" {excerpt(other)} is a similar name that differs only in {form}. Use one spelling."
     return ""
 
 

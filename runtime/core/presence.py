@@ -82,7 +82,9 @@ def fit_threshold(matching: np.ndarray, mismatched: np.ndarray, keep: float | No
         GroundingError: no threshold keeps this share (code `no_threshold`), or `keep` is not in (0, 1].
     """
     if keep is not None and not 0 < keep <= 1:
-        raise GroundingError(f"Expected a share in (0, 1] for --keep, got {keep}. Correct it.", code="invalid_option")
+        raise GroundingError(
+            f"Expected a share in (0, 1] for --keep, got {keep}. Correct the option.", code="invalid_option"
+        )
     candidates = np.unique(matching[matching > -np.inf])
     retained = 1 - np.searchsorted(np.sort(matching), candidates) / len(matching)
     refused = np.searchsorted(np.sort(mismatched), candidates) / len(mismatched)

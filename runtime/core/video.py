@@ -61,8 +61,8 @@ class Origin:
         """Check that the number of clips of a video matches its frame count.
 
         Raises:
-            FeatureError: they contradict each other (code `clip_timing_mismatch`). A small difference is a warning
-                instead, once for all videos of this origin.
+            FeatureError: the two numbers contradict each other (code `clip_timing_mismatch`). A small difference is
+                only a warning, once for all videos of this origin.
         """
         if clock.fits(num_frames, num_clips):
             return
@@ -154,7 +154,8 @@ class Video:
         check_duration(self.duration, self.name)
         if not 0 <= self.offset <= MAX_DURATION_S:
             raise FeatureError(
-                f"Expected an offset of 0 to {MAX_DURATION_S:g} s for {self.name}, got {self.offset}. Correct it.",
+                f"Expected an offset of 0 to {MAX_DURATION_S:g} s for {self.name}, got {self.offset}. Correct the "
+                "offset.",
                 code="invalid_argument",
             )
         if not 2 <= self.num_frames <= MAX_FRAMES:
@@ -292,7 +293,8 @@ def _only_array(path: Path) -> np.ndarray:
     arrays = read_archive(path, max_members=1)
     if len(arrays) != 1:
         raise FeatureError(
-            f"Expected one array of clip features in {path}, got none. Save it again.", code="ambiguous_features"
+            f"Expected one array of clip features in {path}, got none. Save the features again.",
+            code="ambiguous_features",
         )
     return next(iter(arrays.values()))
 
@@ -352,7 +354,7 @@ def check_duration(duration: float, name: str) -> None:
     """Raise FeatureError (code `invalid_frame_count`) unless a duration is above 0 and at most `MAX_DURATION_S`."""
     if not 0 < duration <= MAX_DURATION_S:
         raise FeatureError(
-            f"Expected a duration in (0, {MAX_DURATION_S:g}] seconds for {name}, got {duration}. Correct it.",
+            f"Expected a duration in (0, {MAX_DURATION_S:g}] seconds for {name}, got {duration}. Correct the duration.",
             code="invalid_frame_count",
         )
 

@@ -105,8 +105,8 @@ def open_source(path: Path) -> FeatureSource:
     archives = sorted(file for suffix in HDF5_SUFFIXES for file in path.glob(f"*{suffix}"))
     if (path / DURATIONS).is_file() and (parquet or archives):
         raise FeatureError(
-            f"{path} contains features in {(parquet or archives)[0].name} and durations of feature files in "
-            f"{DURATIONS}. Move one of them to another directory.",
+            f"Expected one source of features in {path}, got {(parquet or archives)[0].name} and {DURATIONS}, which "
+            "belongs to feature files. Move one of the two to another directory.",
             code="ambiguous_features",
         )
     if parquet:
@@ -248,12 +248,13 @@ class ParquetSource:
                     for row, name in enumerate(self._names(number, group)):
                         if not isinstance(name, str) or not name:
                             raise AnnotationError(
-                                f"{path}: expected the name of a video in every row, got {excerpt(name)}. Write it.",
+                                f"{path}: expected the name of a video in every row, got {excerpt(name)}. Add the "
+                                "name.",
                                 code="invalid_video_name",
                             )
                         if name in seen:
                             raise AnnotationError(
-                                f"{path}: two rows have the video {excerpt(name)}. Remove one of them.",
+                                f"{path}: two rows have the video {excerpt(name)}. Remove one row.",
                                 code="ambiguous_video_name",
                             )
                         seen.add(name)
@@ -390,19 +391,19 @@ def _features(values: dict[str, Any], name: str) -> np.ndarray:
 
 
 def _plain(values: Any, key: str) -> Any:
-    """Return the number, text or short list of a column; None if it has no value."""
+    """Return the value of a column as a number, text, or list of at most `MAX_AXES` items; None without a value."""
     try:
         cell = values[key]
     except KeyError:
         return None
     items = _items(cell)
     if items is not None and len(items) > MAX_AXES:
-        raise ValueError(f"expected one value, or at most {MAX_AXES}, in the column {key}, got {len(items)}")
+        raise ValueError(f"expected at most {MAX_AXES} values in the column {key}, got {len(items)}")
     return cell.as_py()
 
 
 def _items(cell: Any) -> Any:
-    """Return the array in a list scalar; None for other scalars. `values` of a struct is a method."""
+    """Return the items of a list scalar as an array; None for other scalars, such as structs with a method `values`."""
     items = getattr(cell, "values", None)
     return None if callable(items) else items
 
@@ -440,7 +441,7 @@ def _length(value: Any, source: str) -> tuple[float, int | None]:
     if not is_number(duration) or not (num_frames is None or (is_number(num_frames) and num_frames == int(num_frames))):
         raise AnnotationError(
             f"{source}: expected a duration in seconds and optionally a frame count, got {excerpt(duration)} and "
-            f"{excerpt(num_frames)}. Correct them.",
+            f"{excerpt(num_frames)}. Correct the row.",
             code="malformed_row",
         )
     return float(duration), None if num_frames is None else int(num_frames)

@@ -77,13 +77,13 @@ def _question(text: str, number: int, source: str) -> Question:
     video, qid = row.get("vid"), row.get("qid", number)
     if video is not None and not isinstance(video, str):
         raise AnnotationError(
-            f"{source}: expected the name of a video as vid, got {excerpt(video)}. Correct it, or leave it out for all "
-            "videos.",
+            f"{source}: expected the name of a video as vid, got {excerpt(video)}. Correct vid, or leave it out for "
+            "all videos.",
             code="malformed_row",
         )
     if not isinstance(qid, (int, str)) or isinstance(qid, bool):
         raise AnnotationError(
-            f"{source}: expected an integer or text as qid, got {excerpt(qid)}. Correct it, or leave it out.",
+            f"{source}: expected an integer or text as qid, got {excerpt(qid)}. Correct qid, or leave it out.",
             code="malformed_row",
         )
     return Question(number, qid, row["query"], video)

@@ -41,8 +41,8 @@ class VideoQueries:
         video: the video.
         known: whether the source of features has the video.
         own: queries about this video only.
-        start, end: range of the video's queries, own and common, in the order of their lines. It is smaller than the
-            whole only for a video that is split over shards.
+        start, end: range of the video's queries, own and common, in the order of their lines. It contains all
+            of them unless the video is split over shards.
     """
 
     video: VideoRef

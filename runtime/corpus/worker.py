@@ -114,8 +114,8 @@ def is_finished(job: CorpusJob, shard: Shard, source: FeatureSource) -> bool:
         return False
     if not digests.is_file():
         raise OutputError(
-            f"{path} has no digests in {digests}, so its features are unknown. Remove the shard, or name another "
-            "--output.",
+            f"The shard {path} has no record {digests} of the features that it was computed from. Remove the shard, or "
+            "name another --output.",
             code="unknown_features",
         )
     try:
@@ -205,7 +205,7 @@ class Worker:
             ) from error
         if digest != self.job.manifest:
             raise OutputError(
-                f"{self.job.output} belongs to a job of other inputs now. Name another directory.",
+                f"{self.job.output} belongs to a job of other inputs now. Name another --output.",
                 code="settings_mismatch",
             )
 

@@ -11,7 +11,7 @@ from runtime.datasets.presets import PRESETS
 
 
 def activitynet(root: Path, splits: Mapping[str, Entries]) -> Captions:
-    """Return the data set in `{"v_X": {"duration", "timestamps": [[start, end], ...], "sentences": [...]}}`.
+    """Return the data set of files `{"v_X": {"duration", "timestamps": [[start, end], ...], "sentences": [...]}}`.
 
     Durations and timestamps are in seconds.
     """

@@ -103,7 +103,8 @@ class Captions:
                 row_location = f"{location}, sentence {index}"
                 if not isinstance(window, list) or len(window) != 2 or not all(map(is_number, window)):
                     raise AnnotationError(
-                        f"{row_location}: expected timestamps [start, end], got {excerpt(window)}. Correct them.",
+                        f"{row_location}: expected timestamps [start, end], got {excerpt(window)}. Correct the "
+                        "timestamps.",
                         code="malformed_row",
                     )
                 start, end = (float(value) / self._second[name] for value in window)

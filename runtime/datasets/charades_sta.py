@@ -68,7 +68,7 @@ class CharadesSTA:
         lines = self._lines(split)
         if not lines:
             raise AnnotationError(
-                f"Expected lines VIDEO START END##SENTENCE in {path}, got an empty file. Copy it again.",
+                f"Expected lines VIDEO START END##SENTENCE in {path}, got an empty file. Copy the file again.",
                 code="empty_file",
             )
         for number, line in enumerate(lines, 1):
@@ -90,13 +90,15 @@ class CharadesSTA:
         table = read_json(self.root / name, description)
         if not isinstance(table, dict) or not table:
             raise AnnotationError(
-                f"{self.root / name}: expected a JSON object ({description}), got {excerpt(table)[:60]}. Correct it.",
+                f"{self.root / name}: expected a JSON object ({description}), got {excerpt(table)[:60]}. Correct the "
+                "file.",
                 code="unexpected_structure",
             )
         for key, value in table.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
                 raise AnnotationError(
-                    f"{self.root / name}: expected {description}, got {excerpt(key)} to {excerpt(value)}. Correct it.",
+                    f"{self.root / name}: expected {description}, got {excerpt(key)} to {excerpt(value)}. Correct the "
+                    "entry.",
                     code="unexpected_structure",
                 )
         return table

@@ -166,8 +166,8 @@ class DataSet:
         """Yield the rows of a split with the result of the check of their moments.
 
         Yields:
-            The row as it is; its annotation with the valid moments only (None if it has none); and descriptions of the
-            problems of the others.
+            The row as it is; its annotation with the valid moments only (None if it has none); and the problem of each
+            invalid moment.
 
         Raises:
             AnnotationError: a row is malformed or has an unknown video; or, after all rows, moments and durations have

@@ -57,7 +57,7 @@ class QVHighlights:
         common, published = (self.root / name for name in _names(split))
         if common.exists() and published.exists():
             raise AnnotationError(
-                f"{self.root} has two files of the split {split}, {common.name} and {published.name}. Remove one.",
+                f"{self.root} has two files of the split {split}, {common.name} and {published.name}. Remove one file.",
                 code="duplicate_split",
             )
         return published if published.exists() else common
@@ -117,7 +117,7 @@ def _read_rows(path: Path, videos: VideoTable) -> Iterator[Row]:
     lines = read_lines(path, "a JSON object a line")
     if not lines:
         raise AnnotationError(
-            f"Expected lines of JSON objects in {path}, got an empty file. Copy it again.", code="empty_file"
+            f"Expected lines of JSON objects in {path}, got an empty file. Copy the file again.", code="empty_file"
         )
     seen: set[int | str] = set()
     for number, line in enumerate(lines, 1):

@@ -55,7 +55,7 @@ class Row:
 
     Attributes:
         annotation: the annotation.
-        label: name of the row in a list of rows.
+        label: short name of the row in messages that list several rows.
         location: file and line or sentence, with which messages begin.
     """
 

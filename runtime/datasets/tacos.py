@@ -13,7 +13,7 @@ from runtime.datasets.validation import MAX_FRAME_RATE
 
 
 def tacos(root: Path, splits: Mapping[str, Entries]) -> Captions:
-    """Return the data set in `{"X.avi": {"fps", "num_frames", "timestamps": [[first, last], ...], "sentences"}}`.
+    """Return the data set of files `{"X.avi": {"fps", "num_frames", "timestamps": [[first, last]], "sentences"}}`.
 
     Timestamps are frame numbers.
     """

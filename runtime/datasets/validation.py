@@ -37,7 +37,7 @@ class VideoTable:
         check_video_name(name, location)
         if not is_number(duration) or not 0 < duration <= MAX_DURATION_S:
             raise AnnotationError(
-                f"{location}: expected a duration above 0 seconds, got {excerpt(duration)}. Correct it.",
+                f"{location}: expected a duration above 0 seconds, got {excerpt(duration)}. Correct the duration.",
                 code="invalid_frame_count",
             )
         if num_frames is not None and not (is_number(num_frames) and 2 <= num_frames <= MAX_FRAMES):
@@ -115,8 +115,8 @@ def _check_distinct(by_stem: dict[str, str], name: str, location: str) -> None:
     known = by_stem.setdefault(file_stem(name), name)
     if known != name:
         raise AnnotationError(
-            f"{location}: the features of the videos {excerpt(known)} and {excerpt(name)} could be one file. Rename "
-            "one, or remove its entry.",
+            f"{location}: the videos {excerpt(known)} and {excerpt(name)} differ in their suffix only, so one feature "
+            "file would belong to both. Rename one video, or remove its entry.",
             code="ambiguous_video_name",
         )
 

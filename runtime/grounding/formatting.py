@@ -27,7 +27,7 @@ class Answer:
     Attributes:
         query: the sentence.
         video: name of the video.
-        duration: end of the video, including time before its first frame.
+        duration: end of the video in seconds of the file, which includes time before its first frame.
         moments: moments of the query, best first.
         truths: start and end of each ground-truth moment, if known.
         exist_score: whether the video shows the query at all, in [0, 1], at least 0.5 from the no-match threshold on;

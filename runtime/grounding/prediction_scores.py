@@ -52,7 +52,7 @@ class ScoredQuery:
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
-    """How well predictions reject the queries without a matching moment, as "Moment of Untruth" measures it.
+    """The accuracy of rejecting queries without a matching moment, as "Moment of Untruth" measures it.
 
     A query is rejected if its `pred_exist_score` is below the threshold, or if it has no window. A row without
     `pred_exist_score` is rejected only without a window. Source: arXiv 2502.08544, and `negative_aware_results.py` of
@@ -100,11 +100,11 @@ class PredictionScores:
     """The metrics of a prediction file.
 
     Attributes:
-        report: of all queries with ground truth.
+        report: metrics of all queries with ground truth.
         ranges: by the names in `LENGTH_RANGES`, of the queries with a moment of this length, against these moments.
             Without such a query, the values are NaN.
         multi_moment: metrics of `multi_moment_metrics`, of all queries with ground truth.
-        rejection: of all queries; None if all have ground truth and no prediction has a `pred_exist_score`.
+        rejection: metrics of all queries; None if all have ground truth and no prediction has a `pred_exist_score`.
     """
 
     report: Report
@@ -173,7 +173,7 @@ def score_predictions(
 
 
 def _by_query(truths: Sequence[Truth]) -> tuple[dict[Hashable, Truth], bool]:
-    """Return the ground truth by query id, or by query id and video if ids repeat, and whether the video is a part."""
+    """Return the ground truth by query id, or by (id, video) if ids repeat, and whether keys contain the video."""
     by_video = len({truth.qid for truth in truths}) < len(truths)
     by_key: dict[Hashable, Truth] = {}
     for truth in truths:
@@ -267,7 +267,12 @@ def _multi_moment(queries: Sequence[ScoredQuery]) -> Report:
 
 
 def _rejection(last: Sequence[tuple[Truth, Prediction]], threshold: float) -> Rejection | None:
-    """Return the rejection metrics of queries and their last predictions; None without queries to reject and scores."""
+    """Return the rejection metrics; None if all queries have a moment and no prediction has a score.
+
+    Args:
+        last: each query with its last prediction.
+        threshold: minimum `pred_exist_score` of an answer.
+    """
     with_moment = np.array([len(truth.windows) > 0 for truth, _ in last])
     if with_moment.all() and all(row.exist_score is None for _, row in last):
         return None

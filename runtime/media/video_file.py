@@ -133,8 +133,9 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
     num_frames = round((int(times[-1]) - int(times[0])) * unit * rate) + 1
     if num_frames > MAX_FRAMES or num_frames / rate > MAX_DURATION_S:
         raise VideoFileError(
-            f"{path} has {num_frames} frames in {num_frames / rate:.3g} s by its time stamps, which exceeds the limit. "
-            "Rewrite the time stamps, for example with `ffmpeg -i FILE -c copy NEW.mkv`.",
+            f"{path} has {num_frames} frames in {num_frames / rate:.3g} s by its time stamps, which exceeds "
+            f"{MAX_FRAMES} frames or {MAX_DURATION_S:g} s. Rewrite the time stamps, for example with `ffmpeg -i FILE "
+            "-c copy NEW.mkv`.",
             code="video_too_long",
         )
     if not MIN_FRAME_RATE <= rate <= MAX_FRAME_RATE:

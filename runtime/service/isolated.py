@@ -18,7 +18,7 @@ async def run_isolated(
     """Run Python code, and kill its process after the timeout or if the caller is cancelled.
 
     Args:
-        code: statements, which find `arguments` in `sys.argv[1:]`.
+        code: statements, whose `sys.argv[1:]` is `arguments` converted to text.
         timeout_s: maximum time in seconds; None has no limit.
         pass_fds: open files that the process inherits.
 

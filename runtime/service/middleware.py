@@ -113,7 +113,7 @@ def request_id(scope: MutableMapping[str, Any]) -> str:
     """Return the ID of a request for logs.
 
     That is the trace ID of OpenTelemetry's `traceparent` header, else the `x-request-id` header of at most 64 letters,
-    digits, dots, underscores and hyphens, else a random one. It is kept in `scope`, so that every caller gets the same.
+    digits, dots, underscores and hyphens, else a random one. `scope` stores it, so that every caller gets the same ID.
     """
     if REQUEST_ID not in scope:
         headers = dict(scope["headers"])

@@ -84,7 +84,7 @@ class Service:
         extractor: extractor of uploaded video files; None rejects them.
 
     Attributes:
-        writes_clips: whether PyAV can write clips of video files, of which there may be some.
+        writes_clips: whether the service may have video files, and PyAV can write clips of them.
         draining: whether the service shuts down and rejects new requests.
     """
 
@@ -296,7 +296,11 @@ class Service:
         with contextlib.suppress(OSError):
             if path is not None:
                 return path, open_inside(path, path.parent)
-        raise HttpError(404, f"The service has no video file of {name[:80]!r}.", "no_media")
+        raise HttpError(
+            404,
+            f"The service has no video file of {name[:80]!r}. Choose a video whose `media` is not null.",
+            "no_media",
+        )
 
     async def cut_clip(self, name: str, start: float, end: float) -> int:
         """Return an open descriptor of a clip, whose file is deleted already; see `ClipCutter.cut`.

@@ -86,7 +86,7 @@ def published_array(arrays: Mapping[str, np.ndarray], name: str, source: str, ki
         kind: name of the network in messages.
 
     Raises:
-        CheckpointError: it is missing, or contains other values than finite floats.
+        CheckpointError: the array is missing, or contains other values than finite floats.
     """
     array = arrays.get(name)
     if array is None:

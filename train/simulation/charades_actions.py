@@ -114,7 +114,7 @@ def _scenario(
     except (KeyError, TypeError, ValueError, OverflowError):
         raise AnnotationError(
             f"Video {name} is annotated but has no number in Charades_frames_info.json or Charades_duration.json. Add "
-            "it.",
+            "the number.",
             code="unlisted_video",
         ) from None
     if frames < 1 or not 0 < duration < float("inf"):

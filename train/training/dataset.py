@@ -155,12 +155,14 @@ def _write(
             source = f"{store.path(video)}, features of {video}"
             if clips.shape[1] != dim:
                 raise FeatureError(
-                    f"{source}: expected the width {dim} of the first video, got {clips.shape[1]}. Extract them again.",
+                    f"{source}: expected the width {dim} of the first video, got {clips.shape[1]}. Extract both "
+                    "again with one extractor.",
                     code="feature_width_mismatch",
                 )
             if clips.dtype != dtype:
                 raise FeatureError(
-                    f"{source}: expected {dtype} as for the first video, got {clips.dtype}. Store all in one type.",
+                    f"{source}: expected {dtype} as for the first video, got {clips.dtype}. Store all features in "
+                    "one type.",
                     code="feature_type_mismatch",
                 )
             data_set.origin.check(video, len(clips), frames, features.clock)

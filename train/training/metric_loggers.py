@@ -30,7 +30,7 @@ def import_library(kind: LoggerKind | None) -> Any:
     """Return the module that a logger needs, or None.
 
     Raises:
-        DeviceError: it is not installed.
+        DeviceError: the module is not installed.
     """
     if kind not in _LIBRARIES:
         return None

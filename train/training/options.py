@@ -161,12 +161,12 @@ class TrainingOptions:
             )
         if self.glove and self.load:
             raise GroundingError(
-                "--glove conflicts with --load, whose network has its own word vectors. Remove one of them.",
+                "--glove conflicts with --load, whose network has its own word vectors. Remove one option.",
                 code="conflicting_options",
             )
         if self.patience is not None and self.validate_on == "none":
             raise GroundingError(
-                "--patience needs validation scores, and conflicts with --validate-on none. Remove one of them.",
+                "--patience needs validation scores, and conflicts with --validate-on none. Remove one option.",
                 code="conflicting_options",
             )
         if self.config is not None:

@@ -31,7 +31,7 @@ def extended_stage(recorded: Any, requested: Mapping[str, Any]) -> int | None:
 
 
 def first_difference(recorded: Any, requested: Any) -> str:
-    """Describe the first setting in which two runs differ, if possible one other than more epochs.
+    """Describe the first setting in which two runs differ; more epochs only if nothing else differs.
 
     Args:
         recorded: content of the `run.json` of the existing run.

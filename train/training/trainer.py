@@ -400,8 +400,8 @@ class TrainingRun:
         # States of older versions do not record their stage.
         if state.get("stage", stage.number) != stage.number:
             raise CheckpointError(
-                f"{path} is the state of stage {excerpt(state['stage'])}. Restore that of stage {stage.number}, or "
-                "choose another --output.",
+                f"{path}: expected the state of stage {stage.number}, got stage {excerpt(state['stage'])}. Restore the "
+                "file of this stage, or choose another --output.",
                 code="stage_mismatch",
             )
         advice = "copy the checkpoints of this run again, or choose another --output"
@@ -455,7 +455,7 @@ def fresh_model(config: DRNConfig, seed: int, initialize: Callable[[DRN], Any] =
 
 
 def holds_run(output: Path) -> OutputError:
-    """Return the error of an output directory whose run is not resumed."""
+    """Return the error for an output directory that contains a run, which `--resume` would continue."""
     return OutputError(
         f"{output} contains a training run. Pass --resume to continue it, or choose another --output.",
         code="output_holds_run",

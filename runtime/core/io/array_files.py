@@ -59,7 +59,8 @@ def check_unfolded(description: str, unfolded: int, stored: int) -> None:
     """
     if unfolded > max(MAX_UNFOLDED_BYTES, MAX_UNFOLDED_RATIO * stored):
         raise FeatureError(
-            f"{description} expands from {stored} to {unfolded} bytes, more than features do. Store it uncompressed.",
+            f"{description} expands from {stored} to {unfolded} bytes, more than features do. Store the features "
+            "uncompressed.",
             code="unfolds_too_large",
         )
 
@@ -68,7 +69,8 @@ def read_header(stream: IO[bytes]) -> ArrayHeader:
     """Return the header of a `.npy` file, and leave the stream at the first element.
 
     Raises:
-        ValueError: it is not the header of a plain array. The parser of NumPy raises others for damaged text.
+        ValueError: the stream does not start with the header of a plain array. NumPy raises other errors for damaged
+            text.
     """
     start = stream.read(8)
     version = start[6:8]
@@ -98,7 +100,7 @@ def read_array(
             an array that the caller does not accept.
 
     Raises:
-        ValueError: it is not a plain array, or is truncated.
+        ValueError: the file is not a plain array, or is truncated.
     """
     header = read_header(stream)
     if check is not None:
@@ -123,7 +125,7 @@ def load_array(path: str | os.PathLike[str], mapped_bytes: int = -1) -> np.ndarr
             every file.
 
     Raises:
-        ValueError: it is not a plain array, or is truncated.
+        ValueError: the file is not a plain array, or is truncated.
     """
     with open(path, "rb") as stream:
         available = os.fstat(stream.fileno()).st_size
@@ -142,7 +144,7 @@ def open_archive(stream: IO[bytes], max_directory_bytes: int = MAX_DIRECTORY_BYT
     """Open a zip archive whose directory has at most `max_directory_bytes` bytes.
 
     Raises:
-        ValueError: it is truncated, or its directory is larger. `zipfile` raises others for damaged archives.
+        ValueError: the archive is truncated, or its directory is larger. `zipfile` raises other errors for damage.
     """
     size = stream.seek(0, os.SEEK_END)
     tail_bytes = min(size, _END_BYTES + _MAX_COMMENT_BYTES + _LOCATOR_BYTES + _LARGE_END_BYTES)
@@ -177,7 +179,7 @@ def read_member(
 
     Raises:
         FeatureError: the array expands far more than features do; see `check_unfolded`.
-        ValueError: it is not a plain array. `zipfile` and zlib raise others for damaged archives.
+        ValueError: the member is not a plain array. `zipfile` and zlib raise other errors for damaged archives.
     """
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
         raise ValueError(f"{excerpt(member.filename)} is encrypted, or its compression is not deflate")
@@ -196,7 +198,7 @@ def read_archive(path: str | os.PathLike[str], max_members: int) -> dict[str, np
     """Return the arrays of a `.npz` file by name.
 
     Raises:
-        ValueError: it has more than `max_members` arrays, or one that `read_member` does not accept.
+        ValueError: the file has more than `max_members` arrays, or one that `read_member` does not accept.
     """
     with open(path, "rb") as stream, open_archive(stream) as archive:
         members = archive.infolist()

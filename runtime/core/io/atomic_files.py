@@ -264,7 +264,7 @@ class _Temporary:
             self.remove()
 
     def remove(self) -> None:
-        """Remove it, unless it was renamed, and release the lock."""
+        """Remove the file or directory, unless it was renamed, and release the lock."""
         if self.path.is_dir():
             shutil.rmtree(self.path, ignore_errors=True)
         else:
@@ -454,7 +454,7 @@ def check_report(path: str | os.PathLike[str] | None, *inputs: str | os.PathLike
 
 
 class _Discarded(Exception):
-    """Ends a trial write, so that its file is removed."""
+    """Raised to end the trial write of `check_writable`, so that its file is removed."""
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -196,7 +196,8 @@ class Hdf5File:
         """Return the description of a dataset and, if requested, its values; see `Hdf5Reader`.
 
         Args:
-            names: spellings of the name of the video; the first that exists, as a dataset or a group of one, is read.
+            names: spellings of the name of the video. The first that is a dataset, or a group with one dataset, is
+                read.
 
         Returns:
             `name`, `dtype`, `shape` and, with values, `bytes`; and the (num_clips, D) values or None.
@@ -279,8 +280,8 @@ def _member(group: Any, path: str, name: str) -> Any:
             return None
         if link is None or num_links == MAX_LINKS:
             raise FeatureError(
-                f"{path}: the link {excerpt(name)} leads nowhere or in a circle. Correct it, or replace it by the "
-                "features.",
+                f"{path}: the link {excerpt(name)} leads nowhere or in a circle. Correct the link, or replace it by "
+                "the features.",
                 code="broken_link",
             )
         if isinstance(link, h5py.SoftLink):
