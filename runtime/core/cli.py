@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from runtime.core.command_help import documented
 from runtime.core.command_list import as_typed, typed_name
-from runtime.core.errors import CheckFailed, DeviceError, GroundingError, OutputError, one_line, printable_line
+from runtime.core.errors import CheckFailed, GroundingError, OutputError, importing, one_line, printable_line
 from runtime.core.interrupts import handled, interrupted_by, uncovered
 from runtime.core.model_argument import normalized
 from runtime.core.terminal import DISK_FULL, Formatter, argument, discard_output, protected_streams, shell_words
@@ -120,9 +120,5 @@ def check_plots(path: Path) -> None:
             f"Expected a name of a plot that ends in .png, got {path}. Use {path.with_suffix('.png')}.",
             code="wrong_suffix",
         )
-    try:
+    with importing("matplotlib for --plot", "plot"):
         import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise DeviceError(
-            "--plot needs matplotlib. Run `pip install '.[plot]'` in the drn-deploy directory.", code="missing_library"
-        ) from error

@@ -247,6 +247,24 @@ def as_sentence(clause: str) -> str:
 
 
 @contextlib.contextmanager
+def importing(library: str, extra: str, alternative: str = "") -> Iterator[None]:
+    """Raise DeviceError (code `missing_library`) if an import in the block fails.
+
+    Args:
+        extra: extra of this package that installs the library.
+        alternative: other advice, as the end of the sentence.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise DeviceError(
+            f"{library} cannot be imported ({error}). Run `pip install '.[{extra}]'` in the drn-deploy directory"
+            f"{alternative}.",
+            code="missing_library",
+        ) from error
+
+
+@contextlib.contextmanager
 def reading(path: str | os.PathLike[str], description: str, error: type[GroundingError], advice: str) -> Iterator[None]:
     """Turn every exception of a library that reads a file into one error that names the file.
 

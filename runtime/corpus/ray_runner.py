@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from runtime.core.cpu_info import cores
-from runtime.core.errors import DeviceError, one_line
+from runtime.core.errors import DeviceError, importing, one_line
 from runtime.core.interrupts import preserved
 from runtime.corpus.sharding import Settings, Shard
 from runtime.corpus.worker import CorpusJob, ShardResult, Worker
@@ -90,15 +90,9 @@ def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterato
     """Yield Ray, connected to a cluster; disconnect it, or end a local Ray, after the block."""
     for name, value in {**NO_STATISTICS, **(LOOPBACK_ONLY if address is None else {})}.items():
         os.environ.setdefault(name, value)
-    try:
+    with importing("Ray", "corpus", ", or pass --actors 0 to ground in this process"):
         import ray
         import ray.data
-    except ImportError as error:
-        raise DeviceError(
-            f"Ray cannot be imported ({error}). Run `pip install '.[corpus]'` in the drn-deploy directory, or pass "
-            "--actors 0 to ground in this process.",
-            code="missing_library",
-        ) from error
     # Ray Data logs its plans and progress bars.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():

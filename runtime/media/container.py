@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.core.errors import DeviceError, VideoFileError, one_line, reading
+from runtime.core.errors import VideoFileError, importing, one_line, reading
 from runtime.core.io.input_files import check_file
 from runtime.core.names import similar_names
 
@@ -51,14 +51,8 @@ def check_one_file(path: str | os.PathLike[str]) -> None:
 
 def load_av() -> Any:
     """Import PyAV without FFmpeg's log messages; DeviceError if it is not installed."""
-    try:
+    with importing("PyAV, which decodes videos,", "video"):
         import av
-    except ImportError as error:
-        raise DeviceError(
-            f"PyAV, which decodes videos, cannot be imported ({error}). Run `pip install '.[video]'` in the drn-deploy "
-            "directory.",
-            code="missing_library",
-        ) from error
     # FFmpeg logs a message for every damaged frame otherwise.
     av.logging.set_level(None)
     return av
