@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,12 +12,8 @@ from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import Batch, Heads
 from runtime.core.errors import ModelFileError
-from runtime.core.moments import Moment
-from runtime.core.sliding_windows import Windows
-from runtime.core.video import Video
 
 Device = Literal["auto", "cpu", "cuda"]
-
 
 MAX_THREADS = 1024
 
@@ -92,29 +88,6 @@ class PairBackend(Backend, Protocol):
 
         Returns:
             Heads of the queries, as `Backend.run` returns them.
-        """
-
-
-class QueryServer(Protocol):
-    """Protocol of a server that grounds complete queries, so that only features and moments are sent."""
-
-    def ground(
-        self,
-        video: Video,
-        queries: Sequence[str],
-        top_k: int,
-        *,
-        windows: Windows | Literal["model"] | None,
-        always: bool,
-    ) -> Iterator[list[Moment]]:
-        """Yield for each query at most `top_k` moments in seconds, best first.
-
-        Args:
-            video: the video, with clip features (num_clips, D).
-            queries: sentences about the video.
-            top_k: maximum number of moments for each query.
-            windows: how the video is split; "model" for the windows of the model, None for one window.
-            always: whether moments below the model's presence threshold are returned too.
         """
 
 

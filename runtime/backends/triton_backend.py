@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,15 +23,9 @@ PARAMETER = "drn.front"
 """Parameter in the configuration of the front model that contains `FrontConfig.to_json`."""
 
 
-class Call(Protocol):
-    """Protocol of a function that runs a model of the server."""
-
-    def __call__(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-        """Run a model and return its outputs.
-
-        Args:
-            inputs: array of each input by name, with the batch as the first axis.
-        """
+# Runs a model of the server: its name, inputs by name with the batch as the first axis, and names of the outputs to
+# return in their order. Raises ServerError if the server cannot be reached, or the model failed.
+Call = Callable[[str, Mapping[str, np.ndarray], Sequence[str]], "list[np.ndarray]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +111,8 @@ class TritonBackend:
         return _gather_rows(len(batch), parts)
 
 
-class TritonPair:
+class TritonPair(TritonBackend):
     """Run a split model on a Triton server; see `PairBackend`."""
-
-    def __init__(self, config: FrontConfig, call: Call) -> None:
-        self.manifest = config.manifest
-        self._config = config
-        self._call = call
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
         """Return the encodings of V videos, (V, D, T) float32 or float16, from their (V, T, D) float32 segments."""

@@ -16,7 +16,7 @@ import numpy as np
 from runtime.backends import triton_protocol
 from runtime.backends.base import Device
 from runtime.backends.triton_backend import PARAMETER, FrontConfig, TritonBackend, TritonPair, open_networks
-from runtime.core.errors import DeviceError, ModelFileError, ServerError, excerpt
+from runtime.core.errors import DeviceError, ModelFileError, ServerError, excerpt, importing
 from runtime.core.moments import Moment
 from runtime.core.sliding_windows import Windows
 from runtime.core.video import Video
@@ -80,15 +80,9 @@ class Connection:
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        try:
+        with importing("tritonclient", "triton"):
             self._library = importlib.import_module(f"tritonclient.{address.protocol}")
             self._utils = importlib.import_module("tritonclient.utils")
-        except ImportError as error:
-            raise DeviceError(
-                f"A model behind Triton needs tritonclient, which cannot be imported ({error}). Run `pip install "
-                "'.[triton]'` in the drn-deploy directory.",
-                code="missing_library",
-            ) from error
         self._options: dict[str, Any] = {}
         if address.protocol == "grpc":
             self._client = self._library.InferenceServerClient(str(address), ssl=address.secure)
@@ -197,7 +191,7 @@ class Connection:
 
 
 class ServedModel:
-    """The Triton front of a model, which grounds complete queries; see `runtime.backends.base.QueryServer`."""
+    """The Triton front of a model, which grounds complete queries, so that only features and moments are sent."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -211,7 +205,11 @@ class ServedModel:
         windows: Windows | Literal["model"] | None,
         always: bool,
     ) -> Iterator[list[Moment]]:
-        """Yield the moments of each query in seconds, best first; see `QueryServer.ground` for the arguments.
+        """Yield at most `top_k` moments of each query in seconds, best first.
+
+        Args:
+            windows: how the video is split; "model" for the windows of the model, None for one window.
+            always: whether moments below the model's presence threshold are returned too.
 
         Raises:
             ServerError: the server cannot be reached, or fails.

@@ -8,13 +8,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo, EncodedWindows
 from runtime.backends import is_address, open_backend
-from runtime.backends.base import Backend, Device, QueryServer
+from runtime.backends.base import Backend, Device
 from runtime.backends.network import Encoding, network_of
 from runtime.core.batch import Heads, batches_by_length, pad_queries
 from runtime.core.decoding import NON_FINITE
@@ -49,6 +49,9 @@ from runtime.grounding.scheduling import (
     window_groups,
 )
 from runtime.grounding.video_source import VideoArguments, open_video_source
+
+if TYPE_CHECKING:
+    from runtime.backends.triton_client import ServedModel
 
 # This file has over 500 lines because the docstrings of `Grounder` are the reference of the Python API.
 
@@ -97,7 +100,7 @@ class Grounder:
         self.network = network_of(backend)
         self._encodings = EncodingCache(MAX_CACHED_ENCODINGS)
         # A Triton server that grounds complete queries; None if the network runs in this process.
-        self._server: QueryServer | None = None
+        self._server: ServedModel | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Grounder:

@@ -7,11 +7,10 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
-from runtime.backends.base import QueryServer
 from runtime.backends.network import Encoding
 from runtime.core.batch import Heads
 from runtime.core.errors import DeviceMemoryError
@@ -20,6 +19,9 @@ from runtime.core.moments import Moment
 from runtime.core.sliding_windows import Window, Windows
 from runtime.core.video import Video
 from runtime.grounding.requests import VideoInput
+
+if TYPE_CHECKING:
+    from runtime.backends.triton_client import ServedModel
 
 log = logging.getLogger("drn")
 
@@ -74,7 +76,7 @@ def window_groups(
 
 
 def ground_on_server(
-    server: QueryServer,
+    server: ServedModel,
     pairs: Sequence[tuple[Video, str]],
     top_k: int,
     windows: Windows | Literal["model"] | None,
