@@ -20,7 +20,7 @@ from runtime.backends import is_address
 from runtime.backends.base import Device
 from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.decoding import Protocol
-from runtime.core.errors import GroundingError
+from runtime.core.errors import GroundingError, check_option
 from runtime.core.io.atomic_files import atomic_write, check_report, write_json
 from runtime.core.metrics import Report, format_table, prior_report
 from runtime.core.pooling import Segments
@@ -146,7 +146,7 @@ def score_file(
     exist_threshold: float,
 ) -> Report:
     """Score a prediction file, write and print the metrics, and return those of all queries; see `evaluate`."""
-    _check_positive(limit)
+    check_option("--limit", limit, 1)
     data_set = None if data.is_file() or data.suffix == ".jsonl" else DataSet(data)
     check_report(output, path, *([data] if data_set is None else data_set.files))
     truths = read_truths(data) if data_set is None else truths_of(data_set, split, invalid)
@@ -167,14 +167,6 @@ def score_file(
     if scores.rejection:
         print(scores.rejection.sentence())
     return scores.report
-
-
-def _check_positive(limit: int | None, batch_size: int = BATCH_SIZE) -> None:
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise GroundingError(
-            f"Expected --limit and --batch-size of at least 1, got {limit} and {batch_size}. Correct the option.",
-            code="invalid_option",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +207,8 @@ def run(options: Options) -> Result:
 
     The caller prints afterwards, because the reader of its output may have closed the pipe.
     """
-    _check_positive(options.limit, options.batch_size)
+    check_option("--limit", options.limit, 1)
+    check_option("--batch-size", options.batch_size, 1)
     data_set = DataSet(options.data)
     check_report(options.output, options.model, options.predictions, *data_set.files)
     check_report(options.predictions, options.model, *data_set.files)

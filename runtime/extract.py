@@ -14,7 +14,7 @@ import tyro
 
 from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
-from runtime.core.errors import CheckFailed, GroundingError, VideoFileError, excerpt
+from runtime.core.errors import CheckFailed, VideoFileError, check_option, excerpt
 from runtime.core.io.atomic_files import check_writable, locked, write_json
 from runtime.core.io.input_files import merges_names, read_json
 from runtime.core.io.text_files import check_format
@@ -83,10 +83,7 @@ def extract(
     """
     if not videos:
         raise VideoFileError("No video was given. Name the video files to extract.", code="missing_option")
-    if batch_size < 1:
-        raise GroundingError(
-            f"Expected --batch-size of at least 1, got {batch_size}. Correct the option.", code="invalid_option"
-        )
+    check_option("--batch-size", batch_size, 1)
     listed = {file: path.is_dir() for path in videos for file in (videos_in(path) if path.is_dir() else [path])}
     _check_names(list(listed), output)
     network = open_extractor(extractor, device, threads)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
-from runtime.core.errors import GroundingError
+from runtime.core.errors import check_option
 from runtime.corpus.job import Result, ground
 from runtime.corpus.sharding import Form, Settings
 from runtime.grounding.grounder import BATCH_SIZE
@@ -58,14 +58,11 @@ def ground_corpus(
             merged; 0 turns windows off. Default: set by the model.
         overlap: overlap of adjacent windows, in seconds. Default: set by the model, or half a window.
     """
-    for option, value, minimum in (
-        ("--actors", actors, 0), ("--threads", threads, 1), ("--shard-pairs", shard_pairs, 1), ("--top-k", top_k, 1),
-        ("--batch-size", batch_size, 1),
-    ):  # fmt: skip
-        if value is not None and value < minimum:
-            raise GroundingError(
-                f"Expected {option} of at least {minimum}, got {value}. Correct the option.", code="invalid_option"
-            )
+    check_option("--actors", actors, 0)
+    check_option("--threads", threads, 1)
+    check_option("--shard-pairs", shard_pairs, 1)
+    check_option("--top-k", top_k, 1)
+    check_option("--batch-size", batch_size, 1)
     settings = Settings(format, shard_pairs, top_k, batch_size, window, overlap, device, threads)
     result = ground(model, features, queries, output, settings, actors=actors, address=address)
     print(result)

@@ -13,7 +13,7 @@ from pathlib import Path
 from runtime.backends import is_address
 from runtime.backends.base import Device
 from runtime.core.cli import check_plots, command, report_written, suggest_next_command
-from runtime.core.errors import GroundingError, QueryError, excerpt
+from runtime.core.errors import GroundingError, QueryError, check_option, excerpt
 from runtime.core.io.atomic_files import check_report, check_writable
 from runtime.core.moments import Moment
 from runtime.core.sliding_windows import resolve_windows
@@ -134,10 +134,7 @@ def run(options: Options) -> list[Answer]:
 
 def _check(options: Options) -> list[Path]:
     """Raise GroundingError for arguments that cannot be used, and return the files for the best moments."""
-    if options.top_k < 1:
-        raise GroundingError(
-            f"Expected --top-k of at least 1, got {options.top_k}. Correct the option.", code="invalid_option"
-        )
+    check_option("--top-k", options.top_k, 1)
     if not options.query:
         raise QueryError('No query was given. Pass --query "a sentence".', code="missing_option")
     source = options.source

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from runtime.backends.base import Device
 from runtime.core.cli import command, report_written, suggest_next_command
-from runtime.core.errors import GroundingError
+from runtime.core.errors import check_option
 from runtime.core.io.atomic_files import check_report, write_json
 from runtime.datasets.dataset import DataSet, Invalid
 from runtime.grounding.evaluation import askable_rows
@@ -56,12 +56,10 @@ def rank(
         device: device that runs the model; auto selects cuda if it is available.
         threads: number of CPU threads. Default: set by the library that runs the model.
     """
-    if videos < 2 or seed < 0 or batch_size < 1 or (limit is not None and limit < 1):
-        raise GroundingError(
-            "Expected --videos of at least 2, --seed of at least 0, and --limit and --batch-size of at least 1, got "
-            f"{videos}, {seed}, {limit} and {batch_size}. Correct the option.",
-            code="invalid_option",
-        )
+    check_option("--videos", videos, 2)
+    check_option("--seed", seed, 0)
+    check_option("--limit", limit, 1)
+    check_option("--batch-size", batch_size, 1)
     data_set = DataSet(data)
     check_report(output, model, *data_set.files)
     annotations = data_set.annotations(split, invalid)

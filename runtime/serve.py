@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from runtime.backends.base import Device
 from runtime.core.cli import command, suggest_next_command
-from runtime.core.errors import DeviceError, GroundingError, MissingFeatures
+from runtime.core.errors import DeviceError, GroundingError, MissingFeatures, check_option
 from runtime.core.io.digests import sha256
 from runtime.core.sliding_windows import resolve_windows
 from runtime.datasets.dataset import DataSet
@@ -141,20 +141,13 @@ class ServeOptions:
                 "Pass a key, or use 127.0.0.1.",
                 code="missing_option",
             )
-        if not 0 <= self.port <= 65535:
+        check_option("--port", self.port, 0, 65535)
+        check_option("--grace", self.grace, 0, 3600)
+        check_option("--cache-mib", self.cache_mib, 0)
+        if not (0 < self.timeout <= 3600 and 0 < self.upload_mib <= self.uploads_mib and self.keep_minutes > 0):
             raise GroundingError(
-                f"Expected --port from 0 to 65535, got {self.port}. Correct the option.", code="invalid_option"
-            )
-        if not (0 < self.timeout <= 3600 and 0 <= self.grace <= 3600):
-            raise GroundingError(
-                f"Expected 0 < --timeout <= 3600 and 0 <= --grace <= 3600 seconds, got {self.timeout:g} and "
-                f"{self.grace}. Correct the option.",
-                code="invalid_option",
-            )
-        if not (self.cache_mib >= 0 and 0 < self.upload_mib <= self.uploads_mib and self.keep_minutes > 0):
-            raise GroundingError(
-                "Expected --cache-mib of at least 0, 0 < --upload-mib <= --uploads-mib and --keep-minutes above 0, got "
-                f"{self.cache_mib}, {self.upload_mib}, {self.uploads_mib} and {self.keep_minutes:g}. Correct the "
+                "Expected 0 < --timeout <= 3600 seconds, 0 < --upload-mib <= --uploads-mib and --keep-minutes above 0, "
+                f"got {self.timeout:g}, {self.upload_mib}, {self.uploads_mib} and {self.keep_minutes:g}. Correct the "
                 "option.",
                 code="invalid_option",
             )

@@ -19,7 +19,7 @@ from runtime.benchmarking.workload import BenchmarkedModel, dataset_workload, pa
 from runtime.core import cpu_info
 from runtime.core.agreement import compare_answers
 from runtime.core.cli import check_plots, command, report_written, suggest_next_command
-from runtime.core.errors import GroundingError, ModelFileError, printable_line
+from runtime.core.errors import ModelFileError, check_option, printable_line
 from runtime.core.io.atomic_files import atomic_write, check_report, write_json
 from runtime.core.io.input_files import check_file
 from runtime.core.terminal import command_line
@@ -218,13 +218,8 @@ def _check(
         raise ModelFileError(
             f"Expected two models or more, got {len(models)}. Name their files.", code="missing_option"
         )
-    if min(1 if count is None else count for count in counts) < 1:
-        raise GroundingError(
-            "Expected --samples, --batch and --limit of at least 1, got {}, {} and {}. Correct the option.".format(
-                *counts
-            ),
-            code="invalid_option",
-        )
+    for flag, count in zip(("--samples", "--batch", "--limit"), counts):
+        check_option(flag, count, 1)
     for path in models:
         check_file(path, "The model file", ModelFileError)
     for index, written in enumerate(outputs):
