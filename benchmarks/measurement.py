@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.cpu_info import cpu_name
 from runtime.core.decoding import Decoding
@@ -33,7 +34,12 @@ def environment(threads: int, packages: Sequence[str] = ("torch", "onnxruntime",
     }
 
 
-def interleave(runs: Mapping[Name, Callable[[int], Any]], count: int, warm_up: int = 1) -> dict[Name, np.ndarray]:
+def interleave(
+    runs: Mapping[Name, Callable[[int], Any]],
+    count: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Name, np.ndarray]:
     """Time calls in turns, so that a busy machine slows all of them.
 
     The order within a turn is random, because a call that empties the caches slows the next one.
@@ -42,6 +48,7 @@ def interleave(runs: Mapping[Name, Callable[[int], Any]], count: int, warm_up: i
         runs: name to a function of the turn, from 0 to `count` - 1.
         count: turns that count.
         warm_up: turns before these.
+        clock: `time.process_time` excludes other processes.
 
     Returns:
         Name to (count,) seconds.
@@ -50,9 +57,9 @@ def interleave(runs: Mapping[Name, Callable[[int], Any]], count: int, warm_up: i
     seconds: dict[Name, list[float]] = {name: [] for name in runs}
     for turn in range(warm_up + count):
         for name in order.sample(list(runs), len(runs)):
-            started = time.perf_counter()
+            started = clock()
             runs[name](turn % count)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: np.array(values[warm_up:]) for name, values in seconds.items()}
 
 
@@ -77,6 +84,13 @@ def print_report(report: Mapping[str, Any]) -> None:
 def sparse_features(rng: np.random.Generator, *shape: int) -> np.ndarray:
     """Return random features with about 80 % zeros, as of C3D, float32."""
     return np.maximum(rng.standard_normal(shape, np.float32) - np.float32(0.84), 0)
+
+
+def random_encoded_video(config: DRNConfig) -> EncodedVideo:
+    """Return an encoded video of half a minute."""
+    edges = np.linspace(0, 1, config.num_segments + 1, dtype=np.float32)
+    features = np.random.default_rng(0).standard_normal((config.feature_dim, config.num_segments), np.float32)
+    return EncodedVideo(features, np.stack((edges[:-1], edges[1:]), 1), 30.0)
 
 
 def write_untrained_model(config: DRNConfig, path: Path) -> Path:

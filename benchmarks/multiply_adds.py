@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from runtime.core.pooling import ClipTiming
 from train.extractors.c3d import CROP, WINDOW, C3DConfig
 from train.network.model import BACKBONE_CHANNELS, DRNConfig
 
+FRAMES_PER_SECOND = 30
 # Factors by which the inputs of C3D's convolutions are smaller than its clips, in time and in space; see
 # `train.extractors.c3d`.
 C3D_REDUCTIONS = ((1, 1), (1, 2), (2, 4), (2, 4), (4, 8), (4, 8), (8, 16), (8, 16))
@@ -47,3 +49,8 @@ def c3d_multiply_adds(config: C3DConfig) -> float:
         inputs = channels
     # fc6 of one frame of 4 x 4.
     return total + 16 * inputs * config.dim
+
+
+def clips_per_hour() -> int:
+    """Return the number of clips of an hour of video."""
+    return ClipTiming().num_clips(3600 * FRAMES_PER_SECOND)

@@ -92,3 +92,19 @@ def test_multiply_adds_match_the_published_network() -> None:
     assert work["video"] == 4096 * 4096 * 32
     # 893 million for a pair with 8 words, of which 6 are positions, that are folded.
     assert (work["video"] + work["first"] + work["rest"]) / 1e6 == pytest.approx(893 - 6.3, abs=1)
+
+
+def test_rewritings_benchmark_writes_time_ratios(model: Path, tmp_path: Path) -> None:
+    from benchmarks.studies.graph_optimization_ablation import rewritings
+
+    output = tmp_path / "rewritings.json"
+    rewritings(
+        model.with_suffix(".pt"),
+        samples=2,
+        batch=2,
+        only=("bidirectional", "Scan", "by level", "denormals"),
+        output=output,
+    )
+    results = read_json(output, "report")["time over that of the graph as exported"]
+    assert len(results["2 x 8 words"]) == 6
+    assert all(ratio > 0 for ratio in results["2 x 8 words"].values())

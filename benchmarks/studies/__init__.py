@@ -1,1 +1,1 @@
-"""Measure once what a document reports about long videos."""
+"""Measure once what a document reports: scaling, graph optimizations, long videos."""

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 TRACED_OPSET = 18
 
 
-def export_model(model: DRN, manifest: Manifest, *, opset: int = MIN_OPSET) -> onnx.ModelProto:
+def export_model(
+    model: DRN, manifest: Manifest, *, opset: int = MIN_OPSET, graph: nn.Module | None = None
+) -> onnx.ModelProto:
     """Return the inference graph of a network, with its manifest in the metadata.
 
     A node is named MODULE/OPERATOR, such as `fcos.head.mix_fc/Conv`, with the modules of
@@ -37,10 +39,11 @@ def export_model(model: DRN, manifest: Manifest, *, opset: int = MIN_OPSET) -> o
         model: the network, in any mode, on the CPU; it is not changed.
         manifest: stored in the metadata.
         opset: 17 to 23.
+        graph: module to trace; None for `ExportableDRN(model)`.
     """
     from export.tracing.exportable_model import ExportableDRN
 
-    traced = _trace(ExportableDRN(model), model.config, max(opset, TRACED_OPSET))
+    traced = _trace(graph or ExportableDRN(model), model.config, max(opset, TRACED_OPSET))
     return finalize_model(
         traced,
         opset,

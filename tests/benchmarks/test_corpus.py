@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("ray.data", reason="Ray needs the extra [corpus]")
 
 from benchmarks.corpus import corpus  # noqa: E402
-from benchmarks.multiply_adds import c3d_multiply_adds  # noqa: E402
+from benchmarks.multiply_adds import c3d_multiply_adds, clips_per_hour  # noqa: E402
 from train.extractors.c3d import C3D, CROP, WINDOW, C3DConfig  # noqa: E402
 
 
@@ -26,6 +26,7 @@ def test_c3d_multiply_adds_equal_sum_over_layers() -> None:
     with torch.no_grad():
         network(torch.zeros((1, WINDOW, *CROP, 3), dtype=torch.uint8))
     assert sum(counted) == c3d_multiply_adds(config)
+    assert clips_per_hour() == 13499
 
 
 def test_corpus_report_times_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
