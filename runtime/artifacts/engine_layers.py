@@ -36,7 +36,6 @@ class ProfileView:
     """The inspector's output for one optimization profile, with a context at its opt shapes.
 
     Attributes:
-        name: name of the profile.
         shapes: input name to shape.
         text: JSON of the inspector; None if no context could be created.
         reason: reason for the missing `text`, else "".
@@ -267,7 +266,6 @@ class EngineLayerStats:
     Attributes:
         layers: data type to number of layers that write it.
         quantised_inputs: data type to number of layers that read it; int8 kernels may write wider types.
-        plan_bytes: size of the plan.
         arithmetic: data type to number of convolutions and matrix products that compute in it.
         unknown: number of convolutions and matrix products of unknown type.
         foreign: number of ForeignNodes of unknown type.
@@ -341,11 +339,7 @@ MAX_LAYERS_BYTES = 256 << 20
 
 
 def read_layers_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the content of a layers file.
-
-    Raises:
-        ModelFileError: the file is damaged, of another format, or too large.
-    """
+    """Return the content of a layers file; ModelFileError if the file is damaged, of another format, or too large."""
     path = Path(path)
     advice = "build the engine again, or delete the file"
     with reading(path, "the layers of an engine", ModelFileError, advice):

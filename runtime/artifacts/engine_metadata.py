@@ -52,7 +52,6 @@ class Sidecar:
     """The content of a TensorRT engine's metadata file.
 
     Attributes:
-        manifest: manifest of the model.
         content: all keys of the file: `library`, `target`, `gpu`, `profiles`, `options`, `sha256`, `census` (layers by
             data type) and `unrolled` (names and digests of the plans for short queries).
     """

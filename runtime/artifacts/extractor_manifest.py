@@ -127,12 +127,7 @@ class ExtractorManifest:
 
 @dataclasses.dataclass(frozen=True)
 class ExtractorSidecar:
-    """The content of the metadata file of an extractor engine.
-
-    Attributes:
-        manifest: manifest of the extractor.
-        content: all keys of the file.
-    """
+    """The content of the metadata file of an extractor engine."""
 
     manifest: ExtractorManifest
     content: Mapping[str, Any]

@@ -11,11 +11,8 @@ class PublishedResult:
     """The published recall of a checkpoint.
 
     Attributes:
-        name: file name of the checkpoint.
-        queries: number of test queries.
         protocol: decoding and hit rule that it was measured with.
         percent: metric to percent.
-        source: address of the publication.
     """
 
     name: str

@@ -63,7 +63,6 @@ class OptimizationProfile:
     """One optimization profile of an engine.
 
     Attributes:
-        index: index of the profile in the engine.
         ranges: range of each axis that the engine has: `batch`, `query_length` and `video`.
         static_shapes: for each input, the sizes after its dynamic axes.
         fixed: axes that are always padded to their maximum (the videos stored on the device).

@@ -82,7 +82,6 @@ class Cuda:
         library: replaces libcuda in tests.
 
     Attributes:
-        name: name of the GPU.
         capability: compute capability, as "9.0".
         driver: newest CUDA version that the driver supports, as "13.0".
 

@@ -25,7 +25,6 @@ class DeviceBuffers:
         host_in, host_out: page-locked memory of the same sizes, (bytes,) uint8.
         encodings: GPU addresses of the encoded videos, by number of slots (profiles differ in it) and tensor name.
         staging: page-locked source of each tensor of `encodings`, of the same shape.
-        device_bytes: bytes allocated on the device.
     """
 
     def __init__(self, cuda: Cuda) -> None:

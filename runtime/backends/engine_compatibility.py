@@ -31,10 +31,7 @@ class HostInfo:
 
     Attributes:
         library: name and version of the library that would run the plan, as "tensorrt 10.16.0"; None without one.
-        gpu: name of the GPU; None without one.
         capability: its compute capability, as "9.0".
-        library_error: message of the failed import.
-        gpu_error: message of the CUDA driver.
     """
 
     library: str | None

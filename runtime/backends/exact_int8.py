@@ -48,7 +48,6 @@ class Tensor:
 
     Attributes:
         data_type: a key of `TYPES`.
-        size: number of elements.
         start, end: offsets of its field in the file, with tag and length.
         inline: whether its values are in the file, not in external data.
         in_node: whether it is an attribute of a `Constant` node, not an initializer.
@@ -79,9 +78,7 @@ class Contents:
     Attributes:
         graph: start and end offset of the graph's field, and start of its content.
         nodes: in the order of the file.
-        tensors: constants by name.
         values: name, element type, start and end offset of each `value_info` field.
-        io_types: element types of inputs and outputs.
     """
 
     graph: tuple[int, int, int]

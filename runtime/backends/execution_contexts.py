@@ -29,7 +29,6 @@ class EngineTensors:
         axes: input name to the names of its dynamic axes; see `batch_shapes.AXES`.
         encodings: names of the inputs that stay on the device.
         outputs: names of the outputs, in the order of the results.
-        dtypes: tensor name to data type, for all inputs and outputs.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -56,7 +55,6 @@ class ExecutionState:
         context: TensorRT's `IExecutionContext`, with the shapes of `sizes` set.
         inputs, outputs: tensor name to a view of page-locked memory.
         bytes_in, bytes_out: bytes that one run copies.
-        runs: number of runs so far.
         graph: CUDA graph of a run; None until it is captured.
     """
 
@@ -84,7 +82,6 @@ class ExecutionContexts:
     Attributes:
         states: execution states by profile index and padded sizes.
         captures: whether CUDA graphs are captured: False after a failure, and for TensorRT-RTX, which captures itself.
-        scratch_bytes: memory that all contexts share.
         gpu_ms: milliseconds that the GPU spent on the network since this was set to 0, if `timed`.
     """
 

@@ -41,7 +41,6 @@ class Session:
         part_of: for a video part, the path of the query part and the SHA-256 that it records for this file; else None.
 
     Attributes:
-        path: path of the file.
         device: `cpu` or `cuda`.
         manifest: manifest of the model, with the precision of its weights.
         uses_io_binding: whether tensors are bound, so that those on the GPU are not copied again.

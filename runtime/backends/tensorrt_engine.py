@@ -61,16 +61,10 @@ class TensorRTEngine:
         library: the module `tensorrt`, `tensorrt_lean` or `tensorrt_rtx`.
 
     Attributes:
-        path, sidecar, cuda: the arguments.
         profiles: optimization profiles, in the order of the build.
         query_length: min, opt and max number of tokens over the profiles; zeros if the engine takes no queries.
         lock: lock for exclusive use by one thread; the engines of a model share one lock.
-        tensors: names, axes and data types of inputs and outputs.
-        buffers: memory, with the slots of encodings.
-        contexts: execution contexts, one for each profile and shape.
         is_bfloat16: whether encodings are stored as bfloat16 bits.
-        closed: whether everything was released.
-        rows_answered: number of rows that have run.
         short_plan_max_length: maximum query length, in tokens, that another engine of the model runs; 0 without one.
 
     Raises:

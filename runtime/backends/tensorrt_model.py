@@ -37,13 +37,7 @@ class MemoryReport:
 
 @dataclasses.dataclass(frozen=True)
 class PlanUse:
-    """The number of queries that one engine of a model has run.
-
-    Attributes:
-        name: file name of the plan.
-        max_query_length: maximum number of tokens of a query.
-        queries: number of queries since it was opened.
-    """
+    """The number of queries that one engine of a model has run."""
 
     name: str
     max_query_length: int

@@ -37,10 +37,7 @@ class Address:
     """The address of a served model.
 
     Attributes:
-        protocol: `grpc` or `http`.
         secure: whether TLS is used and the certificate is verified.
-        host, port: name and port of the server.
-        model: name of the front model.
     """
 
     protocol: str
@@ -72,11 +69,7 @@ class Address:
 
 
 class Connection:
-    """A connection to a Triton server.
-
-    Raises:
-        DeviceError: `tritonclient` is not installed.
-    """
+    """A connection to a Triton server; DeviceError if `tritonclient` is not installed."""
 
     def __init__(self, address: Address) -> None:
         self.address = address

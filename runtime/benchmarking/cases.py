@@ -28,8 +28,6 @@ class TimedCase:
     """A case and its calls.
 
     Attributes:
-        case: group, name and size.
-        calls: call of each model that supports the case.
         max_seconds: time limit for each model; None for no limit.
     """
 
@@ -45,7 +43,6 @@ class CaseInputs:
     Attributes:
         models: in the order of the command line.
         max_batch: maximum batch size and number of queries per video.
-        note: adds a sentence to the notes of the report.
     """
 
     models: Models

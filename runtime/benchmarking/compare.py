@@ -51,10 +51,8 @@ class ComparedModel:
 
     Attributes:
         name: file name, or path where names are equal.
-        precision: precision that its manifest records.
         size: size of all its files in bytes.
         latency: latency of one query on a known video, from text to moments.
-        queries_per_s: queries per second with full batches.
         speed_up: relative to the first model in the same rounds; None for the first.
         metrics: recall and mIoU on all queries, as fractions.
         lost, gained: queries that only the first model, or only this model, answers with IoU 0.7.

@@ -39,10 +39,8 @@ class BenchmarkCase:
 
     Attributes:
         group: "one query", "batch size", "queries per video" or "query length".
-        name: name of the case in its group.
         boundary: the timing scope: which steps a call includes.
         size: number of queries, or of words in the group "query length".
-        queries: number of queries in one call.
     """
 
     group: str
@@ -57,10 +55,7 @@ class Timing:
     """The latency of a case with one model.
 
     Attributes:
-        case: what was measured.
-        model: label of the model.
         latency: latency of one call; None if the case failed.
-        warm_up: the calls before the samples.
         speedup: speed relative to the first model, in the same rounds; None for the first.
         failed: error message if there are no samples; else None.
     """
@@ -93,9 +88,7 @@ class Phases:
     """The time of each phase of a call that grounds `queries` together, about videos that were not encoded before.
 
     Attributes:
-        model: label of the model.
         queries, videos: numbers in one call.
-        samples: number of calls.
         ms: median over the calls by phase, in milliseconds; without phases that the model does not have.
     """
 
@@ -143,15 +136,11 @@ class ModelInfo:
     """A measured model.
 
     Attributes:
-        label: name of the model in tables.
         sha256: SHA-256 of the file on the command line.
         files: file name to SHA-256, for all files of the model.
-        precision: precision that the manifest records.
         kind: "pair" for a split model, which encodes videos once.
-        device: device of the network, `cpu` or `cuda`.
         open_s, first_answer_s: seconds in this process until the model was open, and until its first query was done.
         cold_start_s: seconds from the start of a new process until its first query was done; None if that failed.
-        memory: memory that the model uses, in bytes.
     """
 
     label: str
@@ -171,8 +160,6 @@ class Agreement:
     """The difference between the best moments of a model and those of the first model.
 
     Attributes:
-        model: label of the model.
-        queries: number of queries that both models grounded.
         iou_mean, iou_min: temporal IoU of the two best moments.
         shift_max_s: maximum shift of a start or end, in seconds.
         different: number of queries with a shift above `visible_s`, or with a moment of one model only.
@@ -232,18 +219,8 @@ class Report:
 
     Attributes:
         date: date of the run, YYYY-MM-DD.
-        command: command line that repeats the run.
-        hardware: CPU, cores and GPU.
-        versions: package to version.
-        settings: options of the run.
-        inputs: description and number of queries and videos, and whether they are synthetic.
         models: measured models, in the order of the command line; ratios refer to the first.
-        agreements: agreement of each other model with the first.
         timings: latency of each case and model, in the order of measurement.
-        phases: time of each phase.
-        peak_rss_bytes: peak memory of the process.
-        conditions: states of the machine, in order of time.
-        notes: sentences that a reader of the results needs.
         interrupted: whether the run ended early, so that cases are missing.
     """
 

@@ -24,7 +24,6 @@ class SystemState:
     Attributes:
         when: time of the state in words: before, after, or the case that was measured last.
         load: mean number of processes that ran or waited in the last minute.
-        cpu_mhz: mean clock of the CPU cores in MHz.
         governor: Linux frequency governor, which sets that clock.
         gpu: the first GPU that CUDA would use.
     """

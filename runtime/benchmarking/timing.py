@@ -82,9 +82,7 @@ class WarmUp:
     """The calls before the samples.
 
     Attributes:
-        calls: number of calls.
         windows_ms: median of each window, in milliseconds.
-        settled: whether the last medians agree.
     """
 
     calls: int

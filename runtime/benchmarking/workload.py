@@ -37,8 +37,6 @@ class Workload:
     """The queries of a benchmark.
 
     Attributes:
-        pairs: videos and queries.
-        description: description of the queries and videos, as a sentence.
         synthetic: whether the videos and queries are random instead of from a data set.
     """
 
@@ -91,14 +89,11 @@ def synthetic_workload(manifests: Sequence[Manifest], batch: int = 1) -> Workloa
 
 
 def dataset_workload(directory: Path, video: str | None, queries: Sequence[str]) -> Workload:
-    """Return videos and queries of a data set.
+    """Return videos and queries of a data set; GroundingError if the data set or the video cannot be read.
 
     Args:
         video: name of a video; None selects queries of the test split, or else of another one.
         queries: sentences about the video; empty selects its annotations.
-
-    Raises:
-        GroundingError: the data set or the video cannot be read.
     """
     data_set = DataSet(directory)
     if queries:
@@ -162,9 +157,6 @@ class BenchmarkedModel:
     """An open model and its queries.
 
     Attributes:
-        label: name of the model in tables.
-        grounder: the model.
-        pairs: videos and queries.
         cached: the same pairs with encoded videos for a split model, otherwise with videos whose segments are cached.
     """
 

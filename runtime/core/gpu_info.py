@@ -43,12 +43,6 @@ class Gpu:
     """A GPU; values that its source does not report are None.
 
     Attributes:
-        name: product name.
-        driver: version of the NVIDIA driver.
-        sm_mhz, max_sm_mhz: current and maximum clock of the multiprocessors.
-        temperature_c, power_w: temperature in degrees Celsius, power in watts.
-        used_mib, total_mib: used and total memory.
-        throttled_by: reasons for a reduced clock.
         capability: compute capability, as "9.0".
     """
 

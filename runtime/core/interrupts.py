@@ -20,7 +20,6 @@ class Interrupted(KeyboardInterrupt):
     """A signal that ends the process.
 
     Attributes:
-        number: number of the signal.
         exit_code: 128 + number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM.
     """
 

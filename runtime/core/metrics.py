@@ -44,7 +44,6 @@ class Report:
 
     Attributes:
         values: metric name to its value as a fraction in [0, 1].
-        queries: number of queries N.
         protocol: rule for hits, `mmaction2` or `drn`; see `is_hit`.
     """
 

@@ -51,7 +51,6 @@ class Origin:
 
     Attributes:
         advice: instructions for videos whose clips do not match their frames, as sentences.
-        warned: whether the warning about them has appeared.
     """
 
     advice: str = "Correct num_frames, or use features with this clip timing."

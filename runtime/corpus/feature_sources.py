@@ -43,7 +43,6 @@ class VideoRef:
     """A video of a corpus.
 
     Attributes:
-        name: name in the queries.
         location: location in Parquet files; None in other sources.
     """
 

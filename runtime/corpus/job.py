@@ -33,7 +33,6 @@ class Result:
     """The outcome of a corpus run.
 
     Attributes:
-        output: directory of the shards.
         shards, pairs: numbers of shards and of pairs of the corpus; each pair is one row.
         grounded: number of pairs that this run grounded.
         errors: number of pairs of this run that have an error instead of moments.

@@ -22,7 +22,6 @@ class Question:
     Attributes:
         line: line number, from 1.
         qid: identifier of the query; by default its line number.
-        query: the sentence.
         video: name of its video; None for all videos.
     """
 

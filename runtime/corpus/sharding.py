@@ -38,7 +38,6 @@ class VideoQueries:
     """A video with queries of one shard.
 
     Attributes:
-        video: the video.
         known: whether the source of features has the video.
         own: queries about this video only.
         start, end: range of the video's queries, own and common, in the order of their lines. It contains all
@@ -78,10 +77,6 @@ class Settings:
     """Everything besides model, queries and features that determines the rows of a corpus.
 
     Attributes:
-        form: file format of the shards.
-        shard_pairs: maximum number of pairs per shard.
-        top_k: maximum number of moments per pair.
-        batch_size: maximum number of pairs per batch.
         window, overlap: window length and overlap in seconds; None uses the values of the model.
         device, threads: device and CPU threads of each process.
     """

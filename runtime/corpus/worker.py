@@ -58,7 +58,6 @@ class CorpusJob:
         model, features, output: absolute paths.
         common: queries about all videos.
         count: number of shards.
-        settings: all other settings.
         manifest: digest of the content of `corpus.json`.
     """
 
@@ -80,9 +79,7 @@ class ShardResult:
     """The outcome of one shard.
 
     Attributes:
-        number: number of the shard.
         pairs, errors: number of rows, and number of rows with an error instead of moments.
-        attempts: number of attempts.
         problem: error message of a failed shard; None if its file is complete.
     """
 

@@ -21,7 +21,6 @@ class Prediction:
     """A row of a prediction file.
 
     Attributes:
-        qid: identifier of the query.
         video: name of the video, if the row has one.
         windows: (K, 3) float64 start and end in seconds, and score, in the order of the file.
         line: line number, from 1.
@@ -40,8 +39,6 @@ class Truth:
     """The ground truth of a query.
 
     Attributes:
-        qid: identifier of the query.
-        video: name of the video, if known.
         windows: (W, 2) float64 starts and ends in seconds; W is 0 for a query that no moment of the video matches.
     """
 

@@ -17,9 +17,7 @@ class Annotation:
     """One sentence of a data set and the moment it describes.
 
     Attributes:
-        video: name of the video.
         start, end: seconds, as written in the file.
-        sentence: the sentence, as written in the file.
         line: number of the line, or of the sentence in a JSON file, starting at 1.
         qid: id of the sentence, if the data set has ids.
         several: all moments, if there are several; `start` and `end` are the first.
@@ -54,7 +52,6 @@ class Row:
     """An annotation as it is read, before its times are checked.
 
     Attributes:
-        annotation: the annotation.
         label: short name of the row in messages that list several rows.
         location: file and line or sentence, with which messages begin.
     """

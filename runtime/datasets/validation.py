@@ -129,11 +129,7 @@ def file_stem(name: str) -> str:
 
 
 def sentence_of(value: Any, location: str) -> str:
-    """Return a sentence of the annotations in one line.
-
-    Raises:
-        AnnotationError: the value is empty or is not text.
-    """
+    """Return a sentence of the annotations in one line; AnnotationError if the value is empty or is not text."""
     sentence = " ".join(value.split()) if isinstance(value, str) else ""
     if not sentence:
         raise AnnotationError(

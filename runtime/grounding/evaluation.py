@@ -44,7 +44,6 @@ class Evaluation:
         detections: IoU threshold to (N, 6, 3) float32 start, end (fractions of the video) and score, best first; NaN in
             rows without a detection.
         truth: ground truth, (N, 2) or (N, W, 2) fractions of the video; see `DataSet.truths`.
-        report: recall and mIoU of the detections.
     """
 
     detections: dict[float, np.ndarray]

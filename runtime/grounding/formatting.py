@@ -25,8 +25,6 @@ class Answer:
     """The moments of one query. All times are seconds of the video file, as players show them.
 
     Attributes:
-        query: the sentence.
-        video: name of the video.
         duration: end of the video in seconds of the file, which includes time before its first frame.
         moments: moments of the query, best first.
         truths: start and end of each ground-truth moment, if known.

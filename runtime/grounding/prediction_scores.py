@@ -60,7 +60,6 @@ class Rejection:
 
     Attributes:
         threshold: minimum `pred_exist_score` of an answer.
-        without_moment, with_moment: numbers of queries.
         accuracy: share of the queries without a moment that are rejected; NaN if there are none.
         wrongly_rejected: share of the queries with a moment that are rejected.
         recall, recall_of_all: share of the queries with a moment whose first window is a hit, by the IoU threshold.

@@ -53,16 +53,13 @@ def rank(scores: np.ndarray) -> Ranking:
 
 
 def draw_videos(correct: np.ndarray, num_videos: int, count: int, seed: int) -> np.ndarray:
-    """Draw `count` other videos for each sentence without repetition.
+    """Draw `count` other videos for each sentence without repetition; GroundingError if there are not enough videos.
 
     Args:
         correct: (N,) int, index of the video of each sentence.
 
     Returns:
         (N, 1 + count) int indices of videos, the correct one first.
-
-    Raises:
-        GroundingError: there are not enough videos.
     """
     if count > num_videos - 1:
         raise GroundingError(

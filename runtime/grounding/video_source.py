@@ -85,9 +85,7 @@ class VideoSource:
     """An open video.
 
     Attributes:
-        video: the video with its features.
         truths: annotated moments by sentence, start and end in seconds from the first frame; empty without a data set.
-        video_file: video file to read frames from; None without one.
     """
 
     video: Video

@@ -45,11 +45,8 @@ class ExtractionRecord:
     Attributes:
         video: SHA-256 of the video file.
         extractor: `extractor_key` of the extractor.
-        num_clips: number of features.
         whole: whether the file was checked for damage; with `partial` frames may be missing.
         features: SHA-256 of the `.npy` file; empty in records of earlier versions.
-        num_frames: length of the video in frames.
-        frame_rate: frames per second.
         offset: seconds from the start of the file, as players count, to the first frame.
         length: duration in seconds if the file ends within the last frame; else 0.
     """

@@ -26,9 +26,6 @@ class Stamp(NamedTuple):
     """The time stamps of a packet, in ticks.
 
     Attributes:
-        pts: presentation time, if known.
-        dts: decoding time, if known.
-        is_key: whether it is a key frame.
         is_shown: False for frames that an edit list hides.
     """
 
@@ -126,8 +123,6 @@ class _Run:
 
     Attributes:
         max_dts: largest decoding time, in ticks.
-        times: known times of the packets, in ticks.
-        first: index of the first packet, in file order.
         start, end: smallest and largest time, in ticks.
     """
 

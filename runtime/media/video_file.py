@@ -50,9 +50,7 @@ class VideoFile:
     repeated; of several frames at one grid position, the first is used.
 
     Attributes:
-        path: the file.
         num_frames: number of grid positions.
-        frame_rate: frames per second.
         height, width: size in pixels of a frame as it is stored, before rotation.
         quarter_turns: rotations by 90 degrees counterclockwise that make a frame upright.
         damage: damage of the file as a clause; empty if there is none.

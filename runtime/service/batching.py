@@ -33,7 +33,6 @@ class BatchOptions:
     """The options of batching queries.
 
     Attributes:
-        batch_size: maximum number of (video, query) pairs per batch.
         wait_ms: maximum time that the first pair of a batch waits for further pairs, in ms.
         queue_size: maximum number of waiting pairs; further requests get HTTP 429.
     """

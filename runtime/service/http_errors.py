@@ -31,10 +31,7 @@ class HttpError(Exception):
     """A response with an error status.
 
     Attributes:
-        status: HTTP status.
         message: what happened and what to do, bounded in length.
-        code: stable identifier for programs.
-        headers: additional response headers.
     """
 
     def __init__(

@@ -50,12 +50,8 @@ class ServiceOptions:
 
     Attributes:
         timeout_s: maximum time of a request, in seconds.
-        max_queries: maximum number of queries per request.
         max_query_chars: maximum length of a query, in characters.
         cache_bytes: memory for prepared videos.
-        batching: limits of batches and of the queue.
-        gate: API key, host names, and sizes of bodies.
-        uploads: limits of uploads.
     """
 
     timeout_s: float = 30.0

@@ -66,13 +66,9 @@ class Upload:
 
     Attributes:
         id: random identifier in requests.
-        name: name in answers.
-        directory: directory of its files.
         features: `.npy` file, once it exists.
-        media: video file, if one was sent.
         duration, num_frames: seconds and frames; 0 until they are known.
         offset: seconds from the start of the video file, as players count, to its first frame.
-        extraction: task that extracts the features of a video file.
         used: time of the last query, as `time.monotonic`.
         bytes: size of its files.
     """
@@ -140,9 +136,6 @@ class Uploads:
     Args:
         clock: clip timing of the model, for features that are sent without a frame count.
         extractor: extractor of video files; None rejects video files.
-
-    Attributes:
-        bytes: size of all uploads.
 
     Raises:
         OutputError: the directory cannot be written.

@@ -59,12 +59,8 @@ class Entry:
 
     Attributes:
         id: identifier in requests.
-        name: name in answers.
         duration: seconds, as players count.
-        num_frames: number of frames, if known.
-        media: video file, if there is one.
         state: ready, extracting, or failed.
-        problem: reason of the failure.
     """
 
     id: str

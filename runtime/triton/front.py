@@ -57,8 +57,6 @@ class _FrontRequest:
     """A valid request.
 
     Attributes:
-        videos: B videos.
-        queries: Q queries for each video.
         top_k: maximum number of moments per query, for each video.
         settings: windows of all videos, and whether queries without a match get moments too.
     """

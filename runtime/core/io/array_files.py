@@ -36,9 +36,7 @@ class ArrayHeader:
     """The header of a `.npy` file.
 
     Attributes:
-        shape: sizes of the axes.
         fortran: whether the first axis changes fastest.
-        dtype: data type of the elements.
     """
 
     shape: tuple[int, ...]
@@ -93,14 +91,11 @@ def read_header(stream: IO[bytes]) -> ArrayHeader:
 def read_array(
     stream: IO[bytes], available: int, check: Callable[[ArrayHeader, int], None] | None = None
 ) -> np.ndarray:
-    """Read the array of a `.npy` file into memory.
+    """Read the array of a `.npy` file into memory; ValueError if the file is not a plain array, or is truncated.
 
     Args:
         check: called with the header and the number of bytes after it, before memory is allocated; raises an error for
             an array that the caller does not accept.
-
-    Raises:
-        ValueError: the file is not a plain array, or is truncated.
     """
     header = read_header(stream)
     if check is not None:
@@ -118,14 +113,11 @@ def read_array(
 
 
 def load_array(path: str | os.PathLike[str], mapped_bytes: int = -1) -> np.ndarray:
-    """Return the array of a `.npy` file.
+    """Return the array of a `.npy` file; ValueError if the file is not a plain array, or is truncated.
 
     Args:
         mapped_bytes: file size in bytes above which the array is memory-mapped instead of read; a negative number maps
             every file.
-
-    Raises:
-        ValueError: the file is not a plain array, or is truncated.
     """
     with open(path, "rb") as stream:
         available = os.fstat(stream.fileno()).st_size

@@ -261,12 +261,9 @@ def _dataset(root: Any, path: str, names: list[str]) -> Any:
 
 
 def _member(group: Any, path: str, name: str) -> Any:
-    """Return a member of a group, or None.
+    """Return a member of a group, or None; FeatureError if a link leads out of the file, to nothing, or in a circle.
 
     Soft links are resolved component by component, because any component may lead out of the file.
-
-    Raises:
-        FeatureError: a link leads out of the file, to nothing, or in a circle.
     """
     import h5py
 

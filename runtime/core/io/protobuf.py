@@ -18,7 +18,7 @@ def mapped(stream: BinaryIO) -> Buffer:
 
 
 def fields(content: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield the fields of a message.
+    """Yield the fields of a message; ValueError if the message is truncated or malformed.
 
     Args:
         start, end: offsets of the message in `content`.
@@ -26,9 +26,6 @@ def fields(content: Buffer, start: int, end: int) -> Iterator[tuple[int, int, in
     Yields:
         Field number, wire type, and three offsets: start of the tag, start and end of the value. The value of a `BYTES`
         field starts after its length.
-
-    Raises:
-        ValueError: the message is truncated or malformed.
     """
     offset = start
     while offset < end:
