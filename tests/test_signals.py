@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,88 +14,17 @@ import pytest
 
 from tests.export.conftest import checkpoint, networks
 from tests.films import film
-from tests.processes import heed_ctrl_c
+from tests.forked_commands import ForkedCommand, Prepare
+from tests.interrupted_commands import repeat_call, stop_before_rename, wait_after_uploads
 from tests.shared_builds import run_directory
 
 __all__ = ["checkpoint", "networks"]
 
-ROOT = Path(__file__).parents[1]
-# Runs a command that stops, with a line on stderr, when its first file is whole under its temporary name.
-STOPPING = """
-import os, pathlib, runpy, sys, time
-module, directory = sys.argv[1:3]
-sys.argv = sys.argv[2:]
-if module == "runtime.benchmark":
-    # Takes half a minute, and writes nothing.
-    from runtime.benchmarking.runner import BenchmarkRun
-    BenchmarkRun.measure = lambda run: None
-if module == "export.to_onnx":
-    from tests.shared_builds import traced_once
-    traces = traced_once(pathlib.Path(os.environ["DRN_TEST_TRACES"]))
-    traces.__enter__()
-chmod = pathlib.Path.chmod
-def stop(path, mode):
-    if str(path).startswith(directory):
-        print("half-way", file=sys.stderr, flush=True)
-        for _ in range(1200):
-            time.sleep(0.05)
-    chmod(path, mode)
-pathlib.Path.chmod = stop
-runpy.run_module(module, run_name="__main__", alter_sys=True)
-"""
-# Runs a command that reports on stderr when it calls a function, and repeats the call until it is interrupted.
-REPEATING = """
-import importlib, inspect, runpy, sys
-place, name = sys.argv[1].split(":")
-owner, _, name = name.rpartition(".")
-owner = getattr(importlib.import_module(place), owner) if owner else importlib.import_module(place)
-call = getattr(owner, name)
-def repeat(*values, **named):
-    print("half-way", file=sys.stderr, flush=True)
-    for _ in range(100000):
-        call(*values, **named)
-setattr(owner, name, staticmethod(repeat) if inspect.ismethod(call) else repeat)
-sys.argv = sys.argv[2:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
-# Starts a service that waits for a second, with a line on stderr, when it has created its directory for uploads.
-CREATED = """
-import runpy, sys, time
-from runtime.service.uploads import Uploads
-create = Uploads.__init__
-def wait(*values, **named):
-    create(*values, **named)
-    print("half-way", file=sys.stderr, flush=True)
-    time.sleep(1)
-Uploads.__init__ = wait
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
 
-
-def start(module: str, output: Path, words: list[str], program: list[str] | None = None) -> subprocess.Popen[str]:
-    """Start a command; `program` has the words before its own, by default those of `STOPPING`."""
-    program = ["-c", STOPPING, module, str(output)] if program is None else program
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DRN_CACHE": str(output / "cache"), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *program, *words],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_ctrl_c,
-    )
-
-
-def half_way(process: subprocess.Popen[str]) -> None:
-    assert process.stderr is not None
-    log = []
-    for line in process.stderr:
-        if line == "half-way\n":
-            return
-        log.append(line)
-    pytest.fail("".join(log))
+def start(module: str, output: Path, words: list[str], prepare: Prepare | None = None) -> ForkedCommand:
+    """Start a command that writes into a directory."""
+    environment = {**os.environ, "DRN_CACHE": str(output / "cache")}
+    return ForkedCommand(["python", "-m", module, *words], environment, prepare=prepare)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -104,12 +32,13 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 Words = Callable[[Path], list[str]]
+Start = Callable[[str], ForkedCommand]
 
 
 @pytest.fixture(scope="module")
 def commands(
     planted: Path, models: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Words]]:
+) -> dict[str, Words]:
     """The words of each command, given the directory it writes into."""
     from tests.runtime.media.extractor_graphs import CLIPS, write_clips
 
@@ -145,9 +74,21 @@ def commands(
         ],
         "runtime.serve": lambda out: ["--model", graph, "--data", data, "--uploads", str(out / "new"), "--port", "0"],
     }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DRN_TEST_TRACES", str(run_directory(tmp_path_factory)))
-        yield words
+    return words
+
+
+@pytest.fixture
+def start_and_stop(commands: dict[str, Words], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Start a command that writes into `tmp_path`, and wait until its first file is complete but not yet renamed."""
+
+    def start_command(name: str) -> ForkedCommand:
+        module = name.split()[0]
+        stop = functools.partial(stop_before_rename, module, str(tmp_path), str(run_directory(tmp_path_factory)))
+        process = start(module, tmp_path, commands[name](tmp_path), stop)
+        process.wait_until_half_way()
+        return process
+
+    return start_command
 
 
 ALL = (
@@ -156,22 +97,25 @@ ALL = (
 )  # fmt: skip
 
 
-def end_half_way(process: subprocess.Popen[str]) -> str:
-    """Send SIGTERM to a command that is half-way, twice; check the exit code, and return its log."""
-    half_way(process)
+def end_half_way(process: ForkedCommand) -> None:
+    """Send SIGTERM to a command that is half-way, twice; check the exit code and the log."""
+    process.wait_until_half_way()
+    end(process)
+
+
+def end(process: ForkedCommand) -> None:
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert "Traceback" not in err
-    assert "SIGTERM" in err.splitlines()[-1]
-    return err
+    result = process.finish(timeout=60)
+    assert result.returncode == 143, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "SIGTERM" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_sigterm_while_writing_leaves_no_partial_files(name: str, commands: dict[str, Words], tmp_path: Path) -> None:
+def test_sigterm_while_writing_leaves_no_partial_files(name: str, start_and_stop: Start, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
-    end_half_way(start(name.split()[0], tmp_path, commands[name](tmp_path)))
+    end(start_and_stop(name))
     left = files(tmp_path)
     assert left.pop("mine") == b"mine"
     # Of simulate and ground_corpus the marks with which the same command goes on.
@@ -194,7 +138,7 @@ def test_sigterm_during_a_long_call_leaves_no_files(
     module: str, call: str, commands: dict[str, Words], tmp_path: Path
 ) -> None:
     words = commands[module](tmp_path)
-    end_half_way(start(module, tmp_path, words, ["-c", REPEATING, call, module]))
+    end_half_way(start(module, tmp_path, words, functools.partial(repeat_call, call)))
     # An interrupted benchmark reports what it has measured.
     assert files(tmp_path).keys() <= {"new.json"}
     if module == "runtime.benchmark":
@@ -208,50 +152,49 @@ def test_sigterm_while_benchmarking_writes_complete_report(
     call: str, commands: dict[str, Words], tmp_path: Path
 ) -> None:
     words = commands["runtime.benchmark"](tmp_path)
-    end_half_way(start("runtime.benchmark", tmp_path, words, ["-c", REPEATING, call, "runtime.benchmark"]))
+    end_half_way(start("runtime.benchmark", tmp_path, words, functools.partial(repeat_call, call)))
     assert files(tmp_path).keys() == {"new.json"}
     assert json.loads((tmp_path / "new.json").read_text())["interrupted"] is True
 
 
 def test_sigterm_at_service_start_removes_its_directory(commands: dict[str, Words], tmp_path: Path) -> None:
     words = commands["runtime.serve"](tmp_path)
-    end_half_way(start("runtime.serve", tmp_path, words, ["-c", CREATED, "runtime.serve"]))
+    end_half_way(start("runtime.serve", tmp_path, words, wait_after_uploads))
     assert not [path for path in tmp_path.rglob("*") if path.name != "new"]
 
 
 @pytest.mark.parametrize("module", ["runtime.serve", "runtime.ground_corpus"])
 def test_sigterm_while_warming_ends_the_command(module: str, commands: dict[str, Words], tmp_path: Path) -> None:
     words = commands[module](tmp_path)
-    end_half_way(start(module, tmp_path, words, ["-c", REPEATING, "runtime.grounding.grounder:Grounder.warm", module]))
+    warm = functools.partial(repeat_call, "runtime.grounding.grounder:Grounder.warm")
+    end_half_way(start(module, tmp_path, words, warm))
     assert not list(tmp_path.rglob("shard-*"))
 
 
 @pytest.mark.parametrize(
     "module", ["train.simulate", "export.build_engine", "runtime.extract", "runtime.ground_corpus"]
 )
-def test_next_run_removes_files_left_by_sigkill(module: str, commands: dict[str, Words], tmp_path: Path) -> None:
-    words = commands[module](tmp_path)
-    process = start(module, tmp_path, words)
-    half_way(process)
-    process.kill()
-    process.communicate(timeout=60)
+def test_next_run_removes_files_left_by_sigkill(
+    module: str, commands: dict[str, Words], start_and_stop: Start, tmp_path: Path
+) -> None:
+    process = start_and_stop(module)
+    process.send_signal(signal.SIGKILL)
+    process.finish()
     assert list(tmp_path.rglob(".drn-*"))
-    again = start(module, tmp_path, words, ["-m", module])
-    _, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
+    again = start(module, tmp_path, commands[module](tmp_path)).finish(timeout=120)
+    assert again.returncode == 0, again.stderr
     assert not list(tmp_path.rglob(".drn-*"))
 
 
-def test_second_training_of_one_directory_is_rejected(commands: dict[str, Words], tmp_path: Path) -> None:
-    words = commands["train"](tmp_path)
-    first = start("train", tmp_path, words)
+def test_second_training_of_one_directory_is_rejected(
+    commands: dict[str, Words], start_and_stop: Start, tmp_path: Path
+) -> None:
+    first = start_and_stop("train")
     try:
-        half_way(first)
-        second = start("train", tmp_path, [*words, "--resume"], ["-m", "train"])
-        _, err = second.communicate(timeout=60)
+        second = start("train", tmp_path, [*commands["train"](tmp_path), "--resume"]).finish(timeout=60)
         assert second.returncode == 2
-        assert str(tmp_path / "new") in err
-        assert err.count("\n") == 1
+        assert str(tmp_path / "new") in second.stderr
+        assert second.stderr.count("\n") == 1
     finally:
-        first.kill()
-        first.communicate()
+        first.send_signal(signal.SIGKILL)
+        first.finish()

@@ -1,0 +1,121 @@
+"""Run commands in processes that are forked from one with torch and onnx loaded, which saves seconds for each."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+
+from runtime.core import command_list
+
+ROOT = Path(__file__).parents[1]
+# None of them starts a thread, whose locks a fork would copy.
+PRELOADED = ["torch", "onnx", "onnxruntime", "onnxscript", "matplotlib.figure", "tyro", __name__]
+TIMEOUT_S = 300
+
+Prepare = Callable[[Callable[[], None]], None]
+
+
+class ForkedCommand:
+    """A command in a process of its own, like one of `subprocess.Popen` with pipes.
+
+    Args:
+        words: ["drn", NAME, …] or ["python", "-m", MODULE, …].
+        environment: all variables of the process. It computes in one thread, because torch is loaded before they apply.
+        directory: working directory.
+        prepare: called in the process before the command, with a function that ends `wait_until_half_way`.
+    """
+
+    def __init__(
+        self,
+        words: list[str],
+        environment: Mapping[str, str] = os.environ,
+        directory: Path = ROOT,
+        prepare: Prepare | None = None,
+    ) -> None:
+        self._output = tempfile.TemporaryDirectory(prefix="drn-output-")
+        self._half_way, there = multiprocessing.Pipe(duplex=False)
+        values = (words, dict(environment), directory, Path(self._output.name), prepare, there)
+        self._process = _context().Process(target=_run, args=values)
+        self._process.start()
+        there.close()
+
+    def wait_until_half_way(self) -> None:
+        """Return when `prepare` reports that the command is half-way; fail with its log if it ends before."""
+        assert self._half_way.poll(TIMEOUT_S), "it did not get half-way"
+        try:
+            self._half_way.recv_bytes()
+        except EOFError:
+            pytest.fail(self.finish().stderr)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def finish(self, timeout: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+        """Wait for the end of the process; its exit code is -N after signal N."""
+        self._process.join(timeout)
+        ended = self._process.exitcode is not None
+        if not ended:
+            self._process.kill()
+            self._process.join()
+        with self._output:
+            printed = (Path(self._output.name, name).read_text() for name in ("stdout", "stderr"))
+            result = subprocess.CompletedProcess((), self._process.exitcode or 0, *printed)
+        assert ended, f"no end after {timeout:g} s: {result.stderr}"
+        return result
+
+
+@functools.cache
+def _context() -> ForkServerContext:
+    """Return a context whose processes are forked from one that has imported `PRELOADED`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        forkserver.ensure_running()
+    return context
+
+
+def _run(
+    words: list[str],
+    environment: dict[str, str],
+    directory: Path,
+    output: Path,
+    prepare: Prepare | None,
+    half_way: multiprocessing.connection.Connection,
+) -> None:
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    # A shell's background jobs, as CI may be, have SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if prepare is not None:
+        prepare(functools.partial(half_way.send_bytes, b"half-way"))
+    program, *arguments = words
+    # multiprocessing ends its processes without what other processes do at exit.
+    with contextlib.ExitStack() as at_exit:
+        at_exit.callback(atexit._run_exitfuncs)
+        if program == "drn":
+            sys.argv = words
+            command_list.main()
+        else:
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
