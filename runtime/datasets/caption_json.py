@@ -10,9 +10,9 @@ from typing import Any
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import is_number
-from runtime.datasets.presets import Preset
+from runtime.datasets.presets import PRESETS, Preset
 from runtime.datasets.schema import Annotation, Row
-from runtime.datasets.validation import SPLITS, VideoTable, missing_split, sentence_of, unlisted_video
+from runtime.datasets.validation import MAX_FRAME_RATE, SPLITS, VideoTable, missing_split, sentence_of, unlisted_video
 
 # Video to its length, timestamps and sentences.
 Entries = Mapping[str, Mapping[str, Any]]
@@ -119,6 +119,29 @@ class Captions:
         if split not in self._splits:
             raise missing_split(split, self.path(split), self._splits)
         return self._splits[split]
+
+
+def _clock_in_seconds(entry: Mapping[str, Any]) -> Clock:
+    if "num_frames" in entry or "fps" in entry:
+        raise ValueError
+    return Clock(entry["duration"], None, 1.0)
+
+
+def _clock_in_frames(entry: Mapping[str, Any]) -> Clock:
+    rate, count = entry["fps"], entry["num_frames"]
+    if "duration" in entry or not is_number(rate) or not 0 < rate <= MAX_FRAME_RATE:
+        raise ValueError
+    return Clock(count / rate, count, rate)
+
+
+def activitynet(root: Path, splits: Mapping[str, Entries]) -> Captions:
+    """Return ActivityNet Captions as published for grounding, with durations and timestamps in seconds."""
+    return Captions(root, splits, PRESETS["activitynet"], _clock_in_seconds, "a duration in seconds")
+
+
+def tacos(root: Path, splits: Mapping[str, Entries]) -> Captions:
+    """Return TACoS as published for grounding, with `fps`, `num_frames`, and timestamps in frame numbers."""
+    return Captions(root, splits, PRESETS["tacos"], _clock_in_frames, "fps and num_frames")
 
 
 def read_splits(root: Path) -> dict[str, Entries]:

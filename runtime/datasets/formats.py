@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.core.errors import AnnotationError, excerpt
-from runtime.datasets.activitynet import activitynet, is_activitynet
-from runtime.datasets.caption_json import Entries, read_splits
+from runtime.datasets.caption_json import Entries, activitynet, read_splits, tacos
 from runtime.datasets.charades_sta import CharadesSTA
 from runtime.datasets.qvhighlights import QVHighlights
 from runtime.datasets.schema import Annotation, DatasetFormat, Row
-from runtime.datasets.tacos import is_tacos, tacos
 
 __all__ = ["Annotation", "DatasetFormat", "Row", "open_format"]
 
@@ -49,10 +47,9 @@ def open_format(root: Path) -> DatasetFormat:
 def _kind(entries: Entries, path: Path) -> str:
     """Return the format of a file SPLIT.json by its first entry."""
     entry = next(iter(entries.values()))
-    if is_tacos(entry) and not is_activitynet(entry):
-        return "TACoS"
-    if is_activitynet(entry) and not is_tacos(entry):
-        return "ActivityNet Captions"
+    has_duration, has_frames = "duration" in entry, "fps" in entry and "num_frames" in entry
+    if has_duration != has_frames:
+        return "TACoS" if has_frames else "ActivityNet Captions"
     raise AnnotationError(
         f"{path}: expected videos with a duration (ActivityNet Captions) or with fps and num_frames (TACoS), got "
         f"{excerpt(list(entry))[:80]}. See docs/formats.md for the formats.",
