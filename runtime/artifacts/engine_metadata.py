@@ -6,10 +6,11 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from runtime.artifacts import extractor_manifest
 from runtime.artifacts.engine_layers import VERDICTS
+from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import Manifest
 from runtime.core.errors import ModelFileError, as_sentence, excerpt, printable_line
 from runtime.core.io.digests import json_digest, sha256
@@ -19,45 +20,24 @@ from runtime.core.io.text_files import check_format
 FORMAT = "drn-engine/1"
 
 
-class ModelMetadata(Protocol):
-    """The common properties of the manifests of models and extractors."""
-
-    @property
-    def part(self) -> str:
-        """Return the kind of inputs and outputs: a key of `runtime.backends.batch_shapes.AXES`."""
-
-    @property
-    def precision(self) -> str:
-        """Return the precision of weights and arithmetic."""
-
-    @property
-    def sources(self) -> Mapping[str, str]:
-        """Return the files that the model was built from: name to SHA-256."""
-
-
-class EngineMetadata(Protocol):
-    """A sidecar of any kind of network."""
-
-    @property
-    def manifest(self) -> ModelMetadata:
-        """Return the manifest of the network."""
-
-    @property
-    def content(self) -> Mapping[str, Any]:
-        """Return all keys of the file."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Sidecar:
-    """The content of a TensorRT engine's metadata file.
+class EngineMetadata:
+    """The content of an engine's metadata file.
 
     Attributes:
         content: all keys of the file: `library`, `target`, `gpu`, `profiles`, `options`, `sha256`, `census` (layers by
             data type) and `unrolled` (names and digests of the plans for short queries).
     """
 
-    manifest: Manifest
+    manifest: Manifest | ExtractorManifest
     content: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sidecar(EngineMetadata):
+    """The content of the metadata file of a model's engine."""
+
+    manifest: Manifest
 
 
 def metadata_path(plan: str | os.PathLike[str]) -> Path:

@@ -125,14 +125,6 @@ class ExtractorManifest:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class ExtractorSidecar:
-    """The content of the metadata file of an extractor engine."""
-
-    manifest: ExtractorManifest
-    content: Mapping[str, Any]
-
-
 def no_model(path: str | Path) -> ModelFileError:
     """Return the error for an extractor that was given as a model."""
     return ModelFileError(

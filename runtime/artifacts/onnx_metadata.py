@@ -6,6 +6,7 @@ digest, followed by all files of external data in the order of their names.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -13,7 +14,6 @@ import json
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -137,32 +137,19 @@ class DigestCheck:
     """A `check` that runs in a thread while the file is opened."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = path
-        self._content: Content | None = None
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="drn-check", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._content = check(self._path)
-        except Exception as error:
-            self._error = error
+        executor = concurrent.futures.ThreadPoolExecutor(1, "drn-check")
+        self._check = executor.submit(check, path)
+        executor.shutdown(wait=False)
 
     @property
     def mismatch(self) -> ModelFileError | None:
         """Return the error of a file that does not match its digest; None for other files."""
-        self._thread.join()
-        error = self._error
+        error = self._check.exception()
         return error if isinstance(error, ModelFileError) and error.code == MISMATCH else None
 
     def result(self) -> Content:
         """Wait for the result of `check` and return it, or raise its error."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self._content is not None
-        return self._content
+        return self._check.result()
 
 
 def with_digest(content: bytes, external: tuple[Path, ...] = ()) -> bytes:

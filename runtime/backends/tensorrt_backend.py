@@ -18,7 +18,7 @@ import numpy as np
 
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.engine_metadata import EngineMetadata, Sidecar, metadata_path, read_sidecar, read_verified
-from runtime.artifacts.extractor_manifest import ExtractorManifest, ExtractorSidecar
+from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import Manifest
 from runtime.backends import engine_compatibility
 from runtime.backends.base import recorded_video_part
@@ -100,11 +100,12 @@ def open_extractor_engine(
         ModelFileError: the plan does not match its metadata file, or is no extractor engine.
     """
     content = read_verified(path)
-    sidecar = ExtractorSidecar(ExtractorManifest.from_dict(content["manifest"], str(metadata_path(path))), content)
+    manifest = ExtractorManifest.from_dict(content["manifest"], str(metadata_path(path)))
+    sidecar = EngineMetadata(manifest, content)
     _check_device(path, device)
     cuda, library = _load_libraries(path, sidecar, cuda, library)
     identity = json_digest([content["sha256"][path.name], content["digest"]])
-    return TensorRTExtractor(TensorRTEngine(library, cuda, path, sidecar), sidecar.manifest, identity)
+    return TensorRTExtractor(TensorRTEngine(library, cuda, path, sidecar), manifest, identity)
 
 
 def _check_device(path: Path, device: Device) -> None:
