@@ -44,7 +44,6 @@ from runtime.grounding.requests import (
 from runtime.grounding.scheduling import (
     EncodingCache,
     distinct,
-    ground_on_server,
     retry_in_halves,
     window_groups,
 )
@@ -270,13 +269,21 @@ class Grounder:
     def _ground_on_server(self, pairs: Sequence[tuple[Video, str]], top_k: int, presence: bool) -> list[list[Moment]]:
         """Return the moments of each pair, with one request for each video; ServerError if that fails."""
         assert self._server is not None
+        moments: list[list[Moment]] = [[] for _ in pairs]
         for query in dict.fromkeys(query for _, query in pairs):
             # Check queries and warn of unknown words before the first request.
             self.encode_query(query)
-        for video in distinct([video for video, _ in pairs])[0]:
+        videos, index = distinct([video for video, _ in pairs])
+        for video in videos:
             self.check_fits(video)
         windows: Windows | Literal["model"] | None = "model" if self.windows == self.manifest.windows else self.windows
-        return ground_on_server(self._server, pairs, top_k, windows, always=not presence)
+        for number, video in enumerate(videos):
+            rows = np.flatnonzero(index == number).tolist()
+            queries = [pairs[row][1] for row in rows]
+            results = self._server.ground(video, queries, top_k, windows=windows, always=not presence)
+            for row, result in zip(rows, results):
+                moments[row] = result
+        return moments
 
     def cut(self, video: VideoInput) -> Sequence[Window]:
         """Return the windows into which a video is split.

@@ -7,7 +7,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,13 +15,9 @@ from runtime.backends.network import Encoding
 from runtime.core.batch import Heads
 from runtime.core.errors import DeviceMemoryError
 from runtime.core.lru_cache import LruCache
-from runtime.core.moments import Moment
-from runtime.core.sliding_windows import Window, Windows
+from runtime.core.sliding_windows import Window
 from runtime.core.video import Video
 from runtime.grounding.requests import VideoInput
-
-if TYPE_CHECKING:
-    from runtime.backends.triton_client import ServedModel
 
 log = logging.getLogger("drn")
 
@@ -73,29 +69,6 @@ def window_groups(
                 [index for index, _ in part for _ in same_video],
                 [encoding for _, encoding in part for _ in same_video],
             )
-
-
-def ground_on_server(
-    server: ServedModel,
-    pairs: Sequence[tuple[Video, str]],
-    top_k: int,
-    windows: Windows | Literal["model"] | None,
-    *,
-    always: bool,
-) -> list[list[Moment]]:
-    """Return the moments of each (video, query) pair, with one request to the server for each video.
-
-    Args:
-        windows: windows of long videos; "model" for those of the served model, None to turn windows off.
-    """
-    moments: list[list[Moment]] = [[] for _ in pairs]
-    videos, index = distinct([video for video, _ in pairs])
-    for number, video in enumerate(videos):
-        rows = np.flatnonzero(index == number).tolist()
-        results = server.ground(video, [pairs[row][1] for row in rows], top_k, windows=windows, always=always)
-        for row, result in zip(rows, results):
-            moments[row] = result
-    return moments
 
 
 def distinct(items: Sequence[Item]) -> tuple[list[Item], np.ndarray]:

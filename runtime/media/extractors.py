@@ -62,16 +62,14 @@ class ClipExtractor:
         return _run(self._session, clips, self.manifest)
 
 
-class ImageExtractor:
+class ImageExtractor(ClipExtractor):
     """An extractor whose ONNX graph encodes images, from (N, 3, height, width) float32 to (N, D).
 
     The image of a clip is its middle frame.
     """
 
     def __init__(self, session: Any, manifest: ExtractorManifest, identity: str) -> None:
-        self.manifest = manifest
-        self.identity = identity
-        self._session = session
+        super().__init__(session, manifest, identity)
         # Scaling and normalization are one multiplication and one addition.
         self._factor = (1 / np.array(manifest.std, np.float32) / (255 / manifest.white)).astype(np.float32)
         self._offset = (-np.array(manifest.mean) / np.array(manifest.std)).astype(np.float32)
