@@ -75,7 +75,7 @@ def batch_size_cases(inputs: CaseInputs) -> Generator[TimedCase, None, None]:
     """Yield the cases of every batch size: end to end about known videos, and the network only."""
     for size in doubling_sizes(inputs.max_batch):
         case = BenchmarkCase(BATCH_SIZE, "known videos", "end to end", size, size)
-        yield TimedCase(case, {model: _ground_batch(model, size) for model in inputs.models}, SWEEP_SECONDS)
+        yield TimedCase(case, {model: model.ground_call(size) for model in inputs.models}, SWEEP_SECONDS)
     for scope, timed, models in _network_scopes(inputs):
         with timed:
             for size in doubling_sizes(inputs.max_batch):
@@ -149,13 +149,6 @@ def _gpu_timed(models: Models) -> Iterator[None]:
 
 def _ground_one(model: BenchmarkedModel, select: Callable[[int, int], Sequence[Pair]]) -> Call:
     return Call(lambda pair: model.grounder.ground(*pair), lambda number: select(number, 1)[0])
-
-
-def _ground_batch(model: BenchmarkedModel, size: int) -> Call:
-    return Call(
-        lambda pairs: model.grounder.ground_batch(pairs, batch_size=size),
-        lambda number: model.cached_pairs(number, size),
-    )
 
 
 def _ground_video(model: BenchmarkedModel, video: Video | EncodedVideo, size: int) -> Call:

@@ -103,7 +103,11 @@ def ground(
         if missing < pairs:
             log.info("%d of %d shards are complete already.", len(shards) - len(left), len(shards))
         started, errors = time.monotonic(), 0
-        with _cleaned(job.output), contextlib.closing(_run(job, left, actors, address)) as run:
+        with contextlib.ExitStack() as stack:
+            # Files of processes that were killed are removed before and after.
+            _clean(output)
+            stack.callback(_clean, output)
+            run = stack.enter_context(contextlib.closing(_run(job, left, actors, address)))
             for result in _shown(run, pairs, missing):
                 errors += result.errors
         if errors == missing > 0:
@@ -154,16 +158,6 @@ def _shown(run: Iterator[ShardResult], pairs: int, missing: int) -> Iterator[Sha
                     "%d of %d pairs, %.1f per second, %d errors; %s remaining.",
                     *(pairs - missing + num_grounded, pairs, rate, errors, remaining),
                 )
-
-
-@contextlib.contextmanager
-def _cleaned(output: Path) -> Iterator[None]:
-    """Remove, before and after the block, files of processes that were killed."""
-    _clean(output)
-    try:
-        yield
-    finally:
-        _clean(output)
 
 
 def _clean(output: Path) -> None:

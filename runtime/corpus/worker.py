@@ -162,9 +162,10 @@ class Worker:
             attempts_path = self.job.output / ATTEMPTS / f"{shard.number:05d}"
             with _attempt(attempts_path) as attempts:
                 if attempts > MAX_ATTEMPTS:
+                    # The last line of the file is the current attempt.
                     raise OutputError(
                         f"The process ended in each of {attempts - 1} attempts, the last of them "
-                        f"{_previous_attempt(attempts_path)}. Check its memory."
+                        f"{attempts_path.read_text(encoding='utf-8').splitlines()[-2]}. Check its memory."
                     )
                 with logged_once(self._repeats):
                     errors = self._write(shard, path)
@@ -321,11 +322,6 @@ def _attempt(path: Path) -> Iterator[int]:
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _previous_attempt(path: Path) -> str:
-    # The last line is the current attempt.
-    return path.read_text(encoding="utf-8").splitlines()[-2]
 
 
 Write = Callable[[dict[str, Any]], None]
