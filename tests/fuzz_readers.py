@@ -603,13 +603,8 @@ def _torch() -> list[Reader]:
     from train.checkpoints import Checkpoint, load, load_checkpoint, save, save_checkpoint
     from train.convert import load_vocabulary, read, read_config
     from train.extractors.c3d import C3D, C3DConfig
-    from train.extractors.checkpoint import (
-        ExtractorCheckpoint,
-        from_published,
-        is_extractor_file,
-        load_extractor,
-        save_extractor,
-    )
+    from train.extractors.checkpoint import from_published, is_extractor_file, load_extractor, save_extractor
+    from train.extractors.published import ExtractorCheckpoint
     from train.history import read_history
     from train.network import model
     from train.network.initialization import load_glove

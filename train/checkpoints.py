@@ -12,13 +12,13 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.artifacts.extractor_manifest import FORMAT as EXTRACTOR_FORMAT
 from runtime.artifacts.manifest import Features, Manifest
@@ -197,7 +197,7 @@ def checkpoint_of(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
             "convert again.",
             code="segment_count_mismatch",
         )
-    check_weights(checkpoint.weights, network, str(path))
+    check_weights(checkpoint.weights, lambda: DRN(network), str(path))
     _check_stage(Path(path), checkpoint.training["stage"])
     return checkpoint
 
@@ -214,12 +214,12 @@ def _check_stage(path: Path, stage: int) -> None:
         )
 
 
-def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) -> None:
+def check_weights(weights: Any, network: Callable[[], nn.Module], source: str) -> None:
     """Check the names, shapes and values of the tensors of a network.
 
     Args:
         weights: name to torch tensor or NumPy array.
-        config: sizes of the network.
+        network: creates the network, here without memory for its weights.
         source: name of the file in messages.
 
     Raises:
@@ -230,7 +230,7 @@ def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) ->
             f"{source} is damaged: its weights are not named tensors. Train or convert again.", code="damaged_file"
         )
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in DRN(config).state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in network().state_dict().items()}
     missing = [name for name in expected if name not in weights]
     extra = [name for name in weights if name not in expected]
     misshapen = [
@@ -239,16 +239,21 @@ def check_weights(weights: Mapping[str, Any], config: DRNConfig, source: str) ->
         if name in weights and tuple(weights[name].shape) != shape
     ]
     problems = [
-        f"{kind} {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        f"{kind} {some(names)}"
         for kind, names in (("missing:", missing), ("unexpected:", extra), ("wrong shape:", misshapen))
         if names
     ]
     if problems:
         raise CheckpointError(
-            f"The tensors of {source} do not fit a DRN of its size ({'; '.join(problems)}). Train or convert again.",
+            f"The tensors of {source} do not fit its network ({'; '.join(problems)}). Train or convert again.",
             code="tensor_mismatch",
         )
     _check_values(weights, source)
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first four names, and the number of the others."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _check_values(weights: Mapping[str, Any], source: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
 from collections import Counter
@@ -23,8 +24,9 @@ from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_file, is_same_file, read_json
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
-from train.checkpoints import FORMAT, Checkpoint, check_weights, load, save_checkpoint
-from train.extractors.checkpoint import ExtractorCheckpoint, from_published, is_published_extractor, save_extractor
+from train.checkpoints import FORMAT, Checkpoint, check_weights, load, save_checkpoint, some
+from train.extractors.checkpoint import from_published, is_published_extractor, save_extractor
+from train.extractors.published import ExtractorCheckpoint
 from train.network.model import BACKBONE_CHANNELS, DRN, POSITION_CHANNELS, DRNConfig
 
 log = logging.getLogger("drn")
@@ -123,7 +125,7 @@ def _convert_drn(
 ) -> Checkpoint:
     """Convert and write a DRN checkpoint; `table` is the content of the file `vocabulary`."""
     config = read_config(published.weights, checkpoint)
-    check_weights(published.weights, config, str(checkpoint))
+    check_weights(published.weights, lambda: DRN(config), str(checkpoint))
     words = Vocabulary({}) if table is None else load_vocabulary(table, config, vocabulary)
     stage_number = stage or published.stage or 3
     training: dict[str, Any] = {
@@ -217,7 +219,7 @@ def read(path: Path) -> PublishedCheckpoint:
     others = [excerpt(name) for name in state if name not in arrays]
     if others:
         raise CheckpointError(
-            f"{path}: expected names with tensors, got other values for {_few(others)}. Pass a DRN checkpoint.",
+            f"{path}: expected names with tensors, got other values for {some(others)}. Pass a DRN checkpoint.",
             code="not_a_state_dict",
         )
     if all(name.startswith("module.") for name in arrays):
@@ -304,12 +306,12 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
         )
         return sizes.most_common(1)[0][0] if sizes else default
 
-    def count(pattern: str) -> int:
-        """Return the number of tensors in a series numbered from 0 without gaps, at least 1."""
-        number = 0
-        while pattern.format(number) in weights:
-            number += 1
-        return max(number, 1)
+    def count(*patterns: str, step: int = 1) -> int:
+        """Return the number of modules in a series numbered 0, step, 2 step, ... without gaps, at least 1."""
+        numbers = itertools.takewhile(
+            lambda number: any(pattern.format(number) in weights for pattern in patterns), itertools.count(0, step)
+        )
+        return max(len(list(numbers)), 1)
 
     names = (
         "fcos.head.cls_logits.weight",
@@ -345,21 +347,14 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
                 ("query_encoder.W2.0.weight", 1, 0),
             ),
             fpn_dim=majority(published.fpn_dim, *((name, 1, 0) for name in names), *blocks),
-            head_convs=_head_convs(weights),
+            # A batch norm and a ReLU follow each convolution.
+            head_convs=count(*(f"fcos.head.{tower}_tower.{{}}.weight" for tower in ("cls", "bbox")), step=3),
             lstm_layers=count(layers),
         )
     except ValueError as error:
         raise CheckpointError(
             f"{path} is not a DRN: {error} Pass a DRN checkpoint.", code="unknown_network_shape"
         ) from error
-
-
-def _head_convs(weights: Mapping[str, np.ndarray]) -> int:
-    """Return the number of convolutions per tower: modules 0, 3, 6, ..., each followed by a batch norm and a ReLU."""
-    number = 0
-    while any(f"fcos.head.{tower}_tower.{3 * number}.weight" in weights for tower in ("cls", "bbox")):
-        number += 1
-    return max(number, 1)
 
 
 def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Tensor]:
@@ -386,7 +381,7 @@ def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Te
         converted[name] = torch.from_numpy(copy)
     if invalid:
         raise CheckpointError(
-            f"{path}: expected finite floating-point weights, got {_few(invalid)}. Pass an undamaged checkpoint.",
+            f"{path}: expected finite floating-point weights, got {some(invalid)}. Pass an undamaged checkpoint.",
             code="impossible_weights",
         )
     return converted
@@ -456,10 +451,6 @@ def report(checkpoint: Checkpoint, published: PublishedCheckpoint, output: Path)
         parts = sorted({part.rstrip(".") for part in _UNUSED if any(part in name for name in published.unused)})
         lines.append(f"  removed      {len(published.unused)} unused tensors: {', '.join(parts)}")
     return "\n".join(lines)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from tests.raising import raises
 from train.checkpoints import Checkpoint, check_weights, load_checkpoint, save_checkpoint
-from train.network.model import DRNConfig
+from train.network.model import DRN, DRNConfig
 from train.training.trainer import fresh_model
 
 
@@ -238,7 +238,7 @@ def test_weight_that_is_not_finite_is_named(saved: Path, value: float) -> None:
 
 def test_many_wrong_tensors_are_counted_not_listed(tiny: DRNConfig) -> None:
     with raises(CheckpointError, "tensor_mismatch", "it", 116):
-        check_weights({}, tiny, "it")
+        check_weights({}, lambda: DRN(tiny), "it")
 
 
 def test_resume_state_is_not_read_as_published_checkpoint(short_run: Path) -> None:

@@ -19,7 +19,8 @@ from train.__main__ import train  # noqa: E402
 from train.backend import open_checkpoint  # noqa: E402
 from train.checkpoints import content_digest, load, load_checkpoint, source_hash  # noqa: E402
 from train.extractors.c3d import C3D, C3DConfig  # noqa: E402
-from train.extractors.checkpoint import ExtractorCheckpoint, load_extractor, save_extractor  # noqa: E402
+from train.extractors.checkpoint import load_extractor, save_extractor  # noqa: E402
+from train.extractors.published import ExtractorCheckpoint  # noqa: E402
 
 
 @pytest.fixture

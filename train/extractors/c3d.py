@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.extractors.published import ClipInput, Mean, PublishedExtractor, as_tensor, check_sizes, published_array
+from train.extractors.published import ClipInput, ExtractorCheckpoint, Mean, as_tensor, check_sizes, published_array
 
 WINDOW = 16
 CROP = (112, 112)
@@ -107,7 +107,7 @@ def published_layout(names: Mapping[str, Any]) -> Layout | None:
     return "plain" if "conv1.weight" in names and "fc6.weight" in names else None
 
 
-def from_published(arrays: Mapping[str, np.ndarray], source: str) -> PublishedExtractor:
+def from_published(arrays: Mapping[str, np.ndarray], source: str) -> ExtractorCheckpoint:
     """Convert a published state dict to a C3D for RGB frames, without the layers after fc6.
 
     The plain weights expect BGR frames, so their first layer is flipped.
@@ -137,4 +137,4 @@ def from_published(arrays: Mapping[str, np.ndarray], source: str) -> PublishedEx
         weights["conv1a.weight"] = weights["conv1a.weight"].flip(1).contiguous()
     config = C3DConfig(tuple(len(weights[f"conv{layer}.bias"]) for layer in LAYERS), len(weights["fc6.bias"]))
     owner = {"mmaction2": "mmaction2's", "plain": "the plain"}[layout]
-    return PublishedExtractor(config, MEANS[layout], weights, f"{owner} layout")
+    return ExtractorCheckpoint(config, MEANS[layout], weights, layout=f"{owner} layout")

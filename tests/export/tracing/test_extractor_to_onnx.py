@@ -31,7 +31,8 @@ from tests.films import film
 from tests.raising import raises
 from train.checkpoints import load_checkpoint
 from train.extractors.c3d import C3D, MEANS
-from train.extractors.checkpoint import ExtractorCheckpoint, from_published, load_extractor, save_extractor
+from train.extractors.checkpoint import from_published, load_extractor, save_extractor
+from train.extractors.published import ExtractorCheckpoint
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from runtime.datasets.dataset import DataSet  # noqa: E402
 from runtime.extract import extract  # noqa: E402
 from runtime.media.video_file import probe, read_frames  # noqa: E402
 from train.convert import convert  # noqa: E402
-from train.extractors.checkpoint import ExtractorCheckpoint  # noqa: E402
+from train.extractors.published import ExtractorCheckpoint  # noqa: E402
 
 # The class of most windows of each video, and its probability for the mean feature of the video. The numbers are
 # positions in the alphabetical list of Kinetics-400: "clean and jerk" and "walking the dog".
