@@ -6,24 +6,20 @@ import contextlib
 import csv
 import importlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from runtime.core.errors import DeviceError
 from runtime.core.io.atomic_files import write_text
 
 LoggerKind = Literal["tensorboard", "csv", "wandb"]
 Record = Mapping[str, Any]
+# Called after every epoch with the records of all epochs of the run so far, as in `history.jsonl`.
+MetricLogger = Callable[[Sequence[Record]], None]
 CSV_NAME, TENSORBOARD_NAME = "metrics.csv", "tensorboard"
 # Package to install, and module to import.
 _LIBRARIES = {"tensorboard": ("tensorboard", "torch.utils.tensorboard"), "wandb": ("wandb", "wandb")}
-
-
-class MetricLogger(Protocol):
-    """Called after every epoch with the records of all epochs of the run so far, as in `history.jsonl`."""
-
-    def __call__(self, history: Sequence[Record], /) -> None: ...
 
 
 def import_library(kind: LoggerKind | None) -> Any:

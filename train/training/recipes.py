@@ -33,7 +33,7 @@ class Stage:
 
     @property
     def trains_iou_head(self) -> bool:
-        """Whether the IoU head is trained."""
+        """Whether the IoU head is trained, so that scores include the IoU probability."""
         return self.number > 1
 
     @property
@@ -45,11 +45,6 @@ class Stage:
     def learns_from_mismatched(self) -> bool:
         """Whether mismatched pairs contribute to the loss. They have no target for the IoU loss."""
         return self.number != 2
-
-    @property
-    def use_iou_scores(self) -> bool:
-        """Whether scores include the IoU probability, which an untrained head must not affect."""
-        return self.number > 1
 
     def learning_rate_at(self, epoch: int) -> float:
         """Return the learning rate of an epoch.

@@ -57,7 +57,7 @@ def test_published_recipe_matches_mmaction2() -> None:
 
 
 def test_iou_scores_are_used_from_stage_2_on() -> None:
-    assert [Stage(number, 1e-3, 1).use_iou_scores for number in (1, 2, 3)] == [False, True, True]
+    assert [Stage(number, 1e-3, 1).trains_iou_head for number in (1, 2, 3)] == [False, True, True]
 
 
 def test_warm_up_of_one_epoch_keeps_full_learning_rate() -> None:
