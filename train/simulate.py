@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.differences import differences
-from runtime.core.errors import AnnotationError, FeatureError, OutputError, excerpt
+from runtime.core.errors import AnnotationError, FeatureError, OutputError, check_option, excerpt
 from runtime.core.io.atomic_files import atomic_write, content_names, locked, remove_strays, write_json, write_text
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_directory, read_json
@@ -118,10 +117,7 @@ class SimulationOptions:
             ("--videos", self.videos, min_videos),
             ("--seed", self.seed, 0),
         ):
-            if value is not None and value < minimum:
-                raise FeatureError(
-                    f"Expected {flag} of at least {minimum}, got {value}. Correct the option.", code="invalid_option"
-                )
+            check_option(flag, value, minimum, error=FeatureError)
         for flag, name, names in (
             ("--difficulty", self.difficulty, tuple(DIFFICULTIES)),
             ("--dtype", self.dtype, ("float16", "float32")),
@@ -284,28 +280,22 @@ def _write_features(
 
     write = _write_npy if file_format == "npy" else _write_pt
     for scenario in tqdm(scenarios, desc="features", unit="video", disable=None, leave=False):
-        features = simulator.features(scenario).astype(dtype)
-        with (
-            atomic_write(_feature_path(folder, scenario.name, file_format)) as path,
-            path.open("wb") as stream,
-        ):
-            write(stream, features)
+        write(_feature_path(folder, scenario.name, file_format), simulator.features(scenario).astype(dtype))
 
 
-def _write_npy(stream: BinaryIO, features: np.ndarray) -> None:
-    # np.save raises an OSError without an error number if the disk is full.
-    np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(features))
-    stream.write(features.data)
+def _write_npy(path: Path, features: np.ndarray) -> None:
+    with atomic_write(path) as temporary, temporary.open("wb") as stream:
+        # np.save raises an OSError without an error number if the disk is full.
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(features))
+        stream.write(features.data)
 
 
-def _write_pt(stream: BinaryIO, features: np.ndarray) -> None:
+def _write_pt(path: Path, features: np.ndarray) -> None:
     import torch
 
-    try:
-        torch.save(torch.from_numpy(features), stream)
-    except RuntimeError as error:
-        full = shutil.disk_usage(Path(stream.name).parent).free < features.nbytes
-        raise OSError(errno.ENOSPC if full else errno.EIO, "torch could not write the file") from error
+    from train.checkpoints import save
+
+    save(path, torch.from_numpy(features))
 
 
 if __name__ == "__main__":
