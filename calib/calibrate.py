@@ -27,7 +27,7 @@ from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, channel_energies
 from calib.range_estimation import ActivationStatistics, MethodOption, collect_statistics
 from runtime.core.batch import Batch
 from runtime.core.cli import command, report_written, suggest_next_command
-from runtime.core.errors import OutputError
+from runtime.core.errors import OutputError, check_option
 from runtime.core.io.atomic_files import atomic_write
 from runtime.core.io.input_files import is_same_file
 from runtime.datasets.dataset import DataSet
@@ -75,11 +75,8 @@ def calibrate(
         ModelFileError: `onnx` is not an FP32 graph of this toolkit.
         CalibrationError: there are too few samples, or they belong to test videos.
     """
-    if batch_size < 1 or held_out < 1:
-        raise CalibrationError(
-            f"Expected --batch-size and --held-out of at least 1, got {batch_size} and {held_out}. Correct the option.",
-            code="invalid_option",
-        )
+    check_option("--batch-size", batch_size, 1, error=CalibrationError)
+    check_option("--held-out", held_out, 1, error=CalibrationError)
     if is_same_file(output, onnx):
         raise OutputError(
             f"--output {output} is also the input. Choose another file name, such as drn{SUFFIX}.",

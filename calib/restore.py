@@ -17,7 +17,7 @@ from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq, modu
 from calib.quantization_plan import QuantizationPlan
 from calib.rank_layers import evaluator_for, given_table, measure_sensitivity, ranked_names
 from runtime.core.cli import command, report_written, suggest_next_command
-from runtime.core.errors import CheckFailed
+from runtime.core.errors import CheckFailed, check_option
 from runtime.core.io.atomic_files import atomic_write
 from runtime.datasets.dataset import DataSet
 
@@ -62,10 +62,7 @@ def restore(
         CalibrationError: the table or the ranking belongs to another graph.
         CheckFailed: no quantized graph meets the budget.
     """
-    if not max_drop >= 0:
-        raise CalibrationError(
-            f"Expected --max-drop of at least 0 points, got {max_drop}. Correct the option.", code="invalid_option"
-        )
+    check_option("--max-drop", max_drop, 0, error=CalibrationError)
     model = load_fp32_graph(onnx)
     data_set = DataSet(data)
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))

@@ -28,7 +28,7 @@ from runtime.backends.base import Device
 from runtime.benchmarking.report import latency_table, read_report
 from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.decoding import Protocol
-from runtime.core.errors import CheckFailed, GroundingError, ModelFileError, OutputError
+from runtime.core.errors import CheckFailed, GroundingError, ModelFileError, OutputError, check_option
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_file, is_same_file
 from runtime.core.terminal import command_line
@@ -69,19 +69,10 @@ class VerifyOptions:
         Raises:
             GroundingError: an option has an invalid value, or a library that it needs is not installed.
         """
-        if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
-            raise GroundingError(
-                f"Expected --limit and --batch-size of at least 1, got {self.limit} and {self.batch_size}. "
-                "Correct the option.",
-                code="invalid_option",
-            )
-        # `not >=` also rejects NaN.
-        if not self.max_drop >= 0 or not (self.boundary_p99 is None or self.boundary_p99 >= 0):
-            raise GroundingError(
-                f"Expected --max-drop and --boundary-p99 of at least 0, got {self.max_drop} and {self.boundary_p99}. "
-                "Correct the option.",
-                code="invalid_option",
-            )
+        check_option("--batch-size", self.batch_size, 1)
+        check_option("--limit", self.limit, 1)
+        check_option("--max-drop", self.max_drop, 0)
+        check_option("--boundary-p99", self.boundary_p99, 0)
         used = [self.reference, self.model]
         for path in (self.output, self.html):
             if path is None:

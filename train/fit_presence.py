@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from runtime.backends.base import Device
 from runtime.core.cli import command, report_written, suggest_next_command
-from runtime.core.errors import CheckpointError, GroundingError
+from runtime.core.errors import CheckpointError, GroundingError, check_option
 from runtime.core.io.atomic_files import check_writable
 from runtime.core.presence import Presence, fit_threshold
 from runtime.datasets.dataset import Annotation, DataSet
@@ -60,12 +60,8 @@ def fit_presence(
         device: device that runs the network; auto selects cuda if it is available.
         threads: number of CPU threads. Default: set by torch.
     """
-    if mismatched < 1 or batch_size < 1 or (seed is not None and seed < 0):
-        raise GroundingError(
-            f"Expected --mismatched and --batch-size of at least 1 and --seed of at least 0, got {mismatched}, "
-            f"{batch_size} and {seed}. Correct the option.",
-            code="invalid_option",
-        )
+    for flag, value, minimum in (("--mismatched", mismatched, 1), ("--batch-size", batch_size, 1), ("--seed", seed, 0)):
+        check_option(flag, value, minimum)
     data_set = DataSet(data)
     check_writable(output, *data_set.files)
     loaded = load_checkpoint(checkpoint)

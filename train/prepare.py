@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from runtime.core.cli import command, report_written, suggest_next_command
-from runtime.core.errors import AnnotationError, FeatureError, GroundingError, MissingFeatures, OutputError, excerpt
+from runtime.core.errors import AnnotationError, FeatureError, MissingFeatures, OutputError, check_option, excerpt
 from runtime.core.io.atomic_files import Staging, content_names, locked
 from runtime.core.io.digests import sha256
 from runtime.core.pooling import ClipTiming
@@ -86,11 +86,8 @@ def prepare(
         FeatureError: there are no features, or the features of a video cannot be used.
         OutputError: `output` contains other files, or cannot be written.
     """
-    if min_count < 1 or embed_dim < 1:
-        raise GroundingError(
-            f"Expected --min-count and --embed-dim of at least 1, got {min_count} and {embed_dim}. Correct the option.",
-            code="invalid_option",
-        )
+    check_option("--min-count", min_count, 1)
+    check_option("--embed-dim", embed_dim, 1)
     clip_timing = None if clock is None else ClipTiming(*clock)
     data_set = DataSet(data)
     _check_empty(output)

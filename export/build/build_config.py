@@ -28,7 +28,7 @@ from export.engine.profiles import (
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import layers_path
 from runtime.backends.base import MAX_THREADS
-from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError, check_option
 from runtime.core.io.atomic_files import check_writable
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_file, is_same_file
@@ -139,29 +139,17 @@ class BuildRequest:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise DeviceError(
-                f"Expected --threads of 1 to {MAX_THREADS}, got {self.threads}. Correct the option.",
-                code="invalid_option",
-            )
+        check_option("--threads", self.threads, 1, MAX_THREADS, DeviceError)
         if self.precision in ("int8", "fp8") and self.table is None and self.calib_samples < MIN_SAMPLES:
             raise GroundingError(
                 f"Expected --calib-samples of at least {MIN_SAMPLES}, got {self.calib_samples}. "
                 "Choose more; the default is 512.",
                 code="too_few_samples",
             )
-        limits: tuple[tuple[str, float | None, int], ...] = (
-            ("--limit", self.limit, 1),
-            ("--videos", self.videos, 1),
-            ("--max-drop", self.max_drop, 0),
-            ("--min-speedup", self.min_speedup, 0),
-        )
-        for flag, number, least in limits:
-            # `not >=` also rejects NaN.
-            if number is not None and not number >= least:
-                raise GroundingError(
-                    f"Expected {flag} of at least {least}, got {number}. Correct the option.", code="invalid_option"
-                )
+        check_option("--limit", self.limit, 1)
+        check_option("--videos", self.videos, 1)
+        check_option("--max-drop", self.max_drop, 0)
+        check_option("--min-speedup", self.min_speedup, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from export.engine.profiles import Profile
 from runtime.artifacts.engine_layers import Inspection
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_logger import explain_startup_failure, logger_for
-from runtime.core.errors import DeviceError, GroundingError, ModelFileError
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError, check_option
 from runtime.core.gpu_info import cuda_gpu, cuda_version
 
 log = logging.getLogger("drn")
@@ -163,11 +163,7 @@ def check_options(options: BuildOptions, library: Any = None) -> None:
         library: TensorRT module; None imports that of the target.
     """
     trt = library or load_library(options.target)
-    if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
-        raise DeviceError(
-            f"Expected --optimization-level of 0 to 5, got {options.optimization_level}. Correct the option.",
-            code="invalid_option",
-        )
+    check_option("--optimization-level", options.optimization_level, 0, 5, DeviceError)
     if options.workspace_gib is not None and not options.workspace_gib > 0:
         raise DeviceError(
             f"Expected --workspace above 0 GiB, got {options.workspace_gib}. Correct the option.",

@@ -13,7 +13,7 @@ from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_p
 from export.tracing.tracer import export_model, producer
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cli import report_written
-from runtime.core.errors import DeviceError, OutputError, ShapeError
+from runtime.core.errors import DeviceError, OutputError, ShapeError, check_option
 from runtime.core.io.atomic_files import atomic_write, check_writable
 from runtime.core.io.input_files import is_same_file
 
@@ -56,11 +56,7 @@ class ExportOptions:
                 f"Expected an opset of {MIN_OPSET} to {MAX_OPSET}, got {self.opset}. Leave --opset out.",
                 code="unsupported_opset",
             )
-        if self.max_query_length is not None and self.max_query_length < 1:
-            raise ShapeError(
-                f"Expected --max-query-length of at least 1 token, got {self.max_query_length}. Correct the option.",
-                code="invalid_option",
-            )
+        check_option("--max-query-length", self.max_query_length, 1, error=ShapeError)
         if self.output.suffix != ".onnx" and not self.output.is_dir():
             raise OutputError(
                 f"Expected --output with the suffix .onnx, got {self.output}. Choose another name.", code="wrong_suffix"

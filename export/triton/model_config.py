@@ -25,7 +25,7 @@ from runtime.backends.onnxruntime_backend import locate_part
 from runtime.backends.tensorrt_backend import locate_video_part
 from runtime.backends.triton_backend import FORMAT, PARAMETER, FrontConfig
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX
-from runtime.core.errors import DeviceError, GroundingError, ModelFileError, excerpt
+from runtime.core.errors import DeviceError, GroundingError, ModelFileError, check_option, excerpt
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_file
 
@@ -67,15 +67,10 @@ class ServingOptions:
                 "Correct the option.",
                 code="invalid_option",
             )
-        if (
-            min(self.batch, self.instances, 1 if self.threads is None else self.threads) < 1
-            or not 0 <= self.wait_ms <= 1000
-        ):
-            raise GroundingError(
-                "Expected --batch, --instances and --threads of at least 1 and --wait-ms of 0 to 1000, got "
-                f"{self.batch}, {self.instances}, {self.threads} and {self.wait_ms:g}. Correct the option.",
-                code="invalid_option",
-            )
+        check_option("--batch", self.batch, 1)
+        check_option("--instances", self.instances, 1)
+        check_option("--threads", self.threads, 1)
+        check_option("--wait-ms", self.wait_ms, 0, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
