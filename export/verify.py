@@ -13,7 +13,7 @@ from tqdm import tqdm
 from export.parity.compare import check_comparable
 from export.parity.compare_layers import LayerComparison, compare_layers, require_polygraphy
 from export.parity.compare_shapes import check_shapes
-from export.parity.html_report import require_jinja
+from export.parity.html_report import render_html_report, require_jinja
 from export.parity.model_file import ModelFile
 from export.parity.parity_result import AccuracyBudget, ParityResult
 from export.parity.parity_tables import Table
@@ -22,13 +22,13 @@ from export.parity.run_parity import (
     load_for_comparison,
     read_precision_stats,
     run_parity_check,
-    write_reports,
 )
 from runtime.backends.base import Device
 from runtime.benchmarking.report import latency_table, read_report
 from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.decoding import Protocol
 from runtime.core.errors import CheckFailed, GroundingError, ModelFileError, OutputError, check_option
+from runtime.core.io.atomic_files import write_json, write_text
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import check_file, is_same_file
 from runtime.core.terminal import command_line
@@ -198,8 +198,11 @@ def run(options: VerifyOptions) -> ParityResult:
     if model.suffix == ".engine":
         report = dataclasses.replace(report, engine_precision=engine_precision(model))
     print(report.text())
-    precision = read_precision_stats(model) if options.html else None
-    write_reports(report, options.output, options.html, precision, commands=_commands(options), latency=latency)
+    if options.output:
+        write_json(options.output, report.to_dict())
+    if options.html:
+        page = render_html_report(report, read_precision_stats(model), latency, commands=_commands(options))
+        write_text(options.html, page)
     report_written(options.output, options.html)
     if report.violations:
         both_onnx = {reference.suffix, model.suffix} == {".onnx"}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from calib.graph.onnx_graph import read_manifest
 from export.build.artifacts import ConvertedModel
 from runtime.artifacts import engine_metadata
+from runtime.core.io.atomic_files import write_json, write_text
 from runtime.core.terminal import command_line
 from runtime.datasets.dataset import Annotation, DataSet
 
@@ -112,8 +113,9 @@ class ParityChecker:
             engine: engine of the model; None for the graph only.
             engines: all engines of the build.
         """
+        from export.parity.html_report import render_html_report
         from export.parity.parity_tables import calibration_coverage, engine_precision_table, precision_table
-        from export.parity.run_parity import engine_precision, write_reports
+        from export.parity.run_parity import engine_precision
 
         stats = precision_table(model.precision_stats)
         if engine:
@@ -128,4 +130,5 @@ class ParityChecker:
         commands = (self.command, command_line("runtime.describe", {}, subject))
         output, html = (self.job.sibling_path(f"{rejected}{ending}") for ending in ("parity.json", "passport.html"))
         calibration = calibration_coverage(model.calibration) if model.calibration else None
-        write_reports(report, output, html, stats, engine, commands, calibration=calibration)
+        write_json(output, report.to_dict())
+        write_text(html, render_html_report(report, stats, engine=engine, commands=commands, calibration=calibration))

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from calib.graph.onnx_graph import load_onnx, manifest_of
 from export.parity.compare import compare
-from export.parity.html_report import render_html_report
 from export.parity.model_file import ModelFile
 from export.parity.parity_report import ParityReport
 from export.parity.parity_result import AccuracyBudget, violations
@@ -21,7 +20,6 @@ from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
 from runtime.artifacts.engine_metadata import read_sidecar
 from runtime.backends.base import Device
 from runtime.core.decoding import Protocol
-from runtime.core.io.atomic_files import write_json, write_text
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.grounder import BATCH_SIZE, Grounder
 
@@ -79,38 +77,6 @@ def run_parity_check(
                 *(check.name, result, reason),
             )
     return ParityReport(parity, files[0], files[1], budget, violations(parity, budget), split, command)
-
-
-def write_reports(
-    report: ParityReport,
-    output: Path | None,
-    html: Path | None,
-    precision: Table | None = None,
-    engine: ModelFile | None = None,
-    commands: Sequence[str] = (),
-    latency: Table | None = None,
-    calibration: Table | None = None,
-) -> None:
-    """Write the JSON report, the HTML report, or both.
-
-    Args:
-        report: parity check.
-        output: JSON file; None writes none.
-        html: HTML file; None writes none.
-        precision: table of the data types of the model.
-        engine: engine that was built from the model; the HTML report is then about the engine.
-        commands: commands that reproduce the report.
-        latency: table of the measured latency of the model.
-        calibration: coverage of the calibration queries of the model.
-
-    Raises:
-        DeviceError: the HTML report needs Jinja2, which is not installed.
-        OutputError: a file cannot be written.
-    """
-    if output:
-        write_json(output, report.to_dict())
-    if html:
-        write_text(html, render_html_report(report, precision, latency, engine, commands, calibration))
 
 
 def read_precision_stats(model: Path) -> Table | None:
