@@ -95,30 +95,6 @@ class ConvertedModel:
             temporary.write_bytes(self.content)
 
 
-def single_engine_part(
-    job: BuildConfig, model: ConvertedModel, converted: ConvertedGraph, profiles: Sequence[Profile]
-) -> EnginePart:
-    """Return the source of the engine of a full model.
-
-    Args:
-        job: files of the build.
-        model: the converted model, which was written to `job.graph_path`.
-        converted: the same model as a graph in memory, which is not serialized.
-        profiles: optimization profiles of the engine.
-    """
-    digest = model.file(job.graph_path).sha256
-    return EnginePart(
-        converted.graph,
-        model.manifest,
-        job.graph_path,
-        digest,
-        job.output,
-        profiles,
-        model.precision_stats,
-        model.fp32_weight_bytes,
-    )
-
-
 def split_engine_parts(
     job: BuildConfig, model: ConvertedModel, source: onnx.ModelProto, profiles: Sequence[Profile], videos: int
 ) -> list[EnginePart]:

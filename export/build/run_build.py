@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from calib.graph.onnx_graph import read_source
 from calib.graph.unroll_lstm import lstm_layers
-from export.build.artifacts import ConvertedModel, format_shares, single_engine_part, split_engine_parts
+from export.build.artifacts import ConvertedModel, format_shares, split_engine_parts
 from export.build.build_config import (
     BuildConfig,
     BuildRequest,
@@ -210,11 +210,9 @@ class EngineBuild:
         )
 
     def command(self, steps: Sequence[int]) -> str:
-        """Return the command line that reproduces the build.
+        """Return the command line that reproduces the build, with the query lengths of its unrolled engines.
 
-        Args:
-            steps: query lengths of the engines with an unrolled LSTM. They are recorded even if they are a default,
-                because the default depends on the data set.
+        They are recorded even if they are a default, because the default depends on the data set.
         """
         unroll = tuple(steps) or ((0,) if self.job.target == "tensorrt" else ())
         return dataclasses.replace(self.request, output=self.job.output, unroll=unroll).command()
@@ -250,8 +248,7 @@ class EngineBuild:
         """Write and check the graph and the engines in a staging directory.
 
         Returns:
-            The report of the last check (None without queries), whether an engine was built, and the speed if it was
-            checked.
+            The report of the last check (None without queries), whether there is an engine, and the speed, if checked.
         """
         assert self.source is not None
         assert self.graph is not None
@@ -277,7 +274,13 @@ class EngineBuild:
         if request.split:
             parts = split_engine_parts(staged, model, self.graph, self.profiles, request.videos)
         else:
-            parts = [single_engine_part(staged, model, converted, self.profiles)]
+            file = model.file(staged.graph_path)
+            parts = [
+                EnginePart(
+                    converted.graph, model.manifest, file.path, file.sha256, staged.output, self.profiles,
+                    model.precision_stats, model.fp32_weight_bytes,
+                )
+            ]  # fmt: skip
         if job.target == "onnxruntime":
             speed = self._check_speed(staged, model)
             if report:
@@ -360,10 +363,7 @@ def _describe_unrolling(short: Unrolling) -> str:
 
 
 def _check_graph(job: BuildConfig, checker: ParityChecker, converted: ConvertedModel) -> ParityReport | None:
-    """Check the precision and the accuracy of a converted model.
-
-    Returns:
-        The report of the accuracy check; None without queries.
+    """Check the precision of a converted model, and its accuracy if there are queries; return the report of the latter.
 
     Raises:
         CheckFailed: a check failed; the model is saved as MODEL.PRECISION.rejected.onnx.
@@ -406,12 +406,7 @@ def _check_graph(job: BuildConfig, checker: ParityChecker, converted: ConvertedM
 
 
 def _check_engine(checker: ParityChecker, converted: ConvertedModel, engines: Sequence[Path]) -> ParityReport:
-    """Check the accuracy of an engine on the GPU of this machine, and return the report.
-
-    Args:
-        checker: compares the engine with the FP32 graph.
-        converted: the converted model.
-        engines: all engines of the build, with the one to run last.
+    """Check the accuracy of an engine, the last of all engines of the build, on the GPU of this machine.
 
     Raises:
         CheckFailed: the check failed; the engines are renamed to NAME.rejected.engine.
@@ -433,10 +428,6 @@ def choose_target(
     target: Target, capabilities: Sequence[str] = ()
 ) -> tuple[Literal["tensorrt", "tensorrt-rtx", "onnxruntime"], str]:
     """Return the target of a build, and why it was chosen, as a sentence.
-
-    Args:
-        target: value of `--target`.
-        capabilities: values of `--compute-capability`, such as "8.6".
 
     Raises:
         DeviceError: this machine cannot build for the requested target.
