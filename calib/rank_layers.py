@@ -76,16 +76,18 @@ def rank_layers(
     model = load_fp32_graph(onnx)
     data_set = DataSet(data)
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))
-    evaluator = evaluator_for(model, data_set, calibration, held_out, seed, threads)
+    queries = sample_held_out(data_set, read_manifest(model), held_out, seed, exclude=calibration.videos)
+    evaluator = AccuracyEvaluator(model, data_set, queries, threads)
     everything = evaluator.cost(insert_qdq(model, calibration, kind=kind), "all")
     ranking = measure_sensitivity(model, calibration, evaluator, kind=kind)
-    print(ranking_table(ranking, everything))
+    rows = [(f"{entry.module} ({100 * entry.share:.1f} %)", entry.cost) for entry in ranking]
+    print(format_deltas([*rows, ("all of them", everything)]))
     print(
         f"Change in points from FP32 on {everything.queries} queries of held-out training videos, lowest agreement "
         "first."
     )
     if output:
-        write_json(output, ranking_json(ranking, everything, calibration, kind))
+        write_json(output, _ranking_json(ranking, everything, calibration, kind))
     report_written(output)
     given = ("--model", onnx, "--data", data, "--table", table or "TABLE")
     suggest_next_command("calib.restore", *given, *(("--ranking", output) if output else ()), "--output", "plan.json")
@@ -121,13 +123,7 @@ def measure_sensitivity(
     return sorted(ranking, key=lambda entry: entry.cost.agreement)
 
 
-def ranking_table(ranking: list[LayerSensitivity], everything: AccuracyDelta) -> str:
-    """Return a ranking as text, one line per module, then `everything` as the loss of all modules together."""
-    rows = [(f"{entry.module} ({100 * entry.share:.1f} %)", entry.cost) for entry in ranking]
-    return format_deltas([*rows, ("all of them", everything)])
-
-
-def ranking_json(
+def _ranking_json(
     ranking: list[LayerSensitivity], everything: AccuracyDelta, table: CalibrationTable, kind: QuantDtype
 ) -> dict[str, Any]:
     """Return a ranking as JSON values of the format `FORMAT`."""
@@ -194,28 +190,6 @@ def given_table(
     calibration.check(model, source)
     calibration.check_videos(data_set)
     return calibration
-
-
-def evaluator_for(
-    model: onnx.ModelProto,
-    data_set: DataSet,
-    table: CalibrationTable,
-    held_out: int,
-    seed: int,
-    threads: int | None,
-) -> AccuracyEvaluator:
-    """Return an evaluator over training videos that the table was not measured on.
-
-    Args:
-        model: FP32 graph.
-        data_set: data set of the queries.
-        table: calibration table, whose videos are excluded.
-        held_out: maximum number of queries.
-        seed: random seed of the choice of queries.
-        threads: number of CPU threads; ONNX Runtime's default when None.
-    """
-    queries = sample_held_out(data_set, read_manifest(model), held_out, seed, exclude=table.videos)
-    return AccuracyEvaluator(model, data_set, queries, threads)
 
 
 if __name__ == "__main__":

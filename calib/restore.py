@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from calib.accuracy import AccuracyDelta, AccuracyEvaluator, format_deltas
 from calib.calibrate import unproven_name
-from calib.calibration_set import SAMPLES
+from calib.calibration_set import SAMPLES, sample_held_out
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import load_fp32_graph
+from calib.graph.onnx_graph import load_fp32_graph, read_manifest
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq, modules
 from calib.quantization_plan import QuantizationPlan
-from calib.rank_layers import evaluator_for, given_table, measure_sensitivity, ranked_names
+from calib.rank_layers import given_table, measure_sensitivity, ranked_names
 from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import CheckFailed, check_option
 from runtime.core.io.atomic_files import atomic_write
@@ -68,7 +68,8 @@ def restore(
     calibration = given_table(model, data_set, table, seed, threads, str(onnx))
     order = ranked_names(ranking, calibration, kind) if ranking else None
     with atomic_write(output) as temporary:
-        evaluator = evaluator_for(model, data_set, calibration, held_out, seed, threads)
+        queries = sample_held_out(data_set, read_manifest(model), held_out, seed, exclude=calibration.videos)
+        evaluator = AccuracyEvaluator(model, data_set, queries, threads)
         plan, steps = find_layers_to_restore(model, calibration, evaluator, max_drop, order, kind=kind)
         plan.save(temporary)
     print(format_deltas(steps))
