@@ -144,12 +144,7 @@ class AccuracyEvaluator:
         self.reference = self._answers(model, "FP32")
 
     def cost(self, model: onnx.ModelProto, label: str) -> AccuracyDelta:
-        """Return the accuracy loss of a graph on the queries of this evaluator.
-
-        Args:
-            model: graph to compare with the FP32 graph.
-            label: description of the progress bar.
-        """
+        """Return the accuracy loss of a graph on the queries of this evaluator; `label` describes the progress bar."""
         return self.compare(self._answers(model, label))
 
     def compare(self, result: Evaluation) -> AccuracyDelta:

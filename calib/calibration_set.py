@@ -210,11 +210,7 @@ def forbid_test_videos(data_set: DataSet, videos: Collection[str], what: str = "
 
 
 def coverage_table(coverage: dict[str, Any]) -> str:
-    """Return the coverage as text: totals, and for each property the number of samples per stratum.
-
-    Args:
-        coverage: `coverage` of a `CalibrationSet` or of a table.
-    """
+    """Return the coverage of a set or of a table as text: totals, and the number of samples per stratum."""
     lines = [
         f"{coverage['sentences']} sentences of {coverage['videos']} training videos; "
         f"{coverage['words']['covered']} of {coverage['words']['of']} words, "

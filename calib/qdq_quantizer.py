@@ -141,10 +141,6 @@ def channel_energies(model: onnx.ModelProto, policy: QuantizationPolicy | None =
     The energy of channel c is the sum of W[o, c]^2 over the outputs o, and the taps, of all operators that read the
     tensor.
 
-    Args:
-        model: FP32 graph.
-        policy: layers to quantize; the default policy when None.
-
     Returns:
         Tensor name to float64 energies: (C, 1, ...) for the input of a convolution, with one axis per tap axis; (C,)
         for that of a matrix product.
@@ -369,15 +365,7 @@ def _under(module: str, names: Collection[str]) -> bool:
 
 
 class _Writer:
-    """Writes a graph with Q/DQ. A new node of `fpn.layer_blocks.0` is `fpn.layer_blocks.0/QuantizeLinear`.
-
-    Args:
-        model: FP32 graph, which is not changed.
-        ops: operators to quantize, by the name of their node.
-        ranges: ranges of the tensors that they read.
-        policy: policy of which `per_channel` and `unsigned` are used.
-        kind: int8 or fp8.
-    """
+    """Writes a graph with Q/DQ. A new node of `fpn.layer_blocks.0` is `fpn.layer_blocks.0/QuantizeLinear`."""
 
     def __init__(
         self,
@@ -460,17 +448,9 @@ class _Writer:
     def _node(
         self, module: str, op_type: str, tensor: str, constants: str, axis: int | None = None, like: str | None = None
     ) -> str:
-        """Add a node that reads `constants`_scale and `constants`_zero_point.
+        """Add a node that reads `constants`_scale and `constants`_zero_point, and return its name, that of its output.
 
-        Args:
-            module, op_type: prefix and suffix of its name.
-            tensor: name of its input.
-            constants: prefix of the names of scale and zero point.
-            axis: axis of the scales; None for a single scale.
-            like: name of a tensor of the same shape, whose shape the result gets; None for an unknown shape.
-
-        Returns:
-            The name of the node, which is also the name of its output.
+        `axis` is that of the scales, None for a single one; `like` names a tensor whose shape the result gets.
         """
         import onnx
 

@@ -114,9 +114,7 @@ class Histogram:
     def range(self, method: Method, unsigned: bool = False) -> ValueRange:
         """Return the range that a method selects, within the range of the values.
 
-        Args:
-            method: how to select the limit.
-            unsigned: whether a tensor without negative values has 255 steps in place of 127.
+        If `unsigned`, a tensor without negative values has 255 steps instead of 127.
         """
         levels = UNSIGNED_LEVELS if unsigned and self.low >= 0 else LEVELS
         limit = min(LIMITS[method](self, levels), self.magnitude)

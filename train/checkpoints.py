@@ -73,11 +73,7 @@ class Checkpoint:
     presence: Presence | None = None
 
     def model(self, *, copy: bool = True) -> DRN:
-        """Return the network in evaluation mode, on the CPU.
-
-        Args:
-            copy: whether to copy the weights. Otherwise, training the network changes `weights`.
-        """
+        """Return the network in evaluation mode, on the CPU. Without `copy`, training it changes `weights`."""
         # The `meta` device skips the random initialization, which would take longer than all else.
         with torch.device("meta"):
             model = DRN(self.config)
@@ -94,11 +90,9 @@ class Checkpoint:
         return max(LONGEST_QUERY, *query_length_of(self.training))
 
     def manifest(self, max_query_length: int | None = None, **fields: Any) -> Manifest:
-        """Return the manifest of a model file exported from this checkpoint.
+        """Return the manifest of a model file exported from this checkpoint; `fields` are further fields of `Manifest`.
 
-        Args:
-            max_query_length: maximum number of tokens of a query; `longest_query` when None.
-            fields: further fields of `Manifest`.
+        Queries have at most `max_query_length` tokens, `longest_query` when None.
         """
         return Manifest(
             vocabulary=self.vocabulary,
@@ -421,13 +415,13 @@ def load(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Any:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """Read a torch file, and check its digest while the body of the `with` statement runs.
+    """Read a torch file as `load` does, and check its digest while the body of the `with` statement runs.
 
     Yields:
-        The content that `read` returns, and a function that waits for the SHA-256 of the file and returns it.
+        The content, and a function that waits for the SHA-256 of the file and returns it.
 
     Raises:
-        CheckpointError: the file is missing, contains code, or is damaged, even if the body raised another error.
+        CheckpointError: see `load`; also if the body raised another error.
     """
     check_file(path, "The checkpoint", CheckpointError, "name a file such as drn.pt")
     if Path(path).suffix in (".onnx", ".engine"):
@@ -475,15 +469,7 @@ def _damaged(path: str | os.PathLike[str]) -> CheckpointError:
 
 
 def read(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Any:
-    """Return the content of a torch file without checking its digest.
-
-    Args:
-        path: the file.
-        unknown_objects: replace objects of unknown classes by an `UnreadObject` instead of rejecting the file.
-
-    Raises:
-        CheckpointError: the file is missing, contains anything but tensors and plain containers, or cannot be parsed.
-    """
+    """Return the content of a torch file without checking its digest; see `load` for arguments and errors."""
     path = Path(path)
     check_file(path, "The checkpoint", CheckpointError)
     names = torch_reader.check(path)

@@ -284,13 +284,9 @@ def _recorded_stage(configuration: Any) -> int | None:
 
 
 def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
-    """Return the configuration of the network that has these tensors.
+    """Return the configuration of the network that has these tensors, under the names of `train.network.model`.
 
     If tensors disagree, the majority decides, so that `check_weights` names the one that differs.
-
-    Args:
-        weights: tensor name to array, with the names of `train.network.model`.
-        path: the file, for messages.
 
     Raises:
         CheckpointError: no DRN has these tensors.
@@ -358,11 +354,7 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
 
 
 def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights as float32 tensors, and counters as int64.
-
-    Args:
-        weights: tensor name to array.
-        path: the file, for messages.
+    """Return the weights, name to array, as float32 tensors, and counters as int64.
 
     Raises:
         CheckpointError: a tensor has another data type, or a value is not finite.
@@ -388,12 +380,7 @@ def tensors(weights: Mapping[str, np.ndarray], path: Path) -> dict[str, torch.Te
 
 
 def load_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Vocabulary:
-    """Return the vocabulary of a word table.
-
-    Args:
-        table: content of the file, which must map words to integers.
-        config: sizes of the network.
-        path: the file, for messages; None for a network without a word table.
+    """Return the vocabulary of a word table; `path` names the file in messages.
 
     Raises:
         CheckpointError: the table does not number exactly as many words as the network has.
@@ -421,13 +408,7 @@ def load_vocabulary(table: Any, config: DRNConfig, path: Path | None) -> Vocabul
 
 
 def report(checkpoint: Checkpoint, published: PublishedCheckpoint, output: Path) -> str:
-    """Return a summary of a converted checkpoint as text.
-
-    Args:
-        checkpoint: the converted checkpoint.
-        published: content of the published file.
-        output: file of the converted checkpoint.
-    """
+    """Return a summary of a converted checkpoint as text; `output` is its file."""
     config = checkpoint.config
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in DRN(config).parameters())

@@ -144,11 +144,7 @@ class SimulationOptions:
         return charades_plan(self.annotations, self.videos, self.seed)
 
     def parameters(self, sources: Sequence[str]) -> dict[str, Any]:
-        """Return the parameters that determine the files, as `simulated.json` records them.
-
-        Args:
-            sources: names of the annotation files.
-        """
+        """Return the parameters that determine the files, with the digests of the annotation files `sources`."""
         annotations = self.annotations
         return {
             "recipe": RECIPE,

@@ -103,11 +103,7 @@ def exponents(reach: np.ndarray, weight: np.ndarray, share: float = MIGRATION_ST
 
 
 def scale_factors(shifts: Sequence[int]) -> np.ndarray:
-    """Return the factors of C channels, (C, 1, 1) float32, to multiply a tensor (B, C, 1, T).
-
-    Args:
-        shifts: exponent of two of each channel.
-    """
+    """Return the factors of C exponents of two, (C, 1, 1) float32, to multiply a tensor (B, C, 1, T)."""
     return np.exp2(np.array(shifts, np.float32))[:, None, None]
 
 
@@ -115,10 +111,6 @@ def apply_channel_scales(model: onnx.ModelProto, gains: ChannelScales) -> None:
     """Multiply channels by their powers of two and divide the weights that read them, in place.
 
     The outputs of the graph stay bit-identical unless a value overflows.
-
-    Args:
-        model: FP32 graph, changed in place.
-        gains: tensor name to the exponent of two of each channel.
     """
     import onnx
     from onnx import numpy_helper

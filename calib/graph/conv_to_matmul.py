@@ -125,14 +125,9 @@ class _Writer:
 
 
 class _Rows:
-    """The nodes that compute one convolution over rows, (B, 1, T, C).
+    """The nodes that compute one convolution over rows, (B, 1, T, C), of the DequantizeLinear nodes of both factors.
 
-    Args:
-        writer: writer of the graph.
-        module: module name, the prefix of the node names.
-        data, weights: DequantizeLinear nodes of the two factors.
-        rank: number of dimensions of the data.
-        pads: number of zero rows before the first and after the last row.
+    `pads` are the numbers of zero rows before the first and after the last row.
     """
 
     def __init__(
@@ -179,11 +174,7 @@ class _Rows:
 
 
 def _stride_and_pads(conv: onnx.NodeProto, kernel: np.ndarray) -> tuple[int, tuple[int, int]]:
-    """Return the stride of a 1-D convolution, and its padding at both ends.
-
-    Raises:
-        ModelFileError: the convolution is grouped, dilated or 2-D.
-    """
+    """Return the stride of a 1-D convolution, and its padding at both ends; ModelFileError for other convolutions."""
     from onnx import helper
 
     attributes = {entry.name: helper.get_attribute_value(entry) for entry in conv.attribute}

@@ -132,13 +132,7 @@ def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:
 
 
 class _Halving:
-    """Convert a graph to half precision in one pass over its nodes, which are in topological order.
-
-    Args:
-        model: FP32 graph, which is not changed.
-        half: `onnx.TensorProto` number of the half type.
-        keep: DRN modules that stay in FP32.
-    """
+    """Convert a graph to half precision in one pass over its nodes, which are in topological order."""
 
     def __init__(self, model: onnx.ModelProto, half: int, keep: frozenset[str]) -> None:
         self.model = copied(model)
@@ -299,9 +293,7 @@ def _update_max(measured: dict[str, float], node: str, values: np.ndarray) -> No
 def overflow_prone_modules(scanned: Mapping[str, float], kind: Half = "fp16") -> tuple[str, ...]:
     """Return the modules within `FP16_SAFETY_FACTOR` of the largest FP16 number, largest magnitude first.
 
-    Args:
-        scanned: largest magnitude of each module, as `measure_magnitudes` returns them.
-        kind: fp16, or bf16, which has the range of FP32, so the result is empty.
+    `scanned` is the result of `measure_magnitudes`. BF16 has the range of FP32, so its result is empty.
     """
     if kind == "bf16":
         return ()

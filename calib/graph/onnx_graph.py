@@ -129,9 +129,7 @@ def manifest_in(path: Path) -> Manifest:
 def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
     """Return the manifest of a graph or of a part of one, with the precision of its weights.
 
-    Args:
-        model: the graph.
-        source: name of the graph, for messages.
+    `source` names the graph in messages.
 
     Raises:
         ModelFileError: the graph has no manifest.
@@ -141,11 +139,7 @@ def manifest_of(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
 
 
 def read_manifest(model: onnx.ModelProto, source: str = "the graph") -> Manifest:
-    """Return the manifest of an unsplit DRN graph.
-
-    Args:
-        model: the graph.
-        source: name of the graph, for messages.
+    """Return the manifest of an unsplit DRN graph; see `manifest_of`.
 
     Raises:
         ModelFileError: the graph has no manifest, is one part of a split model, or is not a DRN graph.

@@ -44,11 +44,7 @@ class PrecisionStats:
         return dict(total)
 
     def share(self, kind: str) -> float:
-        """Return the share of the multiply-adds that is computed in a data type, 0 to 1.
-
-        Args:
-            kind: data type, such as "int8" or "fp16".
-        """
+        """Return the share of the multiply-adds that is computed in a data type such as "int8", 0 to 1."""
         total = self.total()
         return total.get(kind, 0) / max(sum(total.values()), 1)
 
@@ -77,11 +73,8 @@ def count_macs(model: onnx.ModelProto, query_length: int = 8) -> dict[str, Opera
     """Return the multiply-adds of every operator that multiplies, by the name of its node, in the order of the graph.
 
     A convolution or matrix product multiplies in int8 or fp8 if both its data and its weights come through Q/DQ pairs
-    of that type, which TensorRT fuses into one kernel; otherwise in the type of its output.
-
-    Args:
-        model: graph of any precision.
-        query_length: number of tokens of the query.
+    of that type, which TensorRT fuses into one kernel; otherwise in the type of its output. The query has
+    `query_length` tokens.
     """
     import onnx
 
@@ -98,12 +91,7 @@ def count_macs(model: onnx.ModelProto, query_length: int = 8) -> dict[str, Opera
 
 
 def audit_graph(model: onnx.ModelProto, query_length: int = 8) -> PrecisionStats:
-    """Count the multiply-adds of a graph by DRN module and data type (`count_macs`), and its weight bytes by type.
-
-    Args:
-        model: graph of any precision.
-        query_length: number of tokens of the query.
-    """
+    """Count the multiply-adds of a graph by DRN module and data type (`count_macs`), and its weight bytes by type."""
     import onnx
 
     macs: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)

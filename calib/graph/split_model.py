@@ -87,12 +87,7 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
 def _border(graph: onnx.GraphProto, depends: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
     """Return the tensors that only the video determines and that a node of the query part reads.
 
-    Args:
-        graph: the graph.
-        depends: tensor name to the graph inputs that it depends on.
-
-    Returns:
-        Tensor name to the graph inputs that it depends on.
+    `depends`, and the result, map a tensor to the graph inputs that it depends on.
     """
     return {
         name: depends[name]

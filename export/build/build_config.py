@@ -271,11 +271,7 @@ class BuildConfig:
             )
 
     def check_outputs(self, table: Path | None, plan: Path | None, timing_cache: Path | None = None) -> None:
-        """Raise OutputError if a file of the build cannot be written, or would replace one that it reads.
-
-        Args:
-            table, plan, timing_cache: files that the build reads.
-        """
+        """Raise OutputError if a file of the build cannot be written, or would replace one that it reads."""
         # A given table or plan is not written again, so it may have the name of an output.
         endings = ["parity.json", "passport.html"]
         endings += [] if table else ["calibration.json"]
@@ -362,9 +358,6 @@ class BuildConfig:
         """Return the optimization profiles and the manifest of the model; None for a published model.
 
         A published model has a manifest only after its conversion.
-
-        Args:
-            batch, query_length, keep: options of the request.
 
         Raises:
             ShapeError: a range is invalid, or a module of `keep` does not exist.

@@ -178,11 +178,7 @@ class _Converted:
 
 
 def _convert(job: BuildConfig, graph: onnx.ModelProto, clips: ExtractorClips, request: BuildRequest) -> _Converted:
-    """Convert an FP32 graph to the requested precision.
-
-    Raises:
-        GroundingError: a layer of `keep` does not exist, or there are too few clips to calibrate on.
-    """
+    """Convert an FP32 graph to the requested precision."""
     every_clip = [*clips.calibration, *itertools.chain.from_iterable(clips.compared.values())]
     if job.precision == "int8":
         for_cpu = job.target == "onnxruntime"

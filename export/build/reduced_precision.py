@@ -146,12 +146,7 @@ def _scan_for_overflow(graph: onnx.ModelProto, data_set: DataSet, kind: Half) ->
 
 
 def held_in_fp32(scanned: Mapping[str, float], kind: Half = "fp16") -> tuple[str, ...]:
-    """Return the modules whose magnitudes are too close to the maximum of the data type, and log them.
-
-    Args:
-        scanned: largest magnitude of each module, from `calib.graph.half_precision.measure_magnitudes`.
-        kind: fp16 or bf16.
-    """
+    """Return the modules whose scanned magnitudes are too close to the maximum of the type, and log them."""
     held = overflow_prone_modules(scanned, kind)
     for module in held:
         log.warning(

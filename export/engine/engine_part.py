@@ -59,9 +59,7 @@ class EnginePart:
     def with_unrolled(self, steps: Sequence[int], optional: bool = False) -> EnginePart:
         """Return this part with a part for short queries for each number of tokens; unchanged if it reads no tokens.
 
-        Args:
-            steps: maximum numbers of tokens.
-            optional: whether a build continues without the new parts.
+        A build continues without the new parts if they are `optional`.
         """
         if not steps or self.manifest.part not in ("whole", "query"):
             return self

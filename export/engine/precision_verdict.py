@@ -114,12 +114,7 @@ def engine_verdict(
 
 
 def require(verdict: Verdict, precision: str) -> None:
-    """Raise CheckFailed if the evidence contradicts the precision.
-
-    Args:
-        verdict: verdict of `engine_verdict`.
-        precision: required precision, for the message.
-    """
+    """Raise CheckFailed if the evidence contradicts the required precision."""
     if verdict.name == CONTRADICTED:
         raise CheckFailed(
             f"The layers of the engine contradict {precision}: {verdict.reason}.",

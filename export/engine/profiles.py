@@ -236,12 +236,7 @@ def _min_opt_max(shapes: Sequence[Shape]) -> tuple[Shape, Shape, Shape]:
 
 
 def check_ranges(batch: SizeRange, query_length: SizeRange | None) -> None:
-    """Raise ShapeError for a range that is not 1 <= min <= opt <= max.
-
-    Args:
-        batch: min, opt and max number of queries.
-        query_length: min, opt and max number of tokens; None for the default.
-    """
+    """Raise ShapeError for a range that is not 1 <= min <= opt <= max."""
     _check("--batch", batch)
     if query_length is not None:
         _check("--query-length", query_length)

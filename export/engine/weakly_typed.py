@@ -105,11 +105,6 @@ def _fp32_helpers(layers: Sequence[Any], fp32: set[int], unnamed: set[int]) -> s
 
     The parser adds such layers before an elementwise operator to give both operands the same rank (`broadcastTensor` in
     importerUtils.cpp of onnx-tensorrt). The API gives no access to layers that the builder adds later.
-
-    Args:
-        layers: layers of the network, in the order of the parser.
-        fp32: indices of the layers that must stay in FP32.
-        unnamed: indices of the layers whose name contains no node.
     """
     readers: dict[str, set[int]] = {}
     for index, layer in enumerate(layers):

@@ -301,11 +301,7 @@ def _measure(
 
 
 def _best_scores(tops: np.ndarray) -> np.ndarray:
-    """Return the scores of the best moments, (N,); -inf for queries without a likely location.
-
-    Args:
-        tops: (N, K, 3) starts, ends and scores, NaN after the last.
-    """
+    """Return the scores of the best of (N, K, 3) moments, (N,); -inf for queries without a likely location."""
     scores = tops[:, 0, 2].astype(np.float64)
     return np.where(np.isnan(scores) | used_fallback(tops), -np.inf, scores)
 

@@ -237,12 +237,7 @@ class AccuracyBudget:
 
 
 def violations(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
-    """Return each limit that the model or one of its plans exceeds, as a clause.
-
-    Args:
-        parity: comparison on all queries.
-        budget: limits of the accuracy drop.
-    """
+    """Return each limit that the model or one of its plans exceeds, as a clause."""
     of_plans = (check.violations(parity.queries, budget) for check in parity.plans)
     return [*exceeded_limits(parity, budget), *(clause for clauses in of_plans for clause in clauses)]
 
@@ -275,17 +270,10 @@ def exceeded_limits(parity: ParityResult, budget: AccuracyBudget, share: float =
 
 
 def unresolved_drops(parity: ParityResult, budget: AccuracyBudget) -> list[str]:
-    """Return each drop over the budget that may be due to chance, because there are too few queries to prove it.
+    """Return each drop over the budget that may be due to chance, as two sentences without the last full stop.
 
     One query of N is 100 / N points. If that is more than the budget, a single changed answer exceeds the budget, so
     `exceeded_limits` rejects only drops whose 95 % confidence interval is above it.
-
-    Args:
-        parity: comparison on all queries.
-        budget: limits of the accuracy drop.
-
-    Returns:
-        Two sentences for each drop, without the last full stop.
     """
     clauses = []
     for name in GATED_METRICS:
@@ -340,12 +328,7 @@ class PlanCheck:
     parity: ParityResult | None = None
 
     def violations(self, queries: int, budget: AccuracyBudget) -> list[str]:
-        """Return each limit that the plan alone exceeds, as a clause.
-
-        Args:
-            queries: number of all queries; a point is a percent of them.
-            budget: limits.
-        """
+        """Return each limit that the plan alone exceeds, as a clause; a point is a percent of all `queries`."""
         if self.parity is None:
             return []
         return [
@@ -354,15 +337,7 @@ class PlanCheck:
         ]
 
     def verdict(self, queries: int, budget: AccuracyBudget) -> tuple[str, str]:
-        """Return the verdict on the plan, and its reason as a clause.
-
-        Args:
-            queries: number of all queries; a point is a percent of them.
-            budget: limits of the accuracy drop.
-
-        Returns:
-            `proven`, `not proven` or `contradicted`, and the reason.
-        """
+        """Return `proven`, `not proven` or `contradicted`, and the reason as a clause; see `violations`."""
         if not self.checked:
             return NOT_PROVEN, f"no query has at most {self.max_query_length} tokens"
         exceeded = self.violations(queries, budget)

@@ -178,11 +178,7 @@ def _worst(parity: ParityResult, names: Sequence[str]) -> Table:
 
 
 def speed_table(speed: Mapping[str, Any] | None) -> Table:
-    """Return the measured speed of a model relative to the one that it replaces.
-
-    Args:
-        speed: see `ParityReport.speed`.
-    """
+    """Return the measured speed of a model relative to the one that it replaces; see `ParityReport.speed`."""
     if speed is None:
         return Table("Speed", (), [], ["The speed was not measured."])
     if not speed["reference"]:
@@ -240,11 +236,7 @@ def precision_table(stats: PrecisionStats) -> Table:
 
 
 def engine_precision_table(stats: Mapping[str, Any]) -> Table | None:
-    """Return the precision verdict of an engine, with the data types of its layers or, without them, of its graph.
-
-    Args:
-        stats: `census` of the metadata of the engine.
-    """
+    """Return the precision verdict in the `census` of an engine, and the types of its layers or of its graph."""
     verdict = "The precision of the engine is {verdict}: {reason}.".format_map(stats) if "verdict" in stats else ""
     engine = stats.get("engine")
     shares = stats.get("twin", {}).get("shares", {})

@@ -22,15 +22,7 @@ log = logging.getLogger("drn")
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """The options of one export.
-
-    Attributes:
-        checkpoint: a `drn.pt`.
-        output: .onnx file to write.
-        split: also write the model in two parts.
-        opset: opset of the graph, 17 to 23.
-        max_query_length: maximum number of tokens of a query; None for 64 or the longest query of the training data.
-    """
+    """The options of `python -m export.to_onnx`, which documents each."""
 
     checkpoint: Path
     output: Path

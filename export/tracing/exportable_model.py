@@ -309,11 +309,7 @@ class ExportablePyramid(nn.Module):
         )
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        """Return the merged levels, finest first: (B, fpn_dim, 1, T_i + 1), for the last one (B, fpn_dim, 1, T_i).
-
-        Args:
-            levels: features of each level, (B, C_i, 1, T_i), finest first.
-        """
+        """Return the merged levels of (B, C_i, 1, T_i): (B, fpn_dim, 1, T_i + 1), the last one without the gap."""
         merged = [block(level) for block, level in zip(self.inner_blocks, levels, strict=True)]
         for level in reversed(range(len(merged) - 1)):
             merged[level] = merged[level] + _upsample(merged[level + 1])
@@ -361,11 +357,7 @@ class ExportableHead(nn.Module):
         self.register_buffer("locations", self.inside.nonzero().flatten().int())
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return matching logits (B, P), boundary distances in segments (B, P, 2) and IoU logits (B, P).
-
-        Args:
-            levels: levels that `ExportablePyramid` returned.
-        """
+        """Return matching logits (B, P), boundary distances in segments (B, P, 2) and IoU logits (B, P)."""
         towers = torch.cat(levels, dim=3) * self.inside
         for layer in self.towers:
             towers = layer(towers) * self.inside

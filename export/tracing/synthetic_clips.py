@@ -13,9 +13,6 @@ def synthetic_clips(manifest: ExtractorManifest) -> Iterator[np.ndarray]:
     """Yield single clips, (1, window, height, width, 3) uint8: three smooth ones, noise, white, black.
 
     The clips are the same in every call.
-
-    Args:
-        manifest: manifest of the extractor, with `window` and the height and width of `crop`.
     """
     shape = 1, manifest.window, *manifest.crop, 3
     rng = np.random.default_rng(0)
@@ -27,15 +24,7 @@ def synthetic_clips(manifest: ExtractorManifest) -> Iterator[np.ndarray]:
 
 
 def smooth_clips(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Return random clips of full contrast, constant in blocks of 4 frames and 8 x 8 pixels.
-
-    Args:
-        rng: source of random numbers.
-        shape: (N, window, height, width, 3).
-
-    Returns:
-        A contiguous uint8 array of that shape.
-    """
+    """Return (N, window, height, width, 3) uint8 clips of full contrast, constant in 4 frames and 8 x 8 pixels."""
     size, window, height, width, colors = shape
     coarse = rng.integers(0, 256, (size, -(-window // 4), -(-height // 8), -(-width // 8), colors), dtype=np.uint8)
     return np.ascontiguousarray(coarse.repeat(4, 1).repeat(8, 2).repeat(8, 3)[:, :window, :height, :width])

@@ -88,10 +88,7 @@ def _differences(
 ) -> dict[str, float]:
     """Return the largest difference of each output between `run` and torch; see `check_against_torch`.
 
-    Args:
-        model: the network in torch.
-        cases: batches, each with the row of the video of each query.
-        run: computes the outputs of a case with the graph.
+    Each case is a batch with the row of the video of each query.
     """
     import torch
     from tqdm import tqdm
@@ -176,11 +173,7 @@ def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def format_differences(differences: dict[str, float]) -> str:
-    """Return a table of the largest difference of each output.
-
-    Args:
-        differences: output name to relative difference, as `check_against_torch` returns them.
-    """
+    """Return a table of the largest difference of each output, as `check_against_torch` returns them."""
     lines = [f"{'output':<20} {'max difference':>14} {'tolerance':>10}"]
     lines += [f"{name:<20} {difference:>14.1e} {TOLERANCE:>10.0e}" for name, difference in differences.items()]
     return "\n".join(lines)

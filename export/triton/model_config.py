@@ -42,16 +42,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclasses.dataclass(frozen=True)
 class ServingOptions:
-    """The options of serving a model.
-
-    Attributes:
-        name: name of the front model, and prefix of the names of the networks.
-        device: device of an ONNX network; auto is a GPU if Triton has one. Engines run on GPUs.
-        batch: maximum batch size of an ONNX network; that of an engine is fixed.
-        instances: number of processes of the front model.
-        wait_ms: maximum time that the first request of a batch waits for others, in ms.
-        threads: number of CPU threads of an ONNX network; None for the default of ONNX Runtime.
-    """
+    """The options of `python -m export.triton`, which documents each."""
 
     name: str = "drn"
     device: Kind = "auto"

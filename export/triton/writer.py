@@ -32,10 +32,7 @@ SHARED_FIELDS = ("platform", "backend", "max_batch_size", "input", "output")
 
 
 def message(config: Mapping[str, Any]) -> ModelConfig:
-    """Return a configuration as Triton's protobuf message.
-
-    Args:
-        config: `ModelConfig` in its JSON form.
+    """Return a `ModelConfig` in its JSON form as Triton's protobuf message.
 
     Raises:
         DeviceError: `tritonclient`, which defines the message, is not installed.

@@ -108,13 +108,9 @@ def published_layout(names: Mapping[str, Any]) -> Layout | None:
 
 
 def from_published(arrays: Mapping[str, np.ndarray], source: str) -> ExtractorCheckpoint:
-    """Convert a published state dict to a C3D for RGB frames, without the layers after fc6.
+    """Convert a published state dict, of a layout of `published_layout`, to a C3D for RGB frames.
 
-    The plain weights expect BGR frames, so their first layer is flipped.
-
-    Args:
-        arrays: state dict, name to array, of a layout of `published_layout`.
-        source: name of the file in messages.
+    The layers after fc6 are left out. The plain weights expect BGR frames, so their first layer is flipped.
 
     Raises:
         CheckpointError: a tensor is missing, or contains other values than finite floats.

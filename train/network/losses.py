@@ -137,22 +137,16 @@ def loss_sums(
 def divide(sums: LossSums, counts: Tensor | None = None) -> Losses:
     """Return the losses. Without any location to learn from, a loss is 0 and still has a gradient.
 
-    Args:
-        sums: sums and counts of this process.
-        counts: (3,) counts of all processes. Default: those of `sums`.
+    `counts`, (3,), are those of all processes; None for those of `sums`.
     """
     divisors = (sums.counts if counts is None else counts).clamp(min=1)
     return Losses(sums.matching / divisors[0], sums.boundary / divisors[1], sums.iou / divisors[2])
 
 
 def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Return the sigmoid focal loss of every logit, alpha 0.25, gamma 2, in the shape of `logits`.
+    """Return the sigmoid focal loss of every logit, alpha 0.25, gamma 2, in the shape of `logits` and `positive`.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, equation 5.
-
-    Args:
-        logits: logits of any shape.
-        positive: bool of the same shape.
     """
     # `logsigmoid`, because the logarithm of a sigmoid underflows.
     signed = torch.where(positive, logits, -logits)

@@ -122,12 +122,7 @@ class QueryEncoder(nn.Module):
         return self.attend(words, query_length.to(words.device, non_blocking=True))
 
     def words(self, query_tokens: Tensor, query_length: Tensor) -> Tensor:
-        """Return the outputs of the BiLSTM, (B, L, 2H) with hidden size H, zero past each length.
-
-        Args:
-            query_tokens: (B, L) int word ids.
-            query_length: (B,) int lengths in tokens, at least 1.
-        """
+        """Return the outputs of the BiLSTM, (B, L, 2H), zero past each length; see `forward` for the arguments."""
         embedded = self.embedding(query_tokens)
         packed = pack_padded_sequence(embedded, query_length.cpu(), batch_first=True, enforce_sorted=False)
         outputs, _ = self.biLSTM(packed)
@@ -180,13 +175,7 @@ class Backbone(nn.Module):
         return self.onward(self.first(features, positions, gates[0]), gates[1:])
 
     def first(self, features: Tensor, positions: Tensor, gate: Tensor) -> Tensor:
-        """Return the output of the first convolution, (B, 256, T), before its batch norm.
-
-        Args:
-            features: (B, D, T) projected clip features.
-            positions: (B, 256, T) embedding of the spans, which is not gated.
-            gate: (B, D) gate of the first level.
-        """
+        """Return the output of the first convolution, (B, 256, T), before its batch norm; see `forward` for shapes."""
         # Positions are not gated.
         return self.layers[0][0](torch.cat((features * gate[:, :, None], positions), dim=1))
 
@@ -216,11 +205,7 @@ class FeaturePyramid(nn.Module):
         self.layer_blocks = nn.ModuleList(block(config.fpn_dim, 3) for _ in BACKBONE_CHANNELS)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        """Return the merged levels, three (B, fpn_dim, T_i), finest first.
-
-        Args:
-            levels: features of each level from the backbone, (B, C_i, T_i), finest first.
-        """
+        """Return the merged levels, three (B, fpn_dim, T_i), of three (B, C_i, T_i), all finest first."""
         outputs: list[Tensor] = []
         merged = None
         for level in reversed(range(len(levels))):
@@ -275,11 +260,7 @@ class Head(nn.Module):
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - config.prior_probability) / config.prior_probability))
 
     def forward(self, levels: list[Tensor]) -> NetworkHeads:
-        """Return the heads of all levels, concatenated finest first.
-
-        Args:
-            levels: three (B, fpn_dim, T_i) from the pyramid, finest first.
-        """
+        """Return the heads of all levels, three (B, fpn_dim, T_i), concatenated finest first."""
         # One level after the other, because batch norm uses the statistics of each level.
         matching, distances, iou = [], [], []
         for features, scale in zip(levels, self.scales, strict=True):
@@ -364,12 +345,7 @@ def with_duration(spans: Tensor) -> Tensor:
 
 
 def locations(config: DRNConfig, device: torch.device | None = None) -> Tensor:
-    """Return the center of each location in segments, (P,) float32, finest level first: stride * k + stride / 2.
-
-    Args:
-        config: sizes of the network.
-        device: device of the result.
-    """
+    """Return the center of each location in segments, (P,) float32, finest level first: stride * k + stride / 2."""
     return torch.cat(
         [
             torch.arange(0, config.num_segments, stride, dtype=torch.float32, device=device) + stride / 2

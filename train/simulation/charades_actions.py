@@ -99,11 +99,7 @@ def charades_plan(annotations: Path, videos: int | None, seed: int) -> Simulatio
 def _scenario(
     name: str, labels: Mapping[str, VideoLabels], num_frames: Mapping[str, Any], durations: Mapping[str, Any]
 ) -> Scenario:
-    """Return the scenario of an annotated video.
-
-    Raises:
-        AnnotationError: a table or the labels lack the video, or its length is impossible.
-    """
+    """Return the scenario of a video; AnnotationError if a table or the labels lack it, or its length is impossible."""
     if name not in labels:
         raise AnnotationError(
             f"Video {name} is annotated but has no row in the Charades_v1 csv files. Add its row.",

@@ -10,12 +10,7 @@ from train.history import read_history
 
 
 def draw_curves(history: Path, output: Path) -> None:
-    """Plot losses and validation scores of all epochs.
-
-    Args:
-        history: a `history.jsonl`.
-        output: PNG file to write.
-    """
+    """Plot losses and validation scores of all epochs of a `history.jsonl` to a PNG file."""
     from matplotlib.figure import Figure
 
     records = read_history(history)

@@ -221,21 +221,12 @@ class TrainingData:
         return Segments(np.zeros_like(segments.features), segments.spans) if self.blind else segments
 
     def features(self, rows: np.ndarray) -> np.ndarray:
-        """Return the features of some of the pooled videos, (N, T, D) float32.
-
-        Args:
-            rows: (N,) int rows of `pooled.features`.
-        """
+        """Return the features of (N,) rows of `pooled.features`, (N, T, D) float32; zeros if `blind`."""
         features = self.pooled.features[rows]
         return np.zeros(features.shape, np.float32) if self.blind else features.astype(np.float32)
 
     def batch(self, indices: np.ndarray, mismatched: np.ndarray | None = None) -> TrainingBatch:
-        """Return a batch: matching pairs, then mismatched ones.
-
-        Args:
-            indices: (B,) int indices of the queries.
-            mismatched: (2, M) int, for each mismatched pair the index of its query and of a query of the other video.
-        """
+        """Return a batch: matching pairs, then mismatched ones; see `query_video_pairs` for the arguments."""
         queries, videos = query_video_pairs(indices, mismatched)
         segments = [self.segments(self.annotations[index].video) for index in videos]
         return TrainingBatch(collate([self.queries[index] for index in queries], segments), self.truth[indices])

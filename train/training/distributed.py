@@ -35,23 +35,14 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes, without a gradient.
-
-        Args:
-            values: tensor of equal shape in all processes; it is not changed.
-        """
+        """Return the sum of a tensor over all processes, without a gradient; the tensor itself is not changed."""
         if self.count > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def of_main(self, value: float, device: torch.device) -> float:
-        """Return the value that the main process passes.
-
-        Args:
-            value: a number; ignored in other processes.
-            device: device of the communication.
-        """
+        """Return the value that the main process passes; those of other processes are ignored."""
         if self.count == 1:
             return value
         return self.sum(torch.tensor(value if self.is_main else 0.0, dtype=torch.float64, device=device)).item()

@@ -74,12 +74,7 @@ class NetworkInputs:
 
 
 def split_annotations(options: TrainingOptions, data_set: DataSet) -> AnnotationSplit:
-    """Return the queries to train on and to validate on.
-
-    Args:
-        options: options of the run; `validate_on`, `held_out`, `seed` and `faithful` determine the split.
-        data_set: source of the annotations.
-    """
+    """Return the queries to train on and to validate on, by `validate_on`, `held_out`, `seed` and `faithful`."""
     annotations = data_set.annotations("train", invalid="keep" if options.faithful else "drop")
     validate_on = options.validate_on or ("val" if "val" in data_set.splits else "held-out")
     record: dict[str, Any] = {}

@@ -47,11 +47,7 @@ class Stage:
         return self.number != 2
 
     def learning_rate_at(self, epoch: int) -> float:
-        """Return the learning rate of an epoch.
-
-        Args:
-            epoch: number of the epoch, from 0.
-        """
+        """Return the learning rate of an epoch, numbered from 0."""
         if epoch >= self.warmup_epochs - 1:
             return self.learning_rate
         return self.learning_rate * (0.1 + 0.9 * epoch / (self.warmup_epochs - 1))

@@ -10,14 +10,9 @@ from runtime.core.differences import differences
 
 
 def extended_stage(recorded: Any, requested: Mapping[str, Any]) -> int | None:
-    """Return the number of the first stage that gets more epochs.
+    """Return the number of the first stage, 1 to 3, that gets more epochs.
 
-    Args:
-        recorded: content of the `run.json` of the existing run.
-        requested: the same values for the new run.
-
-    Returns:
-        1 to 3; None if the runs are equal or differ in anything else than more epochs.
+    None if the runs are equal, or differ in anything else. See `first_difference` for the arguments.
     """
     try:
         before = json.loads(json.dumps(recorded))

@@ -36,10 +36,7 @@ def write_run_config(options: TrainingOptions) -> None:
 
 
 def with_config(arguments: Sequence[str]) -> list[str]:
-    """Replace `--config FILE` by the options of the file that the command line does not give.
-
-    Args:
-        arguments: command line of `train`.
+    """Replace `--config FILE` in a command line by the options of the file that the command line does not give.
 
     Raises:
         GroundingError: the file cannot be read, or is not a table of options.
@@ -64,15 +61,7 @@ def with_config(arguments: Sequence[str]) -> list[str]:
 
 
 def read_run_config(path: Path) -> dict[str, Any]:
-    """Read a YAML file of options; names are those of `train`, with underscores or hyphens.
-
-    Returns:
-        Option name to text, number, boolean, None, or a list of these.
-
-    Raises:
-        GroundingError: the file cannot be read, or is not a table of options of `train`.
-        DeviceError: PyYAML is not installed.
-    """
+    """Return the options in a YAML file, whose names are those of `train`; see `with_config` for errors."""
     try:
         import yaml
     except ImportError as error:

@@ -111,11 +111,7 @@ class TrainingRun:
         self._pair_source: Source | None = None
 
     def open(self, resume: bool, identity: dict[str, Any]) -> None:
-        """Create `run.json`, or check that it records this run.
-
-        Args:
-            resume: whether to continue a run that exists.
-            identity: everything that determines the weights besides the settings, as `run_identity` returns it.
+        """Create `run.json`, or check that it records this run, whose inputs `run_identity` returned.
 
         Raises:
             OutputError: the directory contains a run that is not resumed, or one with other settings.
@@ -251,7 +247,7 @@ class TrainingRun:
         stage, model = trainer.stage, trainer.model
         directory = self._directory(stage)
         if improved:
-            save_checkpoint(directory / "best.pt", self.checkpoint(stage, model, record))
+            save_checkpoint(directory / "best.pt", self._checkpoint(stage, model, record))
         self.log_metrics(self._append_history(record))
         state = {
             "format": RESUME_FORMAT,
@@ -325,7 +321,7 @@ class TrainingRun:
         if not annotations:
             return {}
         # Every process validates on all queries, which avoids communication.
-        checkpoint = self.checkpoint(stage, model, {})
+        checkpoint = self._checkpoint(stage, model, {})
         grounder = Grounder(TorchBackend(model, checkpoint.manifest(max_query_length=ANY_LENGTH)))
         quiet = None if self.processes.is_main else True
         with tqdm(total=len(annotations), desc="validating", unit="query", leave=False, disable=quiet) as bar:
@@ -355,14 +351,8 @@ class TrainingRun:
             code="training_diverged",
         )
 
-    def checkpoint(self, stage: Stage, model: DRN, record: dict[str, Any]) -> Checkpoint:
-        """Return the checkpoint of the network.
-
-        Args:
-            stage: the present stage.
-            model: the network.
-            record: record of the last epoch.
-        """
+    def _checkpoint(self, stage: Stage, model: DRN, record: dict[str, Any]) -> Checkpoint:
+        """Return the checkpoint of the network; `record` is that of the last epoch."""
         inputs = self.inputs
         return Checkpoint(
             config=model.config,
