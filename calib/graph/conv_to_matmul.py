@@ -8,15 +8,14 @@ numbers to equal numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
+from onnx import helper, numpy_helper
 
 from calib.graph.graph_editing import copied, needed_nodes, replace_nodes
 from runtime.core.errors import ModelFileError
-
-if TYPE_CHECKING:
-    import onnx
 
 END = np.iinfo(np.int64).max
 
@@ -67,8 +66,6 @@ class _Writer:
 
     def product(self, conv: onnx.NodeProto) -> list[onnx.NodeProto]:
         """Return the nodes that replace a convolution; the last one writes its output."""
-        from onnx import helper, numpy_helper
-
         data, weights = (self._producers[name] for name in conv.input[:2])
         kernel = numpy_helper.to_array(self.constants[weights.input[0]])
         stride, pads = _stride_and_pads(conv, kernel)
@@ -107,8 +104,6 @@ class _Writer:
 
     def constant(self, name: str, values: np.ndarray) -> str:
         """Add a constant unless there is one of this name, and return the name."""
-        from onnx import numpy_helper
-
         if name not in self.constants:
             self.constants[name] = numpy_helper.from_array(values, name)
         return name
@@ -119,8 +114,6 @@ class _Writer:
 
     def _repeated(self, name: str, times: int) -> str:
         """Return the name of a constant that repeats `times` times the values of another one, (N,) for N channels."""
-        from onnx import numpy_helper
-
         return self.constant(f"{name}.rows", np.tile(numpy_helper.to_array(self.constants[name]), times))
 
 
@@ -146,8 +139,6 @@ class _Rows:
 
     def add(self, op_type: str, *inputs: str, **options: Any) -> str:
         """Add a node, and return the name of its output."""
-        from onnx import helper
-
         name = self._writer.free_name(f"{self.module}/{op_type}.rows")
         self.nodes.append(helper.make_node(op_type, inputs, [name], name, **options))
         return name
@@ -175,8 +166,6 @@ class _Rows:
 
 def _stride_and_pads(conv: onnx.NodeProto, kernel: np.ndarray) -> tuple[int, tuple[int, int]]:
     """Return the stride of a 1-D convolution, and its padding at both ends; ModelFileError for other convolutions."""
-    from onnx import helper
-
     attributes = {entry.name: helper.get_attribute_value(entry) for entry in conv.attribute}
     if (
         attributes.get("group", 1) != 1

@@ -7,29 +7,26 @@ kernels. An FP16 scale is exact in FP32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
 
 from calib.graph.graph_editing import copied, replace_nodes
+from calib.graph.half_precision import float32_values
 
-if TYPE_CHECKING:
-    import onnx
+_PRODUCTS = ("Conv", "MatMul", "Gemm")
 
 
 def has_half_scales(model: onnx.ModelProto) -> bool:
     """Return whether a graph has Q/DQ with half-precision scales."""
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    return any(kinds.get(node.input[1]) == _half() for node in model.graph.node if _is_qdq(node))
+    return any(kinds.get(node.input[1]) == TensorProto.FLOAT16 for node in model.graph.node if _is_qdq(node))
 
 
 def with_wide_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy of a half-precision graph in which Q/DQ and the products between them are FP32."""
-    from onnx import TensorProto, helper
-
     result = copied(model)
     graph = result.graph
-    half = _half()
+    half = TensorProto.FLOAT16
     halves = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == half}
     quantized = {
         node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[1] in halves
@@ -43,7 +40,7 @@ def with_wide_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     def wide(name: str) -> str:
         if name not in weights:
             weights[name] = f"{name}/float"
-            graph.initializer.append(_widened(halves[name], weights[name]))
+            graph.initializer.append(numpy_helper.from_array(float32_values(halves[name]), weights[name]))
         return weights[name]
 
     def cast(name: str, output: str, kind: int) -> onnx.NodeProto:
@@ -76,21 +73,6 @@ def with_wide_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.value_info[:]
     replace_nodes(graph, nodes)
     return result
-
-
-_PRODUCTS = ("Conv", "MatMul", "Gemm")
-
-
-def _widened(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
-    from onnx import numpy_helper
-
-    return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), name)
-
-
-def _half() -> int:
-    from onnx import TensorProto
-
-    return int(TensorProto.FLOAT16)
 
 
 def _is_qdq(node: onnx.NodeProto) -> bool:

@@ -11,15 +11,14 @@ Shape letters: S steps, B batch, E width of a word, H LSTM width. Gates are in O
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
+from onnx import helper, numpy_helper
 
 from calib.graph.graph_editing import copied, needed_nodes, replace_nodes
 from runtime.core.errors import ModelFileError
-
-if TYPE_CHECKING:
-    import onnx
 
 TOKENS = "query_tokens"
 
@@ -78,8 +77,6 @@ class _Layer:
     def __init__(
         self, scope: str, pair: Sequence[onnx.NodeProto], weights: dict[str, onnx.TensorProto], steps: int
     ) -> None:
-        from onnx import numpy_helper
-
         self.scope, self.pair, self.steps = scope, pair, steps
         self.constants: list[onnx.TensorProto] = []
         directions = [[numpy_helper.to_array(weights[name]) for name in node.input[1:4]] for node in pair]
@@ -91,8 +88,6 @@ class _Layer:
         self.bias = self._constant("B", np.concatenate(biases).astype(np.float32).astype(directions[0][2].dtype))
 
     def _constant(self, name: str, values: np.ndarray) -> str:
-        from onnx import numpy_helper
-
         name = f"{self.scope}.{name}"
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
@@ -102,7 +97,6 @@ class _Layer:
 
     def nodes(self) -> Iterator[onnx.NodeProto]:
         """Yield the nodes that compute the (S, 1, B, H) outputs of both LSTMs from their (S, B, E) inputs."""
-        from onnx import helper
 
         def made(kind: str, inputs: Iterable[str], name: str, outputs: int = 1, **more: Any) -> onnx.NodeProto:
             name = f"{self.scope}/{name}"

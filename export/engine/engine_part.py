@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import onnx
+
+from calib.graph.precision_audit import PrecisionStats
 from calib.graph.unroll_lstm import unroll_lstm
 from export.engine.profiles import Profile, with_fixed_query_length
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import Manifest
-
-if TYPE_CHECKING:
-    import onnx
-
-    from calib.graph.precision_audit import PrecisionStats
 
 
 @dataclasses.dataclass(frozen=True)

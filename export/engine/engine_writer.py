@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.graph.fp32_scales import has_half_scales, with_wide_scales
+from calib.graph.half_precision import fp32_nodes
 from export.engine.builder import (
     BuildFailed,
     BuildOptions,
@@ -20,6 +21,7 @@ from export.engine.builder import (
 )
 from export.engine.engine_part import EnginePart
 from export.engine.inspector import PlanNotLoaded
+from export.engine.precision_verdict import ExpectedPrecision, engine_verdict, layer_stats_content, require
 from export.engine.profiles import one_profile
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import PROVEN, layers_path, packed
@@ -68,9 +70,6 @@ def build_part(
         ModelFileError, DeviceError: the engine, or one for short queries that is not optional, cannot be built.
         CheckFailed: the layers contradict the precision; the engine is saved as NAME.rejected.engine.
     """
-    from calib.graph.half_precision import fp32_nodes
-    from export.engine.precision_verdict import ExpectedPrecision, engine_verdict, layer_stats_content, require
-
     state = state or BuildState()
     shorter = _build_unrolled(part, precision, options, cache, state)
     built_engines = [other.engine for other in shorter]

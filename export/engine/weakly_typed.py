@@ -11,14 +11,17 @@ import dataclasses
 import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
 
+from calib.graph.graph_editing import copied, replace_nodes
+from calib.graph.half_precision import float32_values, fp32_nodes
+from calib.graph.onnx_graph import tensor_types
+from calib.graph.opset import opset_of, with_opset
 from runtime.core.errors import DeviceError, ModelFileError, one_line
-
-if TYPE_CHECKING:
-    import onnx
 
 log = logging.getLogger("drn")
 
@@ -176,10 +179,6 @@ def prepare(graph: bytes) -> Fp32Graph:
     Raises:
         ModelFileError: `graph` is not an ONNX model.
     """
-    import onnx
-
-    from calib.graph.half_precision import fp32_nodes
-
     try:
         model = onnx.load_from_string(graph)
     # The exception class of protobuf differs between its versions.
@@ -198,18 +197,9 @@ def without_types(model: onnx.ModelProto) -> onnx.ModelProto:
     Q/DQ pairs around INT8 operators stay. Weights that are only stored in INT8 become FP32. The values of the weights
     are those of the graph whose accuracy was checked.
     """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    from calib.graph.graph_editing import replace_nodes
-    from calib.graph.half_precision import float32_values
-    from calib.graph.onnx_graph import tensor_types
-    from calib.graph.opset import opset_of, with_opset
-
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     types = tensor_types(model)
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     del graph.value_info[:]
     for value in (*graph.input, *graph.output):
@@ -255,8 +245,6 @@ def _resolve(name: str, names: dict[str, str]) -> str:
 
 def _without_stored_weights(graph: onnx.GraphProto, nodes: Collection[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     """Yield all nodes but the DequantizeLinear of weights whose readers are not INT8; such weights become FP32."""
-    from onnx import numpy_helper
-
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     producers = {name: node for node in nodes for name in node.output}
 
@@ -283,8 +271,6 @@ def _slice_shapes(graph: onnx.GraphProto) -> None:
 
     The output would be all sizes, and a `Range` of these ends the process (8.6.0 on an H200).
     """
-    from onnx import helper, numpy_helper
-
     nodes = []
     for node in graph.node:
         bounds = {entry.name: entry.i for entry in node.attribute}
