@@ -20,7 +20,7 @@ from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import check, read_metadata
 from runtime.backends.exact_int8 import TYPES, WEIGHT_SIZE, precision_in
 from runtime.core.batch import HEAD_NAMES, INPUT_NAMES
-from runtime.core.errors import DeviceError, ModelFileError
+from runtime.core.errors import ModelFileError, importing
 from runtime.core.io.input_files import check_file
 
 if TYPE_CHECKING:
@@ -34,14 +34,9 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
         ModelFileError: the file is missing, not ONNX, or damaged.
         DeviceError: onnx is not installed.
     """
-    try:
+    with importing("onnx", "engine"):
         import onnx
         from google.protobuf.message import DecodeError
-    except ImportError as error:
-        raise DeviceError(
-            f"onnx cannot be imported ({error}). Run `pip install '.[engine]'` in the drn-deploy directory.",
-            code="missing_library",
-        ) from error
     path = Path(path)
     check_file(path, "The ONNX file", ModelFileError)
     check(path)

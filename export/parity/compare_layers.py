@@ -15,7 +15,7 @@ from calib.graph.channel_equalization import LARGEST_EXPONENT
 from calib.graph.naming import drn_modules
 from calib.graph.onnx_graph import load_onnx, manifest_of
 from runtime.core.batch import Batch
-from runtime.core.errors import DeviceError, ModelFileError
+from runtime.core.errors import ModelFileError, importing
 
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 2e-1, "fp8": 3e-1}
 """Relative error that is accepted in a precision, as a share of the largest value of a tensor. Rounding alone causes
@@ -102,15 +102,9 @@ class LayerComparison:
 
 def require_polygraphy() -> None:
     """Raise DeviceError if onnx or Polygraphy is not installed."""
-    try:
+    with importing("onnx or polygraphy for --layers", "engine"):
         import onnx  # noqa: F401
         import polygraphy  # noqa: F401
-    except ImportError as error:
-        raise DeviceError(
-            f"--layers needs onnx and polygraphy, and one cannot be imported ({error}). "
-            "Run `pip install '.[engine]'` in the drn-deploy directory.",
-            code="missing_library",
-        ) from error
 
 
 def compare_layers(

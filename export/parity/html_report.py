@@ -12,7 +12,7 @@ from export.parity.parity_report import ParityReport
 from export.parity.parity_result import CONFIDENCE, GATED_METRICS, Disagreement, format_interval, format_points
 from export.parity.parity_tables import WORST_QUERIES, Table, speed_table
 from runtime.core.agreement import VISIBLE_S
-from runtime.core.errors import DeviceError
+from runtime.core.errors import importing
 
 # Distances between the ticks of a time axis, in seconds.
 TICK_STEPS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
@@ -21,14 +21,8 @@ MAX_TICKS = 8
 
 def require_jinja() -> None:
     """Raise DeviceError if Jinja2, which fills in the template of the page, is not installed."""
-    try:
+    with importing("jinja2 for the HTML report", "engine"):
         import jinja2  # noqa: F401
-    except ImportError as error:
-        raise DeviceError(
-            f"The HTML report needs jinja2, which cannot be imported ({error}). "
-            "Run `pip install '.[engine]'` in the drn-deploy directory.",
-            code="missing_library",
-        ) from error
 
 
 def render_html_report(

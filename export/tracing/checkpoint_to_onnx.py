@@ -13,7 +13,7 @@ from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_p
 from export.tracing.tracer import export_model, producer
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cli import report_written
-from runtime.core.errors import DeviceError, OutputError, ShapeError, check_option
+from runtime.core.errors import OutputError, ShapeError, check_option, importing
 from runtime.core.io.atomic_files import atomic_write, check_writable
 from runtime.core.io.input_files import is_same_file
 
@@ -53,17 +53,15 @@ class ExportOptions:
             raise OutputError(
                 f"Expected --output with the suffix .onnx, got {self.output}. Choose another name.", code="wrong_suffix"
             )
-        try:
+        with importing(
+            "A library that the export needs (torch, onnx, onnxscript, onnxruntime)",
+            "cpu,export",
+            " (gpu instead of cpu for CUDA)",
+        ):
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
 
             import train.checkpoints  # noqa: F401
-        except ImportError as error:
-            raise DeviceError(
-                f"Exporting needs torch, onnx, onnxscript and onnxruntime, and one cannot be imported ({error}). "
-                "Run `pip install '.[cpu,export]'` in the drn-deploy directory (gpu in place of cpu for CUDA).",
-                code="missing_library",
-            ) from error
         if is_same_file(self.output, self.checkpoint):
             raise OutputError(f"--output {self.output} is the checkpoint. Choose another name.", code="output_is_input")
 

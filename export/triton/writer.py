@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from export.triton.model_config import FORMAT_PARAMETER, TritonModel, is_features
 from runtime.backends.exact_int8 import for_any_cpu
 from runtime.backends.triton_backend import FORMAT, PARAMETER, FrontConfig
-from runtime.core.errors import DeviceError, ModelFileError, OutputError, one_line
+from runtime.core.errors import ModelFileError, OutputError, importing, one_line
 from runtime.core.interrupts import deferred
 from runtime.core.io.atomic_files import atomic_write, locked, staging_directory
 from runtime.core.io.digests import sha256
@@ -44,14 +44,8 @@ def message(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _definitions() -> Any:
-    try:
+    with importing("tritonclient", "triton"):
         from tritonclient.grpc import model_config_pb2
-    except ImportError as error:
-        raise DeviceError(
-            f"export.triton needs tritonclient, which cannot be imported ({error}). "
-            "Run `pip install '.[triton]'` in the drn-deploy directory.",
-            code="missing_library",
-        ) from error
     return model_config_pb2
 
 

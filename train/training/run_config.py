@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.core.errors import DeviceError, GroundingError, excerpt, one_line
+from runtime.core.errors import GroundingError, excerpt, importing, one_line
 from runtime.core.io.atomic_files import write_text
 from runtime.core.io.text_files import read_text
 from train.training.options import TrainingOptions
@@ -62,12 +62,8 @@ def with_config(arguments: Sequence[str]) -> list[str]:
 
 def read_run_config(path: Path) -> dict[str, Any]:
     """Return the options in a YAML file, whose names are those of `train`; see `with_config` for errors."""
-    try:
+    with importing("PyYAML for --config", "train"):
         import yaml
-    except ImportError as error:
-        raise DeviceError(
-            "--config needs PyYAML. Run `pip install '.[train]'` in the drn-deploy directory.", code="missing_library"
-        ) from error
     text = read_text(path, "options of a training run", GroundingError)
     if len(text) > MAX_CHARACTERS:
         raise GroundingError(
