@@ -56,12 +56,7 @@ def convert_to_half(model: onnx.ModelProto, kind: Half = "fp16", keep: Collectio
             "model with a later --opset.",
             code="unsupported_opset",
         )
-    unknown = set(keep) - modules(model)
-    if unknown:
-        raise ShapeError(
-            f"The graph has no module {', '.join(sorted(unknown))}. Choose from {', '.join(sorted(modules(model)))}.",
-            code="unknown_module",
-        )
+    check_modules(model, keep)
     halved = _Halving(model, TYPES[kind], frozenset(keep)).run()
     _add_initial_states(halved.graph, TYPES[kind])
     return halved
@@ -111,6 +106,17 @@ def _add_initial_states(graph: onnx.GraphProto, half: int) -> None:
 def modules(model: onnx.ModelProto) -> set[str]:
     """Return the DRN modules that a graph computes."""
     return {module for node in model.graph.node for module in drn_modules(node.name)}
+
+
+def check_modules(model: onnx.ModelProto, keep: Collection[str]) -> None:
+    """Raise ShapeError unless the graph computes each module of `keep`."""
+    available = modules(model)
+    unknown = set(keep) - available
+    if unknown:
+        raise ShapeError(
+            f"The graph has no module {', '.join(sorted(unknown))}. Choose --keep from {', '.join(sorted(available))}.",
+            code="unknown_module",
+        )
 
 
 def fp32_nodes(model: onnx.ModelProto) -> frozenset[str]:

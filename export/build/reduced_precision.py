@@ -14,6 +14,7 @@ from calib.calibration_table import CalibrationTable
 from calib.graph.conv_to_matmul import convs_to_matmul
 from calib.graph.half_precision import (
     Half,
+    check_modules,
     convert_to_half,
     emulate_bf16,
     measure_magnitudes,
@@ -22,12 +23,12 @@ from calib.graph.half_precision import (
 )
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.opset import raise_opset
-from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, insert_qdq
+from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, find_quantizable_ops, insert_qdq
 from calib.quantization_plan import QuantizationPlan
 from calib.range_estimation import MethodOption
 from calib.restore import find_layers_to_restore, minimal_keep_set
 from runtime.artifacts.manifest import Manifest
-from runtime.core.errors import CheckFailed, ShapeError
+from runtime.core.errors import CheckFailed
 from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:
@@ -323,16 +324,6 @@ def validate_keep_modules(graph: onnx.ModelProto, precision: str, keep: Sequence
     if not keep:
         return
     if precision in ("int8", "fp8"):
-        from calib.qdq_quantizer import QuantizationPolicy, find_quantizable_ops
-
         find_quantizable_ops(graph, QuantizationPolicy(keep=tuple(keep)), "fp8" if precision == "fp8" else "int8")
-        return
-    from calib.graph.half_precision import modules
-
-    unknown = set(keep) - modules(graph)
-    if unknown:
-        raise ShapeError(
-            f"The graph has no module {', '.join(sorted(unknown))}. "
-            f"Choose --keep from {', '.join(sorted(modules(graph)))}.",
-            code="unknown_module",
-        )
+    else:
+        check_modules(graph, keep)
