@@ -117,14 +117,8 @@ def _differences(
                 ) from error
             for name, output, reference in zip(HEAD_NAMES, actual, expected):
                 difference = relative_difference(output, reference.numpy())
-                # `not <=` also rejects NaN.
-                if not difference <= TOLERANCE:
-                    raise CheckFailed(
-                        f"Expected {name} of the graph within {TOLERANCE:.0e} of torch, got a relative difference of "
-                        f"{difference:.1e} for {len(batch)} queries of {batch.query_length.tolist()} tokens. "
-                        "No file was written. Try another version of ONNX Runtime.",
-                        code="parity_failed",
-                    )
+                inputs_text = f"{len(batch)} queries of {batch.query_length.tolist()} tokens"
+                check_difference(name, difference, inputs_text)
                 differences[name] = max(differences[name], difference)
     finally:
         model.train(training)
@@ -160,6 +154,17 @@ def _check_finite(model: DRN, inputs: Sequence[Any], heads: Sequence[Any]) -> No
         "Train or convert the checkpoint again.",
         code="non_finite_output",
     )
+
+
+def check_difference(output: str, difference: float, inputs: str) -> None:
+    """Raise CheckFailed if the relative difference of an output exceeds `TOLERANCE`; `inputs` is for the message."""
+    # `not <=` also rejects NaN.
+    if not difference <= TOLERANCE:
+        raise CheckFailed(
+            f"Expected {output} of the graph within {TOLERANCE:.0e} of torch, got a relative difference of "
+            f"{difference:.1e} for {inputs}. No file was written. Try another version of ONNX Runtime.",
+            code="parity_failed",
+        )
 
 
 def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
