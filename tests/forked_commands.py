@@ -35,7 +35,7 @@ class ForkedCommand:
 
     Args:
         words: ["drn", NAME, …] or ["python", "-m", MODULE, …].
-        environment: all variables of the process. It computes in one thread, because torch is loaded before they apply.
+        environment: all variables of the process. Of those that torch reads when it is loaded, OMP_NUM_THREADS applies.
         directory: working directory.
         prepare: called in the process before the command, with a function that ends `wait_until_half_way`.
     """
@@ -61,6 +61,9 @@ class ForkedCommand:
             self._half_way.recv_bytes()
         except EOFError:
             pytest.fail(self.finish().stderr)
+
+    def is_running(self) -> bool:
+        return self._process.is_alive()
 
     def send_signal(self, number: signal.Signals) -> None:
         assert self._process.pid is not None
@@ -105,6 +108,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
+    sys.modules["torch"].set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     # A shell's background jobs, as CI may be, have SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if prepare is not None:

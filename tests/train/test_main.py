@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 from runtime.core.cli import command
 from runtime.core.errors import CheckpointError, GroundingError
 from runtime.datasets.dataset import DataSet
-from tests.processes import heed_ctrl_c
+from tests.forked_commands import ForkedCommand
 from tests.raising import check_error, raises, records
 from train.__main__ import train
 from train.checkpoints import load_checkpoint
@@ -29,7 +28,6 @@ from train.training.dataset import split_by_video
 from train.training.recipes import RECIPES
 from train.training.run_config import with_config
 
-ROOT = Path(__file__).parents[2]
 FEATURES = "C3D_unit16_overlap0.5_merged"
 
 
@@ -294,21 +292,13 @@ def test_ctrl_c_exits_130_with_message(planted: Path, tiny_sizes: dict[str, Any]
     arguments: list[str] = []
     for name, value in {**tiny_sizes, "epochs": (50,)}.items():
         arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train", "--data", str(planted), "--output", str(tmp_path / "run"), *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_ctrl_c,
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "stage1" / "last.pt").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
+    words = ["python", "-m", "train", "--data", str(planted), "--output", str(tmp_path / "run"), *arguments]
+    process = ForkedCommand(words)
+    while not (tmp_path / "run" / "stage1" / "last.pt").exists() and process.is_running():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "nterrupted" in err.strip().splitlines()[-1]
+    result = process.finish(timeout=60)
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr
+    assert "nterrupted" in result.stderr.strip().splitlines()[-1]
     assert not list((tmp_path / "run").rglob(".*"))

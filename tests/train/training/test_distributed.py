@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from torch import nn
 from runtime.artifacts.manifest import Features
 from runtime.core.decoding import Decoding
 from runtime.core.tokenizer import Vocabulary
+from tests.forked_commands import ForkedCommand
 from tests.raising import quotes
 from tests.tolerances import PROCESS_WEIGHTS, PROCESSES
 from tests.train.conftest import shorten
@@ -32,21 +30,11 @@ from train.training.options import TrainingSettings
 from train.training.recipes import RECIPES
 from train.training.trainer import TrainingRun
 
-ROOT = Path(__file__).parents[3]
-NARROW = "tests.train.training.narrow"
-
 
 def together(data: Path, output: Path, *arguments: str) -> str:
-    """Train with two processes and return what they say on stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", NARROW]
-    result = subprocess.run(
-        [*command, "--data", str(data), "--output", str(output), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Train with two processes and return what they print to stderr."""
+    words = ["python", "-m", "tests.train.training.two_processes", "--data", str(data), "--output", str(output)]
+    result = ForkedCommand([*words, *arguments]).finish()
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("drn.pt") == 1, "only the leader talks"
     return result.stderr

@@ -11,8 +11,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +31,7 @@ from runtime.datasets.dataset import Annotation, DataSet
 from runtime.datasets.presets import PRESETS
 from runtime.grounding.evaluation import evaluate
 from runtime.grounding.grounder import Grounder
+from tests.forked_commands import ForkedCommand
 from tests.raising import raises, records
 from tests.tolerances import HEADS, STEP_HEADS, STEPS
 from tests.train.conftest import shorten
@@ -48,7 +47,6 @@ from train.training.inputs import TrainingInputs
 from train.training.options import TrainingSettings
 from train.training.recipes import RECIPES, Stage
 
-ROOT = Path(__file__).parents[3]
 SELECTION = loop.SELECTION
 
 
@@ -446,24 +444,13 @@ def test_killed_run_resumes_to_same_result(
     arguments = []
     for name, value in tiny_sizes.items():
         arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.train.training.narrow", "--data", str(planted), "--output", str(run), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not (run / "stage1" / "last.pt").exists():
-            assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()  # type: ignore[union-attr]
-    assert process.returncode == -signal.SIGKILL
+    words = ["python", "-m", "tests.train.training.narrow", "--data", str(planted), "--output", str(run), *arguments]
+    process = ForkedCommand(words, {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    while not (run / "stage1" / "last.pt").exists():
+        assert process.is_running(), process.finish().stderr
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.finish().returncode == -signal.SIGKILL
     assert not (run / "drn.pt").exists()
     begun = history(run)
     run_training(planted, run, resume=True, **tiny_sizes)
