@@ -12,6 +12,7 @@ import pytest
 
 from runtime.core.errors import DeviceError, OutputError
 from runtime.core.moments import Moment
+from runtime.grounding import plotting
 from runtime.grounding.formatting import Answer
 from runtime.grounding.plotting import BEST, FRAMES, OTHERS, TRUTH, draw
 from runtime.media.video_file import probe
@@ -133,10 +134,15 @@ def test_plot_of_long_videos_and_sentences_has_no_overlapping_text(
             assert min(box.x1, other.x1) <= max(box.x0, other.x0) or min(box.y1, other.y1) <= max(box.y0, other.y0) + 1
 
 
-def test_plot_of_many_moments_is_written(tmp_path: Path) -> None:
-    answer = Answer("a dog", "v", 10.0, [Moment(1, 2, 0.5)] * 1200)
+def test_plot_of_many_moments_has_limited_height(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Many readers of images refuse those of more than 32,767 pixels.
+    assert plotting.MAX_PIXELS <= 32_000
+    answer = Answer("a dog", "v", 10.0, [Moment(1, 2, 0.5)] * 120)
     draw([answer], tmp_path / "plot.png")
-    assert png_size(tmp_path / "plot.png")[1] <= 32_000
+    assert png_size(tmp_path / "plot.png")[1] > 2_000
+    monkeypatch.setattr(plotting, "MAX_PIXELS", 2_000)
+    draw([answer], tmp_path / "plot.png")
+    assert 1_900 < png_size(tmp_path / "plot.png")[1] <= 2_000
 
 
 def to_hex(bar: Any) -> str:
