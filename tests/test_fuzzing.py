@@ -18,7 +18,7 @@ from tests.fuzz_readers import READERS
 from tests.fuzzing import Finding, Reader, fuzz
 
 ROOT = Path(__file__).parents[1]
-CASES = 200
+CASES = 100
 
 
 @pytest.fixture(scope="module")
