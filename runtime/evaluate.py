@@ -96,7 +96,7 @@ def evaluate(
     if model is None or predictions_from is not None or shared_only:
         _check_scoring(model, predictions_from, protocol, predictions, ablation)
         assert predictions_from is not None
-        return score_file(predictions_from, data, split, output, invalid, limit, shared_only, exist_threshold)
+        return _score_file(predictions_from, data, split, output, invalid, limit, shared_only, exist_threshold)
     options = Options(
         model, data, split, protocol, output, predictions, ablation, invalid, limit, batch_size, device, threads
     )
@@ -135,7 +135,7 @@ def _check_scoring(
         )
 
 
-def score_file(
+def _score_file(
     path: Path,
     data: Path,
     split: str,

@@ -237,6 +237,10 @@ def open_graph(
 ) -> OnnxRuntimeBackend | OnnxRuntimePair:
     """Open a whole model, or both parts of a split model from its query part.
 
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        threads: number of CPU threads of ONNX Runtime. Default: its own.
+
     Raises:
         ModelFileError: the file is damaged, is no DRN model, or is a video part; or the video part of a query part is
             missing or is not the one that it records.

@@ -106,6 +106,10 @@ def _gpu_growth(before: gpu_info.Gpu | None) -> int | None:
 def cold_start(path: Path, device: Device, threads: int | None) -> float:
     """Return the seconds from the start of a new process until it has grounded a query with a model file.
 
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        threads: number of CPU threads. Default: set by the runtime.
+
     Raises:
         DeviceError: the process failed.
     """

@@ -21,6 +21,9 @@ def time_phases(
 ) -> tuple[list[list[Moment]], dict[str, float]]:
     """Ground pairs in one batch without windows, as `Grounder.ground_batch` does, and time the phases.
 
+    Args:
+        clock: returns the time in seconds.
+
     Returns:
         The moments of each pair, and the seconds of each phase by name.
     """

@@ -43,7 +43,7 @@ def multi_moment_metrics(
         "mAP@3+tgt": sum(several) / len(several) if several else math.nan,
     }
     available = np.minimum([len(windows) for windows in listed], counts)
-    overlaps = matched_overlaps(listed, truths, (-1.0, *IOU_THRESHOLDS))
+    overlaps = _matched_overlaps(listed, truths, (-1.0, *IOU_THRESHOLDS))
     for rank in range(1, MAX_RANK + 1):
         # (n, 1 + T, k) of the queries that count.
         counted = overlaps[available >= rank, :, :rank]
@@ -57,13 +57,18 @@ def multi_moment_metrics(
     return metrics
 
 
-def matched_overlaps(
+def _matched_overlaps(
     listed: Sequence[np.ndarray], truths: Sequence[np.ndarray], iou_thresholds: Sequence[float]
 ) -> np.ndarray:
     """Return the IoU of the first predictions with their moments, (N, T, `MAX_RANK`) float64, NaN without a match.
 
     Each prediction in turn is matched with the moment of the highest IoU that is not matched yet, and with none if the
     IoU is below the threshold.
+
+    Args:
+        listed: (P, 2) predicted start and end of each of N queries, best first.
+        truths: (M, 2) true start and end of each query.
+        iou_thresholds: T minimum values of the IoU.
     """
     limits = np.array(iou_thresholds)
     result = np.full((len(truths), len(limits), MAX_RANK), math.nan)

@@ -91,6 +91,10 @@ def segment_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the clips and the spans of the segments of a video; see `Video.segments` for the rules.
 
+    Args:
+        num_segments: number of segments T.
+        clock: window and stride of the clips, in frames.
+
     Returns:
         (T,) indices of the first clips, (T,) indices of the last clips, and (T, 2) float64 spans as fractions.
     """

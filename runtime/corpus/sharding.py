@@ -138,7 +138,12 @@ def _video_queries(
 
 
 def shard_name(number: int, count: int, form: Form) -> str:
-    """Return the file name of a shard, such as shard-00002-of-00010.jsonl."""
+    """Return the file name of a shard, such as shard-00002-of-00010.jsonl.
+
+    Args:
+        number: index of the shard, from 0.
+        count: number of shards.
+    """
     return f"shard-{number:05d}-of-{count:05d}.{form}"
 
 

@@ -238,6 +238,10 @@ def nms_per_threshold(
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield each IoU threshold of the metrics and the detections to evaluate at it.
 
+    Args:
+        proposals: candidates of B queries.
+        iou_thresholds: IoU from which a moment counts as a hit, 0 to 1.
+
     Yields:
         The threshold, and (B, 6, 3) float32 starts and ends (fractions of the video) and scores, best first.
     """

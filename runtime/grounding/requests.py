@@ -52,7 +52,12 @@ def check_query(query: object) -> None:
 
 
 def check_sizes(batches: Sequence[int], lengths: Sequence[int], max_length: int) -> None:
-    """Raise ShapeError unless the sizes to warm a model for are in range."""
+    """Raise ShapeError unless the sizes to warm a model for are in range.
+
+    Args:
+        batches: numbers of queries.
+        lengths, max_length: numbers of tokens.
+    """
     for name, sizes in (("batches", batches), ("lengths", lengths)):
         check_argument(name, sizes, Sequence, "a list of integers", ShapeError)
         for size in sizes:
@@ -65,7 +70,12 @@ def check_sizes(batches: Sequence[int], lengths: Sequence[int], max_length: int)
 
 
 def features_out_of_scale(inputs: Sequence[Segments | EncodedVideo], largest: float, kind: str) -> FeatureError:
-    """Return the error for features that make the output not finite, although it is finite for zeros."""
+    """Return the error for features that make the output not finite, although it is finite for zeros.
+
+    Args:
+        largest: largest absolute value of the inputs.
+        kind: name of the features, such as C3D.
+    """
     name = "encodings" if isinstance(inputs[0], EncodedVideo) else "features"
     return FeatureError(
         f"The model's output is not finite for {name} up to {largest:.3g}, but is finite for zeros, so the features "

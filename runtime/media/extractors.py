@@ -85,6 +85,10 @@ def open_extractor(path: str | os.PathLike[str], device: Device = "auto", thread
 
     The input of a graph determines its kind: uint8 clips, or one float32 image per clip.
 
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        threads: number of CPU threads of ONNX Runtime. Default: its own.
+
     Raises:
         ModelFileError: the file is missing or is not an extractor.
         DeviceError: ONNX Runtime or the device is missing.

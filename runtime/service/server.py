@@ -113,7 +113,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(create: Callable[[], Service], host: str, port: int, grace: int) -> None:
-    """Create a service and serve it until SIGTERM or Ctrl-C; print the address once connections are accepted."""
+    """Create a service and serve it until SIGTERM or Ctrl-C; print the address once connections are accepted.
+
+    Args:
+        port: 0 for any free port.
+        grace: maximum time to finish accepted requests after SIGTERM, in seconds.
+    """
     with _opened(create) as service, listen(host, port) as listener:
         config = configuration(service, grace)
         url_host = f"[{host}]" if ":" in host else host

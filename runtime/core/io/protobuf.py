@@ -50,7 +50,11 @@ def fields(content: Buffer, start: int, end: int) -> Iterator[tuple[int, int, in
 
 
 def varints(content: Buffer, start: int, end: int) -> Iterator[int]:
-    """Yield the numbers of a varint field, packed or not."""
+    """Yield the numbers of a varint field, packed or not.
+
+    Args:
+        start, end: offsets of the value in `content`, as `fields` yields them.
+    """
     offset = start
     while offset < end:
         value, offset = varint(content, offset)
