@@ -156,15 +156,11 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**flips)
 
 
-def bootstrap(
-    differences: np.ndarray, *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def bootstrap(differences: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return the lower and upper ends of percentile bootstrap intervals for the means of M paired differences.
 
     Args:
         differences: (N, M) float, one row per query; a sample uses the same queries for all M.
-        resamples: number of samples of N queries with replacement.
-        confidence: confidence level of the intervals, such as 0.95.
         seed: seed of the random numbers.
 
     Returns:
@@ -172,15 +168,15 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     count = len(differences)
-    means = np.empty((resamples, differences.shape[1]))
+    means = np.empty((RESAMPLES, differences.shape[1]))
     # About 16 MB of indices at a time.
     step = max(1, (1 << 22) // count)
-    for start in range(0, resamples, step):
-        end = min(start + step, resamples)
+    for start in range(0, RESAMPLES, step):
+        end = min(start + step, RESAMPLES)
         drawn = rng.integers(count, size=(end - start, count), dtype=np.uint32)
         for column, values in enumerate(differences.T):
             means[start:end, column] = values[drawn].mean(axis=1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high
 
 
@@ -188,11 +184,10 @@ def collect_outputs(
     model: Grounder,
     data_set: DataSet,
     annotations: Sequence[Annotation],
-    batch_size: int = BATCH_SIZE,
     on_progress: Callable[[int], Any] = lambda queries: None,
 ) -> Heads:
     """Return the heads of all N queries in order, under 2 kB per query; see `compare` for the arguments."""
-    return _run_models((model,), data_set, annotations, batch_size, False, on_progress)[0][0]
+    return _run_models((model,), data_set, annotations, BATCH_SIZE, False, on_progress)[0][0]
 
 
 def _run_models(
