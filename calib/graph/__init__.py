@@ -1,3 +1,1 @@
 """Rewrite ONNX graphs without torch: split, convert, unroll and equalize them, and count their multiply-adds."""
-
-from __future__ import annotations

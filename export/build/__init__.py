@@ -1,3 +1,1 @@
 """Run one build of an engine: its configuration, conversion, and checks."""
-
-from __future__ import annotations

@@ -1,3 +1,1 @@
 """Build TensorRT engines, write them, and decide from their layers which precision they have."""
-
-from __future__ import annotations

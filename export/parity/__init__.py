@@ -1,3 +1,1 @@
 """Compare two models on the same queries, and report the differences."""
-
-from __future__ import annotations

@@ -1,3 +1,1 @@
 """Train a network in stages."""
-
-from __future__ import annotations
