@@ -392,7 +392,7 @@ class BuildConfig:
             shapes: optimization profiles; None if they are not known yet.
             options: builder options of the engines.
             samples: number of calibration queries; None with --table.
-            check: description of the checks of a build without --data.
+            check: checks to print if there is no --data, in place of the parity with FP32.
             unrolling: query lengths of the engines for short queries.
         """
         lines = [
