@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from runtime.core.errors import FeatureError
 from runtime.core.pooling import ClipTiming, max_over_rows, pool_segments, segment_rows
 from runtime.core.video import Origin, Video, load_features
-from tests.raising import check_error, raises
+from tests.raising import raises
 
 
 def naive_rows(num_frames: int, num_segments: int, pooling: str) -> tuple[list[list[int]], list[tuple]]:
@@ -131,24 +131,6 @@ def test_segments_are_float32_for_any_stored_dtype(dtype: type) -> None:
     assert Video(np.arange(18).reshape(9, 2).astype(dtype), 100, 3.0).segments(32).features.dtype == np.float32
 
 
-@pytest.mark.parametrize("wrong", [{"num_frames": 1 << 40}, {"duration": 1e300}, {"duration": np.inf}])
-def test_implausible_video_lengths_are_rejected(wrong: dict[str, Any]) -> None:
-    with raises(FeatureError, "invalid_frame_count", *wrong.values()):
-        Video(np.ones((9, 2)), **{"num_frames": 100, "duration": 3.0, **wrong})
-
-
-def test_too_large_feature_values_are_rejected() -> None:
-    with raises(FeatureError, "features_too_large", "1.0e+38"):
-        Video(np.full((9, 2), 1e38, np.float32), 100, 3.0)
-
-
-def test_npz_content_in_npy_file_is_rejected(tmp_path: Path) -> None:
-    with open(tmp_path / "a.npy", "wb") as stream:
-        np.savez(stream, features=np.ones((9, 2)))
-    with raises(FeatureError, "ambiguous_features", tmp_path / "a.npy"):
-        load_features(tmp_path / "a.npy")
-
-
 def test_segments_are_cached_per_segment_count() -> None:
     video = Video(np.arange(18.0).reshape(9, 2), 100, 3.0)
     assert video.segments(32) is video.segments(32)
@@ -191,16 +173,16 @@ def test_npy_and_pt_files_load_same_features(golden: Path, tmp_path: Path) -> No
     np.testing.assert_array_equal(load_features(tmp_path / "AAAA1.npy"), features)
 
 
-@pytest.mark.parametrize("duration", [0, -1, math.nan, math.inf])
-def test_invalid_duration_is_rejected(duration: float) -> None:
-    with raises(FeatureError, "invalid_frame_count", "kitchen", duration):
-        Video(np.ones((9, 2)), 100, duration, "kitchen")
-
-
-@pytest.mark.parametrize("num_frames", [1, 0, -5])
-def test_invalid_frame_count_is_rejected(num_frames: int) -> None:
-    with raises(FeatureError, "invalid_frame_count", "kitchen", num_frames):
-        Video(np.ones((9, 2)), num_frames, 1.0, "kitchen")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("duration", value) for value in (0, -1, math.nan, math.inf, 1e300)],
+        *[("num_frames", value) for value in (1, 0, -5, 1 << 40)],
+    ],
+)
+def test_impossible_video_length_is_rejected(field: str, value: float) -> None:
+    with raises(FeatureError, "invalid_frame_count", "kitchen", value):
+        Video(np.ones((9, 2)), **{"num_frames": 100, "duration": 3.0, field: value}, name="kitchen")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["duration", "num_frames", "offset"])
@@ -239,9 +221,8 @@ CONSTANT = {
 @pytest.mark.parametrize("kind", CONSTANT)
 def test_video_constant_features_are_rejected(kind: str) -> None:
     video = Video(CONSTANT[kind], ClipTiming().num_frames(len(CONSTANT[kind])), 1.0 + len(CONSTANT[kind]) / 4)
-    with pytest.raises(FeatureError) as raised:
+    with raises(FeatureError, "constant_features"):
         video.segments(4)
-    assert raised.value.code == "constant_features"
 
 
 @pytest.mark.parametrize("row", [0, 1, 1500, 2999])
@@ -251,13 +232,10 @@ def test_video_one_different_clip_is_accepted(row: int) -> None:
     assert Video(features, ClipTiming().num_frames(3000), 800.0).segments(4).features.max() > 0
 
 
-def test_video_still_picture_with_noise_is_accepted() -> None:
+def test_video_still_picture_with_noise_or_single_clip_is_accepted() -> None:
     noise = np.random.default_rng(0).normal(size=(9, 3))
     for features in (100 + 1e-2 * noise, (0.01 + 1e-4 * noise).astype(np.float32), np.float16([[-6e4], [6e4]])):
         Video(features, ClipTiming().num_frames(len(features)), 3.0).check(ClipTiming())
-
-
-def test_video_single_clip_is_accepted() -> None:
     assert Video(np.ones((1, 3)), 16, 1.0).segments(4).features.min() == 1
 
 
@@ -268,9 +246,8 @@ def test_video_single_clip_is_accepted() -> None:
 )
 def test_video_clips_contradicting_frames_are_rejected(num_frames: int, num_clips: int) -> None:
     video = Video(np.arange(num_clips + 1.0)[:num_clips, None], num_frames, num_frames / 30)
-    with pytest.raises(FeatureError) as raised:
+    with raises(FeatureError, "clip_timing_mismatch") as raised:
         video.segments(4)
-    assert raised.value.code == "clip_timing_mismatch"
     assert {str(num_frames), str(num_clips)} <= set(re.findall(r"\d+", str(raised.value)))
 
 
@@ -299,9 +276,8 @@ def test_video_clips_near_frames_are_accepted(
     ("num_frames", "duration"), [(1014, 3380.0), (928, 30960.0), (928, 3.5), (90, 90.1), (241, 1.0), (2, 1e-6)]
 )
 def test_video_frame_rate_out_of_range_is_rejected(num_frames: int, duration: float) -> None:
-    with pytest.raises(FeatureError) as raised:
+    with raises(FeatureError, "frame_rate_out_of_range", num_frames, f"{duration:g}"):
         Video(np.ones((9, 2)), num_frames, duration)
-    check_error(raised.value, "frame_rate_out_of_range", num_frames, f"{duration:g}")
 
 
 @pytest.mark.parametrize(("num_frames", "duration"), [(90, 90.0), (240, 1.0), (928, 30.96)])
@@ -321,16 +297,13 @@ def test_video_frame_rate_at_bounds_is_accepted(num_frames: int, duration: float
         (np.ones((4, 0)), "no_clips", ["(4, 0)"]),
         (np.array([[1.0, 2.0], [np.nan, np.inf]]), "non_finite_features", [2, "clip 1"]),
         (np.array([[1.0], [np.inf]], np.float16), "non_finite_features", [1, "clip 1"]),
+        (np.array([[np.inf], [-np.inf]]), "non_finite_features", [2]),
+        (np.full((9, 2), 1e38, np.float32), "features_too_large", ["1.0e+38"]),
     ],
 )
 def test_unusable_features_are_rejected_naming_the_video(features: np.ndarray, code: str, values: list[object]) -> None:
-    with raises(FeatureError, code, "kitchen", *values):
+    with raises(FeatureError, code, "kitchen", *values), np.errstate(all="raise"):
         Video(features, 100, 1.0, "kitchen")
-
-
-def test_infinities_of_both_signs_are_rejected_silently() -> None:
-    with raises(FeatureError, "non_finite_features", 2), np.errstate(all="raise"):
-        Video(np.array([[np.inf], [-np.inf]]), 100, 1.0)
 
 
 def test_large_finite_feature_values_are_accepted() -> None:
@@ -339,9 +312,9 @@ def test_large_finite_feature_values_are_accepted() -> None:
         Video(np.full((20, 20), 1.7e308), 100, 1.0)
 
 
-def npy(array: np.ndarray) -> bytes:
+def npy(array: np.ndarray, save: Any = np.save) -> bytes:
     stream = io.BytesIO()
-    np.save(stream, array)
+    save(stream, array)
     return stream.getvalue()
 
 
@@ -359,6 +332,8 @@ BAD_FILES = {
     "empty.pt": (b"", "empty_file"),
     "cut.npy": (WHOLE[:-8], "damaged_file"),
     "header.npy": (WHOLE[:20], "damaged_file"),
+    "gone.npy": (None, "missing_file"),
+    "npz.npy": (npy(np.ones((9, 2)), np.savez), "ambiguous_features"),
     "text.npy": (b"not an array", "damaged_file"),
     "objects.npy": (npy(np.array([{}, []], object)), "damaged_file"),
     "huge.npy": (huge_npy(), "damaged_file"),
@@ -371,22 +346,11 @@ BAD_FILES = {
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_file_without_features_is_rejected_by_name(name: str, tmp_path: Path) -> None:
     content, code = BAD_FILES[name]
-    (tmp_path / name).write_bytes(content)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with raises(FeatureError, code, tmp_path / name) as caught:
         Video.load(tmp_path / name, 1.0)
     assert "\n" not in str(caught.value)
-
-
-def test_missing_feature_file_is_named(tmp_path: Path) -> None:
-    with raises(FeatureError, "missing_file", tmp_path / "gone.npy"):
-        Video.load(tmp_path / "gone.npy", 1.0)
-
-
-def test_npz_renamed_to_npy_is_rejected(tmp_path: Path) -> None:
-    np.savez(tmp_path / "many.npz", a=np.ones((2, 2)))
-    (tmp_path / "many.npz").rename(tmp_path / "many.npy")
-    with raises(FeatureError, "ambiguous_features", tmp_path / "many.npy"):
-        Video.load(tmp_path / "many.npy", 1.0)
 
 
 def test_pickle_with_code_is_rejected_without_running_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -64,24 +65,26 @@ def test_atomic_write_replaces_file_when_block_ends(tmp_path: Path) -> None:
     assert content(tmp_path) == {"report.json": "new"}
 
 
+@contextlib.contextmanager
+def staged_in_this_process(path: Path) -> Iterator[Path]:
+    with Staging() as staging:
+        yield staging.path(path)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_interrupted_atomic_write_keeps_previous_file(error: type[BaseException], tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [atomic_write, staged_in_this_process])
+def test_interrupted_write_keeps_previous_file(write: Any, error: type[BaseException], tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")
 
     def interrupted() -> NoReturn:
-        with atomic_write(path) as temporary:
+        with write(path) as temporary:
             temporary.write_text("half")
             raise error
 
     with pytest.raises(error):
         interrupted()
     assert content(tmp_path) == {"report.json": "old"}
-
-
-def test_write_text_creates_missing_directories(tmp_path: Path) -> None:
-    write_text(tmp_path / "a" / "b" / "report.txt", "text")
-    assert content(tmp_path / "a" / "b") == {"report.txt": "text"}
 
 
 def test_written_file_mode_follows_the_umask(tmp_path: Path) -> None:
@@ -100,12 +103,23 @@ def failing(number: int) -> Any:
     return fail
 
 
-@pytest.mark.parametrize("target", ["os.replace", "pathlib.Path.write_text", "tempfile.mkstemp"])
-def test_full_disk_raises_and_keeps_previous_file(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("target", "number", "code"),
+    [
+        ("os.replace", errno.ENOSPC, "disk_full"),
+        ("pathlib.Path.write_text", errno.ENOSPC, "disk_full"),
+        ("tempfile.mkstemp", errno.ENOSPC, "disk_full"),
+        ("os.replace", errno.EROFS, "unwritable_output"),
+    ],
+)
+def test_failed_write_raises_and_keeps_previous_file(
+    target: str, number: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "report.json").write_text("old")
     with monkeypatch.context() as patched:
-        patched.setattr(target, failing(errno.ENOSPC))
-        with raises(OutputError, "disk_full", tmp_path / "report.json"):
+        patched.setattr(target, failing(number))
+        cause = [] if code == "disk_full" else [os.strerror(number)]
+        with raises(OutputError, code, tmp_path / "report.json", *cause):
             write_json(tmp_path / "report.json", {"a": 1})
     assert content(tmp_path) == {"report.json": "old"}
 
@@ -126,23 +140,30 @@ def test_disk_filling_during_write_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_write_failure_names_the_system_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "replace", failing(errno.EROFS))
-    with raises(OutputError, "unwritable_output", tmp_path / "report.json", os.strerror(errno.EROFS)):
-        write_text(tmp_path / "report.json", "text")
-    assert not list(tmp_path.iterdir())
+UNWRITABLE = {
+    "below a file": ("file/report.json", "unwritable_output", "file"),
+    "directory": ("directory", "output_is_directory", "directory"),
+    "pipe": ("pipe", "unwritable_output", "pipe"),
+    "link to itself": ("loop", "unwritable_output", "loop"),
+    "long name": ("x" * 300, "unwritable_output", ""),
+    "long path": ("y/" * 3000 + "z", "unwritable_output", ""),
+}
 
 
-def test_output_directory_that_is_a_file_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("a file")
-    with raises(OutputError, "unwritable_output", tmp_path / "runs" / "report.json", tmp_path / "runs"):
-        write_text(tmp_path / "runs" / "report.json", "text")
-    assert content(tmp_path) == {"runs": "a file"}
-
-
-def test_output_file_that_is_a_directory_is_rejected(tmp_path: Path) -> None:
-    with raises(OutputError, "output_is_directory", tmp_path):
-        write_text(tmp_path, "text")
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "text"), check_writable], ids=["write", "check"])
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_path_that_cannot_be_written_is_rejected(write: Any, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = sorted(tmp_path.iterdir())
+    name, code, quoted = UNWRITABLE[kind]
+    with raises(OutputError, code, tmp_path / quoted if quoted else ""):
+        write(tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "file").read_text() == "a file"
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
@@ -164,21 +185,21 @@ def test_json_survives_writing_and_reading(tmp_path: Path) -> None:
     assert read_json(tmp_path / "value.json", "a value") == value
 
 
-@pytest.mark.parametrize("text", ["", "{"])
-def test_invalid_json_file_is_named_with_its_purpose(tmp_path: Path, text: str) -> None:
-    (tmp_path / "table.json").write_text(text)
-    with raises(AnnotationError, "invalid_json", tmp_path / "table.json", "video to seconds"):
-        read_json(tmp_path / "table.json", "video to seconds")
-
-
-def test_unreadable_json_raises_the_requested_class(tmp_path: Path) -> None:
-    with raises(ModelFileError, "missing_file", tmp_path / "gone.json"):
-        read_json(tmp_path / "gone.json", "ranges", ModelFileError)
-    with raises(ModelFileError, "unreadable_file", tmp_path, "ranges", os.strerror(errno.EISDIR)):
-        read_json(tmp_path, "ranges", ModelFileError)
-    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
-    with raises(AnnotationError, "not_utf8", tmp_path / "bytes.json"):
-        read_json(tmp_path / "bytes.json", "ranges")
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"", "invalid_json"), (b"{", "invalid_json"), (b"\xff\xfe", "not_utf8"), (None, "missing_file")],
+)
+@pytest.mark.parametrize("error", [AnnotationError, ModelFileError])
+def test_unreadable_json_raises_the_requested_class(
+    content: bytes | None, code: str, error: type[GroundingError], tmp_path: Path
+) -> None:
+    path = tmp_path / "table.json"
+    if content is not None:
+        path.write_bytes(content)
+    with raises(error, code, path, *(["video to seconds"] if code == "invalid_json" else [])):
+        read_json(path, "video to seconds", error)
+    with raises(error, "unreadable_file", tmp_path, "video to seconds", os.strerror(errno.EISDIR)):
+        read_json(tmp_path, "video to seconds", error)
 
 
 def test_sha256_covers_the_full_file(tmp_path: Path) -> None:
@@ -187,7 +208,7 @@ def test_sha256_covers_the_full_file(tmp_path: Path) -> None:
     assert sha256(tmp_path / "plan") == hashlib.sha256(data).hexdigest()
 
 
-def test_check_writable_changes_nothing_and_names_the_path(tmp_path: Path) -> None:
+def test_check_writable_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     check_writable(path)
     assert content(tmp_path) == {}
@@ -195,17 +216,6 @@ def test_check_writable_changes_nothing_and_names_the_path(tmp_path: Path) -> No
     check_writable(path)
     check_writable(None)
     assert content(tmp_path) == {"report.json": "old"}
-    with raises(OutputError, "unwritable_output", path / "below a file.json", path):
-        check_writable(path / "below a file.json")
-
-
-def test_write_text_does_not_replace_pipes_or_directories(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    for refused in (pipe, tmp_path):
-        with pytest.raises(OutputError):
-            write_text(refused, "text")
-    assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 def test_write_through_link_replaces_its_target(tmp_path: Path) -> None:
@@ -226,11 +236,14 @@ def test_output_that_is_an_input_is_rejected(tmp_path: Path) -> None:
 
 
 def test_failed_write_removes_created_directories(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a" / "b" / "report.json"):
+    path = tmp_path / "a" / "b" / "report.json"
+    with pytest.raises(ZeroDivisionError), atomic_write(path):
         raise ZeroDivisionError
+    with Staging() as staging:
+        staging.path(path).write_text("text")
     assert list(tmp_path.iterdir()) == []
-    write_text(tmp_path / "a" / "b" / "report.json", "text")
-    assert (tmp_path / "a" / "b" / "report.json").is_file()
+    write_text(path, "text")
+    assert content(tmp_path / "a" / "b") == {"report.json": "text"}
 
 
 def test_staged_files_are_committed_together(tmp_path: Path) -> None:
@@ -242,20 +255,6 @@ def test_staged_files_are_committed_together(tmp_path: Path) -> None:
         written = staging.commit(lambda name: name != "draft.txt")
     assert [path.name for path in written] == ["a.txt", "b.txt"]
     assert content(tmp_path) == {"a.txt": "new", "b.txt": "new"}
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_interrupted_staging_leaves_previous_files(error: type[BaseException], tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("old")
-
-    def interrupted() -> NoReturn:
-        with Staging() as staging:
-            staging.path(tmp_path / "a.txt").write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
-    assert content(tmp_path) == {"a.txt": "old"}
 
 
 def test_staging_rejects_a_directory_path(tmp_path: Path) -> None:
@@ -345,12 +344,6 @@ def test_data_directory_that_is_a_file_is_not_called_missing(reader: Callable[[P
     assert raised.value.code != "missing_file"
 
 
-def test_output_below_a_file_names_that_file(tmp_path: Path) -> None:
-    (tmp_path / "x").touch()
-    with raises(OutputError, "unwritable_output", tmp_path / "x"):
-        check_writable(tmp_path / "x" / "run.json")
-
-
 # Temporary files of killed processes
 
 
@@ -395,29 +388,22 @@ def writer() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
         process.communicate()
 
 
+def commit(path: Path, text: str) -> None:
+    with Staging() as staging:
+        staging.path(path).write_text(text)
+        staging.commit()
+
+
 @pytest.mark.parametrize("body", [half, staged])
+@pytest.mark.parametrize("write", [write_text, commit])
 def test_next_write_removes_files_of_killed_process(
-    body: Callable[[Path], str], writer: Callable[[str], Any], tmp_path: Path
-) -> None:
-    path = tmp_path / "report.json"
-    process = writer(body(path))
-    process.kill()
-    process.wait()
-    assert len(list(tmp_path.iterdir())) == 1
-    write_text(path, "complete")
-    assert content(tmp_path) == {"report.json": "complete"}
-
-
-@pytest.mark.parametrize("body", [half, staged])
-def test_next_staging_removes_files_of_killed_process(
-    body: Callable[[Path], str], writer: Callable[[str], Any], tmp_path: Path
+    body: Callable[[Path], str], write: Callable[[Path, str], None], writer: Callable[[str], Any], tmp_path: Path
 ) -> None:
     process = writer(body(tmp_path / "report.json"))
     process.kill()
     process.wait()
-    with Staging() as staging:
-        staging.path(tmp_path / "other.json").write_text("complete")
-        staging.commit()
+    assert len(list(tmp_path.iterdir())) == 1
+    write(tmp_path / "other.json", "complete")
     assert content(tmp_path) == {"other.json": "complete"}
 
 
@@ -503,18 +489,6 @@ def test_long_file_names_can_be_written(name: str, tmp_path: Path) -> None:
     assert content(tmp_path) == {name: "text"}
 
 
-def test_too_long_file_name_raises_output_error(tmp_path: Path) -> None:
-    for name in ("x" * 300, "y/" * 3000 + "z"):
-        with pytest.raises(OutputError):
-            write_text(tmp_path / name, "text")
-
-
-def test_link_to_itself_raises_output_error(tmp_path: Path) -> None:
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(OutputError):
-        write_text(tmp_path / "loop", "text")
-
-
 def test_signal_during_commit_still_writes_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
 
@@ -533,12 +507,6 @@ def test_signal_during_commit_still_writes_all_files(tmp_path: Path, monkeypatch
     with pytest.raises(Interrupted):
         commit_three()
     assert content(tmp_path) == {"a": "new", "b": "new", "c": "new"}
-
-
-def test_uncommitted_staging_removes_created_directories(tmp_path: Path) -> None:
-    with Staging() as staging:
-        staging.path(tmp_path / "a" / "b" / "report.json").write_text("text")
-    assert not list(tmp_path.iterdir())
 
 
 # Locks
