@@ -79,8 +79,7 @@ def _check_outputs(options: BenchmarkOptions, output: Path | None, plot: Path | 
     inputs = (*options.models, *(DataSet(options.data).files if options.data else ()))
     check_report(output, *inputs, plot)
     check_report(plot, *inputs)
-    if plot:
-        check_plots(plot)
+    check_plots(plot)
 
 
 if __name__ == "__main__":

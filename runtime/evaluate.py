@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,8 +37,6 @@ from runtime.grounding.prediction_scores import (
     score_predictions,
     truths_of,
 )
-
-log = logging.getLogger("drn")
 
 Ablation = Literal["none", "blind", "shuffled"]
 

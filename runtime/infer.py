@@ -142,8 +142,7 @@ def _check(options: Options) -> list[Path]:
     data_files = DataSet(source.data).files if source.data and options.plot else ()
     inputs = (options.model, source.features, source.extractor, source.video_path, *data_files)
     check_report(options.plot, *inputs)
-    if options.plot:
-        check_plots(options.plot)
+    check_plots(options.plot)
     clips = _clips(source, options.cut, options.query)
     for clip in clips:
         check_writable(clip, options.plot, *inputs)

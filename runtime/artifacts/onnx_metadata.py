@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -20,8 +19,6 @@ from typing import BinaryIO
 
 from runtime.core.errors import ModelFileError, excerpt, reading
 from runtime.core.io.protobuf import BYTES, Buffer, bytes_field, fields, mapped
-
-log = logging.getLogger("drn")
 
 # Metadata keys of a DRN and of an extractor of clip features; see `runtime.artifacts.manifest` and
 # `runtime.media.extractors`.

@@ -117,7 +117,10 @@ def rebuild_command(plan: Path, sidecar: EngineMetadata, query_length: int = 0, 
     options["version_compatible"] = is_version_compatible(content)
     options["hardware_compatible"] = is_hardware_compatible(content) and not here
     options["tf32"] = bool(build_options.get("tf32"))
-    one_profile = takes_queries and build_options.get("profiles") == 1 and _has_two_default_profiles(content)
+    batch = _range(content, "batch")
+    # A build for one query and more has two profiles by default.
+    is_divided = takes_queries and batch is not None and batch.min == 1 < batch.max
+    one_profile = is_divided and build_options.get("profiles") == 1
     options["profiles"] = 1 if one_profile else None
     options["split"] = manifest.part in ("video", "query")
     name = plan.name.replace(f".{manifest.part}.", ".query.", 1) if options["split"] else plan.name
@@ -128,12 +131,6 @@ def unrolled_steps(content: Mapping[str, Any]) -> list[int]:
     """Return the maximum query lengths, in tokens, of the short-query plans that were built with a plan."""
     matches = (_SHORT.search(name) for name in content.get("unrolled") or ())
     return sorted(int(match["tokens"]) for match in matches if match)
-
-
-def _has_two_default_profiles(content: Mapping[str, Any]) -> bool:
-    """Return whether a build for these batch sizes has two profiles by default: one query, and several."""
-    batch = _range(content, "batch")
-    return batch is not None and batch.min == 1 < batch.max
 
 
 def _longer_plan(plan: Path) -> tuple[Path, EngineMetadata] | None:

@@ -222,8 +222,7 @@ def _check(
         check_file(path, "The model file", ModelFileError)
     for index, written in enumerate(outputs):
         check_report(written, *models, *data_set.files, *outputs[:index])
-    if outputs[2]:
-        check_plots(outputs[2])
+    check_plots(outputs[2])
 
 
 def _evaluate(

@@ -113,8 +113,10 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def check_plots(path: Path) -> None:
+def check_plots(path: Path | None) -> None:
     """Raise OutputError if the name of a plot does not end in .png, and DeviceError if matplotlib is not installed."""
+    if path is None:
+        return
     if path.suffix.lower() != ".png":
         raise OutputError(
             f"Expected a name of a plot that ends in .png, got {path}. Use {path.with_suffix('.png')}.",

@@ -48,7 +48,8 @@ def documented(function: Callable[..., Any]) -> tuple[Callable[..., Callable[[],
     description, help_texts = _parsed_docstring(as_typed(inspect.getdoc(function) or ""))
     hints = typing.get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters
-    groups = {name: group for group, names in _grouped(list(parameters)).items() for name in names}
+    grouped = {group: [name for name in names if name in parameters] for group, names in _GROUPS.items()}
+    groups = {name: group for group, names in grouped.items() for name in names if len(names) >= _MIN_GROUP}
     model = model_parameter(parameters)
     fields: dict[str, list[Any]] = {group: [] for group in _GROUPS if group in groups.values()}
     top: list[inspect.Parameter] = []
@@ -94,11 +95,6 @@ def _parsed_docstring(text: str) -> tuple[str, dict[str, str]]:
     _, *arguments = _ARGUMENT.split(contents.get("Args", ""))
     help_texts = {name: " ".join(value.split()) for name, value in zip(arguments[::2], arguments[1::2])}
     return "\n\n".join(paragraphs), help_texts
-
-
-def _grouped(names: list[str]) -> dict[str, list[str]]:
-    groups = {group: [name for name in members if name in names] for group, members in _GROUPS.items()}
-    return {group: members for group, members in groups.items() if len(members) >= _MIN_GROUP}
 
 
 def _annotated(hint: Any, default: Any, text: str, option: str | None) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from runtime.datasets.dataset import DataSet
 from runtime.media.extraction import load_or_extract
 from runtime.media.extractors import open_extractor
 from runtime.media.video_file import VideoFile, probe
-
-log = logging.getLogger("drn")
 
 # Accepted difference of the durations of a video file and its annotations, in seconds and as a fraction: published
 # tables round durations, and some include the audio track.

@@ -1,8 +1,4 @@
 """Ground queries over HTTP. Queries that arrive together are batched, and uploaded content is never executed.
 
 `runtime.serve` is the command. Every response with an error status has the JSON body of `http_errors.HttpError`.
-
-The commands of `runtime` and the packages above `runtime` may import it.
 """
-
-from __future__ import annotations

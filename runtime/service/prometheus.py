@@ -30,7 +30,7 @@ class Telemetry:
         )
         self._lookups = self._counter("video_cache", "Lookups in the cache of prepared videos.", ("result",))
         self._refused = self._counter("refused", "Rejected requests by error code.", ("reason",))
-        self._model = Info("drn_model", "The model of the service.", registry=self.registry)
+        self.model = Info("drn_model", "The model of the service.", registry=self.registry)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a metric whose value is computed when it is read.
@@ -39,10 +39,6 @@ class Telemetry:
             name: name of the metric without the prefix "drn_".
         """
         Gauge(f"drn_{name}", text, registry=self.registry).set_function(value)
-
-    def model(self, labels: dict[str, str]) -> None:
-        """Record the properties of the model as labels of one metric."""
-        self._model.info(labels)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a response."""

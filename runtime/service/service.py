@@ -113,7 +113,7 @@ class Service:
         self.clips = ClipCutter(threads)
         self.writes_clips = (media is not None or extractor is not None) and has_encoder()
         self.draining = False
-        self.telemetry.model(
+        self.telemetry.model.info(
             {"name": model, "digest": digest, "precision": grounder.manifest.precision, "part": grounder.manifest.part}
         )
         self.telemetry.gauge("queue_pairs", "Queries that wait.", lambda: self.batcher.depth)

@@ -3,7 +3,4 @@
     text and clip features -> front -> query tokens and segments -> network(s) -> heads -> front -> moments
 
 `export.triton` writes the model repository. `runtime.backends.triton_client` is the client.
-Model repositories, `export` and the commands of `runtime` may import this package.
 """
-
-from __future__ import annotations
