@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
-from runtime.core.errors import AnnotationError, GroundingError, QueryError, excerpt
-from runtime.core.io.input_files import check_file
-from runtime.core.io.text_files import parse_json, read_lines
+from runtime.core.errors import AnnotationError, GroundingError, excerpt
+from runtime.datasets.json_rows import Qid, malformed, read_rows
 
-Qid = Union[int, str]
 # Largest integer of a Parquet column.
 MAX_INTEGER = 2**63 - 1
 
@@ -38,54 +36,29 @@ def read_questions(path: Path) -> list[Question]:
     ignored, so that the annotations of QVHighlights are a valid file.
 
     Raises:
-        AnnotationError: the file is missing, a row is malformed, or two rows have the same `qid`.
-        QueryError: the file is empty.
+        AnnotationError: the file is missing or empty, a row is malformed, or two rows have the same `qid`.
     """
-    check_file(path, "The file of queries", AnnotationError)
     questions: list[Question] = []
     seen: dict[Qid, int] = {}
-    for number, text in enumerate(read_lines(path, "queries, a JSON object a line"), 1):
-        question = _question(text, number, f"{path}, line {number}")
+    for number, location, row in read_rows(path):
+        question = _question(number, location, row)
         if seen.setdefault(question.qid, number) != number:
             raise AnnotationError(
-                f"{path}, line {number}: line {seen[question.qid]} has the same qid {excerpt(question.qid)}. Use "
+                f"{location}: line {seen[question.qid]} has the same qid {excerpt(question.qid)}. Use "
                 "unique qids; the default of a row without one is its line number.",
                 code="duplicate_query",
             )
         questions.append(question)
-    if not questions:
-        raise QueryError(
-            f'{path} is empty. Write one JSON object per line, {{"query": "person opens the door"}}.', code="empty_file"
-        )
     return questions
 
 
-def _question(text: str, number: int, source: str) -> Question:
-    row: Any = parse_json(text, source, advice="correct the line")
-    if not isinstance(row, dict) or not isinstance(row.get("query"), str):
-        raise AnnotationError(
-            f"{source}: expected a JSON object with a query, got {excerpt(row)}. Write "
-            '{"query": "person opens the door"}.',
-            code="malformed_row",
-        )
+def _question(number: int, location: str, row: dict[str, Any]) -> Question:
+    if not isinstance(row.get("query"), str):
+        raise malformed(location, "a JSON object with a query", row, 'write {"query": "person opens the door"}')
     if "video" in row and "vid" not in row:
         # The HTTP API has the key `video`. If it were ignored, the query would be grounded in all videos.
-        raise AnnotationError(
-            f"{source}: expected the name of the video as vid, got video. Rename the key.", code="malformed_row"
-        )
-    video, qid = row.get("vid"), row.get("qid", number)
-    if video is not None and not isinstance(video, str):
-        raise AnnotationError(
-            f"{source}: expected the name of a video as vid, got {excerpt(video)}. Correct vid, or leave it out for "
-            "all videos.",
-            code="malformed_row",
-        )
-    if not isinstance(qid, (int, str)) or isinstance(qid, bool):
-        raise AnnotationError(
-            f"{source}: expected an integer or text as qid, got {excerpt(qid)}. Correct qid, or leave it out.",
-            code="malformed_row",
-        )
-    return Question(number, qid, row["query"], video)
+        raise malformed(location, "the name of the video as vid", "video", "rename the key")
+    return Question(number, row.get("qid", number), row["query"], row.get("vid"))
 
 
 def check_one_kind(questions: list[Question]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import is_number
+from runtime.datasets.json_rows import is_interval, malformed
 from runtime.datasets.presets import PRESETS, Preset
 from runtime.datasets.schema import Annotation, Row
 from runtime.datasets.validation import MAX_FRAME_RATE, SPLITS, VideoTable, missing_split, sentence_of, unlisted_video
@@ -93,20 +94,13 @@ class Captions:
             location = f"{self.path(split)}, video {excerpt(name)}"
             times, sentences = entry.get("timestamps"), entry.get("sentences")
             if not isinstance(times, list) or not isinstance(sentences, list) or len(times) != len(sentences):
-                raise AnnotationError(
-                    f"{location}: expected lists of equally many timestamps and sentences, got {excerpt(times)[:80]} "
-                    f"and {excerpt(sentences)[:80]}. Correct the entry.",
-                    code="malformed_row",
-                )
+                lists = (times, sentences)
+                raise malformed(location, "equally many timestamps and sentences", lists, "correct the entry")
             for index, (window, sentence) in enumerate(zip(times, sentences), 1):
                 number += 1
                 row_location = f"{location}, sentence {index}"
-                if not isinstance(window, list) or len(window) != 2 or not all(map(is_number, window)):
-                    raise AnnotationError(
-                        f"{row_location}: expected timestamps [start, end], got {excerpt(window)}. Correct the "
-                        "timestamps.",
-                        code="malformed_row",
-                    )
+                if not is_interval(window):
+                    raise malformed(row_location, "timestamps [start, end]", window, "correct the timestamps")
                 start, end = (float(value) / self._second[name] for value in window)
                 annotation = Annotation(name, start, end, sentence_of(sentence, row_location), number)
                 yield Row(annotation, f"{name} sentence {index}", row_location)

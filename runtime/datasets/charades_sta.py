@@ -10,6 +10,7 @@ from typing import Any
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import read_lines
+from runtime.datasets.json_rows import malformed
 from runtime.datasets.presets import PRESETS
 from runtime.datasets.schema import Annotation, Row
 from runtime.datasets.validation import (
@@ -107,19 +108,12 @@ class CharadesSTA:
         parts = line.strip().split("##")
         fields = parts[0].split()
         if len(parts) != 2 or len(fields) != 3 or not parts[1].strip():
-            raise AnnotationError(
-                f"{location}: expected VIDEO START END##SENTENCE, got {line.strip()[:80]!r}. Correct the line.",
-                code="malformed_row",
-            )
+            raise malformed(location, "VIDEO START END##SENTENCE", line.strip())
         try:
             start, end = float(fields[1]), float(fields[2])
         except ValueError:
             start = end = math.nan
         if not (math.isfinite(start) and math.isfinite(end)):
-            raise AnnotationError(
-                f"{location}: expected a start and an end in seconds, got {excerpt(fields[1])} and "
-                f"{excerpt(fields[2])}. Correct the line.",
-                code="malformed_row",
-            )
+            raise malformed(location, "a start and an end in seconds", fields[1:])
         self.check_known(fields[0], location)
         return Annotation(fields[0], start, end, parts[1].strip(), number)

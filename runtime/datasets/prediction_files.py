@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
-from runtime.core.errors import AnnotationError, excerpt
-from runtime.core.io.input_files import check_file
-from runtime.core.io.text_files import is_number, parse_json, read_lines
-
-Qid = Union[int, str]
+from runtime.core.io.text_files import is_number
+from runtime.datasets.json_rows import Qid, intervals, malformed, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +52,7 @@ def read_predictions(path: Path) -> list[Prediction]:
     Raises:
         AnnotationError: the file is missing or empty, or a row is malformed.
     """
-    return [_prediction(row, number, source) for row, number, source in _rows(path, "The prediction file")]
+    return [_prediction(*entry) for entry in read_rows(path, constants=True)]
 
 
 def read_truths(path: Path) -> list[Truth]:
@@ -64,37 +60,30 @@ def read_truths(path: Path) -> list[Truth]:
 
     A query without a matching moment has the windows [] or, as in the data of "Moment of Untruth", [[0, 0]].
     """
-    return [_truth(row, source) for row, _, source in _rows(path, "The ground-truth file")]
+    truths = []
+    for _, location, row in read_rows(path, constants=True):
+        windows = intervals(row, "relevant_windows", location)
+        matching = [] if windows == [(0, 0)] else windows
+        truths.append(Truth(_qid(row, location), row.get("vid"), np.array(matching, np.float64).reshape(-1, 2)))
+    return truths
 
 
-def _rows(path: Path, description: str) -> Iterator[tuple[dict[str, Any], int, str]]:
-    """Yield each row with its line number and its location for messages."""
-    check_file(path, description, AnnotationError)
-    lines = read_lines(path, "a JSON object a line")
-    if not lines:
-        raise AnnotationError(f"{path} is empty. Write one JSON object per query and line.", code="empty_file")
-    for number, line in enumerate(lines, 1):
-        source = f"{path}, line {number}"
-        row = parse_json(line, source, advice="correct the line", constants=True)
-        if not isinstance(row, dict):
-            raise _malformed(source, "a JSON object", row)
-        qid, video = row.get("qid"), row.get("vid")
-        if not isinstance(qid, (int, str)) or isinstance(qid, bool):
-            raise _malformed(source, "an integer or text as qid", qid)
-        if video is not None and not isinstance(video, str):
-            raise _malformed(source, "the name of a video as vid", video)
-        yield row, number, source
+def _qid(row: dict[str, Any], location: str) -> Qid:
+    if "qid" not in row:
+        raise malformed(location, "an integer or text as qid", None)
+    return row["qid"]
 
 
-def _prediction(row: dict[str, Any], number: int, source: str) -> Prediction:
+def _prediction(number: int, location: str, row: dict[str, Any]) -> Prediction:
     windows = row.get("pred_relevant_windows")
     if not isinstance(windows, list) or not all(map(_is_scored, windows)):
-        raise _malformed(source, "pred_relevant_windows [[start, end, score], ...] in seconds", windows)
+        raise malformed(location, "pred_relevant_windows [[start, end, score], ...] in seconds", windows)
     array = np.array([window[:3] for window in windows], np.float64).reshape(-1, 3)
     exist_score = row.get("pred_exist_score")
     if exist_score is not None and not is_number(exist_score):
-        raise _malformed(source, "a number as pred_exist_score", exist_score)
-    return Prediction(row["qid"], row.get("vid"), array, number, None if exist_score is None else float(exist_score))
+        raise malformed(location, "a number as pred_exist_score", exist_score)
+    exist_score = None if exist_score is None else float(exist_score)
+    return Prediction(_qid(row, location), row.get("vid"), array, number, exist_score)
 
 
 def _is_scored(window: Any) -> bool:
@@ -103,20 +92,3 @@ def _is_scored(window: Any) -> bool:
     # The public evaluator sorts by any number, also by NaN.
     is_score = isinstance(window[2], (int, float)) and not isinstance(window[2], bool)
     return is_score and is_number(window[0]) and is_number(window[1])
-
-
-def _truth(row: dict[str, Any], source: str) -> Truth:
-    windows = row.get("relevant_windows")
-    is_valid = isinstance(windows, list) and all(
-        isinstance(window, list) and len(window) == 2 and all(map(is_number, window)) for window in windows
-    )
-    if not is_valid or windows is None:
-        raise _malformed(source, "relevant_windows [[start, end], ...] in seconds", windows)
-    matching = [] if windows == [[0, 0]] else windows
-    return Truth(row["qid"], row.get("vid"), np.array(matching, np.float64).reshape(-1, 2))
-
-
-def _malformed(source: str, expected: str, actual: object) -> AnnotationError:
-    return AnnotationError(
-        f"{source}: expected {expected}, got {excerpt(actual)}. Correct the line.", code="malformed_row"
-    )

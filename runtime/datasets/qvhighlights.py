@@ -12,8 +12,9 @@ from typing import Any
 
 from runtime.core.errors import AnnotationError, excerpt, reading
 from runtime.core.io.input_files import read_json
-from runtime.core.io.text_files import check_format, is_number, parse_json, read_lines
+from runtime.core.io.text_files import check_format, is_number
 from runtime.core.video import MAX_FRAMES
+from runtime.datasets.json_rows import intervals, malformed, read_rows
 from runtime.datasets.presets import PRESETS, Preset
 from runtime.datasets.schema import Annotation, Row, Times
 from runtime.datasets.validation import SPLITS, VideoTable, missing_split, sentence_of, unlisted_video
@@ -114,15 +115,9 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _read_rows(path: Path, videos: VideoTable) -> Iterator[Row]:
-    lines = read_lines(path, "a JSON object a line")
-    if not lines:
-        raise AnnotationError(
-            f"Expected lines of JSON objects in {path}, got an empty file. Copy the file again.", code="empty_file"
-        )
     seen: set[int | str] = set()
-    for number, line in enumerate(lines, 1):
-        location = f"{path}, line {number}"
-        row = _row(line, location)
+    for number, location, row in read_rows(path):
+        _check_kinds(row, location)
         name, qid = row["vid"], row["qid"]
         videos.add(name, row["duration"], location)
         if qid in seen:
@@ -131,33 +126,28 @@ def _read_rows(path: Path, videos: VideoTable) -> Iterator[Row]:
                 code="duplicate_query",
             )
         seen.add(qid)
-        # The videos of a split without published moments can be listed, but `rows` raises an error.
-        windows = _windows(row["relevant_windows"], location) if "relevant_windows" in row else (HIDDEN,)
+        windows = _windows(row, location)
         sentence = sentence_of(row["query"], location)
         (start, end), several = windows[0], windows if len(windows) > 1 else ()
         yield Row(Annotation(name, start, end, sentence, number, qid, several), str(number), location)
 
 
-def _row(line: str, location: str) -> dict[str, Any]:
-    row = parse_json(line, location, advice="correct the line")
+def _check_kinds(row: dict[str, Any], location: str) -> None:
     kinds: dict[str, Any] = {"qid": (int, str), "query": str, "vid": str, "duration": (int, float)}
     for key, kind in kinds.items():
-        if not isinstance(row, dict) or not isinstance(row.get(key), kind) or isinstance(row[key], bool):
+        if not isinstance(row.get(key), kind) or isinstance(row[key], bool):
             raise AnnotationError(
                 f"{location}: expected a JSON object with qid, query, vid, duration and relevant_windows, but {key} is "
                 "missing or has another type. Correct the line.",
                 code="malformed_row",
             )
-    return row
 
 
-def _windows(value: Any, location: str) -> tuple[Times, ...]:
-    is_valid = isinstance(value, list) and all(
-        isinstance(window, list) and len(window) == 2 and all(map(is_number, window)) for window in value
-    )
-    if not is_valid or not value:
-        raise AnnotationError(
-            f"{location}: expected relevant_windows [[start, end], ...], got {excerpt(value)}. Correct the line.",
-            code="malformed_row",
-        )
-    return tuple((float(start), float(end)) for start, end in value)
+def _windows(row: dict[str, Any], location: str) -> tuple[Times, ...]:
+    if "relevant_windows" not in row:
+        # The videos of a split without published moments can be listed, but `rows` raises an error.
+        return (HIDDEN,)
+    windows = intervals(row, "relevant_windows", location)
+    if not windows:
+        raise malformed(location, "relevant_windows [[start, end], ...]", windows)
+    return tuple(windows)

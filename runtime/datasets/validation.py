@@ -10,6 +10,7 @@ from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.text_files import is_number
 from runtime.core.names import by_fold, near_name, similar_names
 from runtime.core.video import MAX_DURATION_S, MAX_FRAMES
+from runtime.datasets.json_rows import malformed
 
 SPLITS = ("train", "val", "test")
 # Suffixes of video files, which are part of the names of videos in some data sets (TACoS: s17-d69.avi).
@@ -132,7 +133,5 @@ def sentence_of(value: Any, location: str) -> str:
     """Return a sentence of the annotations in one line; AnnotationError if the value is empty or is not text."""
     sentence = " ".join(value.split()) if isinstance(value, str) else ""
     if not sentence:
-        raise AnnotationError(
-            f"{location}: expected a sentence, got {excerpt(value)}. Correct or remove it.", code="malformed_row"
-        )
+        raise malformed(location, "a sentence", value, "correct or remove it")
     return sentence
