@@ -189,28 +189,23 @@ class Agreement:
 
     @classmethod
     def from_moments(
-        cls,
-        model: str,
-        actual: Sequence[Sequence[Moment]],
-        expected: Sequence[Sequence[Moment]],
-        visible_s: float = VISIBLE_S,
+        cls, model: str, actual: Sequence[Sequence[Moment]], expected: Sequence[Sequence[Moment]]
     ) -> Agreement:
         """Compare the best moments of a model with those of the first model.
 
         Args:
             actual, expected: moments of each query, best first, of this and of the first model.
-            visible_s: smallest shift that counts as different, in seconds.
         """
         pairs = list(zip(actual, expected))
         best = [[(side[0].start, side[0].end) for side in pair] for pair in pairs if all(pair)]
         different = sum(bool(moments) != bool(references) for moments, references in pairs)
         if not best:
-            return cls(model, len(expected), 1.0, 1.0, 0.0, different, visible_s)
+            return cls(model, len(expected), 1.0, 1.0, 0.0, different, VISIBLE_S)
         spans = np.array(best, np.float64)
         overlaps, shifts = moment_deviation(spans[:, 0], spans[:, 1])
-        different += int((shifts.max(axis=1) > visible_s).sum())
+        different += int((shifts.max(axis=1) > VISIBLE_S).sum())
         overlap = float(overlaps.mean()), float(overlaps.min())
-        return cls(model, len(expected), *overlap, float(shifts.max()), different, visible_s)
+        return cls(model, len(expected), *overlap, float(shifts.max()), different, VISIBLE_S)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,10 +112,10 @@ def percentile(values: Sequence[float] | np.ndarray, q: float) -> float | None:
     return float(np.sort(np.asarray(values, np.float64))[rank - 1])
 
 
-def is_stable(medians: Sequence[float], tolerance: float = TOLERANCE, windows: int = WINDOWS) -> bool:
-    """Return whether the last medians exceed the smallest of them by at most `tolerance`."""
-    last = medians[-windows:]
-    return len(last) == windows and max(last) <= min(last) * (1 + tolerance)
+def is_stable(medians: Sequence[float]) -> bool:
+    """Return whether the last `WINDOWS` medians exceed the smallest of them by at most `TOLERANCE`."""
+    last = medians[-WINDOWS:]
+    return len(last) == WINDOWS and max(last) <= min(last) * (1 + TOLERANCE)
 
 
 def window_size(seconds_per_call: float) -> int:

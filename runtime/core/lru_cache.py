@@ -25,7 +25,7 @@ class LruCache(Generic[Key, Value]):
         self.weight = 0
         self._capacity = capacity
         self._entries: collections.OrderedDict[Key, tuple[Value, int]] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -58,7 +58,7 @@ class LruCache(Generic[Key, Value]):
             self._entries[key] = value, weight
             self.weight += weight - replaced
             while self.weight > self._capacity and len(self._entries) > 1:
-                self._pop_oldest()
+                self.pop_oldest()
 
     def pop(self, key: Key) -> Value | None:
         """Remove a key and return its value; None for an unknown key."""
@@ -70,9 +70,6 @@ class LruCache(Generic[Key, Value]):
     def pop_oldest(self) -> Value:
         """Remove the least recently used entry and return its value; KeyError if the cache is empty."""
         with self._lock:
-            return self._pop_oldest()
-
-    def _pop_oldest(self) -> Value:
-        _, (value, weight) = self._entries.popitem(last=False)
-        self.weight -= weight
-        return value
+            _, (value, weight) = self._entries.popitem(last=False)
+            self.weight -= weight
+            return value

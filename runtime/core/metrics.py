@@ -14,6 +14,8 @@ from runtime.core.moments import temporal_iou
 
 RANKS = (1, 5)
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
+# Step of starts and ends of constant moments, as a fraction of the video.
+GRID_STEP = 0.02
 
 
 def recall_name(rank: int, iou_threshold: float) -> str:
@@ -122,7 +124,7 @@ def prior_report(
     return Report({**scored.values, "mIoU": float(best_iou(mean, truth, 1).mean())}, len(truth), protocol)
 
 
-def best_constant_moments(truth: np.ndarray, count: int, iou_threshold: float | None, step: float = 0.02) -> np.ndarray:
+def best_constant_moments(truth: np.ndarray, count: int, iou_threshold: float | None) -> np.ndarray:
     """Return `count` constant spans that are hits for most queries, (count, 2), best first.
 
     The search is greedy: each span maximizes the number of hits together with the spans before.
@@ -131,7 +133,7 @@ def best_constant_moments(truth: np.ndarray, count: int, iou_threshold: float | 
         truth: (N, 2) fractions of the video.
         iou_threshold: temporal IoU above which a span is a hit; with None the mean of the best IoU is maximized.
     """
-    ticks = np.arange(0, 1 + step / 2, step, dtype=np.float32)
+    ticks = np.arange(0, 1 + GRID_STEP / 2, GRID_STEP, dtype=np.float32)
     start, end = np.triu_indices(len(ticks), 1)
     candidates = np.stack((ticks[start], ticks[end]), 1)
     overlap = temporal_iou(candidates, truth.astype(np.float32))

@@ -150,7 +150,6 @@ def batches_of(
     data_set: DataSet,
     annotations: Sequence[Annotation],
     batch_size: int = BATCH_SIZE,
-    segments_of: Callable[[str], Segments] | None = None,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yield the batches of a split for a model that was not split; see `evaluate` for the arguments.
 
@@ -159,7 +158,7 @@ def batches_of(
     Yields:
         (B,) int64 indices of the annotations of a batch, and the batch.
     """
-    for chunk in chunks(grounder, data_set, annotations, segments_of):
+    for chunk in chunks(grounder, data_set, annotations):
         for indices, batch in batches(chunk.queries, cast("Sequence[Segments]", chunk.segments), batch_size):
             yield chunk.rows[indices], batch
 

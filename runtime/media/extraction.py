@@ -232,7 +232,6 @@ def load_or_extract(
     extractor: Extractor,
     *,
     partial: bool = False,
-    batch_size: int = BATCH_SIZE,
     threads: int | None = None,
     video_file: VideoFile | None = None,
 ) -> Video:
@@ -253,7 +252,6 @@ def load_or_extract(
         extractor_hash,
         known=known,
         partial=partial,
-        batch_size=batch_size,
         threads=threads,
         video_file=video_file,
     )

@@ -19,10 +19,10 @@ ZIP_DIRECTORY_BYTES = 4 << 10
 MAX_NAME_LENGTH = 100
 
 
-def display_name(name: str, fallback: str = "video") -> str:
+def display_name(name: str) -> str:
     """Return the last path component of a client's name for a video, in printable characters and bounded length."""
     stem = name.replace("\\", "/").rsplit("/", 1)[-1]
-    return "".join(letter if letter.isprintable() else " " for letter in stem).strip()[:MAX_NAME_LENGTH] or fallback
+    return "".join(letter if letter.isprintable() else " " for letter in stem).strip()[:MAX_NAME_LENGTH] or "video"
 
 
 def read_features(path: Path, max_bytes: int, dim: int) -> np.ndarray:
