@@ -20,7 +20,7 @@ from runtime.core import cpu_info
 from runtime.core.agreement import compare_answers
 from runtime.core.cli import check_plots, command, report_written, suggest_next_command
 from runtime.core.errors import ModelFileError, check_option, printable_line
-from runtime.core.io.atomic_files import atomic_write, check_report, write_json
+from runtime.core.io.atomic_files import atomic_write, check_report, write_json, write_text
 from runtime.core.io.input_files import check_file
 from runtime.core.terminal import command_line
 from runtime.datasets.dataset import DataSet
@@ -31,18 +31,6 @@ FORMAT = "drn-comparison/1"
 # Seconds of timing full batches, per model.
 BATCH_SECONDS = 5.0
 SHOWN_METRICS = ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU")
-HEADER = (
-    "model",
-    "precision",
-    "MB",
-    "p50 ms",
-    "p99 ms",
-    "queries/s",
-    "speed-up",
-    *SHOWN_METRICS,
-    "lost, gained (IoU 0.7)",
-    "agreement",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +58,22 @@ class ComparedModel:
     gained: int
     agreement: float
 
-    def cells(self) -> list[str]:
-        """Return the values in the order of `HEADER`."""
-        p99 = "-" if self.latency.p99_ms is None else f"{self.latency.p99_ms:.3g}"
-        speed_up = "1" if self.speed_up is None else f"{self.speed_up.median:.2f}"
-        return [
-            printable_line(self.name),
-            self.precision,
-            f"{self.size / 1e6:.1f}",
-            f"{self.latency.p50_ms:.3g}",
-            p99,
-            f"{self.queries_per_s:.4g}",
-            speed_up,
-            *(f"{100 * self.metrics[name]:.2f}" if name in self.metrics else "-" for name in SHOWN_METRICS),
-            f"{self.lost}, {self.gained}",
-            f"{self.agreement:.4f}",
-        ]
+    def cells(self) -> dict[str, str]:
+        """Return the values by the names of the columns."""
+        p99 = self.latency.p99_ms
+        recalls = {name: f"{100 * self.metrics[name]:.2f}" if name in self.metrics else "-" for name in SHOWN_METRICS}
+        return {
+            "model": printable_line(self.name),
+            "precision": self.precision,
+            "MB": f"{self.size / 1e6:.1f}",
+            "p50 ms": f"{self.latency.p50_ms:.3g}",
+            "p99 ms": "-" if p99 is None else f"{p99:.3g}",
+            "queries/s": f"{self.queries_per_s:.4g}",
+            "speed-up": "1" if self.speed_up is None else f"{self.speed_up.median:.2f}",
+            **recalls,
+            "lost, gained (IoU 0.7)": f"{self.lost}, {self.gained}",
+            "agreement": f"{self.agreement:.4f}",
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +85,26 @@ class Comparison:
     environment: dict[str, Any]
     command: str
 
+    def _rows(self) -> list[list[str]]:
+        """Return the table with its header."""
+        rows = [model.cells() for model in self.models]
+        return [list(rows[0]), *(list(row.values()) for row in rows)]
+
     def text(self) -> str:
         """Return the table and the notes for a terminal."""
-        rows = [list(HEADER), *(model.cells() for model in self.models)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if not column else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths))
-            )
-            for row in rows
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), *self.notes])
+        rows = self._rows()
+        first, *widths = (max(map(len, column)) for column in zip(*rows))
+        lines = []
+        for name, *cells in rows:
+            padded = (cell.rjust(width) for cell, width in zip(cells, widths))
+            lines.append("  ".join([name.ljust(first), *padded]))
+        return "\n".join([*lines, *self.notes])
 
     def markdown(self) -> str:
         """Return the table and the notes as Markdown."""
-        rows = [HEADER, ("---",) * len(HEADER), *(tuple(model.cells()) for model in self.models)]
-        table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+        header, *rows = self._rows()
+        lines = [header, ["---"] * len(header), *rows]
+        table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines]
         return "\n".join([*table, "", *(f"- {note}" for note in self.notes), "", f"    {self.command}", ""])
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,8 +181,7 @@ def compare(
     if output:
         write_json(output, comparison.to_dict())
     if markdown:
-        with atomic_write(markdown) as temporary:
-            Path(temporary).write_text(comparison.markdown(), encoding="utf-8")
+        write_text(markdown, comparison.markdown())
     if plot:
         draw(comparison, plot)
     print(comparison.text())
