@@ -90,7 +90,6 @@ def open_source(path: Path) -> FeatureSource:
 
     Raises:
         AnnotationError, FeatureError: the path is none of these, or its tables are malformed.
-        DeviceError: pyarrow is not installed.
     """
     if path.suffix in PARQUET_SUFFIXES and path.is_file():
         return ParquetSource([path])

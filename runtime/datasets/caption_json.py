@@ -40,9 +40,6 @@ class Captions:
     Args:
         clock_of: returns the length of a video from its entry; raises TypeError, KeyError or ValueError if it has none.
         clock: description of the keys that `clock_of` reads, for messages.
-
-    Raises:
-        AnnotationError: a file is malformed, or two files have different lengths of one video.
     """
 
     unit, correction, simulated = "sentences", "correct the entry or leave it out", False

@@ -27,11 +27,7 @@ FEATURE_DIRECTORY = "C3D_unit16_overlap0.5_merged"
 
 
 class CharadesSTA:
-    """`Charades_sta_SPLIT.txt` with lines `VIDEO START END##SENTENCE`, and JSON tables; see `DatasetFormat`.
-
-    Raises:
-        AnnotationError: a table is missing or malformed.
-    """
+    """`Charades_sta_SPLIT.txt` with lines `VIDEO START END##SENTENCE`, and JSON tables; see `DatasetFormat`."""
 
     unit, correction, simulated = "lines", "correct the line or leave it out", False
 

@@ -14,11 +14,7 @@ __all__ = ["Annotation", "DatasetFormat", "Row", "open_format"]
 
 
 def open_format(root: Path) -> DatasetFormat:
-    """Return the data set in a directory.
-
-    Raises:
-        AnnotationError: the directory has files of several formats or of none, or a file is malformed.
-    """
+    """Return the data set in a directory."""
     claims = {"Charades-STA": CharadesSTA.claims(root), "QVHighlights": QVHighlights.claims(root)}
     captions = read_splits(root)
     for split, entries in captions.items():

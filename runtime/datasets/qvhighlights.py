@@ -28,9 +28,6 @@ class QVHighlights:
     """Lines of `{"qid", "query", "vid", "duration", "relevant_windows": [[start, end], ...]}`; see `DatasetFormat`.
 
     Splits are `SPLIT.jsonl` or, as published, `highlight_SPLIT_release.jsonl`. Times are in seconds.
-
-    Raises:
-        AnnotationError: a row or `dataset.json` is malformed, or two videos have one name.
     """
 
     unit, correction = "lines", "correct the line or leave it out"

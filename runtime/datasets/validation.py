@@ -30,11 +30,7 @@ class VideoTable:
         self._names: dict[str, str] = {}
 
     def add(self, name: str, duration: Any, location: str, num_frames: Any | None = None) -> None:
-        """Add a video of a duration in seconds; the same video may be added again. `location` begins messages.
-
-        Raises:
-            AnnotationError: the name or a number is invalid, or another video has this name.
-        """
+        """Add a video of a duration in seconds; the same video may be added again. `location` begins messages."""
         check_video_name(name, location)
         if not is_number(duration) or not 0 < duration <= MAX_DURATION_S:
             raise AnnotationError(

@@ -291,11 +291,7 @@ def _cached_record(path: Path) -> ExtractionRecord | None:
 
 
 def read_record(value: Any, source: Path) -> ExtractionRecord | None:
-    """Return the record of a JSON object from `ExtractionRecord.to_dict`; None if it does not match its digest.
-
-    Raises:
-        VideoFileError: the object has another structure.
-    """
+    """Return the record of a JSON object from `ExtractionRecord.to_dict`; None if it does not match its digest."""
     with reading(source, "a record of extracted features", VideoFileError, "remove it"):
         fields = {name: item for name, item in value.items() if name not in ("format", "digest")}
         record = ExtractionRecord(**fields)

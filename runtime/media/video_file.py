@@ -100,7 +100,6 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
 
     Raises:
         VideoFileError: the file is missing or empty, is not a video, or has no frame.
-        DeviceError: PyAV is not installed.
     """
     path = Path(path)
     check_video_file(path)

@@ -91,11 +91,7 @@ def configuration(service: Service, grace: int) -> uvicorn.Config:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address; port 0 takes a free port.
-
-    Raises:
-        GroundingError: the address cannot be used.
-    """
+    """Return a socket that listens at an address, GroundingError if that is not possible; port 0 takes a free port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sets TCP_NODELAY only if the protocol is explicit. Without it a client waits 40 ms for the body.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
