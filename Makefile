@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 # TensorRT-RTX comes as Linux x86-64 wheels; elsewhere its tests skip and say so.
-EXTRAS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo cpu,plot,video,hdf5,serve,corpus,triton,train,export,engine,rtx,docs,dev || echo cpu,plot,video,hdf5,serve,corpus,triton,train,export,engine,docs,dev)
+EXTRAS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo cpu,openvino,plot,video,hdf5,serve,corpus,triton,train,export,engine,rtx,docs,dev || echo cpu,openvino,plot,video,hdf5,serve,corpus,triton,train,export,engine,docs,dev)
 
 # The Python API of TensorRT 10 and 11 without its libraries: tests hold the names we use against it. Two versions of one
 # package cannot share a folder, nor constraints.txt, so each has its own and is pinned here.

@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime.artifacts import onnx_metadata
 from runtime.backends import onnxruntime_session
-from runtime.backends.onnxruntime_backend import open_graph
+from runtime.backends.onnx_backend import open_graph
 from runtime.core.cli import command
 from runtime.core.errors import GroundingError, ModelFileError
 from runtime.core.io.digests import sha256

@@ -31,6 +31,8 @@ QuantDtype = Literal["int8", "fp8"]
 
 # The largest number of each kind. INT8 is symmetric, so -128 is not used.
 LARGEST = {"int8": 127.0, "fp8": 448.0}
+# The largest INT8 weight of which two products with uint8 activations fit into 16 bits: 2 x 255 x 64 is below 32,768.
+MAX_EXACT_WEIGHT = 64.0
 # The first opset in which Q/DQ accepts E4M3 and FP16 scales.
 FP8_OPSET = 19
 
@@ -52,6 +54,7 @@ class QuantizationPolicy:
         keep: modules to exclude, by the names of the graph or of DRN.
         unsigned: whether inputs without negative values use all 256 steps (INT8 with zero point -128). ONNX Runtime
             computes this form; TensorRT requires a zero point of 0.
+        max_weight: largest number of an INT8 weight.
     """
 
     computed: tuple[str, ...] = (
@@ -68,6 +71,7 @@ class QuantizationPolicy:
     per_channel: bool = True
     keep: tuple[str, ...] = ()
     unsigned: bool = False
+    max_weight: float = LARGEST["int8"]
 
     def keeping(self, *modules: str) -> QuantizationPolicy:
         """Return this policy with more modules to exclude."""
@@ -276,7 +280,9 @@ def _equalized(
     return result, ranges
 
 
-def quantize_weight(weight: np.ndarray, kind: QuantDtype, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+def quantize_weight(
+    weight: np.ndarray, kind: QuantDtype, axis: int | None, limit: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Return a weight as 8-bit numbers of the same shape, and their float32 scales.
 
     A number times its scale is within half a step of the weight. A channel of zeros has the scale 1.
@@ -285,14 +291,15 @@ def quantize_weight(weight: np.ndarray, kind: QuantDtype, axis: int | None) -> t
         weight: values in FP32.
         kind: int8 or fp8.
         axis: axis of the output channels, which have one scale each; None for a single scale.
+        limit: largest number.
     """
     weight = weight.astype(np.float64)
     others = None if axis is None else tuple(index for index in range(weight.ndim) if index != axis)
     largest = np.abs(weight).max(axis=others, keepdims=True)
     # Rounded first, because the rounded scale multiplies the numbers.
-    scale = half_precision_scale(np.where(largest > 0, largest / LARGEST[kind], 1))
+    scale = half_precision_scale(np.where(largest > 0, largest / limit, 1))
     scaled = weight / scale.astype(np.float64)
-    clipped = np.clip(scaled if kind == "fp8" else np.rint(scaled), -LARGEST[kind], LARGEST[kind])
+    clipped = np.clip(scaled if kind == "fp8" else np.rint(scaled), -limit, limit)
     # Through float32, because float64 is rounded to E4M3 differently.
     numbers = clipped.astype(np.float32).astype(number_type(kind))
     return numbers, scale.reshape(()) if axis is None else scale.reshape(-1)
@@ -415,7 +422,8 @@ class _Writer:
 
         values = numpy_helper.to_array(tensor)
         _check_finite(values, f"The weight {tensor.name}")
-        numbers, scale = quantize_weight(values, self._kind, self._axis(op))
+        limit = self._policy.max_weight if self._kind == "int8" else LARGEST[self._kind]
+        numbers, scale = quantize_weight(values, self._kind, self._axis(op), limit)
         _check_finite(scale, f"The scale of {tensor.name}")
         self._constant(tensor.name, numbers)
         self._constant(f"{tensor.name}_scale", scale)

@@ -21,7 +21,7 @@ from benchmarks.measurement import (
 )
 from benchmarks.multiply_adds import drn_multiply_adds
 from runtime import Grounder
-from runtime.backends.onnxruntime_backend import OnnxRuntimePair
+from runtime.backends.onnx_backend import OnnxPair
 from runtime.core.cli import check_plots, command
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import atomic_write, check_writable, write_json
@@ -91,15 +91,15 @@ def growth(
     return report
 
 
-def _opened(config: DRNConfig, path: Path, threads: int) -> OnnxRuntimePair:
+def _opened(config: DRNConfig, path: Path, threads: int) -> OnnxPair:
     """Return an untrained split network."""
     pair = Grounder.load(write_untrained_model(config, path), "cpu", threads).backend
-    assert isinstance(pair, OnnxRuntimePair)
+    assert isinstance(pair, OnnxPair)
     return pair
 
 
 def _runs(
-    parts: dict[int, tuple[DRNConfig, OnnxRuntimePair]],
+    parts: dict[int, tuple[DRNConfig, OnnxPair]],
 ) -> Iterator[tuple[tuple[str, str, int], tuple[Callable[[], Any], int]]]:
     """Yield (variable, case, value), and a call with the number that its time is divided by."""
     for count, (config, pair) in parts.items():
@@ -115,7 +115,7 @@ def _runs(
         yield (BY_QUERIES, ENCODED_FOR, queries), (_encoding(config, pair), 1)
 
 
-def _asking(config: DRNConfig, pair: OnnxRuntimePair, queries: int, length: int) -> Callable[[], Any]:
+def _asking(config: DRNConfig, pair: OnnxPair, queries: int, length: int) -> Callable[[], Any]:
     """Return a call of the query part."""
     video = random_encoded_video(config)
     tokens = np.random.default_rng(0).integers(1, WORDS + 1, (queries, length), dtype=np.int32)
@@ -123,7 +123,7 @@ def _asking(config: DRNConfig, pair: OnnxRuntimePair, queries: int, length: int)
     return lambda: pair.ask(tokens, lengths, [video], index)
 
 
-def _encoding(config: DRNConfig, pair: OnnxRuntimePair) -> Callable[[], Any]:
+def _encoding(config: DRNConfig, pair: OnnxPair) -> Callable[[], Any]:
     """Return a call of the video part."""
     features = sparse_features(np.random.default_rng(0), 1, config.num_segments, config.feature_dim)
     return lambda: pair.encode(features)

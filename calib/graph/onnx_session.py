@@ -1,4 +1,4 @@
-"""Run ONNX graphs in ONNX Runtime on the CPU, from memory or from a file."""
+"""Run ONNX graphs in ONNX Runtime or OpenVINO on the CPU, from memory or from a file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from calib.graph.onnx_graph import manifest_of, read_manifest
 from runtime.backends.base import run_pair
 from runtime.backends.exact_int8 import for_cpu, source_for_cpu
 from runtime.backends.onnxruntime_session import new_session
+from runtime.backends.openvino_session import OpenVinoSession
 from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, VIDEO_INDEX, Batch, Heads
 
 if TYPE_CHECKING:
@@ -92,13 +93,20 @@ class InMemoryBackend:
 
 
 class InMemorySplitBackend:
-    """The two parts of a split graph in memory as a `runtime.PairBackend`, which encodes each video once."""
+    """The two parts of a split graph in memory as a `runtime.PairBackend`, which encodes each video once.
+
+    If `optimized`, the library that the manifest names runs them, else ONNX Runtime operator by operator.
+    """
 
     def __init__(
         self, video: onnx.ModelProto, query: onnx.ModelProto, threads: int | None = None, optimized: bool = False
     ) -> None:
         self.manifest = manifest_of(query, "the query part")
-        self._video, self._query = (open_session(part, threads, optimized) for part in (video, query))
+        if optimized and self.manifest.library == "openvino":
+            sessions: list[Any] = [OpenVinoSession(part.SerializeToString(), threads) for part in (video, query)]
+        else:
+            sessions = [open_session(part, threads, optimized) for part in (video, query)]
+        self._video, self._query = sessions
 
     def encode(self, segment_features: np.ndarray) -> np.ndarray:
         """Return the encodings of V videos, (V, D, T), from their (V, T, D) float32 segments."""

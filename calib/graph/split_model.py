@@ -149,8 +149,9 @@ def write_split_model(video: onnx.ModelProto, query: onnx.ModelProto, path: Path
 
 
 def _written(part: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a part with Pad nodes if it is FP32, as FP32 files are (`calib.graph.conv_padding`)."""
-    return extract_padding(part) if manifest_of(part).precision == "fp32" else part
+    """Return a part with Pad nodes if it is FP32 for ONNX Runtime (`calib.graph.conv_padding`)."""
+    manifest = manifest_of(part)
+    return extract_padding(part) if (manifest.precision, manifest.library) == ("fp32", "onnxruntime") else part
 
 
 def _dependence(graph: onnx.GraphProto) -> dict[str, frozenset[str]]:

@@ -74,13 +74,15 @@ class ConvertedModel:
         manifest = dataclasses.replace(
             manifest,
             precision=job.precision,
+            library=job.library or "onnxruntime",
             sources={**manifest.sources, source.name: sha256(source)},
             training={**manifest.training, "precision": {**converted.facts, "multiply-adds": shares, "cpu": cpu()}},
         )
         del converted.graph.metadata_props[:]
         set_model_props(converted.graph, {METADATA_KEY: manifest.to_json()})
         weights = sum(audit_graph(graph).weight_bytes.values())
-        stored = extract_padding(converted.graph) if job.precision == "fp32" else converted.graph
+        padded = job.precision == "fp32" and job.library != "openvino"
+        stored = extract_padding(converted.graph) if padded else converted.graph
         return cls(with_digest(stored.SerializeToString()), manifest, stats, weights, converted.calibration)
 
     def file(self, path: Path) -> ModelFile:

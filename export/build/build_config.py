@@ -27,6 +27,7 @@ from export.engine.profiles import (
 )
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import layers_path
+from runtime.artifacts.manifest import LIBRARIES, Library
 from runtime.backends.base import MAX_THREADS
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError, OutputError, check_option
 from runtime.core.io.atomic_files import check_writable
@@ -44,7 +45,10 @@ log = logging.getLogger("drn")
 SUFFIXES = (".pth", ".pt", ".onnx", ".tar", ".pickle")
 # Default of --min-speedup for int8 and fp8, which cost accuracy.
 MIN_SPEEDUP = 1.05
-Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
+Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "openvino"]
+ResolvedTarget = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "openvino"]
+# OpenVINO computes FP16 in FP32 on a CPU, and BF16 too unless the CPU has BF16 instructions.
+UNSUPPORTED = {"onnxruntime": ("bf16",), "openvino": ("fp16", "bf16", "fp8")}
 # Options that a recorded command contains even if they have their default, which may change.
 ALWAYS_RECORDED = ("precision", "target", "max_drop")
 
@@ -168,11 +172,16 @@ class BuildConfig:
 
     model: Path
     precision: Precision
-    target: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+    target: ResolvedTarget
     data: Path | None
     requested_output: Path | None
     split: bool = False
     unroll: tuple[int, ...] = ()
+
+    @property
+    def library(self) -> Library | None:
+        """Return the library that runs the graph on a CPU; None for an engine."""
+        return next((library for library in LIBRARIES if library == self.target), None)
 
     @property
     def stem(self) -> Path:
@@ -187,14 +196,15 @@ class BuildConfig:
         """Return the file to run; for a split model this is the query part."""
         if self.requested_output:
             return self.requested_output
-        suffix = "onnx" if self.target == "onnxruntime" else "engine"
+        suffix = "onnx" if self.library else "engine"
+        library = "openvino." if self.target == "openvino" else ""
         part = "query." if self.split else ""
-        return self.stem.with_name(f"{self.stem.name}.{self.precision}.{part}{suffix}")
+        return self.stem.with_name(f"{self.stem.name}.{self.precision}.{library}{part}{suffix}")
 
     @property
     def graph_path(self) -> Path:
         """Return the path of the full graph in the requested precision."""
-        if self.target == "onnxruntime" and not self.split:
+        if self.library and not self.split:
             return self.output
         stem = self.output.with_suffix("")
         if self.split:
@@ -234,9 +244,9 @@ class BuildConfig:
         """
         check_file(self.model, "The model file", ModelFileError)
         self._check_names()
-        if self.target == "onnxruntime" and self.precision == "bf16":
+        if self.precision in UNSUPPORTED.get(self.target, ()):
             raise DeviceError(
-                "ONNX Runtime has no bf16 kernels. Choose --precision fp16, or --target tensorrt or tensorrt-rtx.",
+                f"--target {self.target} has no {self.precision} kernels. Choose another --precision or --target.",
                 code="precision_unsupported",
             )
         request.check()
@@ -251,7 +261,7 @@ class BuildConfig:
                 "Choose another --model.",
                 code="wrong_suffix",
             )
-        suffix = ".onnx" if self.target == "onnxruntime" else ".engine"
+        suffix = ".onnx" if self.library else ".engine"
         if self.output.suffix != suffix:
             raise OutputError(
                 f"Expected --output with the suffix {suffix} for --target {self.target}, got {self.output}. "
@@ -279,10 +289,10 @@ class BuildConfig:
         reports = (self.sibling_path(ending) for ending in endings)
         pair = pair_paths(self.graph_path) if self.split else ()
         shorter = [path for plan in self.unrolled for path in (plan, engine_metadata.metadata_path(plan))]
-        engines = (self.output, *self.unrolled) if self.target != "onnxruntime" else ()
+        engines = () if self.library else (self.output, *self.unrolled)
         layers = [layers_path(engine) for engine in engines]
-        sidecar = engine_metadata.metadata_path(self.output)
-        written = list(dict.fromkeys((self.output, self.graph_path, sidecar, *pair, *shorter, *layers, *reports)))
+        first = (self.output, self.graph_path, engine_metadata.metadata_path(self.output))
+        written = list(dict.fromkeys((*first, *pair, *shorter, *layers, *reports)))
         for path in written:
             check_writable(path, self.model, table, plan, timing_cache, *({*written} - {path}))
 
@@ -325,7 +335,7 @@ class BuildConfig:
             timing_cache, profiles: options of the request.
             reason: why the target was chosen, as a sentence.
         """
-        if self.target == "onnxruntime":
+        if self.library:
             flags = {
                 "--optimization-level": options.optimization_level,
                 "--workspace": options.workspace_gib,
@@ -339,7 +349,7 @@ class BuildConfig:
             given = [flag for flag, value in flags.items() if value not in (None, False, ())]
             if given:
                 raise GroundingError(
-                    f"{', '.join(given)} applies to engines only, but the target is onnxruntime "
+                    f"{', '.join(given)} applies to engines only, but the target is {self.target} "
                     f"({reason.rstrip('.')}). Remove the option, or choose another --target.",
                     code="inapplicable_option",
                 )
@@ -403,21 +413,19 @@ class BuildConfig:
         if self.precision in ("int8", "fp8"):
             lines.append(f"ranges     {f'{samples} training queries of {self.data}' if samples else '--table'}")
         lines.append(f"graph      {self.graph_path}")
-        if self.split:
-            lines.append(f"parts      {', '.join(map(str, pair_paths(self.graph_path)))}")
-        if self.target != "onnxruntime":
+        lines += [f"parts      {', '.join(map(str, pair_paths(self.graph_path)))}"] if self.split else []
+        if not self.library:
             lines += [f"engine     {self.output}", f"metadata   {engine_metadata.metadata_path(self.output)}"]
             lines += [f"unrolled   {plan}" for plan in self.unrolled]
             lines += [f"lengths    {unrolling.reason}"] if unrolling else []
-        if options.compute_capabilities:
-            lines.append(f"GPUs       compute capability {', '.join(options.compute_capabilities)}")
-        if shapes is None:
-            lines.append("profiles   known after the conversion of the checkpoint")
+        gpus = ", ".join(options.compute_capabilities)
+        lines += [f"GPUs       compute capability {gpus}"] if gpus else []
+        lines += [] if shapes is not None else ["profiles   known after the conversion of the checkpoint"]
         for profile in shapes or ():
             lines.append(f"profile    {profile.name}: min, opt, max")
             lines += [f"  {name:<17}{' '.join(map(str, sizes))}" for name, sizes in profile.shapes.items()]
-        if self.target == "onnxruntime" and shapes:
-            lines.append("           (for engines; ONNX Runtime accepts any batch size)")
+        if self.library and shapes:
+            lines.append("           (for engines; a graph accepts any batch size)")
         if self.data:
             lines += [
                 f"check      parity with FP32 on {self.data}",

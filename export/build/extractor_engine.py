@@ -138,7 +138,7 @@ def build_extractor(job: BuildConfig, options: BuildOptions, request: BuildReque
             part = _write_graph(staged, source, graph, converted.graph, manifest, profile)
             deviations = _check_graph(staged, part, source, clips, request.threads)
             report = _report(job, source, part, deviations, converted.method)
-            if job.target != "onnxruntime":
+            if not job.library:
                 build_part(part, staged.precision, options, request.timing_cache)
                 layer_stats = read_verified(part.engine)["census"]
                 report["engine_precision"] = {key: layer_stats[key] for key in ("verdict", "reason")}
@@ -150,7 +150,7 @@ def build_extractor(job: BuildConfig, options: BuildOptions, request: BuildReque
             raise
         written = staging.commit()
     report_written(*written)
-    runs = job.output if job.target == "onnxruntime" or runs_here(options) else job.graph_path
+    runs = job.output if job.library or runs_here(options) else job.graph_path
     suggest_next_command("runtime.extract", "VIDEO", "--extractor", runs, "--output", "DIR")
     print(job.output)
     return job.output
@@ -181,11 +181,10 @@ def _convert(job: BuildConfig, graph: onnx.ModelProto, clips: ExtractorClips, re
     """Convert an FP32 graph to the requested precision."""
     every_clip = [*clips.calibration, *itertools.chain.from_iterable(clips.compared.values())]
     if job.precision == "int8":
-        for_cpu = job.target == "onnxruntime"
-        policy = extractor_policy(graph, request.keep, unsigned=for_cpu)
-        opset = opset_of(graph) if for_cpu else OPSETS["int8"]
+        policy = extractor_policy(graph, request.keep, unsigned=job.library is not None)
+        opset = opset_of(graph) if job.library else OPSETS["int8"]
         quantized = quantize_extractor(graph, clips.calibration, request.calib_method, policy, opset, request.threads)
-        if for_cpu:
+        if job.library:
             return _Converted(quantized.graph, quantized.method)
         held = _scan_for_overflow(graph, every_clip)
         return _Converted(convert_to_half(quantized.graph, "fp16", held), quantized.method)

@@ -15,7 +15,7 @@ from runtime.core.errors import CheckFailed, GroundingError
 def run_fastest(options: Mapping[str, Any]) -> Path:
     """Build the fastest model that is accurate, and return its path.
 
-    That is the INT8 model if it is faster on this machine; else the FP16 engine, or for ONNX Runtime the FP32 graph.
+    That is the INT8 model if it is faster on this machine; else the FP16 engine, or on a CPU the FP32 graph.
 
     Args:
         options: options of the command by name, without the precision.
@@ -39,7 +39,7 @@ def run_fastest(options: Mapping[str, Any]) -> Path:
         )
     if quantized.dry_run:
         return run(quantized)
-    if build.job.target == "onnxruntime":
+    if build.job.library:
         other = build.with_source_graph().source
         assert other is not None
     else:

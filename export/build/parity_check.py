@@ -55,10 +55,10 @@ class ParityChecker:
 
         from calib.graph.half_precision import emulate_bf16
 
-        # ONNX Runtime has no BF16 kernels on a CPU. Its fusions of Q/DQ differ from engines, so they are only enabled
-        # if ONNX Runtime is the target.
+        # ONNX Runtime has no BF16 kernels on a CPU. Fusions of Q/DQ differ from engines, so only the library
+        # that will run the graph may apply them.
         graph = emulate_bf16(onnx.load_from_string(model.content))
-        optimized = self.job.target == "onnxruntime" or self.job.precision in ("fp32", "fp16", "bf16")
+        optimized = self.job.library is not None or self.job.precision in ("fp32", "fp16", "bf16")
         # Two models at the same time, with half of the cores each, are faster than one after the other.
         threads = max((self.request.threads or os.cpu_count() or 2) // 2, 1)
         concurrent = self.request.threads != 1

@@ -23,11 +23,18 @@ from calib.graph.half_precision import (
 )
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.opset import raise_opset
-from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, find_quantizable_ops, insert_qdq
+from calib.qdq_quantizer import (
+    LARGEST,
+    MAX_EXACT_WEIGHT,
+    QuantDtype,
+    QuantizationPolicy,
+    find_quantizable_ops,
+    insert_qdq,
+)
 from calib.quantization_plan import QuantizationPlan
 from calib.range_estimation import MethodOption
 from calib.restore import find_layers_to_restore, minimal_keep_set
-from runtime.artifacts.manifest import Manifest
+from runtime.artifacts.manifest import Library, Manifest
 from runtime.core.errors import CheckFailed
 from runtime.datasets.dataset import DataSet
 
@@ -60,7 +67,7 @@ class ConversionOptions:
         threads: number of CPU threads.
         table_output: file for a new calibration table.
         plan_output: file for a new quantization plan, written if modules were restored.
-        for_cpu: INT8 for ONNX Runtime on a CPU, with FP32 instead of FP16 around it.
+        library: library that runs INT8 on a CPU, with FP32 instead of FP16 around it; None for an engine.
         samples: number of calibration queries.
         method: calibration method, or auto.
     """
@@ -74,7 +81,13 @@ class ConversionOptions:
     threads: int | None = None
     table_output: Path | None = None
     plan_output: Path | None = None
-    for_cpu: bool = False
+    library: Library | None = None
+
+    def policy(self, keep: tuple[str, ...] = ()) -> QuantizationPolicy:
+        """Return the policy of INT8 and FP8 with modules to keep in higher precision."""
+        # On x86 CPUs without VNNI, OpenVINO adds two products in 16 bits.
+        max_weight = MAX_EXACT_WEIGHT if self.library == "openvino" else LARGEST["int8"]
+        return QuantizationPolicy(keep=keep, unsigned=self.library is not None, max_weight=max_weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +136,7 @@ def convert_precision(
         log.warning("%s has no training split, so ranges are not scanned. Check the parity report.", data_set.root)
         data_set = None
     # INT8 for a CPU has no FP16 layers.
-    if data_set and not (precision == "int8" and options.for_cpu):
+    if data_set and not (precision == "int8" and options.library):
         held = _scan_for_overflow(raised, data_set, "bf16" if precision == "bf16" else "fp16")
     if precision == "fp16" or precision == "bf16":
         keep = (*options.keep, *held)
@@ -218,17 +231,19 @@ def _quantize(
     elif data_set:
         keep = _restore_quantized(source, kind, table, keep, data_set, evaluator, options)
     log.info("Quantizing to %s ...", kind.upper())
-    policy = QuantizationPolicy(keep=keep, unsigned=options.for_cpu)
+    policy = options.policy(keep)
     facts = {
         "calibration": table.digest,
         "method": table.key["method"],
         "kept out of 8 bits": list(keep),
         "held back in FP32": list(held),
     }
-    if kind == "int8" and options.for_cpu:
+    if kind == "int8" and options.library:
         # A CPU would dequantize weights that are only stored in 8 bits for every query.
         policy = dataclasses.replace(policy, stored=())
-        return ConvertedGraph(convs_to_matmul(insert_qdq(source, table, policy, kind)), facts, table)
+        quantized = insert_qdq(source, table, policy, kind)
+        # OpenVINO multiplies the convolutions themselves in eight bits.
+        return ConvertedGraph(quantized if options.library == "openvino" else convs_to_matmul(quantized), facts, table)
     quantized = insert_qdq(source, table, policy, kind, OPSETS[kind])
     return ConvertedGraph(convert_to_half(quantized, "fp16", held), facts, table)
 
@@ -263,7 +278,7 @@ def _calibration_table(
         options.method,
         threads=options.threads,
         evaluator=evaluator,
-        policy=QuantizationPolicy(unsigned=options.for_cpu),
+        policy=options.policy(),
         kind=kind,
     )
     if options.table_output:
@@ -284,7 +299,7 @@ def _restore_quantized(
 
     Writes a quantization plan if these are more than `keep`.
     """
-    policy, manifest = QuantizationPolicy(keep=keep, unsigned=options.for_cpu), read_manifest(source)
+    policy, manifest = options.policy(keep), read_manifest(source)
     evaluator = evaluator or AccuracyEvaluator(
         source, data_set, sample_held_out(data_set, manifest, HELD_OUT, exclude=table.videos), options.threads
     )
@@ -305,7 +320,7 @@ def _restore_quantized(
     print(format_deltas(steps))
     kept_modules = tuple(dict.fromkeys((*keep, *plan.keep)))
     if plan.keep:
-        precision = "FP32" if options.for_cpu else "FP16"
+        precision = "FP32" if options.library else "FP16"
         print(f"Restored to {precision} for the budget of {options.max_drop:g} points: {', '.join(plan.keep)}.")
         if options.plan_output:
             dataclasses.replace(plan, keep=kept_modules).save(options.plan_output)

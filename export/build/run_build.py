@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from calib.graph.onnx_graph import read_source
 from calib.graph.unroll_lstm import lstm_layers
@@ -14,6 +14,7 @@ from export.build.artifacts import ConvertedModel, format_shares, split_engine_p
 from export.build.build_config import (
     BuildConfig,
     BuildRequest,
+    ResolvedTarget,
     Target,
     ensure_source_graph,
     known_graph,
@@ -28,6 +29,7 @@ from export.engine.engine_writer import BuildState, build_part, mark_rejected
 from export.engine.profiles import Profile, Unrolling, check_ranges, check_unroll, one_profile, profiles, unrolling
 from export.parity.model_file import ModelFile
 from runtime.artifacts.manifest import Manifest
+from runtime.backends.openvino_session import import_openvino
 from runtime.core.cli import report_written, suggest_next_command
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError
 from runtime.core.gpu_info import cuda_gpu
@@ -261,7 +263,7 @@ class EngineBuild:
         conversion = ConversionOptions(
             request.keep, request.table, request.plan, request.calib_samples, request.calib_method, request.max_drop,
             request.threads, staged.sibling_path("calibration.json"), staged.sibling_path("plan.json"),
-            for_cpu=job.target == "onnxruntime",
+            library=job.library,
         )  # fmt: skip
         converted = convert_precision(self.graph, request.precision, conversion, self.data_set, str(self.source))
         if request.tf32:
@@ -281,7 +283,7 @@ class EngineBuild:
                     model.precision_stats, model.fp32_weight_bytes,
                 )
             ]  # fmt: skip
-        if job.target == "onnxruntime":
+        if job.library:
             speed = self._check_speed(staged, model)
             if report:
                 checker.write_reports(_with_speed(report, speed), model, None)
@@ -424,9 +426,7 @@ def _check_engine(checker: ParityChecker, converted: ConvertedModel, engines: Se
     return report
 
 
-def choose_target(
-    target: Target, capabilities: Sequence[str] = ()
-) -> tuple[Literal["tensorrt", "tensorrt-rtx", "onnxruntime"], str]:
+def choose_target(target: Target, capabilities: Sequence[str] = ()) -> tuple[ResolvedTarget, str]:
     """Return the target of a build, and why it was chosen, as a sentence.
 
     Raises:
@@ -434,6 +434,9 @@ def choose_target(
     """
     if target == "onnxruntime":
         return target, "ONNX Runtime runs the converted graph and optimizes it on the machine that loads it."
+    if target == "openvino":
+        import_openvino()
+        return target, "OpenVINO runs the converted graph and compiles it on the machine that loads it."
     if target != "auto":
         reason = unavailable_reason(target)
         if reason is None and target == "tensorrt-rtx" and not capabilities and cuda_gpu() is None:
@@ -466,6 +469,12 @@ def _check_extractor(request: BuildRequest) -> None:
         raise GroundingError(
             f"--precision int8 needs clips to calibrate {name} on. Add --calib-videos FILE, two or more videos.",
             code="missing_option",
+        )
+    if request.target == "openvino":
+        raise GroundingError(
+            f"--target openvino applies to DRN models only, and {name} is a feature extractor. Choose --target "
+            "onnxruntime.",
+            code="inapplicable_option",
         )
     if others:
         raise GroundingError(

@@ -113,7 +113,7 @@ def check_speed(
     """
     if not request.required_speed:
         return None
-    if staged.target == "onnxruntime":
+    if staged.library:
 
         def open_for_cpu() -> list[Grounder]:
             if request.split:

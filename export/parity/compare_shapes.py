@@ -83,7 +83,7 @@ def check_shapes(
         # The first query has exactly this many tokens, so that no plan for shorter queries runs.
         sized = [np.resize(query, tokens) if index == 0 else query[:tokens] for index, query in enumerate(queries)]
         single = [_run(model, [query], [encoding]) for query, encoding in zip(sized, encodings)]
-        rows = np.arange(batch) % len(sized)
+        rows = np.arange(batch, dtype=np.int32) % len(sized)
         together = _run(model, [sized[row] for row in rows], encodings, rows)
         checks.append(ShapeCheck(batch, tokens, _deviation(single, together, rows), tolerance))
     return tuple(checks)

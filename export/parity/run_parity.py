@@ -138,7 +138,7 @@ def _open_in_memory(path: Path, graph: onnx.ModelProto, threads: int | None, opt
     from calib.graph.half_precision import emulate_bf16
     from calib.graph.onnx_graph import manifest_in
     from calib.graph.onnx_session import InMemoryBackend, InMemorySplitBackend
-    from runtime.backends.onnxruntime_backend import locate_part
+    from runtime.backends.onnx_backend import locate_part
 
     manifest = manifest_in(path)
     if manifest.part != "query":

@@ -21,7 +21,7 @@ from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import check
 from runtime.backends import engine_compatibility, triton_protocol
 from runtime.backends.batch_shapes import MinOptMax, padded_length
-from runtime.backends.onnxruntime_backend import locate_part
+from runtime.backends.onnx_backend import locate_part
 from runtime.backends.tensorrt_backend import locate_video_part
 from runtime.backends.triton_backend import FORMAT, PARAMETER, FrontConfig
 from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX

@@ -21,6 +21,9 @@ METADATA_KEY = "drn.manifest"
 
 Part = Literal["whole", "video", "query", "prepare", "prepared"]
 PARTS: tuple[Part, ...] = get_args(Part)
+# Libraries that run ONNX files.
+Library = Literal["onnxruntime", "openvino"]
+LIBRARIES: tuple[Library, ...] = get_args(Library)
 # Maximum number of channels, frames of a clip, and tokens of a query.
 MAX_SIZE = 1 << 20
 
@@ -71,6 +74,7 @@ class Manifest:
         sources: source files: name to SHA-256.
         producer: packages that wrote the file: name to version.
         training: settings of the training, for reports.
+        library: library that runs the ONNX file.
         part: `whole`, or `video` or `query` for a part of a split model.
         video_part: for a query part, name of its video part in the same directory, to SHA-256; else empty.
         prepared_parts: for a query part of version 0.1, names of two more files, to SHA-256; they are not read.
@@ -87,6 +91,7 @@ class Manifest:
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     producer: Mapping[str, str] = dataclasses.field(default_factory=dict)
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    library: Library = "onnxruntime"
     part: Part = "whole"
     video_part: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prepared_parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -96,6 +101,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.part not in PARTS:
             raise invalid_setting(f"a part of {PARTS}", self.part, ADVICE)
+        if self.library not in LIBRARIES:
+            raise invalid_setting(f"a library of {LIBRARIES}", self.library, ADVICE)
         if self.stage not in (1, 2, 3) or not 1 <= self.max_query_length <= MAX_SIZE:
             sizes = (self.stage, self.max_query_length)
             raise invalid_setting(f"a stage of 1 to 3 and a max_query_length of 1 to {MAX_SIZE}", sizes, ADVICE)
@@ -112,6 +119,7 @@ class Manifest:
             "producer": dict(self.producer),
             "training": dict(self.training),
             "vocabulary": self.vocabulary.to_dict(),
+            **({} if self.library == "onnxruntime" else {"library": self.library}),
             # Files of version 0.1 have no part and are whole.
             **({} if self.part == "whole" else {"part": self.part, "video_part": dict(self.video_part)}),
             **({"prepared_parts": dict(self.prepared_parts)} if self.prepared_parts else {}),
@@ -141,6 +149,7 @@ class Manifest:
                 sources=dict(value["sources"]),
                 producer=dict(value["producer"]),
                 training=dict(value["training"]),
+                library=value.get("library", "onnxruntime"),
                 part=value.get("part", "whole"),
                 video_part=dict(value.get("video_part", {})),
                 prepared_parts=dict(value.get("prepared_parts", {})),

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from runtime.core.errors import ModelFileError, excerpt, reading
 from runtime.core.io.protobuf import BYTES, Buffer, bytes_field, fields, mapped
@@ -75,6 +75,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return the `metadata_props` of an ONNX file without reading its graph; ModelFileError if it is not ONNX."""
     with _parsing(path), open(path, "rb") as stream:
         return {key: text.decode() for key, text, _, _ in _metadata(mapped(stream))}
+
+
+def raw_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the manifest of a DRN model file without checks; empty if it has none, or cannot be read."""
+    with contextlib.suppress(ModelFileError, ValueError):
+        manifest = json.loads(read_metadata(path).get("drn.manifest", ""))
+        return manifest if isinstance(manifest, dict) else {}
+    return {}
 
 
 def external_data(path: str | os.PathLike[str]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Run networks with ONNX Runtime, TensorRT and Triton; each library is imported when a file of its kind is opened.
+"""Run networks with ONNX Runtime, OpenVINO, TensorRT and Triton; each is imported when a file of its kind is opened.
 
 All packages except `runtime.core`, `artifacts` and `datasets` may import it.
 """
@@ -37,8 +37,8 @@ def is_address(path: str | os.PathLike[str]) -> bool:
 def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None) -> Backend:
     """Open a model, without tokenization and decoding; `Grounder.load` adds them.
 
-    The library is selected by the suffix: ONNX Runtime for `.onnx`, TensorRT for `.engine`, torch for `.pt`. For a
-    split model, give its query part; the video part is opened from the same directory.
+    The library is selected by the suffix: TensorRT for `.engine`, torch for `.pt`, and for `.onnx` the one that the
+    manifest names. For a split model, give its query part; the video part is opened from the same directory.
 
     Args:
         path: the model file, or the address of a model served by Triton: `triton://HOST:PORT/MODEL`.
@@ -73,7 +73,7 @@ def open_backend(path: str | os.PathLike[str], device: Device = "auto", threads:
     check_option("--threads", threads, 1, MAX_THREADS, DeviceError)
     check_model_path(path)
     if path.suffix == ".onnx":
-        from runtime.backends.onnxruntime_backend import open_graph
+        from runtime.backends.onnx_backend import open_graph
 
         return open_graph(path, device, threads)
     if path.suffix == ".engine":

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.artifacts.manifest import METADATA_KEY
-from runtime.artifacts.onnx_metadata import Content, DigestCheck, read_metadata
+from runtime.artifacts.onnx_metadata import Content, DigestCheck, raw_manifest
 from runtime.backends.exact_int8 import source_for_cpu
 from runtime.core.errors import DeviceError, ModelFileError, one_line
 
@@ -156,7 +154,6 @@ def _cuda_options(path: Path) -> dict[str, str]:
     onnxruntime.ai, CUDA-ExecutionProvider.
     """
     tf32 = False
-    with contextlib.suppress(ModelFileError, ValueError, AttributeError):
-        manifest = json.loads(read_metadata(path).get(METADATA_KEY) or "{}")
-        tf32 = manifest.get("training", {}).get("precision", {}).get("tf32") is True
+    with contextlib.suppress(AttributeError):
+        tf32 = raw_manifest(path).get("training", {}).get("precision", {}).get("tf32") is True
     return {"use_tf32": str(int(tf32)), "cudnn_conv_algo_search": "HEURISTIC"}

@@ -21,6 +21,7 @@ from calib.graph.opset import with_opset
 from calib.graph.precision_audit import MIN_SHARES, audit_graph, count_macs
 from calib.qdq_quantizer import (
     LARGEST,
+    MAX_EXACT_WEIGHT,
     QuantizationPolicy,
     channel_energies,
     half_precision_scale,
@@ -78,10 +79,11 @@ def errors(actual: onnx.ModelProto, expected: onnx.ModelProto, batch: Batch) -> 
 @given(
     arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 40)), elements=st.floats(-50, 50, width=32)),
     st.sampled_from([None, 0, 1]),
+    st.sampled_from([LARGEST["int8"], MAX_EXACT_WEIGHT]),
 )
 @settings(max_examples=60, deadline=None)
-def test_dequantized_weight_is_within_half_a_step(weight: np.ndarray, axis: int | None) -> None:
-    numbers, scale = quantize_weight(weight, "int8", axis)
+def test_dequantized_weight_is_within_half_a_step(weight: np.ndarray, axis: int | None, limit: float) -> None:
+    numbers, scale = quantize_weight(weight, "int8", axis, limit)
     shape = [1, 1]
     if axis is not None:
         shape[axis] = -1
@@ -89,7 +91,8 @@ def test_dequantized_weight_is_within_half_a_step(weight: np.ndarray, axis: int 
     step = scale.reshape(shape).astype(np.float64)
     assert np.all(np.abs(numbers * step - weight) <= step / 2 * (1 + 1e-6))
     assert numbers.dtype == np.int8
-    assert numbers.min() >= -127
+    assert numbers.min() >= -limit
+    assert numbers.max() <= limit
     assert np.all(scale > 0)
 
 

@@ -23,7 +23,7 @@ from calib.graph.split_model import split_graph
 from calib.qdq_quantizer import QuantizationPolicy, attainable_share, insert_qdq
 from runtime.artifacts.manifest import METADATA_KEY
 from runtime.backends.exact_int8 import unsigned
-from runtime.backends.onnxruntime_backend import open_graph
+from runtime.backends.onnx_backend import open_graph
 from runtime.core.batch import Batch, Heads
 from runtime.core.errors import ModelFileError
 from runtime.describe import describe

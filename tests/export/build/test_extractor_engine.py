@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -318,6 +319,12 @@ def test_engine_with_other_features_on_gpu_is_rejected(model: Path, monkeypatch:
         ({"batch": (4, 2, 8)}, "invalid_option", ("--batch", 4, 2, 8)),
         ({"keep": ("conv9",)}, "unknown_module", ("conv9", "conv5b")),
         ({"precision": "bf16", "target": "onnxruntime"}, "precision_unsupported", ("bf16", "--target")),
+        pytest.param(
+            {"precision": "fp32", "target": "openvino"},
+            "inapplicable_option",
+            ("openvino", "c3d.onnx"),
+            marks=pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed"),
+        ),
     ],
 )
 def test_options_not_for_extractors_are_rejected(

@@ -20,6 +20,7 @@ from calib.graph.onnx_graph import read_manifest
 from calib.graph.precision_audit import audit_graph
 from calib.quantization_plan import QuantizationPlan
 from export.build.reduced_precision import ConversionOptions, convert_precision
+from runtime.artifacts.manifest import Library
 from runtime.core.errors import CheckFailed
 from runtime.datasets.dataset import DataSet
 from tests.raising import quotes, raises
@@ -54,16 +55,16 @@ def scaled(model: onnx.ModelProto, **factors: float) -> onnx.ModelProto:
     return copy
 
 
-@pytest.mark.parametrize("for_cpu", [False, True])
+@pytest.mark.parametrize("library", [None, "onnxruntime", "openvino"])
 def test_only_graphs_for_a_cpu_have_unsigned_activations(
-    source: onnx.ModelProto, table: CalibrationTable, tmp_path: Path, for_cpu: bool
+    source: onnx.ModelProto, table: CalibrationTable, tmp_path: Path, library: Library | None
 ) -> None:
     table.save(tmp_path / "table.json")
-    options = ConversionOptions(table=tmp_path / "table.json", for_cpu=for_cpu)
+    options = ConversionOptions(table=tmp_path / "table.json", library=library)
     graph = convert_precision(source, "int8", options, None).graph.graph
     points = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if "zero_point" in tensor.name}
     quantizers = [node.input[2] for node in graph.node if node.op_type == "QuantizeLinear"]
-    assert {int(points[name]) for name in quantizers} == ({-128, 0} if for_cpu else {0})
+    assert {int(points[name]) for name in quantizers} == ({-128, 0} if library else {0})
 
 
 def test_overflow_prone_module_stays_fp32_and_is_reported(source: onnx.ModelProto, data_set: DataSet) -> None:

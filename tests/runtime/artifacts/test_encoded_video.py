@@ -336,7 +336,7 @@ def test_bound_tensors_equal_arrays_and_stay_on_device(
     pair_files: Path, tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Emulate a GPU: tensors are bound, and the last encodings are cached."""
-    monkeypatch.setattr("runtime.backends.onnxruntime_backend.MAX_ENCODINGS_ON_DEVICE", 2)
+    monkeypatch.setattr("runtime.backends.onnx_backend.MAX_ENCODINGS_ON_DEVICE", 2)
     data_set = DataSet(mini)
     subjects = [data_set.video(name) for name in ("AAAA1", "BBBB2", "CCCC3")]
     pairs = [(subject, query) for subject in subjects for query in ("person opens the door", "person sits")]

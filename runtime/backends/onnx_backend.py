@@ -1,4 +1,4 @@
-"""Run DRN models in ONNX Runtime: one file, or the two parts of a split model."""
+"""Run DRN models from ONNX files in ONNX Runtime or OpenVINO: one file, or the two parts of a split model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from runtime.artifacts import extractor_manifest
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
-from runtime.artifacts.onnx_metadata import MISMATCH, check
+from runtime.artifacts.onnx_metadata import MISMATCH, check, raw_manifest, read_metadata
+from runtime.backends import onnxruntime_session, openvino_session
 from runtime.backends.base import Device, recorded_video_part, run_pair, sibling_file
 from runtime.backends.cuda_driver import disable_in_forked_children
 from runtime.backends.exact_int8 import precision_of_file
-from runtime.backends.onnxruntime_session import create_session
 from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, INPUT_NAMES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
 from runtime.core.io.digests import sha256
@@ -35,7 +35,7 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class Session:
-    """A DRN model file, or one part of a split model, open in ONNX Runtime.
+    """A DRN model file, or one part of a split model, open in the library that its manifest names.
 
     Args:
         part_of: for a video part, the path of the query part and the SHA-256 that it records for this file; else None.
@@ -47,7 +47,7 @@ class Session:
 
     Raises:
         ModelFileError: the file is no DRN model, is damaged, or is not the one that the query part records.
-        DeviceError: ONNX Runtime is not installed, or does not support the device.
+        DeviceError: the library is not installed, or does not support the device.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class Session:
         threads: int | None = None,
         part_of: tuple[Path, str] | None = None,
     ) -> None:
-        session, device, content = create_session(path, device, threads)
+        library = openvino_session if raw_manifest(path).get("library") == "openvino" else onnxruntime_session
+        session, device, content = library.create_session(path, device, threads)
         if part_of is not None and content.sha256 != part_of[1]:
             raise _other_part(path, part_of[0])
         if content.recorded is None:
@@ -66,7 +67,7 @@ class Session:
         self.device: Device = device
         self.uses_io_binding = device == "cuda"
         self._process = os.getpid()
-        metadata = session.get_modelmeta().custom_metadata_map
+        metadata = read_metadata(path)
         if extractor_manifest.METADATA_KEY in metadata:
             raise extractor_manifest.no_model(path)
         manifest = Manifest.from_json(metadata.get(METADATA_KEY), source=str(path))
@@ -155,7 +156,7 @@ class Session:
         return binding.copy_outputs_to_cpu()
 
 
-class OnnxRuntimeBackend:
+class OnnxBackend:
     """Run a model that is one `.onnx` file; see `Backend`."""
 
     def __init__(self, session: Session) -> None:
@@ -169,7 +170,7 @@ class OnnxRuntimeBackend:
         return Heads(*self._session.run(HEAD_NAMES, vars(batch)))
 
 
-class OnnxRuntimePair:
+class OnnxPair:
     """Run a model that was split into two `.onnx` files; see `PairBackend`.
 
     Raises:
@@ -234,7 +235,7 @@ class OnnxRuntimePair:
 
 def open_graph(
     path: str | os.PathLike[str], device: Device = "auto", threads: int | None = None
-) -> OnnxRuntimeBackend | OnnxRuntimePair:
+) -> OnnxBackend | OnnxPair:
     """Open a whole model, or both parts of a split model from its query part.
 
     Args:
@@ -248,7 +249,7 @@ def open_graph(
     session = Session(Path(path), device, threads)
     part = session.manifest.part
     if part in ("whole", "query"):
-        return OnnxRuntimePair(session, threads) if part == "query" else OnnxRuntimeBackend(session)
+        return OnnxPair(session, threads) if part == "query" else OnnxBackend(session)
     raise ModelFileError(
         f"Expected a whole model or a query part, got the {part} part {path}. Give the query part (.query.onnx).",
         code="model_part",

@@ -1,0 +1,113 @@
+"""`export.build_engine --target openvino`: INT8 convolutions of weights that saturate on no CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from calib.calibrate import measure_table
+from calib.calibration_set import sample_calibration_set
+from calib.qdq_quantizer import MAX_EXACT_WEIGHT
+from export.build_engine import build_engine
+from export.verify import verify
+from runtime import Grounder
+from runtime.core.errors import DeviceError, GroundingError
+from runtime.datasets.dataset import DataSet
+from tests.raising import raises
+
+installed = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+# In 8 bits a network this small has a larger accuracy drop than a real one.
+LOOSE = 100.0
+
+
+@pytest.fixture
+def model(models: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(models / "drn.onnx", tmp_path))
+
+
+@pytest.fixture
+def table(model: Path, planted: Path, tmp_path: Path) -> Path:
+    drawn = sample_calibration_set(DataSet(planted), Grounder.load(model).manifest, samples=48, held_out=16)
+    measure_table(onnx.load(model), drawn, "minmax", threads=1).save(tmp_path / "table.json")
+    return tmp_path / "table.json"
+
+
+def weights(path: Path) -> list[np.ndarray]:
+    tensors = (numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer)
+    return [values for values in tensors if values.dtype == np.int8 and values.ndim > 1]
+
+
+@installed
+def test_int8_build_is_a_graph_of_convolutions_within_the_exact_limit(model: Path, planted: Path, table: Path) -> None:
+    output = build_engine(
+        model, precision="int8", target="openvino", data=planted, table=table, max_drop=LOOSE, threads=1
+    )
+    assert output == model.with_name("drn.int8.openvino.onnx")
+    assert {values.ndim for values in weights(output)} >= {4}
+    assert max(np.abs(values).max() for values in weights(output)) == MAX_EXACT_WEIGHT
+    grounder = Grounder.load(output)
+    assert (grounder.manifest.library, grounder.manifest.precision) == ("openvino", "int8")
+    report = json.loads(model.with_name("drn.int8.openvino.parity.json").read_text())
+    assert report["recall"]
+
+
+@installed
+def test_split_build_is_checked_and_run_in_openvino(
+    model: Path, planted: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime.backends import openvino_session
+
+    sources: list[Any] = []
+    compiled = openvino_session.OpenVinoSession.__init__
+
+    def counting(self: Any, source: Any, threads: int | None = None) -> None:
+        sources.append(source)
+        compiled(self, source, threads)
+
+    monkeypatch.setattr(openvino_session.OpenVinoSession, "__init__", counting)
+    query = build_engine(
+        model, precision="int8", target="openvino", data=planted, table=table, max_drop=LOOSE, split=True, threads=1
+    )
+    # The parity check compiles both parts from memory.
+    assert [type(source) for source in sources] == [bytes, bytes]
+    assert query.name == "drn.int8.openvino.query.onnx"
+    pair = Grounder.load(query)
+    assert pair.is_pair
+    assert [Path(source).name for source in sources[2:]] == [query.name, "drn.int8.openvino.video.onnx"]
+    verify(query.with_name("drn.int8.openvino.onnx"), query, data=planted, max_drop=LOOSE)
+
+
+@installed
+def test_fp32_build_needs_no_data_and_keeps_padding_in_convolutions(model: Path) -> None:
+    output = build_engine(model, precision="fp32", target="openvino")
+    assert output.name == "drn.fp32.openvino.onnx"
+    assert Grounder.load(output).manifest.library == "openvino"
+    assert not any(node.op_type == "Pad" for node in onnx.load(output).graph.node)
+
+
+@installed
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
+def test_precision_that_openvino_computes_in_fp32_is_rejected(model: Path, precision: Any) -> None:
+    with raises(DeviceError, "precision_unsupported", precision, "openvino"):
+        build_engine(model, precision=precision, target="openvino")
+
+
+def test_build_without_the_library_is_rejected_before_any_work(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with raises(DeviceError, "missing_library", "[openvino]"):
+        build_engine(model, precision="fp32", target="openvino")
+
+
+@installed
+def test_options_of_engines_are_rejected(model: Path) -> None:
+    with raises(GroundingError, "inapplicable_option", "--workspace", "openvino"):
+        build_engine(model, precision="fp32", target="openvino", workspace=1.0)
