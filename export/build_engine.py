@@ -66,13 +66,14 @@ def build_engine(
     Args:
         model: drn.pt, an FP32 drn.onnx, or a published checkpoint (.pth, .pth.tar); or a clip feature extractor
             (c3d.pt, i3d.pt, their .onnx, or a published C3D), whose features are compared with FP32.
-        precision: fp32, fp16, bf16, int8 (other layers in FP16; FP32 for onnxruntime) or fp8 (other layers in
-            FP16); auto is int8 if that is accurate and faster on this machine, else fp16, or for onnxruntime fp32.
+        precision: fp32, fp16, bf16, int8 (other layers in FP16; FP32 on a CPU) or fp8 (other layers in
+            FP16); auto is int8 if that is accurate and faster on this machine, else fp16, or on a CPU fp32.
+            openvino supports int8 and fp32.
         target: runtime of the engine; auto selects TensorRT on a machine with TensorRT and a GPU, else ONNX
             Runtime.
         data: directory of a data set (docs/formats.md) for calibration, the search for modules that overflow in FP16,
             and the accuracy check.
-        output: engine to write, or for onnxruntime the graph. Default: next to MODEL.
+        output: engine to write, or for onnxruntime and openvino the graph. Default: next to MODEL.
         vocabulary: word table of a published checkpoint.
         batch: MIN OPT MAX of the number of queries, or of clips for an extractor.
         query_length: MIN OPT MAX of the number of tokens. Default: those of the training data set (Charades-STA: 1
@@ -109,11 +110,11 @@ def build_engine(
         hardware_compatible: build a TensorRT plan for Ampere and later GPUs.
         tf32: allow TF32 (10-bit mantissa) for FP32 operations, in engines and in ONNX Runtime on a GPU.
         compute_capability: for tensorrt-rtx, GPU architectures such as 8.6 8.9. Default: the GPU of this machine.
-        threads: number of CPU threads for calibration and the accuracy check. Default: set by ONNX Runtime.
+        threads: number of CPU threads for calibration and the accuracy check. Default: set by the library.
         dry_run: print what would be built, and stop.
 
     Returns:
-        The path of the engine, or of the graph for onnxruntime.
+        The path of the engine, or of the graph for onnxruntime and openvino.
 
     Raises:
         GroundingError: an input is missing, or options contradict each other.

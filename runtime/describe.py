@@ -88,6 +88,7 @@ def _model_rows(model: Path, manifest: Manifest) -> list[tuple[str, str]]:
     rows = [
         ("file", f"{model.name}, {model.stat().st_size / 2**20:.1f} MiB"),
         ("network", f"DRN after training stage {manifest.stage}, {manifest.precision}"),
+        *((("library", "OpenVINO, on a CPU"),) if manifest.library == "openvino" else ()),
         (
             "input",
             f"{features.kind} features of width {features.dim}, "

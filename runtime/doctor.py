@@ -41,6 +41,7 @@ def doctor() -> list[Finding]:
         _cpu_int8(),
         *gpus(),
         _onnxruntime(),
+        _packages("run .onnx models for OpenVINO", "openvino", "openvino"),
         _torch(),
         _exporter(),
         _tensorrt(),

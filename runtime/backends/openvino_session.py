@@ -12,7 +12,7 @@ import numpy as np
 
 from runtime.artifacts.onnx_metadata import Content, DigestCheck
 from runtime.backends.batch_shapes import AXES
-from runtime.core.errors import DeviceError, ModelFileError, ShapeError, one_line
+from runtime.core.errors import DeviceError, ModelFileError, ShapeError, importing, one_line
 
 if TYPE_CHECKING:
     from runtime.backends.base import Device
@@ -35,13 +35,8 @@ def import_openvino() -> Any:
     # None makes `import openvino_telemetry` fail, as if it were not installed.
     hidden = sys.modules.setdefault(_TELEMETRY, None)  # type: ignore[arg-type]
     try:
-        import openvino
-    except ImportError as error:
-        raise DeviceError(
-            f"OpenVINO cannot be imported ({error}). Run `pip install '.[openvino]'` in the drn-deploy directory, or "
-            "build the model with --target onnxruntime.",
-            code="missing_library",
-        ) from error
+        with importing("OpenVINO", "openvino", ", or build the model with --target onnxruntime"):
+            import openvino
     finally:
         if hidden is None:
             del sys.modules[_TELEMETRY]

@@ -14,7 +14,7 @@ from runtime.core.cpu_info import system_lines
 from runtime.core.gpu_info import Gpu, selected_gpu
 
 # Libraries that a backend imports: listed where they are in use.
-LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "torch")
+LIBRARIES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "torch")
 
 
 @dataclasses.dataclass(frozen=True)

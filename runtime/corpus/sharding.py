@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runtime.artifacts.engine_metadata import metadata_path, read_sidecar
-from runtime.artifacts.onnx_metadata import external_data
+from runtime.artifacts.onnx_metadata import external_data, raw_manifest
 from runtime.backends.base import Device
 from runtime.core.differences import differences
 from runtime.core.errors import ModelFileError, OutputError, excerpt
@@ -225,7 +225,9 @@ def _not_a_corpus(output: Path) -> OutputError:
 
 def _versions(model: Path, form: Form) -> dict[str, str]:
     """Return the versions of the packages that the values or the encoding of a row depend on."""
-    names = ["drn-deploy", "numpy", *LIBRARIES.get(model.suffix, ()), *(["pyarrow"] if form == "parquet" else [])]
+    for_openvino = model.suffix == ".onnx" and raw_manifest(model).get("library") == "openvino"
+    libraries = ("openvino",) if for_openvino else LIBRARIES.get(model.suffix, ())
+    names = ["drn-deploy", "numpy", *libraries, *(["pyarrow"] if form == "parquet" else [])]
     versions = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

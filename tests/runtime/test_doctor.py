@@ -40,6 +40,7 @@ def test_doctor_names_missing_packages_and_commands(
     actual = findings()
     remedies = {
         "run .onnx models": "pip install '.[cpu]'",
+        "run .onnx models for OpenVINO": "pip install '.[openvino]'",
         "train, run .pt models": "pip install '.[train]'",
         "export to ONNX": "pip install '.[export]'",
         "TensorRT": "pip install tensorrt",
@@ -68,6 +69,7 @@ def test_doctor_reports_installed_packages_as_working(
     installed.update(
         {"torch": "2.13.0", "onnx": "1", "onnxscript": "1", "onnxruntime": "1", "matplotlib": "3", "tensorrt": "11.4"}
     )
+    installed.update({"openvino": "2026.4"})
     installed.update(dict.fromkeys(("polygraphy", "jinja2", "ray", "pyarrow", "tritonclient"), "1"))
     installed.update(dict.fromkeys(("fastapi", "uvicorn", "h11", "python-multipart", "prometheus-client"), "1"))
     installed.update({"h5py": "3", "tensorrt-rtx-cu13": "1.7", "av": pytest.importorskip("av").__version__})
