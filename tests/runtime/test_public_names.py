@@ -22,7 +22,7 @@ from runtime import (
     temporal_iou,
 )
 from runtime.core.pooling import ClipTiming
-from tests.raising import check_error
+from tests.raising import raises
 
 WRONG: dict[str, Any] = {
     "None": None,
@@ -139,9 +139,8 @@ def test_wrong_types_raise_only_grounding_errors(
 )
 def test_invalid_argument_error_names_the_argument(calls: dict[str, Call], name: str, argument: str) -> None:
     function, arguments = calls[name]
-    with pytest.raises(GroundingError) as caught:
+    with raises(GroundingError, "invalid_argument", argument):
         function(**{**arguments, argument: object()})
-    check_error(caught.value, "invalid_argument", argument)
 
 
 def test_arguments_of_right_types_are_accepted(calls: dict[str, Call]) -> None:

@@ -60,27 +60,24 @@ def test_features_return_their_clip_timing() -> None:
     assert Features(window=32, stride=4).clock == ClipTiming(32, 4)
 
 
-@pytest.mark.parametrize("other", ["drn-manifest/2", "drn-manifest/0", None, 1])
-def test_manifest_of_another_version_is_rejected_naming_both(other: Any) -> None:
-    value = {**full().to_dict(), "format": other}
-    with raises(ModelFileError, "unknown_format", "door.onnx", repr(other), repr(FORMAT), "python -m export.to_onnx"):
-        Manifest.from_json(json.dumps(value), "door.onnx")
-
-
-def test_file_without_manifest_is_named_in_error() -> None:
-    with raises(ModelFileError, "missing_manifest", "door.onnx", "'drn.manifest'", "python -m export.to_onnx"):
-        Manifest.from_json(None, "door.onnx")
-
-
-@pytest.mark.parametrize("text", ["", "{", "not json"])
-def test_manifest_that_is_not_json_is_rejected(text: str) -> None:
-    with raises(ModelFileError, "invalid_json", "door.onnx"):
-        Manifest.from_json(text, "door.onnx")
-
-
-@pytest.mark.parametrize("text", ["[]", "null", "3", "{}"])
-def test_json_that_is_not_a_manifest_is_rejected(text: str) -> None:
-    with raises(ModelFileError, "unknown_format", "door.onnx"):
+@pytest.mark.parametrize(
+    ("text", "code", "quoted"),
+    [
+        (None, "missing_manifest", ("'drn.manifest'", "python -m export.to_onnx")),
+        *((text, "invalid_json", ()) for text in ("", "{", "not json")),
+        *((text, "unknown_format", ()) for text in ("[]", "null", "3", "{}")),
+        *(
+            (
+                json.dumps({**full().to_dict(), "format": other}),
+                "unknown_format",
+                (repr(other), repr(FORMAT), "python -m export.to_onnx"),
+            )
+            for other in ("drn-manifest/2", "drn-manifest/0", None, 1)
+        ),
+    ],
+)
+def test_text_that_is_not_a_manifest_is_rejected(text: str | None, code: str, quoted: tuple[str, ...]) -> None:
+    with raises(ModelFileError, code, "door.onnx", *quoted):
         Manifest.from_json(text, "door.onnx")
 
 
@@ -122,8 +119,6 @@ def test_manifest_without_part_is_read_as_unsplit(tiny_manifest: Manifest) -> No
 
 
 def test_manifest_of_a_part_names_the_other_parts(tiny_manifest: Manifest) -> None:
-    import dataclasses
-
     parts = {"drn.prepare.onnx": "2" * 64, "drn.prepared.onnx": "3" * 64}
     query = dataclasses.replace(
         tiny_manifest, part="query", video_part={"drn.video.onnx": "1" * 64}, prepared_parts=parts

@@ -137,15 +137,10 @@ def _write(pointer: Any, value: int) -> None:
     ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int))[0] = value
 
 
-def test_cuda_gpu_reads_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_info.ctypes, "CDLL", lambda name: FakeCuda(1))
-    assert gpu_info.cuda_gpu() == Gpu("NVIDIA H200", capability="9.0")
-    assert gpu_info.cuda_version() == "12.8"
-
-
-def test_cuda_gpu_without_gpu_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_info.ctypes, "CDLL", lambda name: FakeCuda(0))
-    assert gpu_info.cuda_gpu() is None
+@pytest.mark.parametrize(("count", "gpu"), [(1, Gpu("NVIDIA H200", capability="9.0")), (0, None)])
+def test_cuda_gpu_reads_the_driver(monkeypatch: pytest.MonkeyPatch, count: int, gpu: Gpu | None) -> None:
+    monkeypatch.setattr(gpu_info.ctypes, "CDLL", lambda name: FakeCuda(count))
+    assert gpu_info.cuda_gpu() == gpu
     assert gpu_info.cuda_version() == "12.8"
 
 

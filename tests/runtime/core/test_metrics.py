@@ -71,23 +71,16 @@ def test_recall_matches_the_published_metric(
 
 @LISTS
 @THRESHOLDS
-def test_recall_after_hard_nms_matches_authors_evaluation(
-    name: str, threshold: float, lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
+@pytest.mark.parametrize("nms", [True, False])
+def test_recall_matches_authors_evaluation(
+    name: str, threshold: float, nms: bool, lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
 ) -> None:
     picks, truth = padded(lists, name)
-    selected = hard_nms(proposals(picks), 6, threshold - 0.05)
-    assert recalls(selected, truth, threshold, "drn") == recorded["official"][f"{name}@{threshold} nms=True"]
-
-
-@LISTS
-@THRESHOLDS
-def test_recall_without_nms_matches_authors_evaluation(
-    name: str, threshold: float, lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
-) -> None:
-    picks, truth = padded(lists, name)
-    order = np.argsort(-picks[..., 2], axis=1, kind="stable")
-    by_score = np.take_along_axis(picks, order[..., None], 1)
-    assert recalls(by_score, truth, threshold, "drn") == recorded["official"][f"{name}@{threshold} nms=False"]
+    if nms:
+        picks = hard_nms(proposals(picks), 6, threshold - 0.05)
+    else:
+        picks = np.take_along_axis(picks, np.argsort(-picks[..., 2], axis=1, kind="stable")[..., None], 1)
+    assert recalls(picks, truth, threshold, "drn") == recorded["official"][f"{name}@{threshold} nms={nms}"]
 
 
 def test_soft_nms_matches_200_recorded_queries(lists: np.lib.npyio.NpzFile) -> None:
@@ -126,17 +119,12 @@ def test_empty_ground_truth_is_a_miss_not_a_division_by_zero(
 # By hand
 
 
-def test_iou_equal_to_threshold_is_a_hit_for_authors_only() -> None:
-    picks, truth = np.array([[[0, 0.5, 0.9]]], np.float32), np.array([[0.0, 1.0]])
-    assert not is_hit(picks, truth, 1, 0.5, "mmaction2")[0]
-    assert is_hit(picks, truth, 1, 0.5, "drn")[0]
-
-
-def test_mmaction2_compares_float32_and_authors_float64() -> None:
-    # 0.3 is less than float32(0.3), so an IoU of float32(0.3) is above the former only.
-    picks, truth = np.array([[[0, np.float32(0.3), 1]]], np.float32), np.array([[0.0, 1.0]])
-    assert not is_hit(picks, truth, 1, 0.3, "mmaction2")[0]
-    assert is_hit(picks, truth, 1, 0.3, "drn")[0]
+# 0.3 is less than float32(0.3), which mmaction2 compares: an IoU of float32(0.3) is above the former only.
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_iou_equal_to_threshold_is_a_hit_for_authors_only(threshold: float) -> None:
+    picks, truth = np.array([[[0, threshold, 0.9]]], np.float32), np.array([[0.0, 1.0]])
+    assert not is_hit(picks, truth, 1, threshold, "mmaction2")[0]
+    assert is_hit(picks, truth, 1, threshold, "drn")[0]
 
 
 @PROTOCOLS
@@ -186,17 +174,14 @@ def test_each_threshold_uses_its_own_picks() -> None:
 
 def test_report_lists_main_metrics_first() -> None:
     assert METRICS[:3] == ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU")
+    names = (*METRICS[:3], "R@1 IoU=0.3", "R@1 IoU=0.1")
+    assert metric_names((0.1, 0.3, 0.5, 0.7)) == names + tuple(f"R@5 IoU={m:g}" for m in (0.1, 0.3, 0.5, 0.7))
     picks = np.zeros((1, 1, 3), np.float32)
     values = report(dict.fromkeys((0.3, 0.5, 0.7), picks), np.array([[0.0, 1.0]]), "drn").values
     assert tuple(values) == METRICS
 
 
-def test_metric_order_holds_for_other_thresholds() -> None:
-    names = ("R@1 IoU=0.5", "R@1 IoU=0.7", "mIoU", "R@1 IoU=0.3", "R@1 IoU=0.1")
-    assert metric_names((0.1, 0.3, 0.5, 0.7)) == names + tuple(f"R@5 IoU={m:g}" for m in (0.1, 0.3, 0.5, 0.7))
-
-
-@pytest.mark.parametrize("protocol", ["mmaction2", "drn"])
+@PROTOCOLS
 def test_several_moments_any_hit_and_best_iou_count(protocol: Any) -> None:
     picks = np.array([[[0, 0.2, 1]], [[0.5, 1, 1]], [[0.5, 1, 1]]], np.float32)
     nothing = [np.nan, np.nan]

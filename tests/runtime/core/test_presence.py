@@ -96,16 +96,14 @@ def test_fit_threshold_is_optimal_and_reports_its_shares(
         assert actual.kept >= keep - 1e-9
 
 
-@pytest.mark.parametrize("keep", [0, -1, 1.5, float("nan")])
-def test_invalid_keep_share_is_rejected(keep: float) -> None:
-    with raises(GroundingError, "invalid_option", "--keep"):
-        fit_threshold(np.array([0.5]), np.array([0.4]), keep)
-
-
-@pytest.mark.parametrize("threshold", [0, -0.1, 1.1, float("nan"), "0.5"])
-def test_invalid_presence_threshold_is_rejected(threshold: Any) -> None:
-    with raises(ModelFileError, "invalid_setting", repr(threshold)):
-        Presence(threshold, 0.9, 0.8, 100, 500)
+def test_invalid_shares_and_thresholds_are_rejected() -> None:
+    for keep in (0, -1, 1.5, float("nan")):
+        with raises(GroundingError, "invalid_option", "--keep"):
+            fit_threshold(np.array([0.5]), np.array([0.4]), keep)
+    threshold: Any
+    for threshold in (0, -0.1, 1.1, float("nan"), "0.5"):
+        with raises(ModelFileError, "invalid_setting", repr(threshold)):
+            Presence(threshold, 0.9, 0.8, 100, 500)
 
 
 def carrying(backend: Any, threshold: float) -> Any:

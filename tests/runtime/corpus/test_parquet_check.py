@@ -34,9 +34,8 @@ def test_check_metadata_passes_valid_and_unreadable_files(tmp_path: Path) -> Non
 def test_aborted_check_names_the_current_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdout: bytes) -> None:
     files = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=-6, stdout=stdout))
-    with pytest.raises(FeatureError) as raised:
+    with raises(FeatureError, "damaged_file") as raised:
         check_metadata(files)
-    assert raised.value.code == "damaged_file"
     assert files[1 if stdout else 0].name in str(raised.value)
 
 

@@ -111,13 +111,8 @@ def test_plot_of_long_videos_and_sentences_has_no_overlapping_text(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     moments = [Moment(30000.0 + rank, 31000.0 + 10 * rank, 0.9 - 0.1 * rank) for rank in range(5)]
-    answer = Answer(
-        "a person opens the door and then walks out " * 20,
-        "Kitchen of Apartment 17, " * 9,
-        360000.0,
-        moments,
-        [(0.0, 1.0)],
-    )
+    query, name = "a person opens the door and then walks out " * 20, "Kitchen of Apartment 17, " * 9
+    answer = Answer(query, name, 360000.0, moments, [(0.0, 1.0)])
     draw([answer] * count, tmp_path / "plot.png")
     figure = drawn[0]
     renderer = FigureCanvasAgg(figure).get_renderer()

@@ -132,16 +132,29 @@ def test_metrics_match_hand_computed_values(score: Any) -> None:
     assert result.ranges["long"].values["R@1 IoU=0.5"] == 1
 
 
-def test_unsorted_windows_count_in_file_order_for_recall(score: Any) -> None:
-    rows = [predicted(1, [50, 60, 0.1], [0, 10, 0.9])]
-    values = check(score, rows, [annotated(1, [0, 10])]).report.values
-    assert (values["R@1 IoU=0.5"], values["R@5 IoU=0.5"], values["mAP"]) == (0, 1, 1)
+TEN_WRONG = [[50 + index, 60 + index, 0.5] for index in range(10)]
 
 
-def test_eleventh_window_does_not_count(score: Any) -> None:
-    windows = [[50 + index, 60 + index, 0.5] for index in range(10)]
-    values = check(score, [predicted(1, *windows, [0, 10, 0.9])], [annotated(1, [0, 10])]).report.values
-    assert values["mAP"] == 0
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        # Recall counts in the order of the file, average precision in the order of the scores.
+        ([[[50, 60, 0.1], [0, 10, 0.9]]], {"R@1 IoU=0.5": 0, "R@5 IoU=0.5": 1, "mAP": 1}),
+        # The eleventh window does not count.
+        ([[*TEN_WRONG, [0, 10, 0.9]]], {"mAP": 0}),
+        # Windows are not clipped to the video.
+        ([[[-10, 10, 0.5]]], {"R@1 IoU=0.5": 1, "R@1 IoU=0.55": 0, "mIoU": 0.5}),
+        # Reversed windows, and a query without windows.
+        ([[[10, 0, 0.5]], [[15, 0, 0.5]]], {"mAP": 0.5, "R@1 IoU=0.5": 0, "mIoU": 0}),
+        ([[], [[0, 10, 1]]], {"mAP": 0.5, "R@1 IoU=0.5": 0.5}),
+    ],
+)
+def test_unusual_windows_are_scored_as_by_the_evaluator(
+    score: Any, windows: list[list[list[float]]], expected: dict[str, float]
+) -> None:
+    rows = [predicted(qid, *several) for qid, several in enumerate(windows)]
+    values = check(score, rows, [annotated(qid, [0, 10], duration=10) for qid in range(len(rows))]).report.values
+    assert {name: values[name] for name in expected} == expected
 
 
 def test_repeated_query_pools_windows_and_recalls_last_row(score: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,18 +164,6 @@ def test_repeated_query_pools_windows_and_recalls_last_row(score: Any, caplog: p
     assert (result.report.queries, result.report.values["R@1 IoU=0.5"]) == (2, 0.5)
     assert result.report.values["mAP"] == 0.75
     assert len(caplog.records) == 1
-
-
-def test_windows_outside_the_video_are_not_clipped(score: Any) -> None:
-    rows = [predicted(1, [-10, 10, 0.5])]
-    values = check(score, rows, [annotated(1, [0, 10], duration=10)]).report.values
-    assert (values["R@1 IoU=0.5"], values["R@1 IoU=0.55"], values["mIoU"]) == (1, 0, 0.5)
-
-
-def test_reversed_window_is_scored_as_by_the_evaluator(score: Any) -> None:
-    rows = [predicted(1, [20, 10, 0.5]), predicted(2, [25, 10, 0.5])]
-    values = check(score, rows, [annotated(1, [10, 20]), annotated(2, [10, 20])]).report.values
-    assert (values["mAP"], values["R@1 IoU=0.5"], values["mIoU"]) == (0.5, 0, 0)
 
 
 def test_scores_that_are_not_numbers_are_sorted_by_python(score: Any) -> None:
@@ -175,11 +176,6 @@ def test_integer_times_equal_floats(score: Any) -> None:
     floats = check(score, [predicted(1, [0.0, 7.0, 1.0])], [annotated(1, [0.0, 10.0])])
     assert integers.to_dict() == floats.to_dict()
     assert integers.report.values["R@1 IoU=0.7"] == 1
-
-
-def test_query_without_windows_is_a_miss(score: Any) -> None:
-    values = check(score, [predicted(1), predicted(2, [0, 10, 1])], [annotated(1, [0, 10]), annotated(2, [0, 10])])
-    assert (values.report.values["mAP"], values.report.values["R@1 IoU=0.5"]) == (0.5, 0.5)
 
 
 def test_touching_moments_of_equal_iou_match_in_order_of_the_evaluator(score: Any) -> None:
@@ -331,12 +327,9 @@ def test_evaluate_scores_its_own_predictions_by_query_id(tmp_path: Path, capsys:
 
 
 def test_truths_of_a_data_set_end_with_their_video(tmp_path: Path) -> None:
+    about = {"vid": "v", "duration": 30}
     write(
-        tmp_path / "val.jsonl",
-        [
-            annotated(5, [10, 40], query="a", vid="v", duration=30),
-            annotated(6, [1, 2], query="b", vid="v", duration=30),
-        ],
+        tmp_path / "val.jsonl", [annotated(5, [10, 40], query="a", **about), annotated(6, [1, 2], query="b", **about)]
     )
     first, second = truths_of(DataSet(tmp_path), "val", "error")
     assert (first.qid, first.video, first.windows.tolist()) == (5, "v", [[10, 30]])

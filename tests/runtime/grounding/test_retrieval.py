@@ -111,6 +111,5 @@ def test_best_scores_output_not_finite_names_features(
 
     monkeypatch.setattr(grounder.backend, "run", overflowing)
     names = sorted(data_set.durations)
-    with pytest.raises(FeatureError) as raised:
+    with raises(FeatureError, "features_out_of_scale"):
         best_scores(grounder, data_set, ["person opens the door"], names, np.arange(3)[None])
-    assert raised.value.code == "features_out_of_scale"

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from benchmarks.fake_tensorrt import VERSIONS
+from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.backends.cuda_driver import OutOfDeviceMemory
 from runtime.backends.execution_contexts import MAX_EXECUTION_STATES
 from runtime.backends.tensorrt_engine import TensorRTEngine
-from runtime.core.batch import Heads
+from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceMemoryError, ShapeError
 from runtime.core.video import Video
 from runtime.grounding.grounder import Grounder
 from runtime.grounding.warm_up import usual_sizes, warm_usual
-from tests.raising import records
+from tests.raising import raises, records
 from tests.runtime.backends.test_tensorrt_backend import LONGEST, Bench, Graphs, batch_of, graphs
 
 __all__ = ["graphs"]
@@ -42,11 +43,7 @@ def test_warm_sizes_need_no_new_context_and_no_capture(bench: Bench, part: str, 
     contexts, before = bench.library.contexts, len(bench.driver.calls)
     for _ in range(3):
         for batch in batches:
-            if part == "whole":
-                backend.run(batch)
-            else:
-                videos = known_of_one(backend, batch)
-                backend.ask(batch.query_tokens, batch.query_length, videos, np.zeros(len(batch), np.int32))
+            answer(backend, part, batch)
     # Of a plan of 8.6 whose profiles are not shared, each context takes the place of another.
     if bench.library.old:
         return
@@ -56,11 +53,13 @@ def test_warm_sizes_need_no_new_context_and_no_capture(bench: Bench, part: str, 
     assert not [name for name in bench.driver.calls[before:] if name.startswith("cuStreamBeginCapture")]
 
 
-def known_of_one(pair: Any, batch: Any) -> Any:
-    from runtime.artifacts.encoded_video import EncodedVideo
-
-    features = pair.encode(batch.segment_features[:1])[0]
-    return [EncodedVideo(features, batch.segment_spans[0], 1.0)]
+def answer(backend: Any, part: str, batch: Batch) -> None:
+    """Run a batch, on a pair with one video that all queries ask."""
+    if part == "whole":
+        backend.run(batch)
+        return
+    videos = [EncodedVideo(backend.encode(batch.segment_features[:1])[0], batch.segment_spans[0], 1.0)]
+    backend.ask(batch.query_tokens, batch.query_length, videos, np.zeros(len(batch), np.int32))
 
 
 def test_warm_up_does_not_change_moments(bench: Bench) -> None:
@@ -79,9 +78,8 @@ def test_sizes_beyond_engine_are_rejected_before_running(
 ) -> None:
     for backend in (bench.whole(), bench.pair()):
         runs = len(bench.library.runs)
-        with pytest.raises(ShapeError) as caught:
+        with raises(ShapeError, "shape_mismatch"):
             Grounder(backend).warm((1, *batches), (2, *lengths))
-        assert caught.value.code == "shape_mismatch"
         assert len(bench.library.runs) == runs
 
 
@@ -118,9 +116,8 @@ def test_warm_up_out_of_memory_is_error_or_warning_by_size(
         warm(network, sizes)
 
     monkeypatch.setattr(TensorRTEngine, "warm", full)
-    with pytest.raises(DeviceMemoryError) as caught:
+    with raises(DeviceMemoryError, "out_of_memory"):
         grounder.warm((1, 2), (4, 6))
-    assert caught.value.code == "out_of_memory"
     assert warm_usual(grounder, 4) == 0
     assert any(record.levelname == "WARNING" for record in caplog.records)
 
@@ -131,6 +128,7 @@ def test_usual_sizes_cover_typical_batches(bench: Bench, graphs: Graphs, caplog:
     # The engine takes 8 queries, and Charades-STA's have 10 tokens at most.
     assert usual_sizes(grounder, 32) == ([1, 2, 3, 4, 6, 8], list(range(1, 11)))
     assert usual_sizes(grounder, 5) == ([1, 2, 3, 4, 5], list(range(1, 11)))
+    assert usual_sizes(Grounder(bench.whole(unroll=(LONGEST,))), 4)[1] == list(range(1, 11))
     assert warm_usual(grounder, 32) == 6 * 4
     assert len(records(caplog, logging.INFO, 24)) == 2
     contexts = bench.library.contexts
@@ -152,17 +150,8 @@ def test_usual_sizes_reach_every_engine(bench: Bench, part: str, unroll: tuple[i
     if not bench.library.old:
         contexts = bench.library.contexts
         for size in batches:
-            batch = batch_of([LONGEST] * size)
-            if part == "whole":
-                backend.run(batch)
-            else:
-                videos = known_of_one(backend, batch)
-                backend.ask(batch.query_tokens, batch.query_length, videos, np.zeros(size, np.int32))
+            answer(backend, part, batch_of([LONGEST] * size))
         assert bench.library.contexts == contexts
-
-
-def test_engines_beyond_longest_query_are_not_warmed(bench: Bench) -> None:
-    assert usual_sizes(Grounder(bench.whole(unroll=(LONGEST,))), 4)[1] == list(range(1, 11))
 
 
 def test_warm_up_on_cpu_runs_nothing(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,22 +106,17 @@ def test_archive_with_bzip2_or_lzma_is_rejected(tmp_path: Path, compression: int
         load_features(tmp_path / "a.npz")
 
 
-def test_archive_with_false_member_size_is_rejected(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    np.savez_compressed(path, features=np.zeros((1000, 1000), np.float32))
+@pytest.mark.parametrize("damage", ["false member size", "bad checksum"])
+def test_damaged_archive_is_rejected(tmp_path: Path, damage: str) -> None:
+    np.savez_compressed(tmp_path / "size.npz", features=np.zeros((1000, 1000), np.float32))
+    np.savez(tmp_path / "sum.npz", features=np.ones((10, 10), np.float32))
+    path = tmp_path / ("size.npz" if damage == "false member size" else "sum.npz")
     content = bytearray(path.read_bytes())
-    offset = content.rindex(b"PK\1\2")
-    content[offset + 24 : offset + 28] = struct.pack("<I", 200)
-    path.write_bytes(content)
-    with pytest.raises(FeatureError):
-        load_features(path)
-
-
-def test_archive_member_with_bad_checksum_is_rejected(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    np.savez(path, features=np.ones((10, 10), np.float32))
-    content = bytearray(path.read_bytes())
-    content[400] ^= 1
+    if damage == "false member size":
+        offset = content.rindex(b"PK\1\2")
+        content[offset + 24 : offset + 28] = struct.pack("<I", 200)
+    else:
+        content[400] ^= 1
     path.write_bytes(content)
     with pytest.raises(FeatureError):
         load_features(path)
