@@ -18,6 +18,7 @@ def to_onnx(
     output: Path,
     *,
     split: bool = False,
+    moments: bool = False,
     prepare: bool = False,
     opset: int = MIN_OPSET,
     max_query_length: int | None = None,
@@ -38,6 +39,8 @@ def to_onnx(
         output: ONNX file to write.
         split: also write the model in two parts, NAME.video.onnx and NAME.query.onnx, so that each video is encoded
             once. Pass the query part as --model.
+        moments: also write NAME.moments.onnx, a graph with decoding and NMS that returns moments in seconds, and
+            NAME.words.txt, the words in the order of their ids. See docs/formats.md.
         prepare: has no effect. Version 0.1 wrote two more files, for a gain too small to keep.
         opset: opset of the graph, 17 to 23. TensorRT 8.6 reads at most 17.
         max_query_length: maximum number of tokens of a query; every length up to it is checked. Default: 64, or the
@@ -53,7 +56,7 @@ def to_onnx(
         OutputError: `output` cannot be written.
         CheckFailed: the graph and torch differ by more than the tolerance.
     """
-    options = ExportOptions(Path(checkpoint), Path(output), split, opset, max_query_length)
+    options = ExportOptions(Path(checkpoint), Path(output), split, moments, opset, max_query_length)
     options.check()
     if prepare:
         log.warning("--prepare no longer has an effect. Leave it out.")
@@ -62,9 +65,9 @@ def to_onnx(
     if is_extractor_file(options.checkpoint):
         from export.tracing.extractor_to_onnx import export_extractor
 
-        if split:
+        if split or moments:
             raise ShapeError(
-                f"{checkpoint} is a feature extractor, which cannot be split. Remove --split.",
+                f"{checkpoint} is a feature extractor, to which --split and --moments do not apply. Remove them.",
                 code="inapplicable_option",
             )
         return export_extractor(options.checkpoint, options.output, opset=opset, clock=clock, class_scores=class_scores)

@@ -101,6 +101,7 @@ def _model_rows(model: Path, manifest: Manifest) -> list[tuple[str, str]]:
             f"unknown words: {manifest.vocabulary.unknown}",
         ),
         ("decoding", f"{score} above {decoding.score_threshold:g}, {nms} ({decoding.protocol} protocol)"),
+        *([("moments", f"in the graph too: {manifest.moments}")] if manifest.moments else ()),
         ("long videos", str(manifest.windows or "grounded without windows")),
         ("no match", str(manifest.presence or "not detected: every query gets moments")),
         *((f"source {name}", digest) for name, digest in manifest.sources.items()),

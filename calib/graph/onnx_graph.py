@@ -137,13 +137,20 @@ def read_manifest(model: onnx.ModelProto, source: str = "the graph") -> Manifest
     """Return the manifest of an unsplit DRN graph; see `manifest_of`.
 
     Raises:
-        ModelFileError: the graph has no manifest, is one part of a split model, or is not a DRN graph.
+        ModelFileError: the graph has no manifest, is one part of a split model, contains decoding and NMS, or is not a
+            DRN graph.
     """
     manifest = manifest_of(model, source)
     if manifest.part != "whole":
         raise ModelFileError(
             f"{source} is the {manifest.part} part of a split model. Give the unsplit graph.",
             code="model_part",
+        )
+    if manifest.moments:
+        raise ModelFileError(
+            f"{source} contains decoding and NMS (.moments.onnx). Give the .onnx file without them, which "
+            "`python -m export.to_onnx` wrote too.",
+            code="contains_moments",
         )
     names = {value.name for value in (*model.graph.input, *model.graph.output)}
     missing = {*INPUT_NAMES, *HEAD_NAMES} - names

@@ -20,6 +20,7 @@ from calib.graph.graph_editing import copied, needed_nodes, read_by
 from calib.graph.onnx_graph import (
     infer_shapes,
     manifest_of,
+    read_manifest,
     set_manifest,
     strip_weights,
     with_manifest,
@@ -47,17 +48,12 @@ def split_graph(model: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProt
     `write_split_model` adds the hash of the video part to the manifest of the query part.
 
     Raises:
-        ModelFileError: the graph is a part already, or has no single tensor to split at.
+        ModelFileError: the graph is a part already, contains decoding and NMS, or has no single tensor to split at.
     """
     import onnx
     from onnx import helper
 
-    manifest = manifest_of(model)
-    if manifest.part != "whole":
-        raise ModelFileError(
-            f"The graph is the {manifest.part} part of a split model already. Give the unsplit graph.",
-            code="model_part",
-        )
+    read_manifest(model)
     graph = model.graph
     depends = _dependence(graph)
     border = _border(graph, depends)

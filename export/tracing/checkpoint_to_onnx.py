@@ -5,17 +5,26 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calib.graph.conv_padding import extract_padding
+from calib.graph.moments import with_moments, word_list
 from calib.graph.opset import MAX_OPSET, MIN_OPSET
 from calib.graph.split_model import pair_paths, split_graph, write_split_model
+from export.tracing.moment_check import check_moments
 from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_pair_against_torch, format_differences
 from export.tracing.tracer import export_model, producer
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cli import report_written
 from runtime.core.errors import OutputError, ShapeError, check_option, importing
-from runtime.core.io.atomic_files import atomic_write, check_writable
+from runtime.core.io.atomic_files import atomic_write, check_writable, write_text
 from runtime.core.io.input_files import is_same_file
+
+if TYPE_CHECKING:
+    import onnx
+
+    from runtime.artifacts.manifest import Manifest
+    from train.network.model import DRNConfig
 
 log = logging.getLogger("drn")
 
@@ -27,13 +36,19 @@ class ExportOptions:
     checkpoint: Path
     output: Path
     split: bool = False
+    moments: bool = False
     opset: int = MIN_OPSET
     max_query_length: int | None = None
 
     @property
     def parts(self) -> tuple[Path, ...]:
         """Return the files that are written in addition to the output."""
-        return pair_paths(self.output) if self.split else ()
+        return (*(pair_paths(self.output) if self.split else ()), *(self.moment_files if self.moments else ()))
+
+    @property
+    def moment_files(self) -> tuple[Path, Path]:
+        """Return the graph that returns moments and the word list: drn.moments.onnx and drn.words.txt for drn.onnx."""
+        return self.output.with_suffix(".moments.onnx"), self.output.with_suffix(".words.txt")
 
     def check(self) -> None:
         """Check the options before any file is read.
@@ -103,6 +118,8 @@ def export_checkpoint(options: ExportOptions) -> Path:
             split_differences = check_pair_against_torch(*pair, model, max_query_length)
             differences = {name: max(value, split_differences[name]) for name, value in differences.items()}
             *_, answering = write_split_model(*pair, output)
+        if options.moments:
+            _write_moments(graph, options, model.config, manifest)
     print(format_differences(differences))
     log.info(
         "%s: %.1f MB, opset %d; ONNX Runtime %s matches torch for batch sizes %s and query lengths 1 to %d.",
@@ -114,11 +131,20 @@ def export_checkpoint(options: ExportOptions) -> Path:
         max_query_length,
     )
     if options.split:
-        log.info("%s: the two parts, checked in the same way.", ", ".join(path.name for path in options.parts))
-    report_written(output, *(options.parts if options.split else ()))
+        log.info("%s: the two parts, checked in the same way.", " ".join(path.name for path in pair_paths(output)))
+    report_written(output, *options.parts)
     if not manifest.vocabulary.words:
         log.warning(
             "%s has no vocabulary, so it cannot answer sentences. Convert its checkpoint again with --vocabulary.",
             output,
         )
     return answering
+
+
+def _write_moments(graph: onnx.ModelProto, options: ExportOptions, config: DRNConfig, manifest: Manifest) -> None:
+    """Write the graph that returns moments, after comparing them with those of the runtime, and the word list."""
+    path, words = options.moment_files
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(with_digest(with_moments(extract_padding(graph)).SerializeToString()))
+        check_moments(temporary, config, manifest)
+        write_text(words, word_list(manifest))

@@ -210,6 +210,12 @@ def _check_part(path: Path, manifest: Manifest) -> None:
             f"{path} is the {manifest.part} part of a model. Give the query part, whose name contains .query.",
             code="model_part",
         )
+    if manifest.moments:
+        raise ModelFileError(
+            f"{path} contains decoding and NMS, which the front of the repository computes. Give the .onnx file "
+            "without them, which `python -m export.to_onnx` wrote too.",
+            code="contains_moments",
+        )
 
 
 def _encoded(video: Path) -> tuple[tuple[int, int], str]:

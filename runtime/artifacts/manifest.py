@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from runtime.core.decoding import Decoding
-from runtime.core.errors import ModelFileError, invalid_setting, reading
+from runtime.core.errors import ModelFileError, from_fields, invalid_setting, reading
 from runtime.core.io.text_files import check_format, parse_json
 from runtime.core.pooling import ClipTiming, Pooling
 from runtime.core.presence import Presence
@@ -61,6 +61,32 @@ class Features:
 
 
 @dataclasses.dataclass(frozen=True)
+class MomentOutput:
+    """The decoding and NMS in a graph that returns moments; see `calib.graph.moments`.
+
+    Attributes:
+        count: number of moments of a query.
+        nms: `soft` or `hard`.
+        constants: constants of the NMS by name.
+    """
+
+    count: int
+    nms: Literal["soft", "hard"]
+    constants: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        numbers = self.constants.values() if isinstance(self.constants, Mapping) else [None]
+        is_valid = type(self.count) is int and self.count >= 1 and self.nms in ("soft", "hard")
+        if not is_valid or not all(type(number) in (int, float) for number in numbers):
+            values = (self.count, self.nms, self.constants)
+            raise invalid_setting("a count, an nms of soft or hard, and constants for moments", values, ADVICE)
+
+    def __str__(self) -> str:
+        constants = ", ".join(f"{name} {value:g}" for name, value in self.constants.items())
+        return f"the best {self.count} of each query, by {self.nms} NMS ({constants})"
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """The properties of a model besides its weights.
 
@@ -80,6 +106,7 @@ class Manifest:
         prepared_parts: for a query part of version 0.1, names of two more files, to SHA-256; they are not read.
         windows: windows of videos longer than the training videos; None for older files, which do not split videos.
         presence: score below which no moment is found; None for a model that always returns moments.
+        moments: decoding and NMS in the graph; None for a graph that returns heads only.
     """
 
     vocabulary: Vocabulary
@@ -97,6 +124,7 @@ class Manifest:
     prepared_parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     windows: Windows | None = None
     presence: Presence | None = None
+    moments: MomentOutput | None = None
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
@@ -125,6 +153,7 @@ class Manifest:
             **({"prepared_parts": dict(self.prepared_parts)} if self.prepared_parts else {}),
             **({"windows": self.windows.to_dict()} if self.windows else {}),
             **({"presence": self.presence.to_dict()} if self.presence else {}),
+            **({"moments": dataclasses.asdict(self.moments)} if self.moments else {}),
         }
 
     def to_json(self) -> str:
@@ -155,6 +184,7 @@ class Manifest:
                 prepared_parts=dict(value.get("prepared_parts", {})),
                 windows=Windows.from_dict(value["windows"]) if "windows" in value else None,
                 presence=Presence.from_dict(value["presence"]) if "presence" in value else None,
+                moments=from_fields(MomentOutput, value["moments"]) if "moments" in value else None,
             )
 
     @classmethod

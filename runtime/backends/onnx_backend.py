@@ -19,7 +19,7 @@ from runtime.backends import onnxruntime_session, openvino_session
 from runtime.backends.base import Device, recorded_video_part, run_pair, sibling_file
 from runtime.backends.cuda_driver import disable_in_forked_children
 from runtime.backends.exact_int8 import precision_of_file
-from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, INPUT_NAMES, VIDEO_INDEX, Batch, Heads
+from runtime.core.batch import DURATION, ENCODED_FEATURES, HEAD_NAMES, INPUT_NAMES, VIDEO_INDEX, Batch, Heads
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
 from runtime.core.io.digests import sha256
 from runtime.core.lru_cache import LruCache
@@ -167,7 +167,11 @@ class OnnxBackend:
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch; see `Backend.run` for shapes, and `Session.run` for errors."""
-        return Heads(*self._session.run(HEAD_NAMES, vars(batch)))
+        feed = vars(batch)
+        if self.manifest.moments:
+            # A graph with decoding needs durations, which the heads do not depend on.
+            feed = {**feed, DURATION: np.ones(len(batch), np.float32)}
+        return Heads(*self._session.run(HEAD_NAMES, feed))
 
 
 class OnnxPair:

@@ -11,6 +11,8 @@ from runtime.core.pooling import Segments
 
 # Tensors between the two parts of a split model; see `calib.graph.split_model`.
 ENCODED_FEATURES, VIDEO_INDEX = "encoded_features", "video_index"
+# More input and outputs of a graph with decoding and NMS; see `calib.graph.moments`.
+DURATION, MOMENTS, MOMENT_COUNT = "duration", "moments", "moment_count"
 
 
 @dataclasses.dataclass(frozen=True)
