@@ -61,28 +61,20 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_ground_video_answers_as_infer_and_extracts_once(
-    tmp_path: Path, tiny: Path, tiny_model: Path, runs: list[int], monkeypatch: pytest.MonkeyPatch
+def test_ground_video_checks_queries_answers_as_infer_and_extracts_once(
+    tmp_path: Path, tiny: Path, tiny_model: Path, runs: list[int]
 ) -> None:
-    monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
     source, queries = film(tmp_path / "hall.mkv", 60), ("dog sits", "person opens the door")
     grounder = Grounder.load(tiny_model, "cpu", 1)
+    with pytest.raises(QueryError):
+        grounder.ground_video(source, ["dog sits", ""], tiny)
+    assert not runs
     moments = grounder.ground_video(source, queries, tiny, top_k=2)
     count = len(runs)
     assert count > 0
     answers = infer_module.infer(tiny_model, queries, video=str(source), extractor=tiny, top_k=2)
     assert moments == [list(answer.moments) for answer in answers]
     assert len(runs) == count
-
-
-def test_ground_video_checks_queries_before_the_extraction(
-    tmp_path: Path, tiny: Path, tiny_model: Path, runs: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
-    source = film(tmp_path / "hall.mkv", 60)
-    with pytest.raises(QueryError):
-        Grounder.load(tiny_model, "cpu", 1).ground_video(source, ["dog sits", ""], tiny)
-    assert not runs
 
 
 @pytest.fixture(autouse=True)
@@ -145,21 +137,24 @@ def test_extract_keeps_other_videos_of_the_directory(tmp_path: Path, tiny: Path,
     assert DataSet(mini).durations == {**before, "hall": pytest.approx(0.8)}
 
 
-def test_existing_features_are_not_extracted_again(
-    tmp_path: Path, tiny: Path, runs: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    videos = (film(tmp_path / "hall.mkv", 40), film(tmp_path / "yard.mkv", 48))
-    seen = extraction.extract
+def interrupt_at_yard(videos: tuple[Path, ...], extractor: Path, output: Path) -> None:
+    """Extract videos until the one called yard."""
+    run = extraction.extract
 
     def interrupted(footage: Any, *arguments: Any, **options: Any) -> Any:
         if footage.path.stem == "yard":
             raise KeyboardInterrupt
-        return seen(footage, *arguments, **options)
+        return run(footage, *arguments, **options)
 
-    monkeypatch.setattr(extraction, "extract", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        extract(videos, tiny, tmp_path / "data")
-    monkeypatch.setattr(extraction, "extract", seen)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(extraction, "extract", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            extract(videos, extractor, output)
+
+
+def test_existing_features_are_not_extracted_again(tmp_path: Path, tiny: Path, runs: list[int]) -> None:
+    videos = (film(tmp_path / "hall.mkv", 40), film(tmp_path / "yard.mkv", 48))
+    interrupt_at_yard(videos, tiny, tmp_path / "data")
     assert sum(runs) == 4
     extract(videos, tiny, tmp_path / "data")
     assert sum(runs) == 4 + 5
@@ -194,9 +189,8 @@ def test_extract_rejects_mixed_extractors(
     videos, output, other = two
     given = (*videos, film(tmp_path / "new.mkv", 40))
     before, count = tree(output), sum(runs)
-    with pytest.raises(VideoFileError) as refusal:
+    with raises(VideoFileError, "mixed_extractors"):
         extract(tuple(given[number] for number in chosen), other, output)
-    assert refusal.value.code == "mixed_extractors"
     assert (tree(output), sum(runs)) == (before, count)
 
 
@@ -213,20 +207,10 @@ def test_extract_replaces_all_features_by_another_extractor(
 
 
 def test_data_set_of_two_extractors_warns_once(
-    two: tuple[tuple[Path, Path], Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    two: tuple[tuple[Path, Path], Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     videos, output, other = two
-    seen = extraction.extract
-
-    def interrupted(footage: Any, *arguments: Any, **options: Any) -> Any:
-        if footage.path.stem == "yard":
-            raise KeyboardInterrupt
-        return seen(footage, *arguments, **options)
-
-    monkeypatch.setattr(extraction, "extract", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        extract(videos, other, output)
-    monkeypatch.setattr(extraction, "extract", seen)
+    interrupt_at_yard(videos, other, output)
     data = DataSet(output)
     for name in ("hall", "yard", "hall"):
         data.video(name)
@@ -251,9 +235,8 @@ def test_extractor_changed_by_another_process_is_rejected(
         return seen(footage, *arguments, **options)
 
     monkeypatch.setattr(extraction, "extract", beside)
-    with pytest.raises(VideoFileError) as refusal:
+    with raises(VideoFileError, "mixed_extractors"):
         extract(videos[:1], other, output)
-    assert refusal.value.code == "mixed_extractors"
     assert DataSet(output).durations.keys() == {"yard"}
 
 
@@ -278,9 +261,8 @@ def test_extract_rejects_invalid_video_names(
     bad = tmp_path / BAD_NAMES[case]
     shutil.copy(good, bad)
     output = tmp_path / "data"
-    with pytest.raises(VideoFileError) as refusal:
+    with raises(VideoFileError, "invalid_video_name"):
         extract((good, bad), tiny, output)
-    assert refusal.value.code == "invalid_video_name"
     assert not output.exists()
     assert not runs
     extract((good,), tiny, output)
@@ -318,15 +300,13 @@ def test_names_merged_by_the_file_system_are_rejected(
     first, second = (film(tmp_path / f"{name}.mkv", frames) for name, frames in zip(names, (40, 48), strict=True))
     module = importlib.import_module("runtime.extract")
     monkeypatch.setattr(module, "merges_names", lambda directory: True)
-    with pytest.raises(VideoFileError) as refusal:
+    with raises(VideoFileError, "ambiguous_video_name"):
         extract((first, second), tiny, tmp_path / "data")
-    assert refusal.value.code == "ambiguous_video_name"
     assert not (tmp_path / "data").exists()
     extract((first,), tiny, tmp_path / "data")
     before = tree(tmp_path / "data")
-    with pytest.raises(VideoFileError) as refusal:
+    with raises(VideoFileError, "ambiguous_video_name"):
         extract((second,), tiny, tmp_path / "data")
-    assert refusal.value.code == "ambiguous_video_name"
     assert tree(tmp_path / "data") == before
     monkeypatch.setattr(module, "merges_names", lambda directory: False)
     extract((second,), tiny, tmp_path / "data")
@@ -336,9 +316,8 @@ def test_names_merged_by_the_file_system_are_rejected(
 def test_truncated_video_is_reported_damaged(tmp_path: Path, tiny: Path) -> None:
     complete = film(tmp_path / "whole.mkv", 60).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(complete[: len(complete) // 6])
-    with pytest.raises(VideoFileError) as refusal:
+    with raises(VideoFileError, "truncated_video", "--partial"):
         extract((tmp_path / "cut.mkv",), tiny, tmp_path / "data")
-    check_error(refusal.value, "truncated_video", "--partial")
     with pytest.raises(VideoFileError) as refusal:
         extract((tmp_path / "cut.mkv",), tiny, tmp_path / "data", partial=True)
     assert "--partial" not in str(refusal.value)
@@ -349,15 +328,13 @@ def test_ambiguous_video_names_are_rejected(tmp_path: Path, tiny: Path, runs: li
     videos = (film(tmp_path / "good.mkv", 40), film(tmp_path / "good.avi.mkv", 48))
     output = tmp_path / "data"
     for chosen in (videos, videos[::-1]):
-        with pytest.raises(VideoFileError) as refusal:
+        with raises(VideoFileError, "ambiguous_video_name"):
             extract(chosen, tiny, output)
-        assert refusal.value.code == "ambiguous_video_name"
     assert not output.exists()
     extract((tmp_path / first,), tiny, output)
     before, count = tree(output), sum(runs)
-    with pytest.raises(VideoFileError) as refusal:
+    with raises(VideoFileError, "ambiguous_video_name"):
         extract(tuple(path for path in videos if path.name != first), tiny, output)
-    assert refusal.value.code == "ambiguous_video_name"
     assert (tree(output), sum(runs)) == (before, count)
 
 
@@ -392,9 +369,8 @@ def test_extract_rejects_previously_extracted_playlist(
     with monkeypatch.context() as patch:
         patch.setattr("runtime.media.container.REFERRING_FORMATS", frozenset())
         extract((script,), tiny, tmp_path / "data")
-    with pytest.raises(VideoFileError) as refusal:
+    with raises(VideoFileError, "refers_to_files"):
         extract((script,), tiny, tmp_path / "data")
-    assert refusal.value.code == "refers_to_files"
 
 
 def test_extract_non_finite_features_are_refused(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,6 +403,10 @@ def test_two_videos_of_one_name_are_rejected(
     check_error(refused(extract, other, *line), "ambiguous_video_name", other, "'hall'", "--output")
 
 
+def cut_film(path: Path) -> Path:
+    return truncated(film(path.with_name("w.mp4"), 90, options={"movflags": "faststart"}), path)
+
+
 BAD_VIDEOS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: path.write_text("no video"), "damaged_file"),
     (lambda path: path.write_bytes(b""), "empty_file"),
@@ -434,47 +414,23 @@ BAD_VIDEOS: list[tuple[Callable[[Path], Any], str]] = [
     (sound_only, "no_video_stream"),
     (lambda path: film(path, 1), "video_too_short"),
     (lambda path: film(path, 15), "video_too_short"),
-    (
-        lambda path: truncated(film(path.with_name("w.mp4"), 90, options={"movflags": "faststart"}), path),
-        "truncated_video",
-    ),
+    (cut_film, "truncated_video"),
 ]
 
 
 @pytest.mark.parametrize(("make", "code"), BAD_VIDEOS)
-def test_invalid_video_is_rejected_before_any_extraction(
-    tmp_path: Path,
-    tiny: Path,
-    refused: Callable[..., GroundingError],
-    runs: list[int],
-    make: Callable[[Path], Any],
-    code: str,
+def test_invalid_video_is_rejected_without_extraction_and_output(
+    tmp_path: Path, tiny: Path, tiny_model: Path, runs: list[int], refused: Any, make: Callable[[Path], Any], code: str
 ) -> None:
     good, bad = film(tmp_path / "good.mkv", 20), tmp_path / "bad.mp4"
     make(bad)
+    before = sorted(tmp_path.iterdir())
     check_error(refused(extract, good, bad, "--extractor", tiny, "--output", tmp_path / "data"), code, bad)
-    assert not runs
-    assert not (tmp_path / "data").exists()
-
-
-@pytest.mark.parametrize(("make", "code"), BAD_VIDEOS)
-def test_infer_rejects_invalid_video_without_output(
-    tmp_path: Path,
-    tiny: Path,
-    tiny_model: Path,
-    cache: Path,
-    refused: Callable[..., GroundingError],
-    make: Callable[[Path], Any],
-    code: str,
-) -> None:
-    bad = tmp_path / "bad.mp4"
-    make(bad)
-    before = sorted(path.name for path in tmp_path.iterdir())
     line = ("--model", tiny_model, "--video", bad, "--extractor", tiny, "--query", "dog sits")
     error = refused(infer, *line, "--plot", tmp_path / "plot.png", "--cut", tmp_path / "clips")
     check_error(error, code, bad)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-    assert not cache.exists()
+    assert not runs
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("query", ["...", "xyzzy plugh"])
@@ -626,36 +582,44 @@ def test_default_resize_crop_is_the_published_one() -> None:
     assert (ResizeCrop().resize, ResizeCrop().crop) == ((128, 171), (112, 112))
 
 
-def both_ways(video: Path, encoder: Path, output: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the features of a video by `infer --video` and by `runtime.extract`."""
-    extract((video,), encoder, output)
-    return load_or_extract(video, open_extractor(encoder, "cpu")).features, load_features(
-        output / FEATURE_DIRECTORY / f"{video.stem}.npy"
-    )
-
-
-def test_changed_description_of_an_encoder_extracts_again(tmp_path: Path) -> None:
-    video, encoder = film(tmp_path / "hall.mkv", 41), write_images(tmp_path / "clip.onnx")
-    before = both_ways(video, encoder, tmp_path / "data")
-    description = json.loads(encoder.with_name("clip.onnx.json").read_text())
+def halve_mean(encoder: Path) -> None:
+    path = encoder.with_name("clip.onnx.json")
+    description = json.loads(path.read_text())
     description["mean"] = [value / 2 for value in description["mean"]]
-    encoder.with_name("clip.onnx.json").write_text(json.dumps(description))
-    after = both_ways(video, encoder, tmp_path / "data")
+    path.write_text(json.dumps(description))
+
+
+def double_weights(encoder: Path) -> None:
+    weights = encoder.with_name("clip.onnx.data")
+    weights.write_bytes((np.frombuffer(weights.read_bytes(), np.float32) * np.float32(2)).tobytes())
+
+
+@pytest.mark.parametrize("change", [halve_mean, double_weights])
+def test_changed_encoder_extracts_again(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx moves the weights into a file of their own")
+    video, encoder, output = film(tmp_path / "hall.mkv", 41), write_images(tmp_path / "clip.onnx"), tmp_path / "data"
+    onnx.save(onnx.load(encoder), encoder, save_as_external_data=True, location="clip.onnx.data", size_threshold=0)
+
+    def features() -> tuple[np.ndarray, np.ndarray]:
+        """Return the features by `infer --video` and by `runtime.extract`."""
+        extract((video,), encoder, output)
+        cached = load_or_extract(video, open_extractor(encoder, "cpu")).features
+        return cached, load_features(output / FEATURE_DIRECTORY / "hall.npy")
+
+    before = features()
+    change(encoder)
+    after = features()
     for old, new in zip(before, after, strict=True):
         assert np.abs(old - new).max() > 1e-3
     assert (after[0] == after[1]).all()
 
 
-def test_changed_external_data_of_an_encoder_extracts_again(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx", reason="onnx moves the weights into a file of their own")
-    video, encoder = film(tmp_path / "hall.mkv", 41), write_images(tmp_path / "clip.onnx")
-    onnx.save(onnx.load(encoder), encoder, save_as_external_data=True, location="clip.onnx.data", size_threshold=0)
-    weights = encoder.with_name("clip.onnx.data")
-    before = both_ways(video, encoder, tmp_path / "data")
-    weights.write_bytes((np.frombuffer(weights.read_bytes(), np.float32) * np.float32(2)).tobytes())
-    after = both_ways(video, encoder, tmp_path / "data")
-    for old, new in zip(before, after, strict=True):
-        assert np.abs(old - new).max() > 1e-3
+def damage(path: Path, key: bytes) -> bytes:
+    """Change one bit of features, or one digit after `key` of a record; return the content before."""
+    good = path.read_bytes()
+    place = len(good) * 3 // 4 if path.suffix == ".npy" else good.index(key) + len(key) - 1
+    path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    return good
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
@@ -663,10 +627,7 @@ def test_damaged_cache_entry_is_extracted_again(tmp_path: Path, tiny: Path, cach
     video, extractor = film(tmp_path / "hall.mkv", 40), open_extractor(tiny, "cpu")
     first = load_or_extract(video, extractor)
     (entry,) = cache.glob(f"*{suffix}")
-    good = entry.read_bytes()
-    # Damage one bit of the features, and one digit of the record.
-    place = len(good) * 3 // 4 if suffix == ".npy" else good.index(b'"num_frames": 4') + len('"num_frames": ')
-    entry.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    good = damage(entry, b'"num_frames": 4')
     again = load_or_extract(video, extractor)
     assert (again.features == first.features).all()
     assert (again.num_frames, again.duration) == (first.num_frames, first.duration)
@@ -679,13 +640,9 @@ def test_damaged_cache_entry_is_extracted_again(tmp_path: Path, tiny: Path, cach
 def test_damaged_features_in_directory_are_not_used(tmp_path: Path, tiny: Path, name: str, code: str) -> None:
     data = extract((film(tmp_path / "hall.mkv", 40),), tiny, tmp_path / "data")
     assert DataSet(data).video("hall").num_frames == 40
-    damaged = data / name
-    good = damaged.read_bytes()
-    place = len(good) * 3 // 4 if name.endswith(".npy") else good.index(b'"offset": 0') + len('"offset": ')
-    damaged.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-    with pytest.raises(GroundingError) as caught:
+    good = damage(data / name, b'"offset": 0')
+    with raises(GroundingError, code):
         DataSet(data).video("hall")
-    assert caught.value.code == code
     # A record of an earlier version, without digests.
     notes = json.loads(good) if name == "extracted.json" else json.loads((data / "extracted.json").read_bytes())
     del notes["videos"]["hall"]["digest"], notes["videos"]["hall"]["features"]
@@ -697,8 +654,6 @@ def test_damaged_features_in_directory_are_not_used(tmp_path: Path, tiny: Path, 
 def test_damaged_features_of_a_directory_are_extracted_again(tmp_path: Path, tiny: Path, name: str) -> None:
     video = film(tmp_path / "hall.mkv", 40)
     damaged = extract((video,), tiny, tmp_path / "data") / name
-    good = damaged.read_bytes()
-    place = len(good) * 3 // 4 if name.endswith(".npy") else good.index(b'"num_frames": 4') + len('"num_frames": ')
-    damaged.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    good = damage(damaged, b'"num_frames": 4')
     extract((video,), tiny, tmp_path / "data")
     assert damaged.read_bytes() == good

@@ -108,9 +108,10 @@ def test_slow_rest_of_refused_body_ends_the_connection(hurried: int) -> None:
         reply(received(stream)).refused(408, code="request_timeout")
 
 
-def test_incomplete_request_head_times_out(hurried: int) -> None:
+def test_incomplete_request_times_out(hurried: int) -> None:
     reply(said(hurried, b"GET / HTTP/1.1\r\n", b"Host: local", pause=0.1)).refused(408, code="request_timeout")
     reply(said(hurried)).refused(408, code="request_timeout")
+    reply(said(hurried, asking(b'{"video": ', 100))).refused(408, "10 bytes", code="request_timeout")
 
 
 def test_second_request_head_has_the_same_timeout(hurried: int) -> None:
@@ -120,10 +121,6 @@ def test_second_request_head_has_the_same_timeout(hurried: int) -> None:
             assert reply(received(stream)).status == 200
         stream.sendall(b"GET / HT")
         reply(received(stream)).refused(408, code="request_timeout")
-
-
-def test_incomplete_request_body_times_out(hurried: int) -> None:
-    reply(said(hurried, asking(b'{"video": ', 100))).refused(408, "10 bytes", code="request_timeout")
 
 
 def test_slowly_sent_request_body_times_out(hurried: int) -> None:
@@ -238,8 +235,8 @@ def test_foreign_host_and_origin_are_rejected(service: Running) -> None:
         service.request("GET", "/healthz", headers={"Host": host}).refused(403, code="wrong_host")
     for host in (f"localhost:{port}", "LOCALHOST", f"127.0.0.1:{port}", "[::1]:80"):
         assert service.request("GET", "/healthz", headers={"Host": host}).status == 200
-    service.ask(QUESTION, Origin="http://evil.example").refused(403, code="wrong_origin")
-    service.ask(QUESTION, Origin="null").refused(403, code="wrong_origin")
+    for origin in ("http://evil.example", "http://[", "http://[x]", "null", ""):
+        service.ask(QUESTION, Origin=origin).refused(403, code="wrong_origin")
     assert service.ask(QUESTION, Origin=f"http://127.0.0.1:{port}").status == 200
 
 
@@ -253,11 +250,6 @@ def locked(
     place = tmp_path_factory.mktemp("uploads")
     words = ("--model", model, "--data", planted, "--media", media, "--uploads", place, "--allow-host", "films.example")
     return start(*words, "--api-key", KEY)
-
-
-def test_malformed_origin_is_rejected(service: Running) -> None:
-    for origin in ("http://[", "http://[x]", "null", ""):
-        service.ask(QUESTION, Origin=origin).refused(403, code="wrong_origin")
 
 
 def test_requests_without_api_key_are_rejected(locked: Running) -> None:

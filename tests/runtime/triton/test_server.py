@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -30,6 +29,7 @@ from runtime import Grounder
 from runtime.backends.triton_client import Address, Connection
 from runtime.core.errors import GroundingError
 from tests import tolerances
+from tests.processes import free_port
 from tests.raising import quotes, raises
 from tests.runtime.triton.conftest import QUERIES, video
 
@@ -120,12 +120,6 @@ def served(repository: Path, backends: Path, *options: str) -> Iterator[tuple[in
                 server.wait(30)
             except subprocess.TimeoutExpired:
                 server.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def flat(answers: Any) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from runtime.evaluate import evaluate
 from runtime.infer import infer
 from tests import tolerances
 from tests.export.conftest import TINY
-from tests.raising import check_error, raises, records
+from tests.processes import free_port
+from tests.raising import raises, records
 from tests.runtime.triton.conftest import QUERIES, video
 from tests.tritonserver import Server
 from tests.tritonwire import Wire, over_grpc, over_http
@@ -122,19 +122,6 @@ def test_invalid_query_is_rejected_before_sending(here: str, wire: Wire, caplog:
     assert records(caplog, logging.WARNING, "'zorbs'")
 
 
-def test_server_error_message_is_passed_on(address: str, wire: Wire) -> None:
-    served = Grounder.load(address)
-    wire.server.broken = "no memory"
-    with raises(ServerError, "server_error", "drn", 1, "no memory"):
-        served.ground(video(9), "word1")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_unreachable_server_is_named_with_default_port(protocol: str) -> None:
     port = free_port()
@@ -148,21 +135,19 @@ def test_port_of_other_protocol_is_unreachable(serving: Any, asking: str, wire: 
         Grounder.load(f"{asking}127.0.0.1:{port}/drn")
 
 
-def test_missing_model_error_lists_served_models(address: str) -> None:
+def test_missing_other_unloaded_and_failing_models_are_named(address: str, wire: Wire) -> None:
     with raises(ServerError, "missing_model", "'gone'", "drn"):
         Grounder.load(address.replace("/drn", "/gone"))
-
-
-def test_unloaded_model_error_contains_the_reason(address: str, wire: Wire) -> None:
-    wire.unready = "Internal: ModuleNotFoundError:\n No module named 'runtime'"
-    with raises(ServerError, "model_not_loaded", "drn", "UNAVAILABLE", "No module named 'runtime'"):
-        Grounder.load(address)
-
-
-def test_network_address_is_rejected_as_front_model(address: str, wire: Wire) -> None:
     network = next(name for name in wire.server.models if name != "drn")
     with raises(ModelFileError, "wrong_model_kind", network, "python -m export.triton"):
         Grounder.load(address.replace("/drn", f"/{network}"))
+    served = Grounder.load(address)
+    wire.server.broken = "no memory"
+    with raises(ServerError, "server_error", "drn", 1, "no memory"):
+        served.ground(video(9), "word1")
+    wire.unready = "Internal: ModuleNotFoundError:\n No module named 'runtime'"
+    with raises(ServerError, "model_not_loaded", "drn", "UNAVAILABLE", "No module named 'runtime'"):
+        Grounder.load(address)
 
 
 def test_slow_server_times_out(address: str, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,14 +210,6 @@ def test_infer_output_for_address_equals_model_file(
     assert f"--model {here}" in caplog.text
 
 
-def test_infer_reports_unreachable_server(refused: Callable[..., GroundingError], tmp_path: Path) -> None:
-    np.save(tmp_path / "clip.npy", video(9).features)
-    line = ("--features", tmp_path / "clip.npy", "--duration", 3, "--query", "word1")
-    port = free_port()
-    error = refused(infer, "--model", f"triton://127.0.0.1:{port}/drn", *line)
-    check_error(error, "server_unreachable", f"127.0.0.1:{port}")
-
-
 def test_evaluate_of_served_model_equals_model_file(
     tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
 ) -> None:
@@ -252,8 +229,6 @@ def test_evaluate_of_served_model_equals_model_file(
 
 
 def test_served_model_reports_no_match(graph: Path, tmp_path: Path, direct: Grounder) -> None:
-    import dataclasses
-
     import onnx
 
     from export.triton import triton
