@@ -28,6 +28,7 @@ from runtime.core import cpu_info
 from runtime.core.errors import GroundingError
 from runtime.core.gpu_info import cuda_gpu, selected_gpu
 from runtime.core.io.atomic_files import check_writable, write_text
+from runtime.core.packages import installed_version
 
 log = logging.getLogger("drn")
 
@@ -242,9 +243,7 @@ def _versions() -> dict[str, str]:
     libraries = ("torch", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy")
     names = (*libraries, "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13")
     versions = {"python": sys.version.split()[0]}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    versions.update((name, version) for name in names if (version := installed_version(name)))
     return versions
 
 

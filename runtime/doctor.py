@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import platform
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from runtime.core import cpu_info
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import DeviceError
 from runtime.core.gpu_info import list_gpus
+from runtime.core.packages import installed_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def gpus() -> list[Finding]:
 
 def _onnxruntime() -> Finding:
     subject = "run .onnx models"
-    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed_version(name)]
     if len(both) == 2:
         remedy = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install '.[cpu]'  (or [gpu])"
         return Finding(
@@ -106,7 +106,7 @@ def _onnxruntime() -> Finding:
 
 def _torch() -> Finding:
     subject = "train, run .pt models"
-    version = _version("torch")
+    version = installed_version("torch")
     if version is None:
         return Finding(subject, False, "torch is not installed", "pip install '.[train]'")
     # `runtime` must not import torch, so another process does it.
@@ -120,17 +120,19 @@ def _torch() -> Finding:
 
 
 def _exporter() -> Finding:
-    missing = [name for name in ("torch", "onnx", "onnxscript", "onnxruntime") if _version(name) is None]
-    missing = [name for name in missing if name != "onnxruntime" or _version("onnxruntime-gpu") is None]
+    missing = [name for name in ("torch", "onnx", "onnxscript", "onnxruntime") if installed_version(name) is None]
+    missing = [name for name in missing if name != "onnxruntime" or installed_version("onnxruntime-gpu") is None]
     if missing:
         return Finding("export to ONNX", False, f"not installed: {', '.join(missing)}", "pip install '.[export]'")
-    return Finding("export to ONNX", True, f"onnx {_version('onnx')}, onnxscript {_version('onnxscript')}")
+    return Finding(
+        "export to ONNX", True, f"onnx {installed_version('onnx')}, onnxscript {installed_version('onnxscript')}"
+    )
 
 
 def _tensorrt() -> Finding:
     subject = "TensorRT"
     names = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean")
-    version = next((f"{name} {_version(name)}" for name in names if _version(name)), None)
+    version = next((f"{name} {installed_version(name)}" for name in names if installed_version(name)), None)
     if version is None:
         remedy = (
             "pip install tensorrt  (the wheels of 10 and 11 on PyPI download their libraries from NVIDIA's index; "
@@ -155,7 +157,7 @@ def _engines(subject: str, installed: str) -> Finding:
 
 
 def _tensorrt_rtx() -> Finding:
-    version = _version("tensorrt-rtx-cu13") or _version("tensorrt-rtx")
+    version = installed_version("tensorrt-rtx-cu13") or installed_version("tensorrt-rtx")
     if version is None:
         return Finding("TensorRT-RTX", False, "not installed", "pip install '.[rtx]'")
     details = f"{version}: builds engines on a CPU or GPU, and runs them on an RTX GPU"
@@ -164,7 +166,7 @@ def _tensorrt_rtx() -> Finding:
 
 def _packages(subject: str, extra: str, *distributions: str) -> Finding:
     """Return whether packages are installed, and the extra that installs them."""
-    versions = {name: _version(name) for name in distributions}
+    versions = {name: installed_version(name) for name in distributions}
     missing = [name for name, version in versions.items() if version is None]
     if missing:
         return Finding(subject, False, f"not installed: {', '.join(missing)}", f"pip install '.[{extra}]'")
@@ -173,7 +175,7 @@ def _packages(subject: str, extra: str, *distributions: str) -> Finding:
 
 def _videos() -> Finding:
     subject = "read video files"
-    version = _version("av")
+    version = installed_version("av")
     if version is None:
         return Finding(subject, False, "PyAV is not installed", "pip install '.[video]'")
     try:
@@ -182,13 +184,6 @@ def _videos() -> Finding:
         return Finding(subject, False, f"PyAV {version} cannot be imported: {error}", "pip install '.[video]'")
     codecs = [name for name in ("h264", "hevc", "vp9", "av1") if name in av.codecs_available]
     return Finding(subject, True, f"PyAV {version} decodes {', '.join(codecs)} and {len(av.codecs_available)} more")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

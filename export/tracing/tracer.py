@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
 import platform
 import re
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from calib.graph.opset import MIN_OPSET, with_opset
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.batch import HEAD_NAMES, INPUT_NAMES
+from runtime.core.packages import installed_version
 
 if TYPE_CHECKING:
     import onnx
@@ -82,15 +82,8 @@ def finalize_model(traced: onnx.ModelProto, opset: int, metadata: dict[str, str]
 def producer() -> dict[str, str]:
     """Return the versions of Python and the libraries that write a file, for its manifest."""
     return {"python": platform.python_version()} | {
-        name: _version(name) for name in ("drn-deploy", "torch", "onnx", "onnxscript")
+        name: installed_version(name) or "unknown" for name in ("drn-deploy", "torch", "onnx", "onnxscript")
     }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 @contextlib.contextmanager

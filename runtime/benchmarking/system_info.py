@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 import platform
 import resource
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 
 from runtime.core.cpu_info import system_lines
 from runtime.core.gpu_info import Gpu, selected_gpu
+from runtime.core.packages import installed_version
 
 # Libraries that a backend imports: listed where they are in use.
 LIBRARIES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "tensorrt_lean", "torch")
@@ -38,11 +38,7 @@ class SystemState:
 def versions() -> dict[str, str]:
     """Return the versions of Python, NumPy, this package and the libraries that run a network in this process."""
     result = {"python": platform.python_version()}
-    for name in ("drn-deploy", "numpy"):
-        try:
-            result[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            result[name] = "unknown"
+    result.update((name, installed_version(name) or "unknown") for name in ("drn-deploy", "numpy"))
     result.update((name, str(sys.modules[name].__version__)) for name in LIBRARIES if name in sys.modules)
     return result
 

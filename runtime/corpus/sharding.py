@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from runtime.core.io.atomic_files import LOCK, content_names
 from runtime.core.io.digests import sha256
 from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import check_format
+from runtime.core.packages import installed_version
 from runtime.corpus.feature_sources import FeatureSource, VideoRef
 from runtime.corpus.queries import Question
 
@@ -228,8 +228,5 @@ def _versions(model: Path, form: Form) -> dict[str, str]:
     for_openvino = model.suffix == ".onnx" and raw_manifest(model).get("library") == "openvino"
     libraries = ("openvino",) if for_openvino else LIBRARIES.get(model.suffix, ())
     names = ["drn-deploy", "numpy", *libraries, *(["pyarrow"] if form == "parquet" else [])]
-    versions = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    versions = {name: installed_version(name) for name in names}
+    return {name: version for name, version in versions.items() if version is not None}

@@ -22,7 +22,7 @@ from tests.raising import quotes
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The installed distributions, empty at first; torch is not started, and there is no nvidia-smi."""
     versions: dict[str, str] = {}
-    monkeypatch.setattr(module, "_version", versions.get)
+    monkeypatch.setattr(module, "installed_version", versions.get)
     monkeypatch.setattr("runtime.core.gpu_info.shutil.which", lambda name: None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     answer = subprocess.CompletedProcess([], 0, "False None\n", "")
