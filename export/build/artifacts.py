@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
+
 from calib.graph.conv_padding import extract_padding, inline_padding
-from calib.graph.onnx_graph import manifest_in
+from calib.graph.onnx_graph import manifest_in, read_manifest
+from calib.graph.precision_audit import PrecisionStats, audit_graph
 from calib.graph.split_model import split_graph, write_split_model
 from export.build.reduced_precision import ConvertedGraph
 from export.engine.engine_part import EnginePart
 from export.engine.profiles import Profile, part_profiles
+from export.parity.model_file import ModelFile
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.core.cpu_info import cpu
@@ -21,12 +25,8 @@ from runtime.core.io.atomic_files import atomic_write
 from runtime.core.io.digests import sha256
 
 if TYPE_CHECKING:
-    import onnx
-
     from calib.calibration_table import CalibrationTable
-    from calib.graph.precision_audit import PrecisionStats
     from export.build.build_config import BuildConfig
-    from export.parity.model_file import ModelFile
 
 
 def format_shares(stats: PrecisionStats) -> str:
@@ -63,11 +63,6 @@ class ConvertedModel:
             graph: the FP32 graph.
             converted: the converted graph; its metadata is replaced.
         """
-        from onnx.helper import set_model_props
-
-        from calib.graph.onnx_graph import read_manifest
-        from calib.graph.precision_audit import audit_graph
-
         stats = audit_graph(converted.graph)
         manifest = read_manifest(graph, str(source))
         shares = {kind: round(stats.share(kind), 6) for kind in stats.total()}
@@ -79,7 +74,7 @@ class ConvertedModel:
             training={**manifest.training, "precision": {**converted.facts, "multiply-adds": shares, "cpu": cpu()}},
         )
         del converted.graph.metadata_props[:]
-        set_model_props(converted.graph, {METADATA_KEY: manifest.to_json()})
+        onnx.helper.set_model_props(converted.graph, {METADATA_KEY: manifest.to_json()})
         weights = sum(audit_graph(graph).weight_bytes.values())
         padded = job.precision == "fp32" and job.library != "openvino"
         stored = extract_padding(converted.graph) if padded else converted.graph
@@ -87,8 +82,6 @@ class ConvertedModel:
 
     def file(self, path: Path) -> ModelFile:
         """Describe the file with this content at `path`, which need not exist yet."""
-        from export.parity.model_file import ModelFile
-
         return ModelFile(path, hashlib.sha256(self.content).hexdigest(), len(self.content), self.manifest)
 
     def save(self, path: Path) -> None:
@@ -109,10 +102,6 @@ def split_engine_parts(
         profiles: optimization profiles of the full model.
         videos: number of encoded videos that the query engine keeps in GPU memory.
     """
-    import onnx
-
-    from calib.graph.precision_audit import audit_graph
-
     graph = inline_padding(onnx.load_from_string(model.content))
     sources = {**model.manifest.sources, job.graph_path.name: sha256(job.graph_path)}
     onnx.helper.set_model_props(graph, {METADATA_KEY: dataclasses.replace(model.manifest, sources=sources).to_json()})

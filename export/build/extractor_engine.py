@@ -8,9 +8,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 
 from calib.graph.half_precision import convert_to_half, emulate_bf16, measure_magnitudes
 from calib.graph.onnx_graph import read_extractor
@@ -41,9 +42,6 @@ from runtime.core.errors import CheckFailed, GroundingError
 from runtime.core.io.atomic_files import Staging, locked, write_json
 from runtime.core.io.digests import sha256
 from runtime.media.extractors import Extractor, open_extractor
-
-if TYPE_CHECKING:
-    import onnx
 
 log = logging.getLogger("drn")
 
@@ -212,8 +210,6 @@ def _write_graph(
     profile: Profile,
 ) -> EnginePart:
     """Write a converted graph with its manifest, and return the source of the engine."""
-    import onnx
-
     stats, weights = audit_graph(converted), sum(audit_graph(graph).weight_bytes.values())
     sources = {**manifest.sources, source.name: sha256(source)}
     manifest = dataclasses.replace(manifest, precision=job.precision, sources=sources)

@@ -9,20 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
+
+from calib.graph.half_precision import emulate_bf16
 from calib.graph.onnx_graph import read_manifest
+from calib.graph.onnx_session import InMemorySplitBackend
+from calib.graph.split_model import split_graph
 from export.build.artifacts import ConvertedModel
+from export.parity.html_report import render_html_report
+from export.parity.model_file import ModelFile
+from export.parity.parity_report import ParityReport
+from export.parity.parity_result import AccuracyBudget
+from export.parity.parity_tables import calibration_coverage, engine_precision_table, precision_table
+from export.parity.run_parity import engine_precision, run_parity_check
 from runtime.artifacts import engine_metadata
 from runtime.core.io.atomic_files import write_json, write_text
 from runtime.core.terminal import command_line
 from runtime.datasets.dataset import Annotation, DataSet
+from runtime.grounding.grounder import Grounder
 
 if TYPE_CHECKING:
-    import onnx
-
     from export.build.build_config import BuildConfig, BuildRequest
-    from export.parity.model_file import ModelFile
-    from export.parity.parity_report import ParityReport
-    from runtime.grounding.grounder import Grounder
 
 log = logging.getLogger("drn")
 
@@ -51,10 +58,6 @@ class ParityChecker:
 
     def check_graph(self, model: ConvertedModel) -> ParityReport:
         """Compare a converted model with the FP32 graph, on the CPU."""
-        import onnx
-
-        from calib.graph.half_precision import emulate_bf16
-
         # ONNX Runtime has no BF16 kernels on a CPU. Fusions of Q/DQ differ from engines, so only the library
         # that will run the graph may apply them.
         graph = emulate_bf16(onnx.load_from_string(model.content))
@@ -68,26 +71,15 @@ class ParityChecker:
 
     def check_engine(self, model: ConvertedModel) -> ParityReport:
         """Compare the engine of a converted model with the FP32 graph, on the GPU."""
-        from export.parity.model_file import ModelFile
-        from runtime.grounding.grounder import Grounder
-
         compared = Grounder.load(self.job.output, "cuda")
         reference = self._open_split(self.graph, True, self.request.threads)
         return self._compare(compared, ModelFile.of(self.job.output, model.manifest), reference, False)
 
     def _open_split(self, graph: onnx.ModelProto, optimized: bool, threads: int | None) -> Grounder:
         """Open a graph in two parts, so that each video is encoded once: equal results in two thirds of the time."""
-        from calib.graph.onnx_session import InMemorySplitBackend
-        from calib.graph.split_model import split_graph
-        from runtime.grounding.grounder import Grounder
-
         return Grounder(InMemorySplitBackend(*split_graph(graph), threads, optimized))
 
     def _compare(self, compared: Grounder, file: ModelFile, reference: Grounder, concurrent: bool) -> ParityReport:
-        from export.parity.model_file import ModelFile
-        from export.parity.parity_result import AccuracyBudget
-        from export.parity.run_parity import run_parity_check
-
         assert self.data_set is not None
         log.info("Comparing %s with %s on %d queries ...", file.path.name, self.source.name, len(self.annotations))
         manifest = read_manifest(self.graph, str(self.source))
@@ -113,10 +105,6 @@ class ParityChecker:
             engine: engine of the model; None for the graph only.
             engines: all engines of the build.
         """
-        from export.parity.html_report import render_html_report
-        from export.parity.parity_tables import calibration_coverage, engine_precision_table, precision_table
-        from export.parity.run_parity import engine_precision
-
         stats = precision_table(model.precision_stats)
         if engine:
             report = dataclasses.replace(report, engine_precision=engine_precision(*(engines or (engine.path,))))

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calib.graph.onnx_graph import read_source
+from calib.graph.precision_audit import MIN_SHARES, require_precision
 from calib.graph.unroll_lstm import lstm_layers
+from calib.qdq_quantizer import attainable_share
 from export.build.artifacts import ConvertedModel, format_shares, split_engine_parts
 from export.build.build_config import (
     BuildConfig,
@@ -370,13 +372,9 @@ def _check_graph(job: BuildConfig, checker: ParityChecker, converted: ConvertedM
     Raises:
         CheckFailed: a check failed; the model is saved as MODEL.PRECISION.rejected.onnx.
     """
-    from calib.graph.precision_audit import MIN_SHARES, require_precision
-
     rejected = job.rejected_path("onnx")
     attainable = 1.0
     if job.precision in ("int8", "fp8"):
-        from calib.qdq_quantizer import attainable_share
-
         attainable = attainable_share(checker.graph, "fp8" if job.precision == "fp8" else "int8")
     try:
         name = require_precision(converted.precision_stats, job.precision, attainable)
