@@ -18,7 +18,7 @@ def build_engine(
     model: Path,
     *,
     precision: Precision | Literal["auto"] = "fp16",
-    target: Target = "auto",
+    target: Target | Literal["cpu"] = "auto",
     data: Path | None = None,
     output: Path | None = None,
     vocabulary: Path | None = None,
@@ -70,7 +70,7 @@ def build_engine(
             FP16); auto is int8 if that is accurate and faster on this machine, else fp16, or on a CPU fp32.
             openvino supports int8 and fp32.
         target: runtime of the engine; auto selects TensorRT on a machine with TensorRT and a GPU, else ONNX
-            Runtime.
+            Runtime. cpu builds for ONNX Runtime and OpenVINO, and names the faster model within --max-drop.
         data: directory of a data set (docs/formats.md) for calibration, the search for modules that overflow in FP16,
             and the accuracy check.
         output: engine to write, or for onnxruntime and openvino the graph. Default: next to MODEL.
@@ -121,7 +121,7 @@ def build_engine(
         CheckFailed: the precision, the accuracy or the speed check failed.
     """
     options = locals()
-    return run_fastest(options) if precision == "auto" else run(BuildRequest(**options))
+    return run_fastest(options) if precision == "auto" or target == "cpu" else run(BuildRequest(**options))
 
 
 if __name__ == "__main__":

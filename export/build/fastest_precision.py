@@ -1,58 +1,108 @@
-"""Choose the precision that is fastest on this machine: `--precision auto` of `export.build_engine`."""
+"""Choose what is fastest on this machine: `--precision auto` and `--target cpu` of `export.build_engine`."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from export.build.build_config import BuildRequest
 from export.build.run_build import EngineBuild, run, run_with_speed
-from runtime.core.errors import CheckFailed, GroundingError
+from runtime.artifacts.manifest import LIBRARIES
+from runtime.core.errors import CheckFailed, DeviceError, GroundingError
+
+log = logging.getLogger("drn")
 
 
 def run_fastest(options: Mapping[str, Any]) -> Path:
     """Build the fastest model that is accurate, and return its path.
 
-    That is the INT8 model if it is faster on this machine; else the FP16 engine, or on a CPU the FP32 graph.
+    The target cpu compares ONNX Runtime and OpenVINO. The precision auto compares INT8 with the FP16 engine, or on a
+    CPU with the FP32 graph.
 
     Args:
-        options: options of the command by name, without the precision.
+        options: options of the command by name.
 
     Raises:
         GroundingError: an input is missing, or options contradict each other.
-        CheckFailed: a check of the FP16 engine failed.
+        CheckFailed: a check of the FP16 engine, or of every model, failed.
     """
-    quantized, half = (BuildRequest(**{**options, "precision": precision}) for precision in ("int8", "fp16"))
-    if quantized.output is not None:
+    requests = _requests(options)
+    if options["output"] is not None:
         raise GroundingError(
-            "--output does not apply to --precision auto, which names each file by its precision. Remove the option.",
+            "--output does not apply to --precision auto and --target cpu, which name each file themselves. Remove the "
+            "option.",
             code="inapplicable_option",
         )
-    build = EngineBuild.from_request(quantized)
+    build = EngineBuild.from_request(requests[0])
     if build.is_extractor:
         raise GroundingError(
-            f"--precision auto does not apply to a feature extractor such as {quantized.model.name}. "
-            "Choose a precision.",
+            f"--precision auto and --target cpu do not apply to a feature extractor such as {requests[0].model.name}. "
+            "Choose both.",
             code="inapplicable_option",
         )
-    if quantized.dry_run:
-        return run(quantized)
-    if build.job.library:
-        other = build.with_source_graph().source
-        assert other is not None
-    else:
-        half = dataclasses.replace(half, table=None, plan=None)
-        other = run(half)
-    try:
-        output, speed = run_with_speed(quantized)
-    except CheckFailed as error:
-        print(f"INT8 is not used: {error}")
-        output, speed = other, None
-    else:
-        if speed is None or speed.verdict != "faster":
-            output = other
-    print(f"Fastest within --max-drop {quantized.max_drop:g}: {output.name}.")
+    if options["dry_run"]:
+        outputs = [run(request) for request in requests]
+        return outputs[0]
+    output = _fastest(build, requests, options["precision"] == "auto")
+    print(f"Fastest within --max-drop {options['max_drop']:g}: {output.name}.")
     print(output)
     return output
+
+
+def _requests(options: Mapping[str, Any]) -> list[BuildRequest]:
+    """Return the builds to compare, without those of the baseline."""
+    if options["target"] != "cpu":
+        return [BuildRequest(**{**options, "precision": "int8"})]
+    if options["precision"] not in ("int8", "auto"):
+        raise DeviceError(
+            f"Expected --precision int8 or auto for --target cpu, got {options['precision']}. Correct the option.",
+            code="precision_unsupported",
+        )
+    libraries = LIBRARIES
+    if importlib.util.find_spec("openvino") is None:
+        log.warning("OpenVINO is not compared, because it is not installed. Run `pip install '.[openvino]'` to add it.")
+        libraries = LIBRARIES[:1]
+    return [BuildRequest(**{**options, "precision": "int8", "target": library}) for library in libraries]
+
+
+def _fastest(build: EngineBuild, requests: list[BuildRequest], has_baseline: bool) -> Path:
+    """Run the builds, and return the path of the fastest model.
+
+    Args:
+        build: the first of the builds.
+        has_baseline: whether a model of higher precision is used unless INT8 is proven to be faster.
+    """
+    best = _baseline(build, requests[0]) if has_baseline else None
+    best_score, table = -1.0, requests[0].table
+    failure: CheckFailed | None = None
+    for request in requests:
+        try:
+            output, speed = run_with_speed(dataclasses.replace(request, table=table))
+        except CheckFailed as error:
+            print(f"INT8 is not used: {error}")
+            failure = error
+        else:
+            score = speed.score if speed else 0.0
+            is_eligible = not has_baseline or (speed is not None and speed.verdict == "faster")
+            if is_eligible and score > best_score:
+                best, best_score = output, score
+        # Ranges do not depend on the library.
+        written = build.job.sibling_path("calibration.json")
+        table = table or (written if written.is_file() else None)
+    if best is None:
+        assert failure is not None
+        raise failure
+    return best
+
+
+def _baseline(build: EngineBuild, request: BuildRequest) -> Path:
+    """Return the path of the model that INT8 replaces: the FP32 graph on a CPU, else the FP16 engine."""
+    if not build.job.library:
+        return run(dataclasses.replace(request, precision="fp16", table=None, plan=None))
+    source = build.with_source_graph().source
+    assert source is not None
+    return source

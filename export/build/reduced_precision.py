@@ -239,11 +239,12 @@ def _quantize(
         "held back in FP32": list(held),
     }
     if kind == "int8" and options.library:
-        # A CPU would dequantize weights that are only stored in 8 bits for every query.
+        # OpenVINO multiplies convolutions in 8 bits, and dequantizes weights in its matrix products.
+        if options.library == "openvino":
+            return ConvertedGraph(insert_qdq(source, table, policy, kind), facts, table)
+        # ONNX Runtime would dequantize weights that are only stored in 8 bits for every query.
         policy = dataclasses.replace(policy, stored=())
-        quantized = insert_qdq(source, table, policy, kind)
-        # OpenVINO multiplies the convolutions themselves in eight bits.
-        return ConvertedGraph(quantized if options.library == "openvino" else convs_to_matmul(quantized), facts, table)
+        return ConvertedGraph(convs_to_matmul(insert_qdq(source, table, policy, kind)), facts, table)
     quantized = insert_qdq(source, table, policy, kind, OPSETS[kind])
     return ConvertedGraph(convert_to_half(quantized, "fp16", held), facts, table)
 

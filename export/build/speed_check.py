@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,6 +71,13 @@ class SpeedCheck:
         if any(ratio.low >= self.min_speedup for ratio in ratios):
             return "faster"
         return "not faster" if all(ratio.high < self.min_speedup for ratio in ratios) else "not proven"
+
+    @property
+    def score(self) -> float:
+        """Return the geometric mean of both relative speeds; 0 if nothing was measured."""
+        if self.single is None or self.batched is None:
+            return 0.0
+        return math.sqrt(self.single.median * self.batched.median)
 
     def sentence(self) -> str:
         """Return the result in one or two sentences."""

@@ -69,6 +69,8 @@ class OpenVinoSession:
             # The default on CPUs with AMX or AVX512-BF16 is BF16.
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
+            # Where it can, OpenVINO quantizes the inputs of matrix products whose weights are INT8.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             # Processes that share a machine would pin their threads to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
