@@ -18,6 +18,7 @@ from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import check_format
 
 FORMAT = "drn-engine/1"
+Check = Callable[[Any], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,71 +117,62 @@ def _check_fields(content: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is(*kinds: type) -> Check:
+    return lambda value: isinstance(value, kinds)
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
+def _is_list_of(is_entry: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(is_entry, value))
 
 
-def _is_table_of(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
+def _is_table_of(is_entry: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(is_entry, value.values()))
 
 
 def _is_sibling(name: str) -> bool:
     return name.endswith(".engine") and not {"/", "\\", "\0"}.intersection(name)
 
 
-def _is_range(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(type(size) is int for size in value)
-
-
 def _is_profile(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("name"), str)
-        and all(_is_range(value.get(name)) for name in ("batch", "query_length"))
-    )
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return False
+    ranges = [value.get(name, []) for name in ("batch", "query_length")]
+    return all(_is_list_of(lambda size: type(size) is int)(sizes) and len(sizes) == 3 for sizes in ranges)
 
 
 def _is_layer_stats(value: Any) -> bool:
     """Return whether a value has the shares of the graph, the layers of the engine if inspected, and a verdict."""
     if not isinstance(value, dict) or not isinstance(value.get("twin", {}), dict):
         return False
-    if not _is_table_of((int, float))(value.get("twin", {}).get("shares", {})):
+    if not _is_table_of(_is(int, float))(value.get("twin", {}).get("shares", {})):
         return False
     if "verdict" in value and not (value["verdict"] in VERDICTS and isinstance(value.get("reason"), str)):
         return False
     engine = value.get("engine") or {"layers": {}, "quantised_inputs": {}}
     return (
         isinstance(engine, dict)
-        and all(_is_table_of(int)(engine.get(name)) for name in ("layers", "quantised_inputs"))
-        and _is_table_of(int)(engine.get("arithmetic", {}))
+        and all(_is_table_of(_is(int))(engine.get(name)) for name in ("layers", "quantised_inputs"))
+        and _is_table_of(_is(int))(engine.get("arithmetic", {}))
     )
 
 
 # Field to a description of its values, a function that checks a value, and whether the field is required.
-_FIELDS: dict[str, tuple[str, Callable[[Any], bool], bool]] = {
-    "manifest": ("a table", _is_table, True),
-    "sha256": ("a table of file names and hashes", _is_table_of(str), True),
-    "library": ("a name and a version", _is_text, True),
-    "target": ("a name", _is_text, False),
-    "gpu": ("a line of text, or null", lambda value: value is None or isinstance(value, str), False),
-    "compute_capabilities": (
-        'a list of texts as "9.0"',
-        lambda value: isinstance(value, list) and all(isinstance(entry, str) for entry in value),
-        False,
-    ),
+_FIELDS: dict[str, tuple[str, Check, bool]] = {
+    "manifest": ("a table", _is(dict), True),
+    "sha256": ("a table of file names and hashes", _is_table_of(_is(str)), True),
+    "library": ("a name and a version", _is(str), True),
+    "target": ("a name", _is(str), False),
+    "gpu": ("a line of text, or null", _is(str, type(None)), False),
+    "compute_capabilities": ('a list of texts as "9.0"', _is_list_of(_is(str)), False),
     "profiles": (
         "a list of profiles, each with a name and three whole numbers for batch and for query_length",
-        lambda value: isinstance(value, list) and all(_is_profile(entry) for entry in value),
+        _is_list_of(_is_profile),
         True,
     ),
-    "options": ("a table", _is_table, False),
+    "options": ("a table", _is(dict), False),
     "unrolled": (
         "a table of hashes by names of engines in the same directory",
-        lambda value: _is_table_of(str)(value) and all(map(_is_sibling, value)),
+        lambda value: _is_table_of(_is(str))(value) and all(map(_is_sibling, value)),
         False,
     ),
     "census": ("a table of the shares of the graph and the layers of the engine", _is_layer_stats, False),
