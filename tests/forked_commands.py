@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -24,7 +25,7 @@ from runtime.core import command_list
 
 ROOT = Path(__file__).parents[1]
 # None of them starts a thread, whose locks a fork would copy.
-PRELOADED = ["torch", "onnx", "onnxruntime", "onnxscript", "matplotlib.figure", "tyro", __name__]
+PRELOADED = ["torch", "onnx", "onnxruntime", "onnxscript", "matplotlib.figure", "tyro", "fastapi", "uvicorn", __name__]
 TIMEOUT_S = 300
 
 Prepare = Callable[[Callable[[], None]], None]
@@ -35,7 +36,8 @@ class ForkedCommand:
 
     Args:
         words: ["drn", NAME, …] or ["python", "-m", MODULE, …].
-        environment: all variables of the process. Of those that torch reads when it is loaded, OMP_NUM_THREADS applies.
+        environment: all variables of the process, except PYTHONPATH, which is the checkout. Of those that torch reads
+            when it is loaded, OMP_NUM_THREADS applies.
         directory: working directory.
         prepare: called in the process before the command, with a function that ends `wait_until_half_way`.
     """
@@ -48,11 +50,29 @@ class ForkedCommand:
         prepare: Prepare | None = None,
     ) -> None:
         self._output = tempfile.TemporaryDirectory(prefix="drn-output-")
+        for name in ("stdout", "stderr"):
+            (Path(self._output.name) / name).touch()
         self._half_way, there = multiprocessing.Pipe(duplex=False)
-        values = (words, dict(environment), directory, Path(self._output.name), prepare, there)
+        values = (words, {**environment, "PYTHONPATH": str(ROOT)}, directory, Path(self._output.name), prepare, there)
         self._process = _context().Process(target=_run, args=values)
         self._process.start()
+        # multiprocessing waits at exit for processes that run, such as those of failed tests.
+        atexit.register(self._process.kill)
         there.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def first_line(self) -> str:
+        """Return the first line on stdout, without its end; "" if the command ends without one."""
+        while True:
+            running = self.is_running()
+            line, end, _ = (Path(self._output.name) / "stdout").read_text().partition("\n")
+            if end or not running:
+                return line
+            time.sleep(0.01)
 
     def wait_until_half_way(self) -> None:
         """Return when `prepare` reports that the command is half-way; fail with its log if it ends before."""
@@ -66,8 +86,7 @@ class ForkedCommand:
         return self._process.is_alive()
 
     def send_signal(self, number: signal.Signals) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
 
     def finish(self, timeout: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
         """Wait for the end of the process; its exit code is -N after signal N."""
@@ -81,6 +100,11 @@ class ForkedCommand:
             result = subprocess.CompletedProcess((), self._process.exitcode or 0, *printed)
         assert ended, f"no end after {timeout:g} s: {result.stderr}"
         return result
+
+
+def hide_modules(names: Sequence[str], half_way: Callable[[], None]) -> None:
+    """Make the import of modules fail, as if they were not installed; for `prepare`."""
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -104,11 +128,12 @@ def _run(
     half_way: multiprocessing.connection.Connection,
 ) -> None:
     for number, name in enumerate(("stdout", "stderr"), start=1):
-        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
-    sys.modules["torch"].set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     # A shell's background jobs, as CI may be, have SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if prepare is not None:

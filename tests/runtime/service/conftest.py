@@ -6,10 +6,7 @@ import dataclasses
 import http.client
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +19,8 @@ from runtime.core.decoding import Decoding
 from runtime.core.presence import Presence
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
+from tests.forked_commands import ForkedCommand
 from tests.raising import quotes
-
-ROOT = Path(__file__).parents[3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +54,10 @@ class Running:
     """The command in another process."""
 
     def __init__(self, *words: object) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "runtime.serve", *map(str, words)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.url = self.process.stdout.readline().strip()
+        self.process = ForkedCommand(["python", "-m", "runtime.serve", *map(str, words)])
+        self.url = self.process.first_line()
         if not self.url:
-            pytest.fail(f"the service did not start: {self.process.communicate()[1]}")
+            pytest.fail(f"the service did not start: {self.process.finish().stderr}")
         self.port = int(self.url.rsplit(":", 1)[1].strip("/"))
 
     def request(
@@ -97,14 +85,10 @@ class Running:
 
     def end(self, how: signal.Signals | None = signal.SIGTERM) -> tuple[int, str]:
         """End it, unless it was told to already, and return its exit code and log."""
-        if how is not None and self.process.poll() is None:
+        if how is not None and self.process.is_running():
             self.process.send_signal(how)
-        try:
-            _, log = self.process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        return self.process.returncode, log
+        result = self.process.finish(timeout=30)
+        return result.returncode, result.stderr
 
 
 def _manifest(planted: Path) -> Manifest:
@@ -143,7 +127,7 @@ def start() -> Iterator[Callable[..., Running]]:
 
     yield begin
     for service in started:
-        if service.process.poll() is None:
+        if service.process.is_running():
             service.end(signal.SIGKILL)
 
 
