@@ -22,6 +22,7 @@ from benchmarks.acceptance import targets
 from benchmarks.acceptance.run_config import Job
 from benchmarks.acceptance.step_log import Found, Leg, OutOfTime, Skip, kept, markdown, read_leg, record_crash, verdict
 from runtime.core.errors import CheckFailed, GroundingError, ModelFileError
+from tests.forked_commands import ForkedCommand, hide_modules
 from tests.raising import quotes, raises
 
 ROOT = Path(__file__).parents[2]
@@ -404,14 +405,9 @@ def test_gpu_tests_are_collected_without_optional_packages() -> None:
         "av", "fastapi", "starlette", "uvicorn", "multipart", "prometheus_client", "ray", "pyarrow", "tritonclient",
         "polygraphy", "schemathesis", "playwright", "tensorrt", "tensorrt_rtx", "h5py",
     )  # fmt: skip
-    program = (
-        f"import sys, pytest\nsys.modules.update(dict.fromkeys({absent!r}))\n"
-        "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu or trt', '-p', 'no:cacheprovider']))"
-    )
+    words = ["python", "-m", "pytest", "--collect-only", "-q", "-m", "gpu or trt", "-p", "no:cacheprovider"]
     # One of the absent ones has a plugin for pytest.
     alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    actual = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=alone, capture_output=True, text=True, check=False
-    )
+    actual = ForkedCommand(words, alone, prepare=functools.partial(hide_modules, absent)).finish()
     assert actual.returncode == 0, actual.stdout[-2000:] + actual.stderr
     assert "test_tensorrt_backend.py" in actual.stdout
