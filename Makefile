@@ -13,7 +13,10 @@ BINDINGS_10.16 := 10.16.1.11
 BINDINGS_11.4 := 11.4.0.106
 BINDINGS := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && echo $(VENV)/bindings/10.16/ready $(VENV)/bindings/11.4/ready)
 
-.PHONY: demo docs test test-portable fuzz lint wheel environment bindings pytriton clean
+# The C++ headers of ONNX Runtime for tests/test_cpp_example.py, which no wheel has: those of Debian 13.
+HEADERS := $(VENV)/onnxruntime-headers
+
+.PHONY: demo docs test test-portable fuzz lint wheel environment bindings pytriton headers clean
 
 environment: $(VENV)/ready
 	@$(MAKE) --no-print-directory bindings || echo "TensorRT's bindings cannot be had; their tests will skip and say so."
@@ -38,6 +41,21 @@ pytriton: $(VENV)/pytriton/ready
 $(VENV)/pytriton/ready: Makefile | $(VENV)/ready
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 numpy==1.26.4 onnxruntime==1.32.0 nltk==3.10.4
+	touch $@
+
+# apt has directories of its own here, so that the packages of this machine stay as they are.
+headers: $(HEADERS)/ready
+
+APT = apt-get -qq -o Dir::Etc::SourceList=/dev/null -o Dir::Etc::SourceParts=$(CURDIR)/$(@D)/sources \
+	-o Dir::State::Lists=$(CURDIR)/$(@D)/lists -o Dir::Cache=$(CURDIR)/$(@D)/cache
+
+$(HEADERS)/ready: Makefile
+	rm -rf $(@D)
+	mkdir -p $(@D)/sources $(@D)/lists/partial $(@D)/cache/archives/partial
+	sed '/^$$/,$$d; s/^Suites:.*/Suites: trixie/' /etc/apt/sources.list.d/debian.sources > $(@D)/sources/debian.sources
+	$(APT) update
+	cd $(@D) && $(APT) download libonnxruntime-dev && dpkg-deb -x libonnxruntime-dev_*.deb .
+	rm -rf $(@D)/lists $(@D)/cache
 	touch $@
 
 # tests/conftest.py puts the slowest files first; xdist would sort by the number of tests. Without bytecode files, pytest

@@ -1,0 +1,139 @@
+"""Build examples/cpp and compare its moments with those of `Grounder`.
+
+The library is that of the wheel of ONNX Runtime, which has no headers: `make headers` takes those of Debian 13.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from export.to_onnx import to_onnx
+from runtime.core.tokenizer import tokenize
+from runtime.core.video import Video
+from runtime.datasets.dataset import DataSet
+from runtime.grounding.grounder import Grounder
+
+SOURCE = Path(__file__).parents[1] / "examples" / "cpp"
+HEADER = "onnxruntime_cxx_api.h"
+SYSTEM = Path("/usr/include/onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def include() -> Path:
+    """Return the directory of ONNX Runtime's C++ headers, DRN_ONNXRUNTIME_INCLUDE or Debian's; skip without any."""
+    named = os.environ.get("DRN_ONNXRUNTIME_INCLUDE")
+    directory = Path(named) if named else SYSTEM
+    if not named and not (directory / HEADER).is_file():
+        pytest.skip(f"{HEADER} is missing: run `make headers`, or set DRN_ONNXRUNTIME_INCLUDE to its directory")
+    assert (directory / HEADER).is_file()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def program(include: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the program, linked with the library of the wheel."""
+    if not shutil.which("cmake") or not shutil.which("g++"):
+        pytest.skip("cmake or g++ is missing (apt install cmake g++)")
+    libraries = list((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.1.*"))
+    if len(libraries) != 1:
+        pytest.skip("this wheel of ONNX Runtime has no libonnxruntime.so")
+    directory = tmp_path_factory.mktemp("cpp")
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (directory / name).symlink_to(libraries[0])
+    subprocess.run(
+        [
+            *("cmake", "-S", SOURCE, "-B", directory / "build"),
+            *(f"-DONNXRUNTIME_INCLUDE={include}", f"-DONNXRUNTIME_LIBRARY={directory / 'libonnxruntime.so'}"),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    subprocess.run(["cmake", "--build", directory / "build"], check=True, stdout=subprocess.DEVNULL)
+    return directory / "build" / "ground"
+
+
+@pytest.fixture(scope="module")
+def model(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return drn.onnx, with drn.moments.onnx and drn.words.txt beside it."""
+    directory = tmp_path_factory.mktemp("model")
+    return to_onnx(models / "drn.pt", directory / "drn.onnx", moments=True, max_query_length=16, opset=19)
+
+
+def ground(program: Path, model: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    files = (model.with_suffix(".moments.onnx"), model.with_suffix(".words.txt"))
+    return subprocess.run([program, *files, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_program_prints_the_moments_of_infer(program: Path, model: Path, planted: Path, tmp_path: Path) -> None:
+    data, grounder = DataSet(planted), Grounder.load(model, "cpu")
+    annotations = data.annotations("test")
+    known = next(iter(grounder.manifest.vocabulary.words))
+    extra = [f"{known.upper()}. ", f"{known}'s {known}, {known}", f"a Zyzzyva {known}"]
+    for index, annotation in enumerate([*annotations, *annotations[: len(extra)]]):
+        sentence = annotation.sentence if index < len(annotations) else extra[index - len(annotations)]
+        video = data.video(annotation.video)
+        features = tmp_path / f"{annotation.video}.npy"
+        np.save(features, video.features.astype(np.float32))
+        # Without a frame count, both estimate it from the number of clips.
+        count = [video.num_frames] if index % 2 else []
+        result = ground(program, model, features, video.duration, sentence, *count)
+        assert result.returncode == 0, result.stderr
+        actual = [[float(value) for value in line.split()] for line in result.stdout.splitlines()]
+        read = Video.load(features, video.duration, *count)
+        expected = grounder.ground(read, sentence)
+        assert np.shape(actual) == (len(expected), 3)
+        np.testing.assert_allclose(actual, [(one.start, one.end, one.score) for one in expected], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Person opens the door.",
+        "a person's phone, then the dog's",
+        "Tony's  coat. 3 cats,cups,",
+        " , ",
+    ],
+)
+def test_program_splits_sentences_like_the_tokenizer(program: Path, model: Path, tmp_path: Path, sentence: str) -> None:
+    # With a list without these words, the program names every token before it rejects the sentence.
+    words = tmp_path / "words.txt"
+    words.write_text("zyzzyva\n")
+    command = [program, model.with_suffix(".moments.onnx"), words, "absent.npy", "1", sentence]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    *named, _ = result.stderr.splitlines()
+    assert [re.fullmatch(r"The model does not know '(.*)'\.", line)[1] for line in named] == tokenize(sentence)
+
+
+def test_program_rejects_what_it_does_not_support(program: Path, model: Path, planted: Path, tmp_path: Path) -> None:
+    data = DataSet(planted)
+    annotation = data.annotations("test")[0]
+    video, sentence = data.video(annotation.video), annotation.sentence
+    np.save(tmp_path / "video.npy", video.features.astype(np.float32))
+    np.save(tmp_path / "half.npy", video.features.astype(np.float16))
+    np.save(tmp_path / "narrow.npy", video.features[:, :5].astype(np.float32))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "video.npy").read_bytes()[:-1])
+    for file, seconds, text in (
+        ("video.npy", video.duration, 'person "opens" the door'),
+        ("video.npy", video.duration, "person cannot open the door"),
+        ("video.npy", video.duration, "zyzzyva"),
+        ("video.npy", video.duration, " ".join([sentence] * 10)),
+        ("video.npy", -1, sentence),
+        ("video.npy", "nan", sentence),
+        ("video.npy", 1e6, sentence),
+        ("half.npy", video.duration, sentence),
+        ("narrow.npy", video.duration, sentence),
+        ("cut.npy", video.duration, sentence),
+        ("absent.npy", video.duration, sentence),
+    ):
+        result = ground(program, model, tmp_path / file, seconds, text)
+        assert (result.returncode, result.stdout) == (2, ""), (file, seconds, text)
+        assert result.stderr.splitlines()[-1].startswith("error: ")
