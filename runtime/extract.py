@@ -59,9 +59,9 @@ def extract(
 ) -> Path:
     """Extract clip features of videos into a directory in the published Charades-STA layout.
 
-    Of a directory in VIDEOS, all video files are extracted, also those in subdirectories. If one of these is damaged,
-    the command reports it, extracts the others, and exits with 1. If VIDEOS names a damaged file itself, the command
-    stops before the first extraction.
+    Of a directory, all video files are extracted, also those in subdirectories. If one of these is damaged, the
+    command reports the file, extracts the others, and exits with 1. If a damaged file is an argument itself, the
+    command stops before the first extraction.
 
     The name of a video is its file name without the extension. Videos whose features are already in the directory,
     from the same file content and the same extractor, are skipped; repeat the same command to resume. A directory

@@ -48,7 +48,7 @@ def fit_presence(
     Args:
         checkpoint: drn.pt from `python -m train` or `python -m train.convert`.
         data: directory of the data set that the network was trained on.
-        output: checkpoint to write; may be the same file.
+        output: checkpoint to write; may be the file of --model, which is then replaced.
         keep: minimum share of the matching pairs to answer, such as 0.95. Default: maximize balanced accuracy, with
             equal weight for matching and mismatched pairs.
         mismatched: number of other videos per query.
