@@ -101,9 +101,13 @@ def _annotated(hint: Any, default: Any, text: str, option: str | None) -> Any:
     """Return a type hint with its help text, without "(default: None)" and "(default: )".
 
     Args:
+        default: `inspect.Parameter.empty` if there is none.
         option: name of its option, if it differs from that of the parameter.
     """
     import tyro
 
-    hidden = "" if default is None or default == () else None
-    return Annotated[hint, tyro.conf.arg(name=option, help=text, help_behavior_hint=hidden)]
+    behavior = "" if default in (None, (), "") else None
+    if default is inspect.Parameter.empty:
+        # tyro gives positional arguments without a default an empty one.
+        behavior = "(required)"
+    return Annotated[hint, tyro.conf.arg(name=option, help=text, help_behavior_hint=behavior)]

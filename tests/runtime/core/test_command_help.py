@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 from pathlib import Path
 
@@ -73,6 +74,14 @@ def test_every_example_parses(module: str) -> None:
         *_, name, words = example.split(maxsplit=3)[1:]
         assert name == module
         tyro.cli(later, args=shlex.split(words), config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+
+
+@pytest.mark.parametrize("module", command_list.MODULES.values())
+def test_help_shows_no_empty_default(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    later, _ = documented(command_function(module))
+    with pytest.raises(SystemExit):
+        tyro.cli(later, args=["--help"], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    assert not re.search(r"\(default:[\s│]*\)", capsys.readouterr().out)
 
 
 def test_parameter_that_may_be_none_is_an_optional_option() -> None:
