@@ -108,6 +108,8 @@ class ParityReport:
             "engine_precision": dict(self.engine_precision) if self.engine_precision else None,
             "precision": self.precision,
             "speed": dict(self.speed) if self.speed else None,
+            "date": self.date,
             "cpu": dict(self.cpu),
+            "versions": dict(self.versions),
             "command": self.command,
         }

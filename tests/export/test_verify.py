@@ -316,9 +316,11 @@ def test_html_report_shows_drops_that_are_not_proven(judged: ParityReport, monke
     assert "mIoU drops by 1.25 points" in text
 
 
-def test_html_report_has_date_machine_and_versions(judged: ParityReport) -> None:
-    text = render_html_report(dataclasses.replace(judged, date="2026-01-31", versions={"onnxruntime": "1.99"}))
-    assert quotes(text, "2026-01-31", cpu()["name"], "onnxruntime 1.99")
+def test_reports_have_date_machine_and_versions(judged: ParityReport) -> None:
+    report = dataclasses.replace(judged, date="2026-01-31", versions={"onnxruntime": "1.99"})
+    assert quotes(render_html_report(report), "2026-01-31", cpu()["name"], "onnxruntime 1.99")
+    content = json.loads(json.dumps(report.to_dict()))
+    assert (content["date"], content["cpu"], content["versions"]) == ("2026-01-31", cpu(), {"onnxruntime": "1.99"})
 
 
 def test_html_report_without_jinja_is_rejected_first(
