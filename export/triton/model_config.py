@@ -20,6 +20,7 @@ from runtime.artifacts.engine_metadata import read_sidecar
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import check
 from runtime.backends import engine_compatibility, triton_protocol
+from runtime.backends.base import check_answers_queries
 from runtime.backends.batch_shapes import MinOptMax, padded_length
 from runtime.backends.onnx_backend import locate_part
 from runtime.backends.tensorrt_backend import locate_video_part
@@ -205,11 +206,7 @@ def _read_engine(path: Path) -> SourceModel:
 
 
 def _check_part(path: Path, manifest: Manifest) -> None:
-    if manifest.part not in ("whole", "query"):
-        raise ModelFileError(
-            f"{path} is the {manifest.part} part of a model. Give the query part, whose name contains .query.",
-            code="model_part",
-        )
+    check_answers_queries(path, manifest)
     if manifest.moments:
         raise ModelFileError(
             f"{path} contains decoding and NMS, which the front of the repository computes. Give the .onnx file "

@@ -121,6 +121,17 @@ def sibling_file(path: Path, name: str) -> Path:
     return sibling
 
 
+def check_answers_queries(path: Path, manifest: Manifest) -> None:
+    """Raise ModelFileError (code `model_part`) unless a file is a complete model or the query part of a split one."""
+    if manifest.part not in ("whole", "query"):
+        query = path.with_name(path.name.replace(f".{manifest.part}.", ".query."))
+        raise ModelFileError(
+            f"{path} is the {manifest.part} part of a split model, and cannot answer queries alone. Give the query "
+            f"part, {query}, which opens the other part from the same directory.",
+            code="model_part",
+        )
+
+
 def run_pair(pair: PairBackend, batch: Batch) -> Heads:
     """Run a split model on a batch of segments: encode the segments of every row, then run the queries."""
     features = pair.encode(batch.segment_features)

@@ -16,7 +16,7 @@ from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH, check, raw_manifest, read_metadata
 from runtime.backends import onnxruntime_session, openvino_session
-from runtime.backends.base import Device, recorded_video_part, run_pair, sibling_file
+from runtime.backends.base import Device, check_answers_queries, recorded_video_part, run_pair, sibling_file
 from runtime.backends.cuda_driver import disable_in_forked_children
 from runtime.backends.exact_int8 import precision_of_file
 from runtime.core.batch import DURATION, ENCODED_FEATURES, HEAD_NAMES, INPUT_NAMES, VIDEO_INDEX, Batch, Heads
@@ -251,13 +251,8 @@ def open_graph(
             missing or is not the one that it records.
     """
     session = Session(Path(path), device, threads)
-    part = session.manifest.part
-    if part in ("whole", "query"):
-        return OnnxPair(session, threads) if part == "query" else OnnxBackend(session)
-    raise ModelFileError(
-        f"Expected a whole model or a query part, got the {part} part {path}. Give the query part (.query.onnx).",
-        code="model_part",
-    )
+    check_answers_queries(session.path, session.manifest)
+    return OnnxPair(session, threads) if session.manifest.part == "query" else OnnxBackend(session)
 
 
 def locate_part(query: Path, name: str, digest: str) -> Path:

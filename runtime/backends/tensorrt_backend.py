@@ -21,7 +21,7 @@ from runtime.artifacts.engine_metadata import EngineMetadata, Sidecar, metadata_
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.artifacts.manifest import Manifest
 from runtime.backends import engine_compatibility
-from runtime.backends.base import recorded_video_part
+from runtime.backends.base import check_answers_queries, recorded_video_part
 from runtime.backends.batch_shapes import as_slice, gather_rows, referenced_videos, row_slices, row_slices_by_video
 from runtime.backends.cuda_driver import Cuda, OutOfDeviceMemory
 from runtime.backends.encoding_cache import EncodingSlots
@@ -59,13 +59,9 @@ def open_engine(
     """
     del threads
     sidecar = read_sidecar(path)
-    part = sidecar.manifest.part
     _check_device(path, device)
-    if part == "video":
-        raise ModelFileError(
-            f"Expected a whole model or a query part, got the video part {path}. Give the query part (.query.engine).",
-            code="model_part",
-        )
+    check_answers_queries(path, sidecar.manifest)
+    part = sidecar.manifest.part
     required = [(path, sidecar)]
     if part == "query":
         required.append(locate_video_part(path, sidecar))

@@ -21,9 +21,11 @@ from runtime.core.decoding import NON_FINITE, Decoding
 from runtime.core.errors import DeviceError, FeatureError, GroundingError, ModelFileError, ShapeError
 from runtime.core.sliding_windows import Windows
 from runtime.datasets.dataset import DataSet
+from runtime.describe import describe
 from runtime.evaluate import evaluate as evaluate_command
 from runtime.grounding.evaluation import evaluate
 from runtime.grounding.scheduling import EncodingCache
+from runtime.grounding.words import words
 from runtime.infer import infer
 from tests.raising import raises
 from tests.runtime.grounding.test_grounder import PAIRS, QUARTER, Exponential, video
@@ -282,8 +284,10 @@ def test_query_part_opens_the_split_pair(pair_files: Path, tiny_model: Path, min
 
 
 def test_video_part_alone_is_rejected(pair_files: Path) -> None:
-    with raises(ModelFileError, "model_part", pair_files.with_name("tiny.video.onnx"), ".query.onnx"):
-        open_backend(pair_files.with_name("tiny.video.onnx"), "cpu")
+    video = pair_files.with_name("tiny.video.onnx")
+    for opened in (open_backend, describe, words):
+        with raises(ModelFileError, "model_part", video, pair_files):
+            opened(video)
 
 
 def test_missing_or_changed_video_part_is_rejected(copied: Path) -> None:

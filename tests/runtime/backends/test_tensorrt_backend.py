@@ -1073,7 +1073,7 @@ def test_engine_with_other_tensors_is_rejected(bench: Bench, graphs: Graphs) -> 
 def test_pair_with_missing_or_foreign_video_part_is_rejected(bench: Bench) -> None:
     bench.pair().close()
     query, video = bench.directory / "drn.query.engine", bench.directory / "drn.video.engine"
-    with raises(ModelFileError, "model_part", video, ".query.engine"):
+    with raises(ModelFileError, "model_part", video, query):
         bench.open(video)
     about = json.loads(metadata_path(video).read_text())
     about["sha256"] = {video.name: about["sha256"][video.name]}
