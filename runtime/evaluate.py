@@ -163,6 +163,7 @@ def _score_file(
         print(format_table([("several moments", scores.multi_moment)]))
     if scores.rejection:
         print(scores.rejection.sentence())
+    report_written(output)
     return scores.report
 
 

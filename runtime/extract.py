@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tyro
 
 from runtime.backends.base import Device
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_many_written, report_written, suggest_next_command
 from runtime.core.errors import CheckFailed, VideoFileError, check_option, excerpt
 from runtime.core.io.atomic_files import check_writable, locked, write_json
 from runtime.core.io.input_files import merges_names, read_json
@@ -89,7 +89,10 @@ def extract(
     network = open_extractor(extractor, device, threads)
     check_writable(output / NOTES)
     job = _Job(network, extractor_key(network), output, _records(output), partial, batch_size, threads)
-    failed = _extract_all(listed, job)
+    done = _extract_all(listed, job)
+    report_many_written("feature", done.features)
+    report_written(*done.tables)
+    failed = len(listed) - done.videos
     if failed:
         raise CheckFailed(
             f"{failed} of {len(listed)} videos cannot be extracted, as reported above; {output} contains the others. "
@@ -124,8 +127,17 @@ class _CheckedVideo:
     file: VideoFile | None
 
 
-def _extract_all(videos: Mapping[Path, bool], job: _Job) -> int:
-    """Extract videos, and return the number of skipped ones.
+@dataclasses.dataclass(frozen=True)
+class _Extracted:
+    """The number of videos whose features are in the directory, and the feature files and tables that were written."""
+
+    videos: int
+    features: Sequence[Path]
+    tables: Sequence[Path]
+
+
+def _extract_all(videos: Mapping[Path, bool], job: _Job) -> _Extracted:
+    """Extract videos, and skip damaged ones of directories.
 
     Every file is checked before the first is extracted, which may take hours.
 
@@ -145,15 +157,21 @@ def _extract_all(videos: Mapping[Path, bool], job: _Job) -> int:
     names = {path.stem for path in checked}
     _check_extractors(job.output, job.records, names, job.extractor_hash)
     extracted = 0
+    features: list[Path] = []
+    tables: dict[Path, None] = {}
     for path, video in checked.items():
-        record = _unless_damaged(videos[path], functools.partial(_extract_one, path, video, job))
+        output = job.output / FEATURE_DIRECTORY / f"{path.stem}.npy"
+        record = _unless_damaged(videos[path], functools.partial(_extract_one, path, output, video, job))
         if record is None:
             continue
         extracted += 1
-        _add_record(job.output, path.stem, record, names)
+        # Features that are still valid keep their record.
+        if record is not job.records.get(path.stem):
+            features.append(output)
+        tables |= dict.fromkeys(_add_record(job.output, path.stem, record, names))
         clips = f"{record.num_clips} clips of {job.network.manifest.dim} channels"
         print(f"{path.stem}  {clips}, {record.num_frames} frames, {record.duration:.2f} s")
-    return len(videos) - extracted
+    return _Extracted(extracted, features, list(tables))
 
 
 def _unless_damaged(skip: bool, function: Callable[[], T]) -> T | None:
@@ -191,11 +209,11 @@ def _check(path: Path, job: _Job) -> _CheckedVideo:
     return _CheckedVideo(video_hash, video_file)
 
 
-def _extract_one(path: Path, video: _CheckedVideo, job: _Job) -> ExtractionRecord:
+def _extract_one(path: Path, output: Path, video: _CheckedVideo, job: _Job) -> ExtractionRecord:
     return extract_if_needed(
         path,
         job.network,
-        job.output / FEATURE_DIRECTORY / f"{path.stem}.npy",
+        output,
         video.digest,
         job.extractor_hash,
         known=job.records.get(path.stem),
@@ -270,8 +288,12 @@ def _check_extractors(
         )
 
 
-def _add_record(directory: Path, name: str, record: ExtractionRecord, names: Set[str]) -> None:
-    """Add a video to the tables of the directory. The record is written last, when all other files are complete."""
+def _add_record(directory: Path, name: str, record: ExtractionRecord, names: Set[str]) -> list[Path]:
+    """Add a video to the tables of the directory, and return the files that changed.
+
+    The record is written last, when all other files are complete.
+    """
+    changed = []
     # Several processes may write to one directory.
     with locked(directory, wait=True):
         records = _records(directory)
@@ -281,12 +303,13 @@ def _add_record(directory: Path, name: str, record: ExtractionRecord, names: Set
             ("Charades_fps_dict.json", f"{record.frame_rate:.6g}"),
             (FRAMES, record.num_frames),
         ):
-            _merge(directory / table, name, value)
-        records[name] = record
-        write_json(
-            directory / NOTES,
-            {"format": FORMAT, "videos": {key: item.to_dict() for key, item in sorted(records.items())}},
-        )
+            if _merge(directory / table, name, value):
+                changed.append(directory / table)
+        if records.get(name) != record:
+            videos = {key: item.to_dict() for key, item in sorted({**records, name: record}.items())}
+            write_json(directory / NOTES, {"format": FORMAT, "videos": videos})
+            changed.append(directory / NOTES)
+    return changed
 
 
 def _table(path: Path) -> dict[str, Any]:
@@ -297,10 +320,13 @@ def _table(path: Path) -> dict[str, Any]:
     return table
 
 
-def _merge(path: Path, name: str, value: Any) -> None:
+def _merge(path: Path, name: str, value: Any) -> bool:
+    """Write the value of a video to a table, and return whether the table changed."""
     table = _table(path)
-    if table.get(name) != value:
+    changed = table.get(name) != value
+    if changed:
         write_json(path, {**table, name: value})
+    return changed
 
 
 if __name__ == "__main__":

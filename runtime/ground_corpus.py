@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.backends.base import Device
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_many_written, report_written, suggest_next_command
 from runtime.core.errors import check_option
 from runtime.corpus.job import Result, ground
-from runtime.corpus.sharding import Form, Settings
+from runtime.corpus.sharding import MANIFEST, Form, Settings
 from runtime.grounding.grounder import BATCH_SIZE
 
 
@@ -66,6 +66,9 @@ def ground_corpus(
     settings = Settings(format, shard_pairs, top_k, batch_size, window, overlap, device, threads)
     result = ground(model, features, queries, output, settings, actors=actors, address=address)
     print(result)
+    report_written(output / MANIFEST)
+    report_many_written("shard", result.written)
+    report_many_written("digest", result.digests)
     suggest_next_command("runtime.describe", model)
     return result
 

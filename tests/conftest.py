@@ -24,6 +24,7 @@ from runtime.core.cli import command
 from runtime.core.errors import GroundingError, printable_line
 from tests.next_commands import next_commands_checked
 from tests.shared_builds import build_once, can_trace, run_directory, traced_once
+from tests.written import check_written, file_versions, logged_lines
 
 GOLDEN = Path(__file__).parent / "golden"
 # Of directories whose tests all need an extra: what it brings, and its name.
@@ -204,15 +205,21 @@ class Outcome:
 
 
 @pytest.fixture
-def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a command function on command-line arguments, in this process."""
+def run_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Run a command function on command-line arguments, in this process, and check its "Written:" lines."""
 
     def run(function: Callable[..., Any], *arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        before = file_versions(tmp_path)
+        with logged_lines() as lines, pytest.raises(SystemExit) as ended:
             command(function)
         captured = capsys.readouterr()
+        # After an error there may be files from which the same command resumes.
+        if ended.value.code in (0, 1):
+            check_written(tmp_path, before, lines)
         return Outcome(ended.value.code, captured.out, captured.err, ended.value.__context__)
 
     return run

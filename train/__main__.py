@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from runtime.core.cli import command, report_written, suggest_next_command
+from runtime.core.cli import command, report_many_written, report_written, suggest_next_command
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import check_writable, locked
 from runtime.datasets.dataset import DataSet
@@ -121,17 +122,26 @@ def train(
     result = run(options)
     if result.is_main:
         print(result.checkpoint)
-        report_written(result.checkpoint)
+        shown = [output / name for name in ("drn.pt", "history.jsonl", "curves.png")]
+        report_written(*(path for path in shown if path in result.written))
+        report_many_written("other", [path for path in result.written if path not in shown])
         suggest_next_command("export.to_onnx", "--model", result.checkpoint, "--output", output / "drn.onnx")
     return result.checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """The path of drn.pt, and whether this is the main process, which writes files and prints."""
+    """The outcome of a training run.
+
+    Attributes:
+        checkpoint: path of drn.pt.
+        is_main: whether this is the main process, which writes files and prints.
+        written: files that this process wrote to the directory of the run.
+    """
 
     checkpoint: Path
     is_main: bool
+    written: Sequence[Path]
 
 
 def run(options: TrainingOptions) -> TrainingResult:
@@ -152,6 +162,7 @@ def run(options: TrainingOptions) -> TrainingResult:
     ):
         if not processes.is_main:
             log.setLevel(logging.ERROR)
+        before = _file_versions(options.output) if processes.is_main else {}
         if processes.count > 1 and device.type == "cuda":
             device = torch.device("cuda", processes.local_rank)
         split = split_annotations(options, data_set)
@@ -184,7 +195,15 @@ def run(options: TrainingOptions) -> TrainingResult:
             raise
         if processes.is_main:
             draw_curves(options.output / "history.jsonl", options.output / "curves.png")
-    return TrainingResult(checkpoint, processes.is_main)
+        after = _file_versions(options.output) if processes.is_main else {}
+    written = [path for path, version in after.items() if before.get(path) != version]
+    return TrainingResult(checkpoint, processes.is_main, written)
+
+
+def _file_versions(directory: Path) -> dict[Path, tuple[int, int]]:
+    """Return inode and time of the last change of every file in a directory and its subdirectories."""
+    files = {path: path.stat() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {path: (status.st_ino, status.st_mtime_ns) for path, status in files.items()}
 
 
 def _check_precision(options: TrainingOptions, device: torch.device) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from runtime.core.cli import command, suggest_next_command
+from runtime.core.cli import command, report_many_written, report_written, suggest_next_command
 from runtime.core.differences import differences
 from runtime.core.errors import AnnotationError, FeatureError, OutputError, check_option, excerpt
 from runtime.core.io.atomic_files import atomic_write, content_names, locked, remove_strays, write_json, write_text
@@ -81,12 +81,14 @@ def simulate(
         FeatureError: the requested size is not possible.
         OutputError: the directory contains other files, or cannot be written.
     """
-    summary = run(SimulationOptions(**locals()))
-    contents = summary["contents"]
+    result = run(SimulationOptions(**locals()))
+    contents = result.record["contents"]
     print(f"{output}: {contents['videos']} videos, {contents['clips']} clips of {feature_dim} channels ({difficulty}).")
     for split, count in contents["moments"].items():
         print(f"{split}: {count} moments")
-    print(summary["statement"])
+    print(result.record["statement"])
+    report_many_written("feature", result.features)
+    report_written(*result.files)
     suggest_next_command("train", "--data", output, "--output", "runs/simulated")
     return output
 
@@ -158,12 +160,17 @@ class SimulationOptions:
         }
 
 
-def run(options: SimulationOptions) -> dict[str, Any]:
-    """Write the data set, or complete an interrupted one; see `simulate`.
+@dataclass(frozen=True)
+class SimulationResult:
+    """The content of `simulated.json`, and the feature files and the other files that were written."""
 
-    Returns:
-        The content of `simulated.json`.
-    """
+    record: dict[str, Any]
+    features: list[Path]
+    files: list[Path]
+
+
+def run(options: SimulationOptions) -> SimulationResult:
+    """Write the data set, or complete an interrupted one; see `simulate`."""
     options.validate()
     plan = options.plan()
     parameters = options.parameters(plan.sources)
@@ -172,19 +179,20 @@ def run(options: SimulationOptions) -> dict[str, Any]:
     with locked(output):
         _check_output(output, parameters, quiet=False)
         folder = output / plan.directory
-        missing = [s for s in plan.scenarios if not _feature_path(folder, s.name, options.file_format).exists()]
-        _check_space(output, missing, options.feature_dim * np.dtype(options.dtype).itemsize)
+        paths = {folder / f"{scenario.name}.{options.file_format}": scenario for scenario in plan.scenarios}
+        missing = {path: scenario for path, scenario in paths.items() if not path.exists()}
+        _check_space(output, missing.values(), options.feature_dim * np.dtype(options.dtype).itemsize)
         _mark_in_progress(output, folder, parameters, plan.statement)
         if missing:
             simulator = Simulator(plan, DIFFICULTIES[options.difficulty], options.feature_dim, options.seed)
-            _write_features(folder, missing, simulator, options.dtype, options.file_format)
+            _write_features(missing, simulator, options.dtype, options.file_format)
         # The annotations come after the features and the marker last, so that an interrupted run never looks complete.
         for name, text in plan.texts.items():
             write_text(output / name, text)
         record = _record(options, plan, parameters)
         write_json(output / DONE_MARKER, record)
         (output / IN_PROGRESS_MARKER).unlink(missing_ok=True)
-    return record
+    return SimulationResult(record, list(missing), [output / name for name in (*plan.texts, DONE_MARKER)])
 
 
 def _record(options: SimulationOptions, plan: SimulationPlan, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -252,11 +260,7 @@ def _mark_in_progress(output: Path, folder: Path, parameters: dict[str, Any], st
         raise OutputError(f"{output} cannot be written: {error.strerror}. Choose another --output.") from error
 
 
-def _feature_path(folder: Path, video: str, file_format: str) -> Path:
-    return folder / f"{video}.{file_format}"
-
-
-def _check_space(output: Path, scenarios: Sequence[Scenario], bytes_per_clip: int) -> None:
+def _check_space(output: Path, scenarios: Collection[Scenario], bytes_per_clip: int) -> None:
     """Raise OutputError if the features do not fit on the disk."""
     needed = sum(scenario.num_clips for scenario in scenarios) * bytes_per_clip
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
@@ -269,14 +273,12 @@ def _check_space(output: Path, scenarios: Sequence[Scenario], bytes_per_clip: in
         )
 
 
-def _write_features(
-    folder: Path, scenarios: Sequence[Scenario], simulator: Simulator, dtype: str, file_format: str
-) -> None:
+def _write_features(scenarios: Mapping[Path, Scenario], simulator: Simulator, dtype: str, file_format: str) -> None:
     from tqdm import tqdm
 
     write = _write_npy if file_format == "npy" else _write_pt
-    for scenario in tqdm(scenarios, desc="features", unit="video", disable=None, leave=False):
-        write(_feature_path(folder, scenario.name, file_format), simulator.features(scenario).astype(dtype))
+    for path, scenario in tqdm(scenarios.items(), desc="features", unit="video", disable=None, leave=False):
+        write(path, simulator.features(scenario).astype(dtype))
 
 
 def _write_npy(path: Path, features: np.ndarray) -> None:

@@ -144,7 +144,7 @@ def build_extractor(job: BuildConfig, options: BuildOptions, request: BuildReque
                     report |= _by_origin("engine", _check_engine(staged, part, source, clips, request.threads))
             write_json(staged.sibling_path("parity.json"), report)
         except CheckFailed:
-            staging.commit(lambda name: ".rejected." in name)
+            report_written(*staging.commit(lambda name: ".rejected." in name))
             raise
         written = staging.commit()
     report_written(*written)

@@ -234,7 +234,11 @@ class EngineBuild:
                 report, has_engine, speed = self._build(staged)
             except CheckFailed:
                 # A calibration table and a plan take minutes to compute and remain valid.
-                staging.commit(lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json")))
+                report_written(
+                    *staging.commit(
+                        lambda name: ".rejected." in name or name.endswith((".calibration.json", ".plan.json"))
+                    )
+                )
                 raise
             written = staging.commit()
         report_written(*written)

@@ -26,6 +26,7 @@ from export.engine.profiles import one_profile
 from runtime.artifacts import engine_metadata
 from runtime.artifacts.engine_layers import PROVEN, layers_path, packed
 from runtime.backends.cuda_driver import Cuda
+from runtime.core.cli import report_written
 from runtime.core.errors import CheckFailed, DeviceError, ModelFileError
 from runtime.core.gpu_info import cuda_gpu, cuda_version
 from runtime.core.io.atomic_files import atomic_write, write_json
@@ -220,10 +221,13 @@ def _build_once(part: EnginePart, options: BuildOptions, cache: Path | None, sta
     options = dataclasses.replace(options, profiles=part.profiles)
     with wrap_library_errors("Building the engine"):
         built = build(part.graph.SerializeToString(), options, known)
+    is_first = state.timing_cache is None
     state.timing_cache = built.timing_cache or state.timing_cache
     if cache and built.timing_cache:
         with atomic_write(cache) as temporary:
             temporary.write_bytes(built.timing_cache)
+        if is_first:
+            report_written(cache)
     return built
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from export.engine.profiles import DEFAULT_BATCH
 from export.triton.model_config import Kind, ServingOptions, build_models, read_model
 from export.triton.writer import write
-from runtime.core.cli import suggest_next_command
+from runtime.core.cli import report_written, suggest_next_command
 
 log = logging.getLogger("drn")
 
@@ -48,10 +48,10 @@ def triton(
     """
     serving = ServingOptions(name, device, batch, instances, wait_ms, threads)
     parts = build_models(read_model(model, serving), serving)
-    version = write(output, parts, model)
+    version, files = write(output, parts, model)
     for part in parts:
-        files = ", ".join(f"{version}/{file}" for file in part.files)
-        print(f"{output / part.name}: config.pbtxt, {files}")
+        print(f"{output / part.name}: version {version}")
+    report_written(*(output / file for file in files))
     log.info("Start the server with:  tritonserver --model-repository %s  (container: docs/triton.md)", output)
     address = f"triton://localhost:8001/{name}"
     suggest_next_command(

@@ -133,8 +133,8 @@ def next_version(repository: Path, parts: Sequence[TritonModel]) -> int:
     return 1 + max(versions, default=0)
 
 
-def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
-    """Write models to a repository, completely or not at all, and return their version.
+def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> tuple[int, list[Path]]:
+    """Write models to a repository, completely or not at all.
 
     A model that exists gets a new version. Its configuration stays the same, except for the parameters of the front.
     The files are written next to the repository and moved into it, first the networks and then the front that calls
@@ -144,6 +144,9 @@ def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
         repository: directory of the repository; created if it does not exist.
         parts: models that `build_models` returned.
         origin: model file from which the models were made.
+
+    Returns:
+        The version of the models, and the written files, relative to the repository.
 
     Raises:
         OutputError: see `next_version`; or the directory cannot be written.
@@ -164,6 +167,8 @@ def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
             moves = [(staged / part.name, repository / part.name) for part in parts]
             if version > 1:
                 moves = [(source / str(version), target / str(version)) for source, target in moves]
+            sources = (path for source, _ in moves for path in sorted(source.rglob("*")) if path.is_file())
+            files = [path.relative_to(staged) for path in sources]
             # A signal takes effect after the moves, and then undoes them.
             with _removed_on_error() as moved, deferred():
                 for source, target in moves:
@@ -171,8 +176,9 @@ def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> int:
                     os.replace(source, target)
                     moved.append(target)
                 if version > 1:
-                    _update_front_parameters(repository / parts[-1].name / "config.pbtxt", parts[-1], header)
-    return version
+                    files.append(Path(parts[-1].name, "config.pbtxt"))
+                    _update_front_parameters(repository / files[-1], parts[-1], header)
+    return version, files
 
 
 def _write_model(directory: Path, part: TritonModel, version: int, header: str) -> None:

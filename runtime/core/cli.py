@@ -7,8 +7,9 @@ import errno
 import functools
 import io
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -102,6 +103,19 @@ def report_written(*paths: Path | None) -> None:
     for path in paths:
         if path is not None:
             log.info("Written: %s", path)
+
+
+def report_many_written(kind: str, paths: Collection[Path]) -> None:
+    """Print the number and the directory of files that a command wrote; a single file is printed by its path.
+
+    Args:
+        kind: what the files are, such as "feature".
+        paths: the files, in one directory or its subdirectories.
+    """
+    if len(paths) > 1:
+        log.info("Written: %d %s files in %s", len(paths), kind, os.path.commonpath([path.parent for path in paths]))
+    else:
+        report_written(*paths)
 
 
 def _fail(message: str, code: int) -> NoReturn:

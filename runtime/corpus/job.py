@@ -20,7 +20,7 @@ from runtime.corpus.feature_sources import open_source
 from runtime.corpus.queries import check_one_kind, read_questions
 from runtime.corpus.ray_runner import run_on_ray
 from runtime.corpus.sharding import MANIFEST, Settings, Shard, check_same, describe, plan, require_corpus_dir
-from runtime.corpus.worker import ATTEMPTS, DIGESTS, CorpusJob, ShardResult, Worker, is_finished
+from runtime.corpus.worker import ATTEMPTS, DIGESTS, CorpusJob, ShardResult, Worker, digest_path, is_finished
 
 log = logging.getLogger("drn")
 
@@ -37,6 +37,7 @@ class Result:
         grounded: number of pairs that this run grounded.
         errors: number of pairs of this run that have an error instead of moments.
         seconds: time of the run without planning.
+        written, digests: shards that this run wrote, and the files of their digests.
     """
 
     output: Path
@@ -45,6 +46,8 @@ class Result:
     grounded: int
     errors: int
     seconds: float
+    written: Sequence[Path] = ()
+    digests: Sequence[Path] = ()
 
     def __str__(self) -> str:
         corpus = f"{self.pairs} pairs in {self.shards} shards in {self.output}"
@@ -115,7 +118,10 @@ def ground(
                 "All pairs failed. Check that model and features belong together; each row contains its `error`.",
                 extra={"code": "no_answers"},
             )
-        return Result(output, len(shards), pairs, missing, errors, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        written = [output / job.path(shard).name for shard in left]
+        digests = [output / DIGESTS / digest_path(job, shard).name for shard in left]
+        return Result(output, len(shards), pairs, missing, errors, seconds, written, digests)
 
 
 def _run(

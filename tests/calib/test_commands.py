@@ -30,6 +30,7 @@ from runtime.core.errors import AnnotationError, FeatureError, GroundingError, M
 from runtime.core.io.input_files import read_json
 from runtime.datasets.dataset import DataSet
 from tests.raising import quotes, raises, records
+from tests.written import written_checked
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,9 +83,10 @@ def test_from_graph_to_int8_file_and_back_within_budget(
     assert np.abs(ours.matching_logits - theirs.matching_logits).max() > 0
     assert np.corrcoef(ours.matching_logits.ravel(), theirs.matching_logits.ravel())[0, 1] > 0.99
 
-    ranking = rank_layers(
-        onnx_file, data_set.root, table=table_file, output=tmp_path / "ranking.json", held_out=24, threads=1
-    )
+    with written_checked(tmp_path):
+        ranking = rank_layers(
+            onnx_file, data_set.root, table=table_file, output=tmp_path / "ranking.json", held_out=24, threads=1
+        )
     written = read_json(tmp_path / "ranking.json", "ranking")
     assert [entry["module"] for entry in written["modules"]] == [entry.module for entry in ranking]
     text = capsys.readouterr().out

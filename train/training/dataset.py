@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from runtime.artifacts.manifest import Features
 from runtime.core.batch import Batch, collate
+from runtime.core.cli import report_written
 from runtime.core.errors import AnnotationError, FeatureError, OutputError, QueryError
 from runtime.core.io.array_files import load_array
 from runtime.core.io.atomic_files import atomic_write
@@ -93,6 +94,7 @@ def pool(
             raise OutputError(
                 f"{error} Pass another --cache than {cache} for the pooled features.", code=error.code
             ) from error
+        report_written(path)
     mapped = load_array(path)
     spans = np.stack([spans for _, _, spans in segments])
     return PooledFeatures({video: row for row, video in enumerate(videos)}, mapped, spans, key)
