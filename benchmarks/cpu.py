@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.cpu_runtimes import compare_runtimes
 from benchmarks.measurement import environment, interleave, medians, print_report, sparse_features
 from benchmarks.multiply_adds import drn_multiply_adds
 from benchmarks.pytorch_baseline import EagerBaseline
@@ -52,6 +53,7 @@ def benchmark(
     onnx: Path,
     *,
     int8: Path | None = None,
+    compare: tuple[Path, ...] = (),
     samples: int = 60,
     batch: int = 32,
     pairs: int = 1000,
@@ -68,6 +70,8 @@ def benchmark(
         checkpoint: drn.pt of a network of any size.
         onnx: the same network, exported.
         int8: the same network in INT8 (`export.build_engine --precision int8 --target onnxruntime`).
+        compare: model files, such as drn.onnx drn.int8.onnx drn.int8.openvino.onnx, with their split parts in the same
+            directory: time only these, eager PyTorch and torch.compile.
         samples: queries per model; the report has medians.
         batch: queries of the batched runs.
         pairs: number of pairs of the run with many pairs; 0 to skip it.
@@ -82,6 +86,8 @@ def benchmark(
     sentences = _sentences(loaded.vocabulary, rng, max(samples, batch, pairs))
     shown = [_video(rng, loaded.features.dim, index) for index in range(8)]
     questions = [(shown[i % len(shown)], sentences[i]) for i in range(max(samples, batch))]
+    if compare:
+        return _reported(compare_runtimes(loaded, compare, questions, samples, batch, threads), output)
     models, gemm = Models.open(loaded, onnx, int8, threads), Gemm(threads)
     for grounder in filter(None, (models.fp32, models.split)):
         _check_equal(models.eager, grounder, questions[:16])
@@ -112,6 +118,10 @@ def benchmark(
         report["ms per training step of 16"] = {
             f"stage {stage.number}": 1e3 * _step(loaded, stage) for stage in RECIPES["mmaction2"].stages
         }
+    return _reported(report, output)
+
+
+def _reported(report: dict[str, Any], output: Path | None) -> dict[str, Any]:
     print_report(report)
     if output:
         write_json(output, report)

@@ -17,10 +17,12 @@ from train.network.model import DRN, locations
 
 
 class EagerBaseline:
-    """Grounds one query at a time."""
+    """Grounds one query at a time, with the network compiled by torch.compile if `compiled`."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.model: DRN = checkpoint.model()
+    def __init__(self, checkpoint: Checkpoint, compiled: bool = False) -> None:
+        model = checkpoint.model()
+        # Queries differ in length.
+        self.model: DRN = torch.compile(model, dynamic=True) if compiled else model
         self.vocabulary = checkpoint.vocabulary
         self.decoding = checkpoint.decoding
         self.features = checkpoint.features
