@@ -30,6 +30,8 @@ def test_next_commands_lead_from_export_to_service(
     # The service runs until a signal.
     monkeypatch.setattr(importlib.import_module("runtime.service.server"), "run", lambda *_: None)
     extra: dict[str, list[object]] = {
+        # The opset and the query length of `models`, whose traced graph is used again.
+        "export.to_onnx": ["--opset", 19, "--max-query-length", 16],
         "runtime.evaluate": ["--output", tmp_path / "r.json", "--predictions", tmp_path / "p.jsonl"],
         "export.build_engine": [
             "--calib-method",
