@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from runtime.datasets.dataset import DataSet
 from runtime.extract import extract
 from runtime.infer import infer
 from runtime.media.video_file import frames_at, probe
-from tests.documented import arguments, commands
+from tests.documented import commands
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
+from tests.forked_commands import ForkedCommand
 from train.extractors.c3d import C3D, MEANS, C3DConfig
 
 ROOT = Path(__file__).parents[1]
@@ -52,10 +53,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_walkthrough_commands_run_unchanged(directory: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DRN_CACHE": str(directory / "kept")}
+    environment = {**os.environ, "DRN_CACHE": str(directory / "kept")}
     said = []
     for line in LINES:
-        result = subprocess.run(arguments(line), cwd=directory, env=environment, capture_output=True, text=True)
+        result = ForkedCommand(shlex.split(line, comments=True), environment, directory).finish()
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         assert "Next:" in result.stderr
         said.append(result.stdout)
