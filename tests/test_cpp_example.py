@@ -23,17 +23,21 @@ from runtime.grounding.grounder import Grounder
 
 SOURCE = Path(__file__).parents[1] / "examples" / "cpp"
 HEADER = "onnxruntime_cxx_api.h"
-SYSTEM = Path("/usr/include/onnxruntime")
+# Of `make headers`, and of Debian 13.
+INCLUDES = (Path(".venv/onnxruntime-headers/usr/include/onnxruntime"), Path("/usr/include/onnxruntime"))
 
 
 @pytest.fixture(scope="module")
 def include() -> Path:
-    """Return the directory of ONNX Runtime's C++ headers, DRN_ONNXRUNTIME_INCLUDE or Debian's; skip without any."""
+    """Return the directory of ONNX Runtime's C++ headers, DRN_ONNXRUNTIME_INCLUDE or a usual one; skip without any."""
     named = os.environ.get("DRN_ONNXRUNTIME_INCLUDE")
-    directory = Path(named) if named else SYSTEM
-    if not named and not (directory / HEADER).is_file():
+    if named:
+        assert (Path(named) / HEADER).is_file()
+        return Path(named)
+    directories = (SOURCE.parents[1] / path for path in INCLUDES)
+    directory = next((path for path in directories if (path / HEADER).is_file()), None)
+    if directory is None:
         pytest.skip(f"{HEADER} is missing: run `make headers`, or set DRN_ONNXRUNTIME_INCLUDE to its directory")
-    assert (directory / HEADER).is_file()
     return directory
 
 

@@ -49,7 +49,8 @@ Features read_npy(const std::string& path) {
     std::smatch shape;
     if (header.find("'<f4'") == std::string::npos || header.find("'fortran_order': False") == std::string::npos ||
         !std::regex_search(header, shape, std::regex("'shape': \\((\\d+), (\\d+)\\)")))
-        throw std::runtime_error("Expected float32 of shape (clips, D) in " + path + ", got " + header);
+        throw std::runtime_error("Expected float32 of shape (clips, D) in " + path + ", got " +
+                                 header.substr(0, header.find('}') + 1) + ".");
     Features features;
     features.num_clips = std::stoul(shape[1]);
     features.dim = std::stoul(shape[2]);
