@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.studies.moments_in_graph import moments_in_graph
 from calib.graph.moments import COUNT, METADATA_KEY, NOT_FINITE, moment_graph, with_moments, word_list
 from calib.graph.onnx_graph import load_fp32_graph
 from calib.graph.onnx_session import open_session
@@ -314,6 +315,18 @@ def test_batch_size_is_dynamic(exported: dict[str, onnx.ModelProto]) -> None:
         single, count = session.run([MOMENTS, MOMENT_COUNT], one)
         np.testing.assert_allclose(single[0], moments[row], rtol=1e-4, atol=1e-4)
         assert count[0] == counts[row]
+
+
+def test_study_counts_equal_moments_and_measures_times(files: Path, planted: Path) -> None:
+    report = moments_in_graph(files / "drn.onnx", planted, sizes=(1, 3), samples=2)
+    assert report["queries with the moments of the runtime"] == report["queries"] >= 18
+    assert all(value > 0 for size in (1, 3) for value in report[f"us of CPU time per query, {size} at once"].values())
+
+
+@pytest.mark.parametrize("value", [None, [], {"count": 0, "nms": "soft", "constants": {}}, {"count": 5, "nms": "x"}])
+def test_invalid_moments_in_a_manifest_are_rejected(value: object) -> None:
+    with pytest.raises(ModelFileError):
+        Manifest.from_dict({**manifest(SMALL).to_dict(), "moments": value})
 
 
 def test_word_list_is_in_the_order_of_the_ids() -> None:
