@@ -410,16 +410,9 @@ def test_invalid_input_is_rejected_before_loading_the_model(
     ]
     for arguments, code, values in wrong:
         check_error(refused(benchmark, *arguments), code, *values)
-    assert tiny_model.read_bytes() == content
-
-
-def test_plot_without_matplotlib_is_rejected_before_loading(
-    tiny_model: Path, tmp_path: Path, refused: Callable[..., GroundingError], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
-    error = refused(benchmark, "--model", tiny_model, "--plot", tmp_path / "a.png")
-    check_error(error, "missing_library", "pip install '.[plot]'")
+    check_error(refused(benchmark, *model, "--plot", tmp_path / "a.png"), "missing_library", "pip install '.[plot]'")
+    assert tiny_model.read_bytes() == content
 
 
 def test_repeated_query_warns_once(tiny_model: Path, mini: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -24,24 +24,17 @@ def at(precision: np.ndarray, threshold: float) -> float:
     return float(precision[0, IOU_THRESHOLDS.index(threshold)])
 
 
-def test_average_precision_matches_hand_computed_value() -> None:
-    # True, false, true: recall 1/2, 1/2, 1 at precision 1, 1/2, 2/3.
-    actual = average_precision([spans((0, 10), (40, 50), (20, 30))], [spans((0, 10), (20, 30))])
-    assert at(actual, 0.5) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
-
-
-def test_average_precision_counts_second_match_of_a_moment_as_false() -> None:
-    actual = average_precision([spans((0, 10), (0, 9), (20, 30))], [spans((0, 10), (20, 30))])
+# True, false, true, where the second window is elsewhere or matches the first moment again: recall 1/2, 1/2, 1 at
+# precision 1, 1/2, 2/3.
+@pytest.mark.parametrize("second", [(40, 50), (0, 9)])
+def test_average_precision_matches_hand_computed_value(second: tuple[float, float]) -> None:
+    actual = average_precision([spans((0, 10), second, (20, 30))], [spans((0, 10), (20, 30))])
     assert at(actual, 0.5) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
 
 
 def test_average_precision_accepts_iou_equal_to_threshold() -> None:
     actual = average_precision([spans((0, 7))], [spans((0, 10))])
     assert [at(actual, threshold) for threshold in (0.65, 0.7, 0.75)] == [1, 1, 0]
-
-
-def test_average_precision_without_predictions_is_zero() -> None:
-    assert not average_precision([spans(), spans((0, 1))], [spans((0, 1)), spans((0, 1))])[0].any()
 
 
 def test_reversed_window_of_equal_length_matches_in_average_precision_only() -> None:
@@ -73,6 +66,7 @@ def test_detection_iou_equals_plain_division(windows: list, moments: list) -> No
     np.testing.assert_array_equal(actual, expected)
 
 
-def test_best_overlaps_of_missing_predictions_are_zero() -> None:
+def test_missing_predictions_have_no_overlap_and_precision() -> None:
     actual = best_overlaps([spans((0, 10)), spans()], [spans((0, 5), (0, 10)), spans((0, 5))], 3)
     assert actual.tolist() == [[1, 0, 0], [0, 0, 0]]
+    assert not average_precision([spans(), spans((0, 1))], [spans((0, 1)), spans((0, 1))])[0].any()

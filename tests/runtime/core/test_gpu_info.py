@@ -90,7 +90,7 @@ def test_failing_nvidia_smi_raises_device_error(nvidia_smi: Any, output: str, va
     assert selected_gpu() is None
 
 
-def test_hanging_nvidia_smi_raises_device_error(nvidia_smi: Any) -> None:
+def test_hanging_or_missing_nvidia_smi_raises_device_error(nvidia_smi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(words: list[str]) -> tuple[int, str]:
         raise subprocess.TimeoutExpired(words, gpu_info.TIMEOUT_S)
 
@@ -98,9 +98,6 @@ def test_hanging_nvidia_smi_raises_device_error(nvidia_smi: Any) -> None:
     with raises(DeviceError, "gpu_unavailable", "nvidia-smi", gpu_info.TIMEOUT_S):
         list_gpus()
     assert len(calls) == 1
-
-
-def test_missing_nvidia_smi_raises_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_info.shutil, "which", lambda name: None)
     with raises(DeviceError, "gpu_unavailable", "nvidia-smi"):
         list_gpus()
