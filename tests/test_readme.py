@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.documented import arguments, commands
+from tests.documented import commands
+from tests.forked_commands import ForkedCommand
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def run(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(directory)}
-    return subprocess.run(arguments(line), cwd=directory, env=environment, capture_output=True, text=True)
 
 
 def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
     block = README.split("tests/test_readme.py runs this block")[1].split("```")[1]
     lines = [line for line in block.splitlines() if line.startswith("drn ")]
     assert len(lines) == 7
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     for line in lines:
-        result = run(line, tmp_path)
+        result = ForkedCommand(shlex.split(line, comments=True), environment, tmp_path).finish()
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         assert "Next:" in result.stderr, line
         # What torch's exporter warns of is not the reader's concern.
