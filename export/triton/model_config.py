@@ -158,6 +158,12 @@ def _read_graph(path: Path, serving: ServingOptions) -> SourceModel:
             f"ONNX Runtime has no bf16 kernels to run {path.name}. Give its .engine, or a model in fp16.",
             code="precision_unsupported",
         )
+    if manifest.library == "openvino":
+        raise ModelFileError(
+            f"{path.name} was built for OpenVINO, which the repository does not run. Build it with `python -m "
+            "export.build_engine --target onnxruntime`.",
+            code="target_unsupported",
+        )
     longest = manifest.max_query_length
     # The typical query of the supported data sets has eight tokens.
     source = SourceModel(
