@@ -99,6 +99,8 @@ def cluster(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]
         port = taken.getsockname()[1]
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     words += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=2"]
+    # Each of these two processes takes a second to start, and no test needs them.
+    words += ["--no-monitor", "--include-log-monitor=false"]
     words += [f"--object-store-memory={1 << 27}"]
     log = place / "start.log"
     with open(log, "w") as stream:
