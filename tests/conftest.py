@@ -46,7 +46,8 @@ SLOWEST = (
     "test_next_commands.py", "test_quickstart.py", "test_fuzzing.py", "test_rtx_builds.py", "test_tensorrt_backend.py",
     "test_distributed.py",
     "test_your_own_video_docs.py", "test_verify.py", "test_leg_tensorrt.py", "test_tools_docs.py", "test_page.py",
-    "test_examples.py", "test_damage.py", "test_extractor_engine.py", "test_segments.py", "test_scale_docs.py",
+    "test_scaling.py", "test_examples.py", "test_packaging.py", "test_damage.py", "test_extractor_engine.py",
+    "test_segments.py", "test_scale_docs.py",
     "test_split_model.py", "test_warm_up.py", "test_to_onnx.py", "test_contracts.py", "test_unroll_lstm.py",
     "test_faults.py", "test_uploads.py",
 )  # fmt: skip
