@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
+
+_LASTING = contextlib.ExitStack()
 
 
 def stop_before_rename(module: str, directory: str, traces: str, half_way: Callable[[], None]) -> None:
@@ -19,8 +22,10 @@ def stop_before_rename(module: str, directory: str, traces: str, half_way: Calla
         BenchmarkRun.measure = lambda run: None  # type: ignore[method-assign]
     if module == "export.to_onnx":
         from tests.shared_builds import traced_once
+        from tests.train.training.narrow import with_narrow_backbone
 
-        traced_once(pathlib.Path(traces)).__enter__()
+        _LASTING.enter_context(traced_once(pathlib.Path(traces)))
+        _LASTING.enter_context(with_narrow_backbone())
     chmod = pathlib.Path.chmod
 
     def stop(path: pathlib.Path, mode: int) -> None:

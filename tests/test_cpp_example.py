@@ -20,6 +20,9 @@ from runtime.core.tokenizer import tokenize
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
+from tests.train.training.narrow import narrow_backbone
+
+__all__ = ["narrow_backbone"]
 
 SOURCE = Path(__file__).parents[1] / "examples" / "cpp"
 HEADER = "onnxruntime_cxx_api.h"

@@ -13,6 +13,9 @@ import pytest
 from runtime.core.cli import suggest_next_command
 from tests.contract_recorder import command_function
 from tests.next_commands import next_command, split_command
+from tests.train.training.narrow import narrow_backbone
+
+__all__ = ["narrow_backbone"]
 
 pytest.importorskip("onnx", reason="onnx writes the graphs that are built")
 

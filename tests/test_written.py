@@ -15,8 +15,11 @@ from runtime.core import command_list
 from tests.contract_recorder import command_function
 from tests.films import film
 from tests.runtime.media.extractor_graphs import CLIPS, write_clips
+from tests.train.training.narrow import narrow_backbone
 from tests.written import check_written, file_versions
 from train.extractors.c3d import C3D, C3DConfig
+
+__all__ = ["narrow_backbone"]
 
 # The words of each command that writes files. IN has the inputs; outputs are in the working directory.
 COMMANDS = {

@@ -14,6 +14,9 @@ import torch
 from benchmarks.cpu import benchmark
 from benchmarks.cpu_runtimes import COMPILED, EAGER, case_names
 from calib.graph.split_model import split_graph, write_split_model
+from tests.train.training.narrow import narrow_backbone
+
+__all__ = ["narrow_backbone"]
 
 
 def test_comparison_times_every_model_and_both_forms_of_pytorch(

@@ -10,6 +10,9 @@ from benchmarks.loading import loading
 from runtime.artifacts.onnx_metadata import DigestCheck
 from runtime.backends import onnxruntime_session
 from runtime.core.errors import GroundingError, ModelFileError
+from tests.train.training.narrow import narrow_backbone
+
+__all__ = ["narrow_backbone"]
 
 
 @pytest.mark.parametrize("name", ["drn.onnx", "drn.pt"])

@@ -11,6 +11,9 @@ import torch
 from benchmarks import training
 from runtime.core.errors import GroundingError
 from tests.raising import raises
+from tests.train.training.narrow import narrow_backbone
+
+__all__ = ["narrow_backbone"]
 
 
 @pytest.fixture(autouse=True)

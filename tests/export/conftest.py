@@ -14,8 +14,11 @@ from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.tokenizer import Vocabulary
+from tests.train.training.narrow import narrow_backbone, with_narrow_backbone
 from train.checkpoints import Checkpoint, save_checkpoint
 from train.network.model import DRN, DRNConfig, Scale
+
+__all__ = ["narrow_backbone"]
 
 TINY = DRNConfig(vocab_size=20, embed_dim=8, hidden_dim=12, feature_dim=16, fpn_dim=16, num_segments=16)
 DEEP = DRNConfig(
@@ -84,7 +87,8 @@ def manifest(config: DRNConfig) -> Manifest:
 
 @pytest.fixture(scope="session")
 def networks() -> dict[str, DRN]:
-    return {name: lively(config) for name, config in CONFIGS.items()}
+    with with_narrow_backbone():
+        return {name: lively(config) for name, config in CONFIGS.items()}
 
 
 @pytest.fixture(scope="session")

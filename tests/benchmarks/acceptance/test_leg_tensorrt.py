@@ -24,6 +24,9 @@ from runtime.core.errors import CheckFailed
 from runtime.core.io.atomic_files import write_json
 from runtime.core.io.digests import sha256
 from tests.raising import quotes
+from tests.train.training.narrow import narrow_backbone
+
+__all__ = ["narrow_backbone"]
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,14 @@ from calib.graph.precision_audit import PrecisionStats, audit_graph, require_pre
 from runtime.core.errors import CheckFailed
 from tests.export.conftest import TINY
 from tests.raising import raises
+from tests.train.training.narrow import NARROW
 
 
 def test_audit_counts_expected_multiply_adds(exported: dict[str, onnx.ModelProto]) -> None:
     counted = audit_graph(exported["tiny"], query_length=8)
     segments, width, channels = TINY.num_segments, TINY.fpn_dim, TINY.feature_dim
     assert counted.macs["prop_fc"] == {"fp32": segments * channels * channels}
-    assert counted.macs["backbone_net.layers.1"] == {"fp32": segments // 2 * 512 * 256 * 3}
+    assert counted.macs["backbone_net.layers.1"] == {"fp32": segments // 2 * NARROW[1] * NARROW[0] * 3}
     hidden, words = TINY.hidden_dim, TINY.embed_dim
     assert counted.macs["query_encoder.biLSTM"] == {"fp32": 2 * 8 * 4 * hidden * (words + hidden)}
     # Three levels, with one position between neighbours.

@@ -187,7 +187,7 @@ def test_to_onnx_with_split_writes_all_parts(
     assert open_backend(pair_paths(output)[1], "cpu", 1).manifest.part == "query"
     # FP32 files have Pad nodes.
     for path in (output, pair_paths(output)[1]):
-        assert "backbone_net.layers.1/Pad" in [node.name for node in onnx.load(path).graph.node]
+        assert "backbone_net.layers.2/Pad" in [node.name for node in onnx.load(path).graph.node]
 
 
 def test_split_pair_failing_torch_parity_is_deleted(

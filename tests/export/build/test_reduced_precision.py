@@ -110,7 +110,7 @@ def test_fewest_modules_are_restored_and_the_plan_repeats_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     small = dict(table.ranges)
-    small["prop_fc/Unsqueeze"] = dataclasses.replace(small["prop_fc/Unsqueeze"], high=0.1)
+    small["prop_fc/Unsqueeze"] = dataclasses.replace(small["prop_fc/Unsqueeze"], high=0.01)
     path = tmp_path / "spoilt.calibration.json"
     dataclasses.replace(table, ranges=small).save(path)
     wishes = ConversionOptions(table=path, max_drop=4.0, threads=1, plan_output=tmp_path / "plan.json")

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.train.training.narrow import NARROW, set_backbone
+from tests.train.training.narrow import narrow_backbone, set_backbone, with_narrow_backbone
 from train.__main__ import train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def narrow_backbone() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        set_backbone(monkeypatch, NARROW)
-        yield
+__all__ = ["narrow_backbone"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +23,6 @@ def published_backbone(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 def short_run(tmp_path_factory: pytest.TempPathFactory, planted: Path, tiny_sizes: dict[str, Any]) -> Path:
     """The directory of a three-stage run on the planted data set."""
     output = tmp_path_factory.mktemp("narrow") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        set_backbone(monkeypatch, NARROW)
+    with with_narrow_backbone():
         train(planted, output, **tiny_sizes)
     return output
