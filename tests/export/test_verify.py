@@ -61,12 +61,6 @@ def changed(source: Path, path: Path, change: Callable[[np.ndarray], np.ndarray]
     return path
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "export.verify", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
-    )
-
-
 @pytest.fixture(scope="module")
 def wrong(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose IoU head has the opposite sign."""
@@ -120,24 +114,30 @@ def test_equal_model_passes_and_writes_reports(
     assert "--split train --max-drop 0.2" in text
 
 
-def test_recorded_command_reproduces_the_report(models: Path, planted: Path, tmp_path: Path) -> None:
+def test_recorded_command_reproduces_the_report(
+    models: Path, planted: Path, tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
     arguments = ("--reference", models / "drn.onnx", "--model", models / "drn.onnx", "--data", planted, "--limit", 3)
-    first = command(*arguments, "--protocol", "drn", "--boundary-p99", 0.5, "--output", tmp_path / "a.json")
+    more = ("--protocol", "drn", "--boundary-p99", 0.5, "--output", tmp_path / "a.json")
+    words = [sys.executable, "-m", "export.verify", *map(str, (*arguments, *more))]
+    first = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert first.returncode == 0, first.stderr
     assert first.stderr.splitlines()[-1].startswith("Next:  python -m ")
     written = json.loads((tmp_path / "a.json").read_text())
     again = written["command"].split()
     assert again[:3] == ["python", "-m", "export.verify"]
-    assert command(*again[3:], "--output", tmp_path / "b.json").returncode == 0
+    assert run_command(verify, *again[3:], "--output", tmp_path / "b.json").code == 0
     assert json.loads((tmp_path / "b.json").read_text()) == written
 
 
-def test_model_over_budget_fails_but_gets_a_report(models: Path, wrong: Path, planted: Path, tmp_path: Path) -> None:
+def test_model_over_budget_fails_but_gets_a_report(
+    models: Path, wrong: Path, planted: Path, tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
     report, page = tmp_path / "report.json", tmp_path / "passport.html"
     arguments = ("--reference", models / "drn.onnx", "--model", wrong, "--data", planted, "--split", "train")
-    result = command(*arguments, "--output", report, "--html", page)
-    assert result.returncode == 1
-    last = result.stderr.splitlines()[-1]
+    outcome = run_command(verify, *arguments, "--output", report, "--html", page)
+    assert outcome.code == 1
+    last = outcome.err.splitlines()[-1]
     assert last.startswith("error: ")
     assert quotes(last, "wrong.onnx", "drn.onnx", "R@1 IoU=0.7", "--layers")
     assert len(json.loads(report.read_text())["broken"]) == 3
