@@ -1,4 +1,4 @@
-"""Check the pages of docs/ and the README: commands parse, links lead somewhere, addresses are listed."""
+"""Check the pages of docs/ and the README: commands parse, links lead to files, addresses are listed."""
 
 from __future__ import annotations
 
@@ -15,22 +15,16 @@ import numpy as np
 import pytest
 
 from runtime.datasets.dataset import DataSet
-from tests.documented import commands
-from tests.test_readme import ROOT
+from tests import documented
+from tests.documented import ROOT, shell_lines
 
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "benchmarks/results/README.md",
-]
+PAGES = [*documented.PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/results/README.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ADDRESS = re.compile(r"https?://[^\s)>`'\"|]+")
-# Their commands run unchanged, or are parsed, by a test of their own.
-ELSEWHERE = {"README", "scale", "serving", "tools", "triton", "your-own-video"}
-LINES = [
-    (page.stem, line) for page in PAGES if page.stem not in ELSEWHERE for line in commands(page.read_text("utf-8"))
-]
+LINES = [line for page in documented.PAGES for line in shell_lines(page)]
+MARKED = dict.fromkeys(line.text for line in LINES if line.is_of_toolkit and line.reason)
+# An indented block is code in Markdown too, but has no place for a comment that names a test.
+INDENTED = re.compile(r"^(?: {4,}|\t)\$? ?(?:[A-Z_]+=\S+ )*(?:drn|python3?|pip|make|docker|curl|polygraphy|trtexec) \S")
 
 
 def anchors(page: Path) -> set[str]:
@@ -57,9 +51,43 @@ def test_links_file_lists_every_public_address() -> None:
     assert listed == sorted(public)
 
 
-@pytest.mark.parametrize(("page", "line"), LINES)
-def test_commands_of_pages_parse(page: str, line: str, check_parses: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("line", MARKED)
+def test_marked_commands_parse(line: str, check_parses: Callable[[str], None]) -> None:
     check_parses(line)
+
+
+def test_benchmarks_of_pages_exist() -> None:
+    names = {line.text.split()[2] for line in LINES if line.text.startswith("python -m benchmarks.")}
+    assert names
+    assert not [name for name in names if not (ROOT / f"{name.replace('.', '/')}.py").is_file()]
+
+
+@pytest.mark.parametrize("page", documented.PAGES, ids=lambda page: page.stem)
+def test_commands_are_in_fenced_blocks(page: Path) -> None:
+    outside = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert not [line for line in outside.splitlines() if INDENTED.match(line)]
+
+
+def test_named_test_files_run_their_blocks() -> None:
+    for runner in {line.runner for line in LINES}:
+        assert "lines_run_by(" in (ROOT / runner).read_text("utf-8"), runner
+
+
+def test_marks_apply_to_their_line_or_to_those_below(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    first = "drn a  # about a\ndrn b  # not run here: needs b\n\n# about c\ndrn c\n"
+    second = "drn d\n# not run in the tests: needs e\n# about e\ndrn e\nmake f\n"
+    page.write_text(
+        f"```sh\n{first}```\n<!-- tests/test_x.py runs this block -->\n```sh\n{second}```\n```python\ndrn = 1\n```\n"
+    )
+    assert [(line.text[:5].rstrip(), line.reason, line.runner[-6:]) for line in shell_lines(page)] == [
+        ("drn a", None, "ges.py"),
+        ("drn b", "needs b", "ges.py"),
+        ("drn c", None, "ges.py"),
+        ("drn d", None, "t_x.py"),
+        ("drn e", "needs e", "t_x.py"),
+        ("make", "needs e", "t_x.py"),
+    ]
 
 
 def test_own_data_page_describes_a_data_set_that_can_be_prepared(tmp_path: Path) -> None:

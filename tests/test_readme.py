@@ -1,28 +1,21 @@
-"""Run the commands of the README as they are written."""
+"""Run the ten lines of the README as they are written."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from tests.documented import commands
+from tests.documented import lines_run_by
 from tests.forked_commands import ForkedCommand
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
-    block = README.split("tests/test_readme.py runs this block")[1].split("```")[1]
-    lines = [line for line in block.splitlines() if line.startswith("drn ")]
+    lines = lines_run_by("tests/test_readme.py")
     assert len(lines) == 7
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     for line in lines:
-        result = ForkedCommand(shlex.split(line, comments=True), environment, tmp_path).finish()
+        result = ForkedCommand(shlex.split(line.text, comments=True), environment, tmp_path).finish()
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         assert "Next:" in result.stderr, line
         # What torch's exporter warns of is not the reader's concern.
@@ -39,8 +32,3 @@ def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
     assert (first / "moments.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((first / "drn.int8.parity.json").read_text())["broken"] == []
     assert (first / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("line", commands(README))
-def test_readme_commands_parse(line: str, check_parses: Callable[[str], None]) -> None:
-    check_parses(line)

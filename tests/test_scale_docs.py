@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +13,12 @@ import pytest
 
 from export.tracing.tracer import export_model
 from runtime.datasets.dataset import DataSet
-from tests.documented import arguments, commands
+from tests.documented import ROOT, arguments, lines_run_by
 from tests.export.conftest import TINY, lively, manifest
 from tests.tolerances import DETECTIONS
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("ray.data", reason="Ray needs the extra [corpus]")
-
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"<!-- .*? runs .*? -->\n(```sh\n.*?```)", PAGE, re.DOTALL)
-LINES = [line for block in BLOCKS for line in commands(block)]
-OTHERS = [line for line in commands(PAGE) if line not in LINES]
 
 
 def test_walkthrough_commands_run_unchanged(tmp_path: Path, golden: Path) -> None:
@@ -45,8 +37,8 @@ def test_walkthrough_commands_run_unchanged(tmp_path: Path, golden: Path) -> Non
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     said = []
-    for line in LINES:
-        result = subprocess.run(arguments(line), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    for line in lines_run_by("tests/test_scale_docs.py"):
+        result = subprocess.run(arguments(line.text), cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         said.append(result.stdout)
     assert len(said) == 3
@@ -59,8 +51,3 @@ def test_walkthrough_commands_run_unchanged(tmp_path: Path, golden: Path) -> Non
     assert [row["vid"] for row in table] == [row["vid"] for row in found]
     for row, other in zip(found, table, strict=True):
         np.testing.assert_allclose(row["pred_relevant_windows"], other["pred_relevant_windows"], rtol=DETECTIONS)
-
-
-@pytest.mark.parametrize("line", OTHERS)
-def test_other_commands_parse(line: str, check_parses: Callable[[str], None]) -> None:
-    check_parses(line)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +18,11 @@ from calib.qdq_quantizer import channel_energies, insert_qdq
 from calib.range_estimation import collect_statistics
 from export.tracing.tracer import export_model
 from runtime.core.batch import Batch
+from tests.documented import lines_run_by
 from tests.export.conftest import TINY, lively, manifest, random_inputs
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-POLYGRAPHY, SURGEON, QUERY = ([line for line in block.splitlines() if not line.startswith("#")] for block in BLOCKS)
+LINES = [line.text for line in lines_run_by("tests/test_tools_docs.py")]
+POLYGRAPHY, SURGEON, QUERY = LINES[:7], LINES[7:10], LINES[10:]
 RTX = "POLYGRAPHY_USE_TENSORRT_RTX=1 "
 
 

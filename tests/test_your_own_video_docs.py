@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +21,13 @@ from runtime.datasets.dataset import DataSet
 from runtime.extract import extract
 from runtime.infer import infer
 from runtime.media.video_file import frames_at, probe
-from tests.documented import commands
+from tests.documented import ROOT, lines_run_by
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
 from tests.forked_commands import ForkedCommand
 from train.extractors.c3d import C3D, MEANS, C3DConfig
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "your-own-video.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"<!-- .*? runs .*? -->\n(```sh\n.*?```)", PAGE, re.DOTALL)
-LINES = [line for block in BLOCKS for line in commands(block)]
-OTHERS = [line for line in commands(PAGE) if line not in LINES]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +50,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_walkthrough_commands_run_unchanged(directory: Path) -> None:
     environment = {**os.environ, "DRN_CACHE": str(directory / "kept")}
     said = []
-    for line in LINES:
-        result = ForkedCommand(shlex.split(line, comments=True), environment, directory).finish()
+    for line in lines_run_by("tests/test_your_own_video_docs.py"):
+        result = ForkedCommand(shlex.split(line.text, comments=True), environment, directory).finish()
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         assert "Next:" in result.stderr
         said.append(result.stdout)
@@ -139,8 +134,3 @@ def test_documented_extractor_metadata_is_valid() -> None:
 def test_documented_means_match_the_code() -> None:
     for mean in MEANS.values():
         assert ", ".join(f"{value:g}" for value in mean) in PAGE
-
-
-@pytest.mark.parametrize("line", OTHERS)
-def test_other_commands_parse(line: str, check_parses: Callable[[str], None]) -> None:
-    check_parses(line)

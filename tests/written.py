@@ -19,10 +19,16 @@ Versions = dict[Path, tuple[int, int]]
 
 
 def file_versions(directory: Path) -> Versions:
-    """Return inode and time of the last change of every file in a directory, without locks, caches and bytecode."""
-    paths = [path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(TEMPORARY)]
-    kept = [path for path in paths if not {*_CACHES, "__pycache__"} & {*path.relative_to(directory).parts}]
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in kept}
+    """Return inode and time of the last change of every output in a directory."""
+    paths = [path for path in directory.rglob("*") if path.is_file() and _is_output(path, directory)]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+
+def _is_output(path: Path, directory: Path) -> bool:
+    """Return whether a path is in a directory, and no lock and not in a cache."""
+    if not path.is_relative_to(directory) or path.name.startswith(TEMPORARY):
+        return False
+    return not {*_CACHES, "__pycache__"} & {*path.relative_to(directory).parts}
 
 
 def check_written(directory: Path, before: Versions, lines: Sequence[str]) -> None:
@@ -39,7 +45,7 @@ def check_written(directory: Path, before: Versions, lines: Sequence[str]) -> No
     folders = [match for text in texts if (match := _MANY.fullmatch(text))]
     for path in (directory / text for text in texts if not _MANY.fullmatch(text)):
         assert path.is_file(), path
-        if path.is_relative_to(directory):
+        if _is_output(path, directory):
             assert path in left, f"{path} was not written, or is named twice: {texts}"
             left.remove(path)
     # Inner directories first, because their files are in the outer ones too.

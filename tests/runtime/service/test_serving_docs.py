@@ -20,15 +20,12 @@ import pytest
 
 from runtime.service import clips, h11_protocol, isolated, middleware, video_cache
 from runtime.service.service import ServiceOptions
+from tests.documented import lines_run_by
 from tests.films import film
 from tests.runtime.service.conftest import Running
 
 PAGE = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
-LINES = [
-    line
-    for line in PAGE.split("test_serving_docs.py runs this block")[1].split("```")[1].splitlines()
-    if line.startswith("curl ")
-]
+LINES = [line.text for line in lines_run_by("tests/runtime/service/test_serving_docs.py")]
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,12 @@ import numpy as np
 from export.triton.writer import read_config
 from runtime import Grounder
 from runtime.datasets.dataset import DataSet
-from tests.documented import arguments
+from tests.documented import ROOT, arguments, lines_run_by
 from tests.tritonserver import Server
 from tests.tritonwire import Wire, over_grpc
 
-ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "triton.md").read_text(encoding="utf-8")
-WRITE, INFER, EVALUATE = (
-    line for line in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)[0].splitlines() if not line.startswith("#")
-)
+WRITE, INFER, EVALUATE = (line.text for line in lines_run_by("tests/runtime/triton/test_docs.py"))
 
 
 def run(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
