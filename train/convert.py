@@ -309,12 +309,7 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
         )
         return max(len(list(numbers)), 1)
 
-    names = (
-        "fcos.head.cls_logits.weight",
-        "fcos.head.bbox_pred.weight",
-        "fcos.head.cls_tower.0.weight",
-        "fcos.head.bbox_tower.0.weight",
-    )
+    parts = ("cls_logits", "bbox_pred", "cls_tower.0", "bbox_tower.0")
     blocks = [(f"fpn.{kind}_blocks.{level}.0.weight", 0, 0) for kind in ("inner", "layer") for level in range(3)]
     layers = "query_encoder.biLSTM.weight_ih_l{}"
     try:
@@ -342,7 +337,7 @@ def read_config(weights: Mapping[str, np.ndarray], path: Path) -> DRNConfig:
                 ("query_encoder.W3.bias", 0, 0),
                 ("query_encoder.W2.0.weight", 1, 0),
             ),
-            fpn_dim=majority(published.fpn_dim, *((name, 1, 0) for name in names), *blocks),
+            fpn_dim=majority(published.fpn_dim, *((f"fcos.head.{part}.weight", 1, 0) for part in parts), *blocks),
             # A batch norm and a ReLU follow each convolution.
             head_convs=count(*(f"fcos.head.{tower}_tower.{{}}.weight" for tower in ("cls", "bbox")), step=3),
             lstm_layers=count(layers),
