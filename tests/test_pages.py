@@ -32,7 +32,10 @@ from tests.documented import DEFAULT_RUNNER, ROOT, lines_run_by
 from tests.films import film
 from tests.runtime.media.extractor_graphs import write_clips
 from tests.test_packaging import EXTRAS
+from tests.train.training.narrow import narrow_backbone
 from train.checkpoints import load_checkpoint
+
+__all__ = ["narrow_backbone"]
 
 h5py = pytest.importorskip("h5py", reason="h5py writes features")
 for name in ("fastapi", "matplotlib", "jinja2"):
