@@ -86,7 +86,8 @@ def fit_threshold(matching: np.ndarray, mismatched: np.ndarray, keep: float | No
             f"Expected a share in (0, 1] for --keep, got {keep}. Correct the option.", code="invalid_option"
         )
     candidates = np.unique(matching[matching > -np.inf])
-    retained = 1 - np.searchsorted(np.sort(matching), candidates) / len(matching)
+    # One division of integers: 1 - 4 / 5 is below 0.2.
+    retained = (len(matching) - np.searchsorted(np.sort(matching), candidates)) / len(matching)
     refused = np.searchsorted(np.sort(mismatched), candidates) / len(mismatched)
     allowed = np.ones(len(candidates), bool) if keep is None else retained >= keep
     if not allowed.any():

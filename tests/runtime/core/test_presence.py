@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime import Grounder, Presence, Windows
@@ -73,6 +73,7 @@ def test_exist_score_of_a_rounded_threshold_passes() -> None:
 
 @given(SCORES, SCORES, st.none() | st.floats(0.01, 1))
 @settings(max_examples=200)
+@example([0.5, -np.inf, -np.inf, -np.inf, -np.inf], [0.4], 0.2)
 def test_fit_threshold_is_optimal_and_reports_its_shares(
     matching: list[float], mismatched: list[float], keep: float | None
 ) -> None:
