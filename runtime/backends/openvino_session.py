@@ -39,7 +39,8 @@ def import_openvino() -> Any:
             import openvino
     finally:
         if hidden is None:
-            del sys.modules[_TELEMETRY]
+            # Another thread may have removed it.
+            sys.modules.pop(_TELEMETRY, None)
     return openvino
 
 
