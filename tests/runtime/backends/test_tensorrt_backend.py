@@ -1059,7 +1059,8 @@ def test_host_code_is_allowed_only_by_metadata(bench: Bench) -> None:
     batch = batch_of([5])
     for options in ({}, {"version_compatible": True, "hardware_compatible": False}):
         assert_same(bench.whole(options=options).run(batch), reference(bench.graphs, batch))
-    assert bench.library.calls == [("deserialize_cuda_engine", False), ("deserialize_cuda_engine", True)]
+    opened = [call for call in bench.library.calls if call[0] == "deserialize_cuda_engine"]
+    assert opened == [("deserialize_cuda_engine", False), ("deserialize_cuda_engine", True)]
 
 
 def test_engine_with_other_tensors_is_rejected(bench: Bench, graphs: Graphs) -> None:

@@ -45,6 +45,7 @@ from runtime.datasets.dataset import DataSet
 from runtime.media.extractors import open_extractor
 from runtime.media.video_file import probe
 from tests.raising import quotes, raises
+from tests.runtime.core.test_interrupts import send
 from train.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parents[4]
@@ -494,7 +495,7 @@ def test_signal_during_commit_still_writes_all_files(tmp_path: Path, monkeypatch
 
     def interrupted(*paths: Any) -> None:
         replace(*paths)
-        os.kill(os.getpid(), signal.SIGTERM)
+        send(signal.SIGTERM)
 
     monkeypatch.setattr(os, "replace", interrupted)
 
