@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +46,30 @@ def import_openvino() -> Any:
     return openvino
 
 
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of Linux's sigaltstack(2)."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+@contextlib.contextmanager
+def preserved_signal_stack() -> Iterator[None]:
+    """Restore the signal stack of this thread at the end.
+
+    OpenVINO's CPU plugin sets one and frees its memory with the last model. After that, every signal that has a Python
+    handler, such as Ctrl-C, would end the process by SIGSEGV (2026.4.1 on Linux).
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    library, before = ctypes.CDLL(None), _SignalStack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(ctypes.byref(before), None)
+
+
 class Argument(NamedTuple):
     """An input or output: name, type as ONNX Runtime names it, and shape with None for dynamic axes."""
 
@@ -77,7 +103,8 @@ class OpenVinoSession:
         }
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
-        compiled = core.compile_model(core.read_model(source), "CPU", config)
+        with preserved_signal_stack():
+            compiled = core.compile_model(core.read_model(source), "CPU", config)
         self._inputs, self._outputs = (
             [_argument(port) for port in ports] for ports in (compiled.inputs, compiled.outputs)
         )

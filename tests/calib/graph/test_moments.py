@@ -24,6 +24,7 @@ from export.tracing.moment_check import decode_moments, equal_moments
 from export.triton import triton
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.backends.model_manifest import read_manifest
+from runtime.backends.openvino_session import preserved_signal_stack
 from runtime.core.batch import DURATION, HEAD_NAMES, MOMENT_COUNT, MOMENTS, Batch, Heads
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckFailed, ModelFileError, ShapeError
@@ -61,7 +62,8 @@ def in_onnxruntime(graph: onnx.ModelProto) -> Run:
 def in_openvino(graph: onnx.ModelProto) -> Run:
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed (pip install openvino)")
     core = openvino.Core()
-    model = core.compile_model(core.read_model(graph.SerializeToString()), "CPU", {"INFERENCE_NUM_THREADS": 1})
+    with preserved_signal_stack():
+        model = core.compile_model(core.read_model(graph.SerializeToString()), "CPU", {"INFERENCE_NUM_THREADS": 1})
 
     def run(heads: Heads, durations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         results = model({**vars(heads), DURATION: durations})
@@ -254,7 +256,9 @@ def test_all_test_queries_have_the_answers_of_infer(files: Path, planted: Path) 
 def test_openvino_has_the_answers_of_infer(files: Path, planted: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed (pip install openvino)")
     core = openvino.Core()
-    model = core.compile_model(core.read_model(files / "drn.moments.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    config = {"INFERENCE_PRECISION_HINT": "f32"}
+    with preserved_signal_stack():
+        model = core.compile_model(core.read_model(files / "drn.moments.onnx"), "CPU", config)
 
     def run(batch: Batch, durations: np.ndarray) -> Any:
         results = model({**vars(batch), DURATION: durations})

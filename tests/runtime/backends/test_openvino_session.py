@@ -183,6 +183,17 @@ def test_video_part_of_another_model_is_rejected(files: Path, tmp_path: Path) ->
 
 
 @installed
+def test_signal_after_the_last_model_is_handled(files: Path) -> None:
+    code = (
+        "import os, signal, sys; from runtime.backends.openvino_session import OpenVinoSession; "
+        "session = OpenVinoSession(sys.argv[1], 1); del session; "
+        "signal.signal(signal.SIGTERM, lambda *_: print('handled')); os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    command = [sys.executable, "-c", code, str(files / "drn.onnx")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "handled\n"
+
+
+@installed
 def test_import_starts_no_telemetry(tmp_path: Path) -> None:
     package = tmp_path / "openvino_telemetry"
     package.mkdir()
