@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export.build.build_config import BuildRequest
-from export.build.run_build import EngineBuild, run, run_with_speed
+from export.build.run_build import EngineBuild, check_faster, run, run_with_speed
 from runtime.artifacts.manifest import LIBRARIES
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError
 
@@ -28,7 +28,8 @@ def run_fastest(options: Mapping[str, Any]) -> Path:
 
     Raises:
         GroundingError: an input is missing, or options contradict each other.
-        CheckFailed: a check of the FP16 engine, or of every model, failed.
+        CheckFailed: a check of the FP16 engine, or of every model, failed; with --precision int8 also if no model is
+            faster than FP32.
     """
     requests = _requests(options)
     if options["output"] is not None:
@@ -37,7 +38,14 @@ def run_fastest(options: Mapping[str, Any]) -> Path:
             "option.",
             code="inapplicable_option",
         )
-    build = EngineBuild.from_request(requests[0])
+    if options["min_speedup"] == 0:
+        raise GroundingError(
+            "--min-speedup 0 turns timing off, but --precision auto and --target cpu choose by time. Remove the "
+            "option.",
+            code="inapplicable_option",
+        )
+    # Every build is resolved before the first runs, because a library may be missing.
+    build, *_ = [EngineBuild.from_request(request) for request in requests]
     if build.is_extractor:
         raise GroundingError(
             f"--precision auto and --target cpu do not apply to a feature extractor such as {requests[0].model.name}. "
@@ -48,7 +56,10 @@ def run_fastest(options: Mapping[str, Any]) -> Path:
         outputs = [run(request) for request in requests]
         return outputs[0]
     output = _fastest(build, requests, options["precision"] == "auto")
-    print(f"Fastest within --max-drop {options['max_drop']:g}: {output.name}.")
+    if options["data"] is None:
+        print(f"Fastest: {output.name}. Its accuracy was not checked; pass --data to check it.")
+    else:
+        print(f"Fastest within --max-drop {options['max_drop']:g}: {output.name}.")
     print(output)
     return output
 
@@ -77,7 +88,7 @@ def _fastest(build: EngineBuild, requests: list[BuildRequest], has_baseline: boo
         has_baseline: whether a model of higher precision is used unless INT8 is proven to be faster.
     """
     best = _baseline(build, requests[0]) if has_baseline else None
-    best_score, table = -1.0, requests[0].table
+    best_speed, best_score, table = None, -1.0, requests[0].table
     failure: CheckFailed | None = None
     for request in requests:
         try:
@@ -89,13 +100,14 @@ def _fastest(build: EngineBuild, requests: list[BuildRequest], has_baseline: boo
             score = speed.score if speed else 0.0
             is_eligible = not has_baseline or (speed is not None and speed.verdict == "faster")
             if is_eligible and score > best_score:
-                best, best_score = output, score
+                best, best_speed, best_score = output, speed, score
         # Ranges do not depend on the library.
         written = build.job.sibling_path("calibration.json")
         table = table or (written if written.is_file() else None)
     if best is None:
         assert failure is not None
         raise failure
+    check_faster(best, best_speed)
     return best
 
 

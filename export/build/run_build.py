@@ -64,9 +64,14 @@ def run(request: BuildRequest) -> Path:
         CheckFailed: the precision, the accuracy or the speed check failed. After the last the model is written.
     """
     output, speed = run_with_speed(request)
+    check_faster(output, speed)
+    return output
+
+
+def check_faster(output: Path, speed: SpeedCheck | None) -> None:
+    """Raise CheckFailed if a model that was written is slower than `--min-speedup`."""
     if speed and speed.verdict == "not faster":
         raise CheckFailed(f"{output.name} was written. {speed.sentence()}", code="not_faster")
-    return output
 
 
 def run_with_speed(request: BuildRequest) -> tuple[Path, SpeedCheck | None]:

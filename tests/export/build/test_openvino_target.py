@@ -152,7 +152,7 @@ FAILED = CheckFailed("The accuracy check failed.", code="parity_failed")
         ({"onnxruntime": (1.4, 1.9), "openvino": (1.2, 1.8)}, "auto", "onnxruntime.onnx"),
         ({"onnxruntime": FAILED, "openvino": (1.2, 1.8)}, "auto", "openvino.onnx"),
         ({"onnxruntime": (0.9, 0.8), "openvino": (0.9, 0.9)}, "auto", "drn.onnx"),
-        ({"onnxruntime": (0.9, 0.8), "openvino": (0.9, 0.9)}, "int8", "openvino.onnx"),
+        ({"onnxruntime": (0.9, 0.8), "openvino": (0.9, 1.2)}, "int8", "openvino.onnx"),
         ({"onnxruntime": FAILED, "openvino": FAILED}, "auto", "drn.onnx"),
     ],
 )
@@ -174,9 +174,27 @@ def test_target_cpu_fails_if_no_int8_model_is_accurate(model: Path, planted: Pat
         build_engine(model, precision="int8", target="cpu", data=planted)
 
 
+@installed
+def test_target_cpu_fails_if_int8_is_slower_in_both_libraries(model: Path, planted: Path, planned: Any) -> None:
+    planned(onnxruntime=(0.9, 0.8), openvino=(0.9, 0.9))
+    with raises(CheckFailed, "not_faster", "openvino.onnx"):
+        build_engine(model, precision="int8", target="cpu", data=planted)
+
+
+@installed
+@pytest.mark.parametrize("data", [None, True])
+def test_accuracy_is_claimed_only_with_data(
+    model: Path, planted: Path, planned: Any, table: Path, capsys: pytest.CaptureFixture[str], data: bool | None
+) -> None:
+    planned(onnxruntime=(1.4, 1.3), openvino=(1.2, 1.8))
+    build_engine(model, precision="int8", target="cpu", table=table, data=planted if data else None)
+    assert ("--max-drop" in capsys.readouterr().out) == bool(data)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "code", "values"),
     [
+        ({"precision": "int8", "min_speedup": 0}, GroundingError, "inapplicable_option", ("--min-speedup",)),
         ({"precision": "fp16"}, DeviceError, "precision_unsupported", ("fp16", "cpu")),
         ({"precision": "int8", "output": Path("a.onnx")}, GroundingError, "inapplicable_option", ("--output",)),
     ],
