@@ -128,7 +128,19 @@ def test_program_rejects_what_it_does_not_support(program: Path, model: Path, pl
     np.save(tmp_path / "half.npy", video.features.astype(np.float16))
     np.save(tmp_path / "narrow.npy", video.features[:, :5].astype(np.float32))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "video.npy").read_bytes()[:-1])
+    not_finite = video.features.astype(np.float32)
+    not_finite[1::2] = np.nan
+    np.save(tmp_path / "nan.npy", not_finite)
+    header = (tmp_path / "video.npy").read_bytes()
+    shape = str(video.features.shape).encode()
+    for name, other in (("digits", b"(" + b"1" * 60_000 + b", 8)"), ("wraps", b"(288230376151711745, 64)")):
+        text = header[10 : header.index(b"\n")].rstrip().replace(shape, other) + b"\n"
+        (tmp_path / f"{name}.npy").write_bytes(header[:8] + len(text).to_bytes(2, "little") + text + bytes(64))
     for file, seconds, text in (
+        ("nan.npy", video.duration, sentence),
+        ("digits.npy", video.duration, sentence),
+        ("wraps.npy", video.duration, sentence),
+        ("video.npy", video.duration, "person,, opens the door"),
         ("video.npy", video.duration, 'person "opens" the door'),
         ("video.npy", video.duration, "person cannot open the door"),
         ("video.npy", video.duration, "zyzzyva"),

@@ -44,20 +44,27 @@ Features read_npy(const std::string& path) {
         throw std::runtime_error(path + " is not a .npy file.");
     unsigned char size[4] = {0, 0, 0, 0};
     file.read(reinterpret_cast<char*>(size), magic[6] == 1 ? 2 : 4);
+    // NumPy's headers of such arrays are 118 bytes long; std::regex recurses for each character.
     std::string header(size[0] | size[1] << 8 | size[2] << 16, '\0');
-    file.read(header.data(), static_cast<std::streamsize>(header.size()));
+    if (header.size() > 1000 || !file.read(header.data(), static_cast<std::streamsize>(header.size())))
+        throw std::runtime_error(path + " has no header of NumPy.");
     std::smatch shape;
     if (header.find("'<f4'") == std::string::npos || header.find("'fortran_order': False") == std::string::npos ||
-        !std::regex_search(header, shape, std::regex("'shape': \\((\\d+), (\\d+)\\)")))
+        !std::regex_search(header, shape, std::regex("'shape': \\((\\d{1,9}), (\\d{1,9})\\)")))
         throw std::runtime_error("Expected float32 of shape (clips, D) in " + path + ", got " +
                                  header.substr(0, header.find('}') + 1) + ".");
     Features features;
     features.num_clips = std::stoul(shape[1]);
     features.dim = std::stoul(shape[2]);
-    features.values.resize(features.num_clips * features.dim);
-    const auto bytes = static_cast<std::streamsize>(features.values.size() * sizeof(float));
-    if (features.values.empty() || !file.read(reinterpret_cast<char*>(features.values.data()), bytes))
+    const auto start = file.tellg();
+    const auto bytes = static_cast<std::streamsize>(features.num_clips * features.dim * sizeof(float));
+    if (bytes == 0 || file.seekg(0, std::ios::end).tellg() - start < bytes)
         throw std::runtime_error(path + " is empty or truncated.");
+    features.values.resize(features.num_clips * features.dim);
+    file.seekg(start).read(reinterpret_cast<char*>(features.values.data()), bytes);
+    // The maximum of a segment would hide NaN.
+    if (!std::all_of(features.values.begin(), features.values.end(), [](float value) { return std::isfinite(value); }))
+        throw std::runtime_error(path + " has values that are not finite.");
     return features;
 }
 
@@ -65,7 +72,10 @@ Features read_npy(const std::string& path) {
 Words read_words(const std::string& path) {
     std::ifstream file(path);
     Words words;
-    for (std::string word; std::getline(file, word);) words.emplace(word, static_cast<int32_t>(words.size() + 1));
+    for (std::string word; std::getline(file, word);) {
+        if (!word.empty() && word.back() == '\r') word.pop_back();
+        words.emplace(word, static_cast<int32_t>(words.size() + 1));
+    }
     if (words.empty()) throw std::runtime_error(path + " is missing or empty.");
     return words;
 }
@@ -88,7 +98,7 @@ std::vector<std::string> tokenize(const std::string& sentence) {
                                    (after == ' ' || after == ',');
         if ((character < 128 && std::isalnum(character)) || character == ' ')
             spaced += text[i];
-        else if (character == ',' && !is_digit_next)
+        else if (character == ',' && !is_digit_next && next != ',')
             spaced += " , ";
         else if (is_possessive)
             spaced += " '";
