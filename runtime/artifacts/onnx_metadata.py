@@ -79,7 +79,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 def raw_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the manifest of a DRN model file without checks; empty if it has none, or cannot be read."""
-    with contextlib.suppress(ModelFileError, ValueError):
+    with contextlib.suppress(ModelFileError, ValueError, RecursionError):
         manifest = json.loads(read_metadata(path).get("drn.manifest", ""))
         return manifest if isinstance(manifest, dict) else {}
     return {}
