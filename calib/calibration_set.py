@@ -183,7 +183,7 @@ def check_held_out(count: int) -> None:
     if count < MIN_HELD_OUT:
         raise CalibrationError(
             f"Expected at least {MIN_HELD_OUT} held-out training queries to compare methods on, got {count}. "
-            "Raise --held-out, use a larger data set, or choose a method with --method.",
+            "Raise --held-out, use a larger data set, or name the calibration method.",
             code="too_few_held_out",
         )
 

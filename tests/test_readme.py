@@ -1,4 +1,4 @@
-"""Run the ten lines of the README as they are written."""
+"""Run the seven commands of the README as they are written."""
 
 from __future__ import annotations
 
