@@ -166,8 +166,10 @@ def held_in_fp32(scanned: Mapping[str, float], kind: Half = "fp16") -> tuple[str
         log.warning(
             "%s reaches %.3g, too close to the FP16 maximum of 65504. It stays in FP32.", module, scanned[module]
         )
-    largest = max(scanned, key=lambda module: scanned[module])
-    log.info("Largest magnitude: %.3g in %s; %d modules stay in FP32.", scanned[largest], largest, len(held))
+    # A graph without convolutions and matrix products has no magnitudes.
+    if scanned:
+        largest = max(scanned, key=lambda module: scanned[module])
+        log.info("Largest magnitude: %.3g in %s; %d modules stay in FP32.", scanned[largest], largest, len(held))
     return held
 
 

@@ -19,7 +19,7 @@ from calib.errors import CalibrationError
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.precision_audit import audit_graph
 from calib.quantization_plan import QuantizationPlan
-from export.build.reduced_precision import ConversionOptions, convert_precision
+from export.build.reduced_precision import ConversionOptions, convert_precision, held_in_fp32
 from runtime.artifacts.manifest import Library
 from runtime.core.errors import CheckFailed
 from runtime.datasets.dataset import DataSet
@@ -173,3 +173,7 @@ def test_borderline_accuracy_is_decided_by_more_queries(
         )
     assert asked["ranker"] == 8
     assert asked["judge"] > 8
+
+
+def test_graph_without_products_keeps_nothing_in_fp32() -> None:
+    assert held_in_fp32({}) == ()

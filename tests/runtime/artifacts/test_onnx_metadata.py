@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime.artifacts.manifest import METADATA_KEY
-from runtime.artifacts.onnx_metadata import read_metadata
+from runtime.artifacts.onnx_metadata import raw_manifest, read_metadata
 from runtime.core.errors import ModelFileError
 from tests.raising import raises
 
@@ -27,3 +27,7 @@ def test_read_metadata_rejects_files_that_are_not_onnx(write_graph: Callable[...
             read_metadata(path)
     with pytest.raises(ModelFileError):
         read_metadata(tmp_path / "absent")
+
+
+def test_raw_manifest_that_is_nested_too_deeply_is_empty(write_graph: Callable[..., Path], tmp_path: Path) -> None:
+    assert raw_manifest(write_graph(tmp_path / "m.onnx", {METADATA_KEY: "[" * 200_000})) == {}
