@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runtime.core.errors import ModelFileError, excerpt, reading
+from runtime.core.errors import ModelFileError, excerpt, one_line, reading
 from runtime.core.io.protobuf import BYTES, Buffer, bytes_field, fields, mapped
 
 # Metadata keys of a DRN and of an extractor of clip features; see `runtime.artifacts.manifest` and
@@ -142,6 +142,7 @@ class DigestCheck:
     """A `check` that runs in a thread while the file is opened."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
         executor = concurrent.futures.ThreadPoolExecutor(1, "drn-check")
         self._check = executor.submit(check, path)
         executor.shutdown(wait=False)
@@ -151,6 +152,24 @@ class DigestCheck:
         """Return the error of a file that does not match its digest; None for other files."""
         error = self._check.exception()
         return error if isinstance(error, ModelFileError) and error.code == MISMATCH else None
+
+    @contextlib.contextmanager
+    def opening(self, library: str, advice: str, errors: type[Exception]) -> Iterator[None]:
+        """Raise ModelFileError for errors of a library that opens the file; of a damaged file, that it is damaged.
+
+        Args:
+            library: name and version of the library.
+            advice: what to do, as a sentence.
+            errors: class of the library's errors.
+        """
+        try:
+            yield
+        except errors as error:
+            if self.mismatch is not None:
+                raise self.mismatch from error
+            raise ModelFileError(
+                f"{library} cannot open {self._path} ({one_line(error)}). {advice}", code="not_onnx"
+            ) from error
 
     def result(self) -> Content:
         """Wait for the result of `check` and return it, or raise its error."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.artifacts.onnx_metadata import Content, DigestCheck, raw_manifest
 from runtime.backends.exact_int8 import source_for_cpu
-from runtime.core.errors import DeviceError, ModelFileError, one_line
+from runtime.core.errors import DeviceError
 
 if TYPE_CHECKING:
     from runtime.backends.base import Device
@@ -121,20 +121,12 @@ def create_session(path: Path, device: Device = "auto", threads: int | None = No
             code="gpu_unavailable",
         )
     checked = DigestCheck(path)
-    try:
+    # ONNX Runtime's exceptions have no common base class below Exception.
+    with checked.opening(f"ONNX Runtime {ort.__version__}", "Export the model again.", Exception):
         if device == "cpu":
             session = new_session(source_for_cpu(path), threads)
         else:
             session = new_session(str(path), threads, provider=(PROVIDERS[device], _cuda_options(path)))
-    # ONNX Runtime's exceptions have no common base class below Exception.
-    except Exception as error:
-        # Report a damaged file as damaged.
-        if checked.mismatch is not None:
-            raise checked.mismatch from error
-        raise ModelFileError(
-            f"ONNX Runtime {ort.__version__} cannot open {path} ({one_line(error)}). Export the model again.",
-            code="not_onnx",
-        ) from error
     # Without a CUDA library, ONNX Runtime uses the CPU and reports no error.
     if PROVIDERS[device] not in session.get_providers():
         raise DeviceError(

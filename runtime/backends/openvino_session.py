@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.artifacts.onnx_metadata import Content, DigestCheck
 from runtime.backends.batch_shapes import AXES
-from runtime.core.errors import DeviceError, ModelFileError, ShapeError, importing, one_line
+from runtime.core.errors import DeviceError, ShapeError, importing
 
 if TYPE_CHECKING:
     from runtime.backends.base import Device
@@ -168,17 +168,9 @@ def create_session(path: Path, device: Device = "auto", threads: int | None = No
         )
     openvino = import_openvino()
     checked = DigestCheck(path)
-    try:
-        session = OpenVinoSession(str(path), threads)
     # OpenVINO's exceptions are RuntimeErrors.
-    except RuntimeError as error:
-        # Report a damaged file as damaged.
-        if checked.mismatch is not None:
-            raise checked.mismatch from error
-        raise ModelFileError(
-            f"OpenVINO {openvino.__version__} cannot open {path} ({one_line(error)}). Build the model again.",
-            code="not_onnx",
-        ) from error
+    with checked.opening(f"OpenVINO {openvino.__version__}", "Build the model again.", RuntimeError):
+        session = OpenVinoSession(str(path), threads)
     return session, "cpu", checked.result()
 
 
