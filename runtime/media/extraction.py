@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.core.cli import report_written
 from runtime.core.decoding import NON_FINITE
 from runtime.core.errors import ModelFileError, VideoFileError, excerpt, printable_line, reading
 from runtime.core.io.atomic_files import atomic_write, write_json
@@ -257,6 +258,7 @@ def load_or_extract(
     )
     if record != known:
         write_json(record_path, {"format": FORMAT, **record.to_dict()})
+        report_written(output, record_path)
     return Video(load_features(output), record.num_frames, record.duration, path.stem, offset=record.offset)
 
 
