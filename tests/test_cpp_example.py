@@ -69,7 +69,7 @@ def program(include: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return drn.onnx, with drn.moments.onnx and drn.words.txt beside it."""
+    """Return drn.onnx, with drn.moments.onnx and drn.words.txt in its directory."""
     directory = tmp_path_factory.mktemp("model")
     return to_onnx(models / "drn.pt", directory / "drn.onnx", moments=True, max_query_length=16, opset=19)
 

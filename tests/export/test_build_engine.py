@@ -186,13 +186,13 @@ def test_graph_below_int8_share_is_saved_as_rejected(model: Path, planted: Path)
 def test_narrow_network_is_built_in_int8_with_a_warning(
     models: Path, planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = read_manifest(onnx.load(models / "drn.onnx"))
-    words = max(told.vocabulary.words.values())
+    described = read_manifest(onnx.load(models / "drn.onnx"))
+    words = max(described.vocabulary.words.values())
     config = DRNConfig(
-        words, embed_dim=32, feature_dim=32, hidden_dim=64, fpn_dim=16, num_segments=told.decoding.num_segments
+        words, embed_dim=32, feature_dim=32, hidden_dim=64, fpn_dim=16, num_segments=described.decoding.num_segments
     )
     path = tmp_path / "drn.onnx"
-    onnx.save(export_model(lively(config), dataclasses.replace(told, sources={})), path)
+    onnx.save(export_model(lively(config), dataclasses.replace(described, sources={})), path)
     attainable = attainable_share(onnx.load(path))
     assert attainable < 0.85
     table = _measure(path, planted, tmp_path / "t.json")

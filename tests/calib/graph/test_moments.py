@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from export.tracing.moment_check import decode_moments, equal_moments
 from export.triton import triton
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.backends.model_manifest import read_manifest
-from runtime.backends.openvino_session import preserved_signal_stack
+from runtime.backends.openvino_session import import_openvino, preserved_signal_stack
 from runtime.core.batch import DURATION, HEAD_NAMES, MOMENT_COUNT, MOMENTS, Batch, Heads
 from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckFailed, ModelFileError, ShapeError
@@ -59,9 +60,15 @@ def in_onnxruntime(graph: onnx.ModelProto) -> Run:
     return lambda heads, durations: session.run([MOMENTS, MOMENT_COUNT], {**vars(heads), DURATION: durations})
 
 
+def openvino_core() -> Any:
+    """Return OpenVINO's core, imported without telemetry; skip if it is not installed."""
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("OpenVINO is not installed (pip install openvino)")
+    return import_openvino().Core()
+
+
 def in_openvino(graph: onnx.ModelProto) -> Run:
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed (pip install openvino)")
-    core = openvino.Core()
+    core = openvino_core()
     with preserved_signal_stack():
         model = core.compile_model(core.read_model(graph.SerializeToString()), "CPU", {"INFERENCE_NUM_THREADS": 1})
 
@@ -254,8 +261,7 @@ def test_all_test_queries_have_the_answers_of_infer(files: Path, planted: Path) 
 
 
 def test_openvino_has_the_answers_of_infer(files: Path, planted: Path) -> None:
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed (pip install openvino)")
-    core = openvino.Core()
+    core = openvino_core()
     config = {"INFERENCE_PRECISION_HINT": "f32"}
     with preserved_signal_stack():
         model = core.compile_model(core.read_model(files / "drn.moments.onnx"), "CPU", config)
