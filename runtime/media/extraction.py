@@ -256,9 +256,11 @@ def load_or_extract(
         threads=threads,
         video_file=video_file,
     )
+    if record is not known:
+        report_written(output)
     if record != known:
         write_json(record_path, {"format": FORMAT, **record.to_dict()})
-        report_written(output, record_path)
+        report_written(record_path)
     return Video(load_features(output), record.num_frames, record.duration, path.stem, offset=record.offset)
 
 

@@ -36,6 +36,7 @@ from runtime.media.video_file import probe, read_frames
 from tests.films import film, sound_only, truncated
 from tests.raising import check_error, raises, records
 from tests.runtime.media.extractor_graphs import CLIPS, IMAGES, mixing, write_clips, write_images
+from tests.written import logged_lines
 
 # `runtime` has a function of the same name.
 infer_module = importlib.import_module("runtime.infer")
@@ -457,12 +458,16 @@ def test_partial_extraction_is_not_reused_as_complete(tmp_path: Path, tiny: Path
         load_or_extract(path, extractor)
 
 
-def test_feature_cache_is_keyed_by_video_content(tmp_path: Path, tiny: Path, runs: list[int]) -> None:
+def test_feature_cache_is_keyed_by_video_content(tmp_path: Path, tiny: Path, runs: list[int], cache: Path) -> None:
     extractor = open_extractor(tiny, "cpu")
     path = film(tmp_path / "hall.mkv", 40)
-    first = load_or_extract(path, extractor)
+    with logged_lines() as lines:
+        first = load_or_extract(path, extractor)
+    assert {Path(line.removeprefix("Written: ")) for line in lines} == set(cache.iterdir())
     assert sum(runs) == 4
-    again = load_or_extract(path.rename(tmp_path / "renamed.mkv"), extractor)
+    with logged_lines() as lines:
+        again = load_or_extract(path.rename(tmp_path / "renamed.mkv"), extractor)
+    assert not any(line.startswith("Written: ") for line in lines)
     assert sum(runs) == 4
     assert again.name == "renamed"
     assert (again.features == first.features).all()
