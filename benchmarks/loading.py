@@ -20,13 +20,15 @@ from runtime.core.errors import GroundingError, ModelFileError
 from runtime.core.io.digests import sha256
 
 
-class _Unchecked:
-    """A replacement of `onnx_metadata.DigestCheck` that reads nothing."""
+class _Unchecked(onnx_metadata.DigestCheck):
+    """A digest check that reads nothing."""
 
-    mismatch = None
+    @property
+    def mismatch(self) -> None:
+        """Return None, because nothing is compared."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        pass
+        self._path = path
 
     def result(self) -> onnx_metadata.Content:
         return onnx_metadata.Content("", (), "", "")
@@ -100,7 +102,7 @@ def _graph(model: Path) -> tuple[Callable[[], object], Callable[[], object]]:
 @contextlib.contextmanager
 def _replaced() -> Iterator[None]:
     checks = onnxruntime_session.DigestCheck
-    onnxruntime_session.DigestCheck = _Unchecked  # type: ignore[misc, assignment]
+    onnxruntime_session.DigestCheck = _Unchecked  # type: ignore[misc]
     try:
         yield
     finally:
