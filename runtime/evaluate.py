@@ -90,13 +90,10 @@ def evaluate(
         device: device that runs the model; auto selects cuda if it is available.
         threads: number of CPU threads. Default: set by the library that runs the model.
     """
+    # The fields of `Options` are the parameters of this function.
+    options = Options(**locals())
     if model is None or predictions_from is not None or shared_only:
-        _check_scoring(model, predictions_from, protocol, predictions, ablation)
-        assert predictions_from is not None
-        return _score_file(predictions_from, data, split, output, invalid, limit, shared_only, exist_threshold)
-    options = Options(
-        model, data, split, protocol, output, predictions, ablation, invalid, limit, batch_size, device, threads
-    )
+        return _score_file(options)
     result = run(options)
     _print(options, result)
     report_written(output, predictions)
@@ -104,75 +101,15 @@ def evaluate(
     return result.evaluation.report
 
 
-def _check_scoring(
-    model: str | Path | None,
-    predictions_from: Path | None,
-    protocol: Protocol | None,
-    predictions: Path | None,
-    ablation: Ablation,
-) -> None:
-    """Raise GroundingError for options of a model together with those of a prediction file, or without either."""
-    if predictions_from is None:
-        actual = "neither" if model is None else "--shared-only with --model"
-        raise GroundingError(
-            f"Expected --model or --predictions-from, got {actual}. Pass the model or the predictions to score.",
-            code="missing_option",
-        )
-    if model is not None:
-        raise GroundingError(
-            f"Expected --model or --predictions-from, got both, {model} and {predictions_from}. Remove one.",
-            code="conflicting_options",
-        )
-    given = {"--protocol": protocol, "--predictions": predictions, "--ablation": ablation != "none" or None}
-    names = ", ".join(name for name, value in given.items() if value is not None)
-    if names:
-        raise GroundingError(
-            f"{names} cannot be used with --predictions-from, which runs no model. Remove these options.",
-            code="inapplicable_option",
-        )
-
-
-def _score_file(
-    path: Path,
-    data: Path,
-    split: str,
-    output: Path | None,
-    invalid: Invalid,
-    limit: int | None,
-    shared_only: bool,
-    exist_threshold: float,
-) -> Report:
-    """Score a prediction file, write and print the metrics, and return those of all queries; see `evaluate`."""
-    check_option("--limit", limit, 1)
-    data_set = None if data.is_file() or data.suffix == ".jsonl" else DataSet(data)
-    check_report(output, path, *([data] if data_set is None else data_set.files))
-    truths = read_truths(data) if data_set is None else truths_of(data_set, split, invalid)
-    scores = score_predictions(
-        read_predictions(path), truths, limit=limit, shared_only=shared_only, exist_threshold=exist_threshold
-    )
-    if output:
-        settings = {"predictions": path.name, "data": data.name, "split": None if data_set is None else split}
-        write_json(output, {**scores.to_dict(), **settings})
-    labels = {name: f"{name} ({above:g} to {limit:g} s)" for name, (above, limit) in LENGTH_RANGES.items()}
-    rows = [("all", scores.report), *((labels[name], report) for name, report in scores.ranges.items())]
-    print(format_table(rows, HEADLINE))
-    counts = ", ".join(f"{report.queries} {name}" for name, report in scores.ranges.items())
-    source = data.name if data_set is None else split
-    print(f"{scores.report.queries} queries of {source} ({counts}), percent; IoU at least the threshold.")
-    if not math.isnan(scores.multi_moment.values["mR@2"]):
-        print(format_table([("several moments", scores.multi_moment)]))
-    if scores.rejection:
-        print(scores.rejection.sentence())
-    report_written(output)
-    return scores.report
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The arguments of `evaluate` for a model."""
+    """The arguments of `evaluate`."""
 
-    model: str | Path
+    model: str | Path | None
     data: Path
+    predictions_from: Path | None
+    shared_only: bool
+    exist_threshold: float
     split: str
     protocol: Protocol | None
     output: Path | None
@@ -185,13 +122,67 @@ class Options:
     threads: int | None
 
 
+def _prediction_file(options: Options) -> Path:
+    """Return the file to score; GroundingError without one, or with an option that needs a model."""
+    if options.predictions_from is None:
+        actual = "neither" if options.model is None else "--shared-only with --model"
+        raise GroundingError(
+            f"Expected --model or --predictions-from, got {actual}. Pass the model or the predictions to score.",
+            code="missing_option",
+        )
+    if options.model is not None:
+        raise GroundingError(
+            f"Expected --model or --predictions-from, got both, {options.model} and {options.predictions_from}. "
+            "Remove one.",
+            code="conflicting_options",
+        )
+    ablation = None if options.ablation == "none" else options.ablation
+    given = {"--protocol": options.protocol, "--predictions": options.predictions, "--ablation": ablation}
+    names = ", ".join(name for name, value in given.items() if value is not None)
+    if names:
+        raise GroundingError(
+            f"{names} cannot be used with --predictions-from, which runs no model. Remove these options.",
+            code="inapplicable_option",
+        )
+    return options.predictions_from
+
+
+def _score_file(options: Options) -> Report:
+    """Score a prediction file, write and print the metrics, and return those of all queries."""
+    path, data, output = _prediction_file(options), options.data, options.output
+    check_option("--limit", options.limit, 1)
+    data_set = None if data.is_file() or data.suffix == ".jsonl" else DataSet(data)
+    check_report(output, path, *([data] if data_set is None else data_set.files))
+    truths = read_truths(data) if data_set is None else truths_of(data_set, options.split, options.invalid)
+    scores = score_predictions(
+        read_predictions(path),
+        truths,
+        limit=options.limit,
+        shared_only=options.shared_only,
+        exist_threshold=options.exist_threshold,
+    )
+    if output:
+        settings = {"predictions": path.name, "data": data.name, "split": None if data_set is None else options.split}
+        write_json(output, {**scores.to_dict(), **settings})
+    labels = {name: f"{name} ({above:g} to {limit:g} s)" for name, (above, limit) in LENGTH_RANGES.items()}
+    rows = [("all", scores.report), *((labels[name], report) for name, report in scores.ranges.items())]
+    print(format_table(rows, HEADLINE))
+    counts = ", ".join(f"{report.queries} {name}" for name, report in scores.ranges.items())
+    source = data.name if data_set is None else options.split
+    print(f"{scores.report.queries} queries of {source} ({counts}), percent; IoU at least the threshold.")
+    if not math.isnan(scores.multi_moment.values["mR@2"]):
+        print(format_table([("several moments", scores.multi_moment)]))
+    if scores.rejection:
+        print(scores.rejection.sentence())
+    report_written(output)
+    return scores.report
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """An evaluation with its queries, the report of the best constant moments, and the published result, if known.
+    """An evaluation with its model and queries, the report of the best constant moments, and the published result."""
 
-    `manifest` is that of the model.
-    """
-
+    model: str | Path
     manifest: Manifest
     data_set: DataSet
     annotations: Sequence[Annotation]
@@ -205,6 +196,7 @@ def run(options: Options) -> Result:
 
     The caller prints afterwards, because the reader of its output may have closed the pipe.
     """
+    assert options.model is not None
     check_option("--limit", options.limit, 1)
     check_option("--batch-size", options.batch_size, 1)
     data_set = DataSet(options.data)
@@ -224,7 +216,8 @@ def run(options: Options) -> Result:
             on_progress=bar.update,
         )
     published = published_result(grounder.manifest.sources) if data_set.preset.title == "Charades-STA" else None
-    result = Result(grounder.manifest, data_set, annotations, evaluation, _prior(data_set, evaluation), published)
+    prior = _prior(data_set, evaluation)
+    result = Result(options.model, grounder.manifest, data_set, annotations, evaluation, prior, published)
     _write(options, result)
     return result
 
@@ -246,7 +239,7 @@ def _write(options: Options, result: Result) -> None:
             "split": options.split,
             "ablation": options.ablation,
             "simulated_features": result.data_set.simulated,
-            "model": Path(options.model).name,
+            "model": Path(result.model).name,
             "published": dataclasses.asdict(result.published) if result.published else None,
         }
         write_json(options.output, content)
@@ -259,8 +252,8 @@ def _write(options: Options, result: Result) -> None:
 
 def _next_command(options: Options, result: Result) -> tuple[Any, ...]:
     """Return the command that builds an engine of an FP32 model, or measures the speed of another model."""
-    given = ("--model", options.model, "--data", options.data)
-    if is_address(options.model):
+    given = ("--model", result.model, "--data", options.data)
+    if is_address(result.model):
         first = result.annotations[0]
         return ("runtime.infer", *given, "--video", first.video, "--query", first.sentence)
     if result.manifest.precision == "fp32" and result.manifest.part == "whole":
@@ -271,7 +264,7 @@ def _next_command(options: Options, result: Result) -> tuple[Any, ...]:
 
 
 def _print(options: Options, result: Result) -> None:
-    scored, name = result.evaluation.report, Path(options.model).name
+    scored, name = result.evaluation.report, Path(result.model).name
     rows = [(name if options.ablation == "none" else f"{name}, {options.ablation}", scored)]
     if result.prior:
         rows.append(("prior (constant moments)", result.prior))

@@ -8,7 +8,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -241,13 +241,9 @@ def tokenize(sentence: str) -> list[str]:
     return _tokenizer().tokenize(text)
 
 
-class _Tokenizer(Protocol):
-    def tokenize(self, text: str) -> list[str]: ...
-
-
 @functools.cache
-def _tokenizer() -> _Tokenizer:
-    # Importing nltk takes longer than answering a query.
+def _tokenizer() -> Any:
+    # Importing nltk takes longer than answering a query. Importing a module of it imports all of nltk.
     from nltk.tokenize.destructive import NLTKWordTokenizer
 
     return NLTKWordTokenizer()

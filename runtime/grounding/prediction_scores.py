@@ -166,9 +166,15 @@ def score_predictions(
             "annotated ones. Pass predictions and ground truth of one split.",
             code="query_mismatch",
         )
-    ranges = {name: _report(_in_range(queries, *bounds)) for name, bounds in LENGTH_RANGES.items()}
-    last = [(truth, rows[key][-1]) for key, truth in shared.items()]
-    return PredictionScores(_report(queries), ranges, _multi_moment(queries), _rejection(last, exist_threshold))
+    precision = _precision(queries)
+    in_ranges = {name: _in_range(queries, *bounds) for name, bounds in LENGTH_RANGES.items()}
+    listed, windows = [query.listed for query in queries], [query.truth for query in queries]
+    return PredictionScores(
+        _report(queries, precision),
+        {name: _report(selected, _precision(selected)) for name, selected in in_ranges.items()},
+        Report(multi_moment_metrics(listed, windows, precision), len(queries), "drn"),
+        _rejection([(truth, rows[key][-1]) for key, truth in shared.items()], exist_threshold),
+    )
 
 
 def _by_query(truths: Sequence[Truth]) -> tuple[dict[Hashable, Truth], bool]:
@@ -244,10 +250,12 @@ def _in_range(queries: Sequence[ScoredQuery], above: float, at_most: float) -> l
     return selected
 
 
-def _report(queries: Sequence[ScoredQuery]) -> Report:
-    truths = [query.truth for query in queries]
-    precision = average_precision([query.ranked for query in queries], truths)
-    overlaps = best_overlaps([query.listed for query in queries], truths, max(RANKS))
+def _precision(queries: Sequence[ScoredQuery]) -> np.ndarray:
+    return average_precision([query.ranked for query in queries], [query.truth for query in queries])
+
+
+def _report(queries: Sequence[ScoredQuery], precision: np.ndarray) -> Report:
+    overlaps = best_overlaps([query.listed for query in queries], [query.truth for query in queries], max(RANKS))
     values = dict.fromkeys(HEADLINE, math.nan)
     if queries:
         means = precision.mean(axis=0)
@@ -257,12 +265,6 @@ def _report(queries: Sequence[ScoredQuery]) -> Report:
             best = overlaps[:, :rank].max(axis=1)
             values.update({recall_name(rank, limit): float((best >= limit).mean()) for limit in (0.3, *IOU_THRESHOLDS)})
     return Report(values, len(queries), "drn")
-
-
-def _multi_moment(queries: Sequence[ScoredQuery]) -> Report:
-    truths = [query.truth for query in queries]
-    precision = average_precision([query.ranked for query in queries], truths)
-    return Report(multi_moment_metrics([query.listed for query in queries], truths, precision), len(queries), "drn")
 
 
 def _rejection(last: Sequence[tuple[Truth, Prediction]], threshold: float) -> Rejection | None:
