@@ -12,6 +12,7 @@ from calib.accuracy import Candidate, table_of
 from calib.calibrate import measure_statistics
 from calib.calibration_set import CalibrationSet, sample_calibration_set
 from calib.calibration_table import CalibrationTable
+from calib.graph.graph_editing import copied
 from calib.range_estimation import ActivationStatistics
 from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import Features, Manifest
@@ -79,12 +80,11 @@ def weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-def altered(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which one number of one weight differs."""
-    other = onnx.ModelProto()
-    other.CopyFrom(model)
+def altered(model: onnx.ModelProto, by: float = 1e-3) -> onnx.ModelProto:
+    """Return a copy in which one bias of one convolution differs."""
+    other = copied(model)
     tensor = next(entry for entry in other.graph.initializer if entry.name == "prop_fc.bias")
     values = onnx.numpy_helper.to_array(tensor).copy()
-    values[0] += 1e-3
+    values[0] += by
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     return other

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,11 @@ from calib.errors import CalibrationError
 from runtime.artifacts.manifest import Manifest
 from runtime.core.errors import FeatureError
 from runtime.core.tokenizer import Vocabulary, tokenize
-from runtime.datasets.dataset import DataSet
+from runtime.datasets.dataset import Annotation, DataSet
 from tests.raising import raises, records
 
 
-def videos(annotations) -> set[str]:  # type: ignore[no-untyped-def]
+def videos(annotations: Iterable[Annotation]) -> set[str]:
     return {entry.video for entry in annotations}
 
 
@@ -52,6 +53,19 @@ def test_samples_exclude_sentences_of_held_out_videos(drawn: CalibrationSet, dat
     assert not videos(data_set.annotations("test")) & (videos(drawn.annotations) | videos(drawn.held_out))
 
 
+def test_samples_are_spread_over_videos_and_strata(
+    drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
+) -> None:
+    few = sample_calibration_set(data_set, manifest, samples=50)
+    # A video repeats only after all were sampled.
+    assert len(videos(few.annotations)) == 50
+    assert max(Counter(entry.video for entry in drawn.annotations).values()) == 2
+    for axis, strata in few.coverage["axes"].items():
+        samples = [entry["samples"] for entry in strata]
+        assert sum(samples) == few.coverage["sentences"] == 50, axis
+        assert min(samples) >= 0.6 * 50 / len(strata), (axis, samples)
+
+
 def test_same_seed_draws_same_samples(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
     again = sample_calibration_set(data_set, manifest, samples=64, seed=0, held_out=48)
     assert again.annotations == drawn.annotations
@@ -60,6 +74,14 @@ def test_same_seed_draws_same_samples(drawn: CalibrationSet, data_set: DataSet, 
     other = sample_calibration_set(data_set, manifest, samples=64, seed=1, held_out=48)
     assert other.digest != drawn.digest
     assert videos(other.held_out) != videos(drawn.held_out)
+
+
+def test_coverage_lists_all_axes_and_words(drawn: CalibrationSet) -> None:
+    text = coverage_table(drawn.coverage)
+    assert text.startswith(f"64 sentences of {len(drawn.videos)} training videos")
+    assert all(axis in text for axis in ("query tokens", "video seconds", "moment centre", "moment share"))
+    words = {word for entry in drawn.annotations for word in tokenize(entry.sentence)}
+    assert drawn.coverage["words"]["covered"] == len(words)
 
 
 def test_digest_covers_features_and_sentences(copy: Path, manifest: Manifest, drawn: CalibrationSet) -> None:
@@ -76,23 +98,6 @@ def test_digest_covers_features_and_sentences(copy: Path, manifest: Manifest, dr
     assert dataclasses.replace(drawn, data_set=DataSet(copy)).digest != drawn.digest
 
 
-def test_videos_repeat_only_after_all_were_sampled(
-    drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
-) -> None:
-    few = sample_calibration_set(data_set, manifest, samples=40)
-    assert len(videos(few.annotations)) == 40
-    counts = Counter(entry.video for entry in drawn.annotations)
-    assert max(counts.values()) == 2
-
-
-def test_samples_are_spread_over_all_strata(data_set: DataSet, manifest: Manifest) -> None:
-    coverage = sample_calibration_set(data_set, manifest, samples=50).coverage
-    for axis, strata in coverage["axes"].items():
-        samples = [entry["samples"] for entry in strata]
-        assert sum(samples) == coverage["sentences"] == 50, axis
-        assert min(samples) >= 0.6 * 50 / len(strata), (axis, samples)
-
-
 def test_sampling_includes_rare_words(data_set: DataSet, manifest: Manifest, copy: Path) -> None:
     lines = data_set.annotations_path("train").read_text().splitlines()
     apart = videos(sample_held_out(data_set, manifest))
@@ -106,19 +111,13 @@ def test_sampling_includes_rare_words(data_set: DataSet, manifest: Manifest, cop
     assert any("laughs" in entry.sentence for entry in drawn.annotations)
 
 
-def test_training_videos_in_test_split_are_rejected(copy: Path, manifest: Manifest) -> None:
-    data_set = DataSet(copy)
-    leaked = data_set.annotations("test")[0]
-    lines = data_set.annotations_path("train").read_text().splitlines()
-    spoilt = rewrite_training(copy, [*lines, f"{leaked.video} 0.0 5.0##person opens the door."])
-    with raises(CalibrationError, "test_videos_used", 1, leaked.video):
-        sample_calibration_set(spoilt, manifest, samples=40)
-    with raises(CalibrationError, "test_videos_used", 1, leaked.video):
-        sample_held_out(spoilt, manifest)
-
-
-def test_calibration_set_rejects_test_sentences(drawn: CalibrationSet, data_set: DataSet) -> None:
+def test_test_videos_are_rejected(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest, copy: Path) -> None:
     names = sorted(videos(data_set.annotations("test")))
+    lines = data_set.annotations_path("train").read_text().splitlines()
+    spoilt = rewrite_training(copy, [*lines, f"{names[0]} 0.0 5.0##person opens the door."])
+    for sample in (sample_calibration_set, sample_held_out):
+        with raises(CalibrationError, "test_videos_used", 1, names[0]):
+            sample(spoilt, manifest)
     with raises(CalibrationError, "test_videos_used", len(names), names[0]):
         CalibrationSet(data_set, data_set.annotations("test"), [], drawn.coverage)
     with raises(CalibrationError, "test_videos_used", 1, "What is tuned on"):
@@ -129,19 +128,16 @@ def test_calibration_set_rejects_test_sentences(drawn: CalibrationSet, data_set:
         forbid_test_videos(data_set, names[:4])
 
 
-@pytest.mark.parametrize("samples", [0, 1, MIN_SAMPLES - 1])
-def test_too_few_samples_are_rejected_with_minimum_and_reason(
-    data_set: DataSet, manifest: Manifest, samples: int
-) -> None:
-    with raises(CalibrationError, "too_few_samples", samples, MIN_SAMPLES):
-        sample_calibration_set(data_set, manifest, samples=samples)
-
-
-def test_too_small_data_set_is_rejected(copy: Path, manifest: Manifest) -> None:
-    path = DataSet(copy).annotations_path("train")
-    lines = path.read_text().splitlines()
-    with raises(CalibrationError, "too_few_samples", path, MIN_SAMPLES):
-        sample_calibration_set(rewrite_training(copy, lines[:20]), manifest)
+def test_too_few_samples_are_rejected_with_the_minimum(data_set: DataSet, manifest: Manifest, copy: Path) -> None:
+    for samples in (0, MIN_SAMPLES - 1):
+        with raises(CalibrationError, "too_few_samples", samples, MIN_SAMPLES):
+            sample_calibration_set(data_set, manifest, samples=samples)
+    with raises(CalibrationError, "too_few_held_out", 7, 8):
+        sample_held_out(data_set, manifest, 7)
+    path = data_set.annotations_path("train")
+    small = rewrite_training(copy, path.read_text().splitlines()[:20])
+    with raises(CalibrationError, "too_few_samples", small.annotations_path("train"), MIN_SAMPLES):
+        sample_calibration_set(small, manifest)
 
 
 def test_small_data_set_returns_all_samples_with_warning(
@@ -153,23 +149,16 @@ def test_small_data_set_returns_all_samples_with_warning(
     assert records(caplog, logging.WARNING, 10000, len(drawn.annotations))
 
 
-def test_excluded_videos_are_not_sampled(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
-    again = sample_calibration_set(data_set, manifest, samples=40, exclude=drawn.videos[:5], held_out=48)
-    assert not videos(again.annotations) & set(drawn.videos[:5])
-    assert again.held_out == drawn.held_out
-
-
 def test_held_out_and_calibration_sets_of_a_seed_are_disjoint(
     drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
 ) -> None:
-    judged = sample_held_out(data_set, manifest, 48, seed=0)
-    assert judged == drawn.held_out
-    assert not videos(judged) & set(drawn.videos)
+    assert sample_held_out(data_set, manifest, 48, seed=0) == drawn.held_out
     # Another seed would draw calibration videos without `exclude`.
     assert videos(sample_held_out(data_set, manifest, 48, seed=3)) & set(drawn.videos)
     assert not videos(sample_held_out(data_set, manifest, 48, seed=3, exclude=drawn.videos)) & set(drawn.videos)
-    with raises(CalibrationError, "too_few_held_out", 7, 8):
-        sample_held_out(data_set, manifest, 7)
+    again = sample_calibration_set(data_set, manifest, samples=40, exclude=drawn.videos[:5], held_out=48)
+    assert not videos(again.annotations) & set(drawn.videos[:5])
+    assert again.held_out == drawn.held_out
 
 
 def test_batches_contain_each_sample_once(drawn: CalibrationSet, manifest: Manifest) -> None:
@@ -186,14 +175,6 @@ def test_video_without_features_raises_error(copy: Path, manifest: Manifest, dra
     data_set.feature_path(drawn.videos[3]).unlink()
     with raises(FeatureError, "missing_features", drawn.videos[3]):
         list(dataclasses.replace(drawn, data_set=data_set).batches(manifest))
-
-
-def test_coverage_table_lists_all_axes(drawn: CalibrationSet) -> None:
-    text = coverage_table(drawn.coverage)
-    assert text.startswith(f"64 sentences of {len(drawn.videos)} training videos")
-    assert all(axis in text for axis in ("query tokens", "video seconds", "moment centre", "moment share"))
-    words = {word for entry in drawn.annotations for word in tokenize(entry.sentence)}
-    assert drawn.coverage["words"]["covered"] == len(words)
 
 
 def test_samples_cover_words_and_axes_of_real_annotations(real_data: Path) -> None:

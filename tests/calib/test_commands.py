@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,17 +28,11 @@ from runtime.core.batch import Batch
 from runtime.core.errors import AnnotationError, FeatureError, GroundingError, ModelFileError, OutputError
 from runtime.core.io.input_files import read_json
 from runtime.datasets.dataset import DataSet
+from tests.calib.conftest import altered
 from tests.raising import quotes, raises, records
 from tests.written import written_checked
 
-ROOT = Path(__file__).parents[2]
-
-
-def test_calib_modules_import_without_torch() -> None:
-    names = [f"calib.{path.stem}" for path in (ROOT / "calib").glob("*.py") if path.stem != "__init__"]
-    code = f"import sys, importlib; [importlib.import_module(n) for n in {names}]; print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert result.stdout.strip() == "False"
+SEARCH: dict[str, Any] = {"held_out": 24, "max_drop": 100.0, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -54,82 +47,60 @@ def test_calibrate_chooses_method_and_records_comparison(table_file: Path) -> No
     assert {"minmax", "percentile", "entropy", "mse", "output"} < set(table.choice["costs"])
     costs = {name: cost["agreement with FP32, mean IoU"] for name, cost in table.choice["costs"].items()}
     assert table.choice["equalized"] == bool(table.gains)
-    assert costs[str(Candidate(table.key["method"], bool(table.gains)))] == max(costs.values())  # type: ignore[arg-type]
+    assert costs[str(Candidate(table.key["method"], bool(table.gains)))] == max(costs.values())
     assert table.coverage["sentences"] == 40
     assert [entry.name for entry in table_file.parent.iterdir()] == [table_file.name]
 
 
-def test_calibrate_uses_requested_method(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
-    table = calibrate(onnx_file, data_set.root, tmp_path / "t.json", method="minmax", samples=40, threads=1)
-    assert table.key["method"] == "minmax"
-    assert table.choice == {}
-
-
-def test_from_graph_to_int8_file_and_back_within_budget(
+def test_commands_convert_graph_to_int8_within_budget(
     onnx_file: Path,
     table_file: Path,
     data_set: DataSet,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     batch: Batch,
 ) -> None:
-    output = tmp_path / "drn.int8.onnx"
+    caplog.set_level("INFO", "drn")
+    unproven = onnx_file.with_name("drn.int8-unproven.onnx")
+    output, ranking_file, plan_file = (tmp_path / name for name in ("drn.int8.onnx", "ranking.json", "plan.json"))
+
+    table = calibrate(onnx_file, data_set.root, tmp_path / "t.json", method="minmax", samples=33, threads=1)
+    assert (table.key["method"], table.choice) == ("minmax", {})
+    command = f"calib.quantize --model {onnx_file} --table {tmp_path / 't.json'} --output {unproven}"
+    assert records(caplog, logging.INFO, command)
+
+    capsys.readouterr()
     quantize(onnx_file, table_file, output)
     assert "INT8" in capsys.readouterr().out
+    assert records(caplog, logging.INFO, f"export.verify --reference {onnx_file} --model {output}")
     onnx.checker.check_model(output, full_check=True)
-    backend = open_backend(output, device="cpu")
-    assert backend.manifest.precision == "int8"
-    ours, theirs = (actual.run(batch) for actual in (backend, open_backend(onnx_file, device="cpu")))
-    assert np.abs(ours.matching_logits - theirs.matching_logits).max() > 0
-    assert np.corrcoef(ours.matching_logits.ravel(), theirs.matching_logits.ravel())[0, 1] > 0.99
+    int8, fp32 = (open_backend(path, device="cpu") for path in (output, onnx_file))
+    assert int8.manifest.precision == "int8"
+    actual, expected = (backend.run(batch).matching_logits for backend in (int8, fp32))
+    assert np.abs(actual - expected).max() > 0
+    assert np.corrcoef(actual.ravel(), expected.ravel())[0, 1] > 0.99
 
     with written_checked(tmp_path):
-        ranking = rank_layers(
-            onnx_file, data_set.root, table=table_file, output=tmp_path / "ranking.json", held_out=24, threads=1
-        )
-    written = read_json(tmp_path / "ranking.json", "ranking")
+        ranking = rank_layers(onnx_file, data_set.root, table=table_file, output=ranking_file, held_out=24, threads=1)
+    written = read_json(ranking_file, "ranking")
     assert [entry["module"] for entry in written["modules"]] == [entry.module for entry in ranking]
     text = capsys.readouterr().out
     assert all(entry.module in text for entry in ranking)
 
-    plan = restore(
-        onnx_file,
-        data_set.root,
-        table_file,
-        tmp_path / "plan.json",
-        ranking=tmp_path / "ranking.json",
-        held_out=24,
-        max_drop=100,
-        threads=1,
-    )
+    plan = restore(onnx_file, data_set.root, table_file, plan_file, ranking=ranking_file, **SEARCH)
     assert plan.keep == ()
-    dataclasses.replace(plan, keep=("fpn.layer_blocks.0",)).save(tmp_path / "plan.json")
-    quantize(onnx_file, table_file, output, keep=("prop_fc",), plan=tmp_path / "plan.json")
-    text = capsys.readouterr().out
-    assert quotes(text, "prop_fc", "fpn.layer_blocks.0")
-    (tmp_path / "ranking.json").write_text(json.dumps({**written, "table": "0" * 64}))
-    with raises(CalibrationError, "ranking_of_another_table", tmp_path / "ranking.json", "0" * 12):
-        restore(
-            onnx_file, data_set.root, table_file, tmp_path / "plan.json", ranking=tmp_path / "ranking.json", threads=1
-        )
+    assert records(caplog, logging.INFO, f"--plan {plan_file} --output {unproven}")
+    dataclasses.replace(plan, keep=("fpn.layer_blocks.0",)).save(plan_file)
+    quantize(onnx_file, table_file, output, keep=("prop_fc",), plan=plan_file)
+    assert quotes(capsys.readouterr().out, "prop_fc", "fpn.layer_blocks.0")
+    with raises(CalibrationError, "plan_of_another_table", plan.table[:12], table.digest[:12]):
+        quantize(onnx_file, tmp_path / "t.json", tmp_path / "other.onnx", plan=plan_file)
+    assert not (tmp_path / "other.onnx").exists()
 
-
-def test_suggested_commands_write_unproven_graph_path(
-    onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    unproven = onnx_file.with_name("drn.int8-unproven.onnx")
-    with caplog.at_level("INFO", "drn"):
-        calibrate(onnx_file, data_set.root, tmp_path / "t.json", method="minmax", samples=40, threads=1)
-        command = f"calib.quantize --model {onnx_file} --table {tmp_path / 't.json'} --output {unproven}"
-        assert records(caplog, logging.INFO, command)
-        caplog.clear()
-        given = {"held_out": 24, "max_drop": 100.0, "threads": 1}
-        restore(onnx_file, data_set.root, table_file, tmp_path / "plan.json", **given)  # type: ignore[arg-type]
-        assert records(caplog, logging.INFO, f"--plan {tmp_path / 'plan.json'} --output {unproven}")
-        caplog.clear()
-        quantize(onnx_file, table_file, tmp_path / unproven.name)
-        command = f"export.verify --reference {onnx_file} --model {tmp_path / unproven.name}"
-        assert records(caplog, logging.INFO, command)
+    ranking_file.write_text(json.dumps({**written, "table": "0" * 64}))
+    with raises(CalibrationError, "ranking_of_another_table", ranking_file, "0" * 12):
+        restore(onnx_file, data_set.root, table_file, plan_file, ranking=ranking_file, threads=1)
 
 
 def test_commands_reject_table_of_test_videos(
@@ -145,110 +116,78 @@ def test_commands_reject_table_of_test_videos(
         restore(onnx_file, data_set.root, table, tmp_path / "plan.json", threads=1)
 
 
-def test_quantize_rejects_plan_of_another_table(
-    onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path
+def assert_rejected(
+    command: Callable[..., Any], *paths: Path, error: type[GroundingError], code: str, values: Any, **options: Any
 ) -> None:
-    given = {"held_out": 24, "max_drop": 100.0, "threads": 1}
-    restore(onnx_file, data_set.root, table_file, tmp_path / "plan.json", **given)  # type: ignore[arg-type]
-    loaded = CalibrationTable.load(table_file)
-    name, actual = next(iter(loaded.ranges.items()))
-    wider = {**loaded.ranges, name: dataclasses.replace(actual, high=actual.high * 2)}
-    dataclasses.replace(loaded, ranges=wider).save(tmp_path / "t.json")
-    digests = (loaded.digest[:12], CalibrationTable.load(tmp_path / "t.json").digest[:12])
-    with raises(CalibrationError, "plan_of_another_table", *digests):
-        quantize(onnx_file, tmp_path / "t.json", tmp_path / "drn.int8.onnx", plan=tmp_path / "plan.json")
-    assert not (tmp_path / "drn.int8.onnx").exists()
-
-
-def refused(function, *arguments, error, output: Path, **options) -> None:  # type: ignore[no-untyped-def]
-    """Assert that a command refuses in one sentence and leaves what was there.
+    """Assert that a command fails with a message of one line and changes no file.
 
     Args:
-        error: class, code, and values that the message quotes.
+        command: calibrate or quantize.
+        paths: its two inputs and its output.
+        error, code, values: class and code of the error, and the values that its message quotes.
+        options: of the command.
     """
-    output.write_text("before")
-    beside = sorted(output.parent.iterdir())
-    with raises(*error) as actual:
-        function(*arguments, **options)
+    output = paths[-1]
+    if not output.is_dir():
+        output.write_text("before")
+    before = sorted(output.parent.iterdir())
+    with raises(error, code, *values) as actual:
+        command(*paths, **options)
     assert "\n" not in str(actual.value)
-    assert output.read_text() == "before"
-    assert sorted(output.parent.iterdir()) == beside
+    assert output.is_dir() or output.read_text() == "before"
+    assert sorted(output.parent.iterdir()) == before
 
 
-def test_calibrate_rejects_invalid_arguments(
-    onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path
-) -> None:
-    output = tmp_path / "t.json"
-    root = data_set.root
-    few = (CalibrationError, "too_few_samples", 5, 32)
-    refused(calibrate, onnx_file, root, output, samples=5, error=few, output=output)
-    option = (CalibrationError, "invalid_option", "--batch-size", 0)
-    refused(calibrate, onnx_file, root, output, batch_size=0, error=option, output=output)
-    absent = tmp_path / "no.onnx"
-    refused(calibrate, absent, root, output, error=(ModelFileError, "missing_file", absent), output=output)
-    absent = tmp_path / "no"
-    refused(calibrate, onnx_file, absent, output, error=(AnnotationError, "missing_file", absent), output=output)
-    directory = onnx_file.parent
-    refused(calibrate, onnx_file, root, directory, error=(OutputError, "output_is_directory", directory), output=output)
-    broken = tmp_path / "broken.onnx"
+def test_calibrate_rejects_invalid_inputs(onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path) -> None:
+    output, root = tmp_path / "t.json", data_set.root
+    broken, bare, undescribed = tmp_path / "broken.onnx", tmp_path / "bare", tmp_path / "undescribed.onnx"
     broken.write_bytes(onnx_file.read_bytes()[:5000])
-    refused(calibrate, broken, root, output, error=(ModelFileError, "not_onnx", broken), output=output)
-    narrowed = quantize(onnx_file, table_file, tmp_path / "drn.int8.onnx")
-    refused(calibrate, narrowed, root, output, error=(ModelFileError, "not_fp32", narrowed, "int8"), output=output)
-    strange = onnx.load(onnx_file)
-    del strange.metadata_props[:]
-    onnx.save(strange, broken)
-    refused(calibrate, broken, root, output, error=(ModelFileError, "missing_manifest", broken), output=output)
+    bare.mkdir()
+    for path in root.glob("Charades_*"):
+        (bare / path.name).write_bytes(path.read_bytes())
+    model = onnx.load(onnx_file)
+    del model.metadata_props[:]
+    onnx.save(model, undescribed)
+    int8 = quantize(onnx_file, table_file, tmp_path / "drn.int8.onnx")
+    for paths, options, error, code, values in (
+        ((onnx_file, root, output), {"samples": 5}, CalibrationError, "too_few_samples", (5, 32)),
+        ((onnx_file, root, output), {"batch_size": 0}, CalibrationError, "invalid_option", ("--batch-size", 0)),
+        ((tmp_path / "no.onnx", root, output), {}, ModelFileError, "missing_file", (tmp_path / "no.onnx",)),
+        ((onnx_file, tmp_path / "no", output), {}, AnnotationError, "missing_file", (tmp_path / "no",)),
+        ((onnx_file, bare, output), {}, FeatureError, "missing_file", (bare, "'SIM00007'")),
+        ((onnx_file, root, onnx_file.parent), {}, OutputError, "output_is_directory", (onnx_file.parent,)),
+        ((broken, root, output), {}, ModelFileError, "not_onnx", (broken,)),
+        ((int8, root, output), {}, ModelFileError, "not_fp32", (int8, "int8")),
+        ((undescribed, root, output), {}, ModelFileError, "missing_manifest", (undescribed,)),
+    ):
+        assert_rejected(calibrate, *paths, error=error, code=code, values=values, **options)
     with raises(OutputError, "output_is_input", onnx_file):
         calibrate(onnx_file, root, onnx_file)
 
 
-def test_calibration_data_without_features_is_rejected(onnx_file: Path, data_set: DataSet, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for path in data_set.root.glob("Charades_*"):
-        (bare / path.name).write_bytes(path.read_bytes())
-    output = tmp_path / "t.json"
-    refused(calibrate, onnx_file, bare, output, error=(FeatureError, "missing_file", bare, "'SIM00007'"), output=output)
-
-
-def test_quantize_rejects_invalid_arguments(
-    onnx_file: Path, table_file: Path, model: onnx.ModelProto, tmp_path: Path
-) -> None:
-    from tests.calib.conftest import altered
-
-    output = tmp_path / "drn.int8.onnx"
-    onnx.save(altered(model), tmp_path / "other.onnx")
-    refused(
-        quantize,
-        tmp_path / "other.onnx",
-        table_file,
-        output,
-        error=(CalibrationError, "table_of_another_model", tmp_path / "other.onnx"),
-        output=output,
-    )
-    refused(quantize, onnx_file, onnx_file, output, error=(CalibrationError, "not_utf8", onnx_file), output=output)
-    module = (CalibrationError, "unknown_module", "'no'")
-    refused(quantize, onnx_file, table_file, output, keep=("no",), error=module, output=output)
-    opset = (CalibrationError, "unsupported_opset", 16)
-    refused(quantize, onnx_file, table_file, output, opset=16, error=opset, output=output)
-    with raises(OutputError, "output_is_input", table_file):
-        quantize(onnx_file, table_file, table_file)
-
-
-def test_quantize_rejects_models_of_other_kinds(
+def test_quantize_rejects_invalid_inputs(
     model: onnx.ModelProto, onnx_file: Path, table_file: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "out.onnx"
-    (tmp_path / "drn.pt").write_bytes(b"PK\x03\x04")
-    with raises(ModelFileError, "not_onnx", tmp_path / "drn.pt", "export.to_onnx"):
-        quantize(tmp_path / "drn.pt", table_file, output)
-    extractor = copied(model)
-    for entry in extractor.metadata_props:
+    output, checkpoint, other, extractor = (
+        tmp_path / name for name in ("drn.int8.onnx", "drn.pt", "other.onnx", "c3d.onnx")
+    )
+    checkpoint.write_bytes(b"PK\x03\x04")
+    onnx.save(altered(model), other)
+    graph = copied(model)
+    for entry in graph.metadata_props:
         entry.key = EXTRACTOR_KEY if entry.key == METADATA_KEY else entry.key
-    onnx.save(extractor, tmp_path / "c3d.onnx")
-    with raises(ModelFileError, "wrong_model_kind", tmp_path / "c3d.onnx"):
-        quantize(tmp_path / "c3d.onnx", table_file, output)
+    onnx.save(graph, extractor)
+    for paths, options, error, code, values in (
+        ((checkpoint, table_file), {}, ModelFileError, "not_onnx", (checkpoint, "export.to_onnx")),
+        ((extractor, table_file), {}, ModelFileError, "wrong_model_kind", (extractor,)),
+        ((other, table_file), {}, CalibrationError, "table_of_another_model", (other,)),
+        ((onnx_file, onnx_file), {}, CalibrationError, "not_utf8", (onnx_file,)),
+        ((onnx_file, table_file), {"keep": ("no",)}, CalibrationError, "unknown_module", ("'no'",)),
+        ((onnx_file, table_file), {"opset": 16}, CalibrationError, "unsupported_opset", (16,)),
+    ):
+        assert_rejected(quantize, *paths, output, error=error, code=code, values=values, **options)
+    with raises(OutputError, "output_is_input", table_file):
+        quantize(onnx_file, table_file, table_file)
 
 
 def test_calibrate_error_is_one_line_with_exit_code_2(

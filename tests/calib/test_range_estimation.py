@@ -20,6 +20,7 @@ from calib.range_estimation import (
     METHODS,
     PERCENTILE,
     Histogram,
+    Method,
     ValueRange,
     collect_statistics,
 )
@@ -72,18 +73,16 @@ def test_histogram_counts_each_value_once_while_growing(chunks: list[np.ndarray]
             assert below <= seen.counts[: index + 1].sum() <= below + near.sum()
 
 
-@given(VALUES, VALUES)
-@settings(max_examples=15, deadline=None)
-def test_percentile_range_contains_its_share(first: np.ndarray, second: np.ndarray) -> None:
-    actual = histogram(first, second).range("percentile")
-    values = np.abs(np.concatenate((first, second)))
-    assert (values <= actual.magnitude * (1 + 1e-6)).mean() >= PERCENTILE / 100
-
-
 @pytest.mark.parametrize(("outliers", "limit"), [(5, 1), (20, 10)])
 def test_percentile_excludes_one_value_in_ten_thousand(outliers: int, limit: float) -> None:
     actual = histogram(np.ones(100_000 - outliers), np.full(outliers, 10)).range("percentile")
     assert actual.magnitude == pytest.approx(limit, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_range_of_zeros_is_empty_and_of_even_values_complete(method: Method) -> None:
+    assert histogram(np.zeros(10)).range(method) == ValueRange(0, 0)
+    assert histogram(np.linspace(-1, 1, 100_001)).range(method).magnitude > 0.98
 
 
 def test_outlier_changes_only_the_min_max_range() -> None:
@@ -105,21 +104,10 @@ def test_mse_range_minimizes_squared_error() -> None:
     assert actual < 0.9 * squared_error(values, float(np.abs(values).max()))
 
 
-def test_values_that_fill_their_range_are_not_clipped() -> None:
-    values = np.linspace(-1, 1, 100_001)
-    for method in METHODS:
-        assert histogram(values).range(method).magnitude > 0.98, method
-
-
 def test_zeros_do_not_affect_entropy_range() -> None:
     values = np.abs(np.random.default_rng(2).standard_normal(50_000))
     with_zeros = histogram(values, np.zeros(1_000_000))
     assert with_zeros.range("entropy") == ValueRange(0.0, histogram(values).range("entropy").high)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_tensor_of_zeros_has_empty_range(method: str) -> None:
-    assert histogram(np.zeros(10)).range(method) == ValueRange(0, 0)  # type: ignore[arg-type]
 
 
 def output_error(values: np.ndarray, weight: np.ndarray, limit: float, levels: int = LEVELS) -> float:
@@ -230,7 +218,7 @@ def test_histograms_agree_with_onnx_runtime_calibrators(
         calibrator = create_calibrator(path, ["Conv"], str(tmp_path / "tapped.onnx"), theirs, extra_options=options)
         calibrator.collect_data(Reader())
         expected = calibrator.compute_data()
-        for tensor, actual in statistics.ranges(ours).items():  # type: ignore[arg-type]
+        for tensor, actual in statistics.ranges(ours).items():
             low, high = (float(np.max(end)) for end in expected[tensor].range_value)
             assert actual.magnitude == pytest.approx(max(-low, high), rel=2e-2 if ours == "percentile" else 1e-5), (
                 tensor

@@ -1,4 +1,4 @@
-"""The third error: what other kernels cost. A twin in ONNX Runtime against the engine built from it; needs a GPU."""
+"""Test the error of other kernels on a GPU: a graph in ONNX Runtime against the engine built from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.parity.models import parity
 
 
 def need_gpu() -> None:
-    """Skip, with the reason, where no engine can be built and run."""
+    """Skip with the reason if no engine can be built and run."""
     from export.engine.builder import unavailable_reason
 
     reason = unavailable_reason("tensorrt")
@@ -42,10 +42,10 @@ def test_engine_on_gpu_agrees_with_converted_graph(
         target="tensorrt",
         batch=batch,
         output=tmp_path / f"drn.{precision}.engine",
-        # Plans for short queries have checks of their own, and each is a build.
+        # Each engine for short queries is another build; other tests check them.
         unroll=(0,),
     )
-    twin = tmp_path / f"drn.{precision}.onnx"
-    found = parity(twin, engine, planted, "train", device="auto")
-    assert all(error.not_finite == 0 for error in found.heads.values())
-    assert violations(found, AccuracyBudget.of(precision, max_drop=1.1)) == []
+    graph = tmp_path / f"drn.{precision}.onnx"
+    actual = parity(graph, engine, planted, "train", device="auto")
+    assert all(error.not_finite == 0 for error in actual.heads.values())
+    assert violations(actual, AccuracyBudget.of(precision, max_drop=1.1)) == []

@@ -1,4 +1,4 @@
-"""T is free: 128 segments from training to the graph, whole and in parts, eight bits, and an engine."""
+"""Test a network of 128 segments: training, graph, split model, INT8 and engine."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SIZES: dict[str, Any] = {"embed_dim": 8, "hidden_dim": 8, "fpn_dim": 16, "batch_
 
 @pytest.fixture(scope="module")
 def trained(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a network of 128 segments, trained and exported, whole and in parts."""
+    """Return the directory of a network of 128 segments, trained and exported, unsplit and split."""
     directory = tmp_path_factory.mktemp("t128")
-    rates = {"epochs": (3, 1, 1), "lr": (3e-3, 1e-3, 1e-4)}
+    rates = {"epochs": (1, 1, 1), "lr": (3e-3, 1e-3, 1e-4)}
     train(planted, directory, num_segments=128, validate_on="none", device="cpu", **rates, **SIZES)
     to_onnx(directory / "drn.pt", directory / "drn.onnx", split=True, max_query_length=16)
     return directory
@@ -39,10 +39,10 @@ def trained(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_graph_and_split_pair_equal_the_checkpoint(trained: Path, planted: Path) -> None:
     config = load_checkpoint(trained / "drn.pt").config
     for name in ("drn.onnx", "drn.query.onnx"):
-        found = parity(trained / "drn.pt", trained / name, planted)
-        for head, error in found.heads.items():
+        actual = parity(trained / "drn.pt", trained / name, planted)
+        for head, error in actual.heads.items():
             assert error.max <= tolerances.EXPORTED * max(error.largest, 1), (name, head)
-        assert found.order.five == 1, name
+        assert actual.order.five == 1, name
     grounder = Grounder.load(trained / "drn.onnx")
     data_set = DataSet(planted)
     _, heads = next(run_heads(grounder, data_set, data_set.annotations("test")))
@@ -67,7 +67,7 @@ def test_int8_calibrates_and_builds_for_other_segment_counts(trained: Path, plan
         calib_method="minmax", query_length=(1, 8, 12), threads=1,
     )  # fmt: skip
     assert Grounder.load(output).manifest.precision == "int8"
-    # The graph for a CPU has unsigned activations, which TensorRT does not read; that of an engine is made here.
+    # TensorRT does not read the unsigned activations of the graph for a CPU.
     table = CalibrationTable.load(output.with_name("drn.int8.calibration.json"))
     graph = convert_to_half(insert_qdq(load_fp32_graph(trained / "drn.onnx"), table, opset=19))
     assert build_with_rtx(graph, query_length=(1, 8, 12))

@@ -21,6 +21,7 @@ from calib.graph.channel_equalization import (
     exponents,
     measure_channel_scales,
 )
+from calib.graph.graph_editing import copied
 from calib.graph.onnx_session import InMemoryBackend
 from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
 from calib.range_estimation import ActivationStatistics, ValueRange, collect_statistics
@@ -43,8 +44,7 @@ def test_equalizable_tensors_are_gates_and_features(model: onnx.ModelProto) -> N
 def test_channel_scales_keep_outputs_bit_identical(model: onnx.ModelProto, batch: Batch) -> None:
     rng = np.random.default_rng(0)
     constants = weights(model)
-    other = onnx.ModelProto()
-    other.CopyFrom(model)
+    other = copied(model)
     gains = {
         name: rng.integers(-6, 7, constants[conv.replace("/Conv", ".weight")].shape[1]).tolist()
         for name, (conv, _) in equalizable_tensors(model).items()
@@ -79,7 +79,7 @@ def test_small_weight_absorbs_more_of_the_scale_than_large_one() -> None:
     reach = np.array([8.0, 1.0, 1.0])
     assert exponents(reach, np.array([1.0, 1.0, 1.0]), 1.0).tolist() == [0, 3, 3]
     first, light, heavy = exponents(reach, np.array([1.0, 1 / 16, 1.0]), 0.5).tolist()
-    assert first <= 0 or first == 0
+    assert first <= 0
     assert light < heavy
 
 
@@ -98,8 +98,7 @@ def test_equalization_lowers_error_of_uneven_channels(
     model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest, batch: Batch
 ) -> None:
     # Every other channel of the features is 32 times smaller and its weights larger, with equal outputs in FP32.
-    uneven = onnx.ModelProto()
-    uneven.CopyFrom(model)
+    uneven = copied(model)
     loudness = np.where(np.arange(16) % 2, 1, 1 / 32).astype(np.float32)
     tensor = next(entry for entry in uneven.graph.initializer if entry.name == "prop_fc.weight")
     values = onnx.numpy_helper.to_array(tensor) / loudness[None, :, None, None]
@@ -113,8 +112,7 @@ def test_equalization_lowers_error_of_uneven_channels(
     assert min(gains["prop_fc/Unsqueeze"][0::2]) >= max(gains["prop_fc/Unsqueeze"][1::2]) + 3
     actual = {}
     for label, used in (("plain", {}), ("equalized", {"prop_fc/Unsqueeze": gains["prop_fc/Unsqueeze"]})):
-        after = onnx.ModelProto()
-        after.CopyFrom(uneven)
+        after = copied(uneven)
         apply_channel_scales(after, used)
         name = equalized_name(uneven, "prop_fc/Unsqueeze") if used else "prop_fc/Unsqueeze"
         (reached,) = collect_statistics(after, {name: np.ones(1)}, batches, 1).ranges("minmax").values()

@@ -1,3 +1,5 @@
+"""Test `calib.graph.conv_padding`: Pad nodes for wide convolutions, with equal outputs."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -27,27 +29,24 @@ def padding(model: onnx.ModelProto) -> dict[str, list[int]]:
     return actual
 
 
-def test_extract_padding_keeps_outputs_bit_identical(model: onnx.ModelProto, batch: Batch) -> None:
-    expected = open_session(model, threads=1).run(OUTPUTS, vars(batch))
-    actual = open_session(extract_padding(model), threads=1).run(OUTPUTS, vars(batch))
+def test_extract_padding_keeps_outputs_of_wide_convolutions(model: onnx.ModelProto, batch: Batch) -> None:
+    apart = extract_padding(model)
+    expected, actual = (open_session(graph, threads=1).run(OUTPUTS, vars(batch)) for graph in (model, apart))
     for name, ours, theirs in zip(OUTPUTS, actual, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
+    # The tiny network's head has 16 channels; its backbone has the published width.
+    levels = [f"backbone_net.layers.{level}" for level in (1, 2)]
+    assert padding(model).keys() - padding(apart).keys() == {f"{level}/Conv" for level in levels}
+    assert [node.name for node in apart.graph.node if node.op_type == "Pad"] == [f"{level}/Pad" for level in levels]
 
 
-def test_extract_padding_affects_wide_convolutions_only(model: onnx.ModelProto) -> None:
+def test_inline_padding_reverts_extract_padding(model: onnx.ModelProto, tmp_path: Path) -> None:
     apart = extract_padding(model)
-    # The tiny network's head has 16 channels; its backbone is of full width.
-    assert set(padding(model)) - set(padding(apart)) == {f"backbone_net.layers.{level}/Conv" for level in (1, 2)}
-    assert [node.name for node in apart.graph.node if node.op_type == "Pad"] == [
-        f"backbone_net.layers.{level}/Pad" for level in (1, 2)
-    ]
-
-
-def test_inline_padding_reverts_extract_padding(model: onnx.ModelProto) -> None:
-    again = inline_padding(extract_padding(model))
-    assert graph_hash(again) == graph_hash(model)
-    assert weights_hash(again) == weights_hash(model)
-    assert graph_hash(extract_padding(model)) != graph_hash(model)
+    onnx.save(apart, tmp_path / "drn.onnx")
+    assert graph_hash(apart) != graph_hash(model)
+    for again in (inline_padding(apart), load_fp32_graph(tmp_path / "drn.onnx")):
+        assert graph_hash(again) == graph_hash(model)
+        assert weights_hash(again) == weights_hash(model)
 
 
 def test_asymmetric_padding_keeps_its_sides() -> None:
@@ -66,11 +65,6 @@ def test_asymmetric_padding_keeps_its_sides() -> None:
     np.testing.assert_array_equal(actual, expected)
     assert padding(apart) == {}
     assert padding(inline_padding(apart)) == {"a/Conv": [0, 2, 0, 1]}
-
-
-def test_load_fp32_graph_inlines_padding(model: onnx.ModelProto, tmp_path: Path) -> None:
-    onnx.save(extract_padding(model), tmp_path / "drn.onnx")
-    assert graph_hash(load_fp32_graph(tmp_path / "drn.onnx")) == graph_hash(model)
 
 
 @pytest.mark.parametrize("pads", [[0, 1, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 1]])
@@ -93,18 +87,18 @@ def test_pad_of_channels_or_with_two_readers_is_not_inlined(pads: list[int]) -> 
 
 def test_onnx_runtime_option_keeps_padding_separate(model: onnx.ModelProto, tmp_path: Path) -> None:
     """A newer ONNX Runtime that renames its optimizer would inline the padding silently."""
-    kept: dict[bool, int] = {}
-    for told in (False, True):
+    counts: dict[bool, int] = {}
+    for disabled in (False, True):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(tmp_path / f"{told}.onnx")
+        options.optimized_model_filepath = str(tmp_path / f"{disabled}.onnx")
         onnxruntime.InferenceSession(
             extract_padding(model).SerializeToString(),
             options,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=DISABLED_OPTIMIZERS if told else None,
+            disabled_optimizers=DISABLED_OPTIMIZERS if disabled else None,
         )
         optimized = onnx.load(options.optimized_model_filepath)
-        kept[told] = sum(node.op_type == "Pad" for node in optimized.graph.node)
-    assert kept == {False: 0, True: 2}
+        counts[disabled] = sum(node.op_type == "Pad" for node in optimized.graph.node)
+    assert counts == {False: 0, True: 2}

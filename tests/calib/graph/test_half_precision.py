@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
+from calib.graph.graph_editing import copied
 from calib.graph.half_precision import (
     FLOAT16_MAX,
     FP16_SAFETY_FACTOR,
@@ -22,7 +23,7 @@ from calib.graph.half_precision import (
 )
 from calib.graph.naming import drn_modules
 from calib.graph.opset import opset_of, raise_opset
-from runtime.core.batch import HEAD_NAMES, INPUT_NAMES, Batch
+from runtime.core.batch import HEAD_NAMES, Batch
 from runtime.core.errors import ModelFileError, ShapeError
 from tests.export.conftest import CONFIGS, random_inputs
 from tests.raising import raises
@@ -57,18 +58,18 @@ def test_fp16_heads_are_close_to_fp32(name: str, exported: dict[str, onnx.ModelP
         assert not np.array_equal(actual[output], expected[output])
 
 
-def test_convert_to_half_keeps_source_graph_unchanged(exported: dict[str, onnx.ModelProto]) -> None:
-    before = exported["tiny"].SerializeToString(deterministic=True)
-    convert_to_half(exported["tiny"])
-    assert exported["tiny"].SerializeToString(deterministic=True) == before
-
-
-def test_graph_io_stays_fp32_and_weights_halve_in_size(exported: dict[str, onnx.ModelProto]) -> None:
-    model, half = exported["tiny"], convert_to_half(exported["tiny"])
+def test_fp16_graph_has_fp32_only_at_its_ends_and_in_exp(exported: dict[str, onnx.ModelProto]) -> None:
+    model = exported["tiny"]
+    before = model.SerializeToString(deterministic=True)
+    half = convert_to_half(model)
+    assert model.SerializeToString(deterministic=True) == before
+    kinds = types(half)
+    (exp,) = [node for node in half.graph.node if node.op_type == "Exp"]
+    assert kinds[exp.input[0]] == kinds[exp.output[0]] == TensorProto.FLOAT
     assert [value.SerializeToString() for value in half.graph.input] == [
         value.SerializeToString() for value in model.graph.input
     ]
-    assert {types(half)[name] for name in HEAD_NAMES} == {TensorProto.FLOAT}
+    assert {kinds[name] for name in HEAD_NAMES} == {TensorProto.FLOAT}
     assert not [t.name for t in half.graph.initializer if t.data_type == TensorProto.FLOAT and np.prod(t.dims) > 64]
 
 
@@ -77,15 +78,8 @@ def test_products_are_fp16_except_in_excluded_modules(exported: dict[str, onnx.M
     kinds = types(half)
     for node in half.graph.node:
         if node.op_type in ("Conv", "Gemm", "LSTM", "MatMul"):
-            kept = {"prop_fc", "fcos.head.mix_fc"} & set(drn_modules(node.name))
-            assert kinds[node.output[0]] == (TensorProto.FLOAT if kept else TensorProto.FLOAT16), node.name
-
-
-def test_exp_and_its_input_stay_in_fp32(exported: dict[str, onnx.ModelProto]) -> None:
-    half = convert_to_half(exported["tiny"])
-    kinds = types(half)
-    (exp,) = [node for node in half.graph.node if node.op_type == "Exp"]
-    assert kinds[exp.input[0]] == kinds[exp.output[0]] == TensorProto.FLOAT
+            excluded = {"prop_fc", "fcos.head.mix_fc"} & set(drn_modules(node.name))
+            assert kinds[node.output[0]] == (TensorProto.FLOAT if excluded else TensorProto.FLOAT16), node.name
 
 
 def test_shared_tensor_is_cast_once(exported: dict[str, onnx.ModelProto]) -> None:
@@ -98,6 +92,8 @@ def test_bf16_emulation_is_close_to_fp32(exported: dict[str, onnx.ModelProto]) -
     model = raise_opset(exported["tiny"], 22)
     assert opset_of(model) == 22
     assert run(model, batch("tiny")).keys() == set(HEAD_NAMES)
+    fp16 = convert_to_half(model)
+    assert emulate_bf16(fp16) is fp16
     half = convert_to_half(model, "bf16")
     onnx.checker.check_model(half, full_check=True)
     given = batch("tiny")
@@ -106,11 +102,6 @@ def test_bf16_emulation_is_close_to_fp32(exported: dict[str, onnx.ModelProto]) -
         # Three bits fewer than FP16.
         np.testing.assert_allclose(actual[output], expected[output], atol=16 * HALF * np.abs(expected[output]).max())
         assert not np.array_equal(actual[output], expected[output])
-
-
-def test_emulate_bf16_returns_fp16_graph_unchanged(exported: dict[str, onnx.ModelProto]) -> None:
-    half = convert_to_half(exported["tiny"])
-    assert emulate_bf16(half) is half
 
 
 @given(st.floats(-(2.0**126), 2.0**126, width=32))
@@ -128,18 +119,29 @@ def test_unknown_module_and_low_opset_are_rejected(exported: dict[str, onnx.Mode
         convert_to_half(exported["tiny"], "bf16")
 
 
-def test_measure_magnitudes_returns_maximum_per_module(exported: dict[str, onnx.ModelProto]) -> None:
-    model = onnx.ModelProto()
-    model.CopyFrom(exported["tiny"])
-    (weight,) = [t for t in model.graph.initializer if t.name == "fpn.layer_blocks.1.weight"]
+def with_weight(model: onnx.ModelProto, value: float) -> onnx.ModelProto:
+    """Return a copy with this value in a weight of fpn.layer_blocks.1."""
+    other = copied(model)
+    (weight,) = [tensor for tensor in other.graph.initializer if tensor.name == "fpn.layer_blocks.1.weight"]
     values = numpy_helper.to_array(weight).copy()
-    values.flat[0] = -7e4
+    values.flat[0] = value
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    scanned = measure_magnitudes(model, [batch("tiny")])
-    assert set(scanned) <= modules(model)
-    assert scanned["fpn.layer_blocks.1"] >= 7e4
-    assert scanned["prop_fc"] == measure_magnitudes(exported["tiny"], [batch("tiny")])["prop_fc"] < 1e3
-    assert "fpn.layer_blocks.1" in overflow_prone_modules(scanned)
+    return other
+
+
+def test_measure_magnitudes_returns_maximum_per_module(exported: dict[str, onnx.ModelProto]) -> None:
+    model, loud = exported["tiny"], batch("tiny")
+    loud.segment_features[:] *= 50
+    before = measure_magnitudes(model, [batch("tiny")])
+    assert overflow_prone_modules(before) == ()
+    after = measure_magnitudes(with_weight(model, -7e4), [batch("tiny")])
+    assert set(after) <= modules(model)
+    assert after["fpn.layer_blocks.1"] >= 7e4
+    assert after["prop_fc"] == before["prop_fc"] < 1e3
+    assert "fpn.layer_blocks.1" in overflow_prone_modules(after)
+    # The maximum over all batches.
+    alone, both = (measure_magnitudes(model, batches)["prop_fc"] for batches in ([loud], [loud, batch("tiny")]))
+    assert alone == both > before["prop_fc"]
 
 
 def test_module_above_a_quarter_of_fp16_max_stays_fp32() -> None:
@@ -148,42 +150,18 @@ def test_module_above_a_quarter_of_fp16_max_stays_fp32() -> None:
     assert set(overflow_prone_modules(scanned)) == {"b", "c", "d"}
     assert overflow_prone_modules({"b": limit * 1.01, "c": float("inf")}) == ("c", "b")
     assert overflow_prone_modules({"c": 1e30}, "bf16") == ()
-    # 16,376 in numbers, so that the margin itself is held.
+    # The limit itself, 16,376.
     assert overflow_prone_modules({"a": 16_300.0, "b": 16_400.0}) == ("b",)
     assert overflow_prone_modules({"b": 1e6, "d": float("nan"), "c": 1e9}) == ("d", "c", "b")
 
 
-@pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("where", ["weight", "features"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_model_not_finite_in_fp32_is_rejected_naming_the_module(
-    exported: dict[str, onnx.ModelProto], spoilt: float, where: str
+    exported: dict[str, onnx.ModelProto], value: float
 ) -> None:
-    model = onnx.ModelProto()
-    model.CopyFrom(exported["tiny"])
-    given = batch("tiny")
-    if where == "weight":
-        (weight,) = [t for t in model.graph.initializer if t.name == "fpn.layer_blocks.1.weight"]
-        values = numpy_helper.to_array(weight).copy()
-        values.flat[0] = spoilt
-        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    else:
-        given.segment_features[1, 3, 2] = spoilt
-    module = {"weight": "fpn.layer_blocks.1", "features": "prop_fc"}[where]
-    with raises(ModelFileError, "non_finite_output", module):
-        measure_magnitudes(model, [batch("tiny"), given])
-
-
-def test_measure_magnitudes_keeps_maximum_over_batches(exported: dict[str, onnx.ModelProto]) -> None:
-    loud, quiet = batch("tiny"), batch("tiny")
-    loud.segment_features[:] *= 50
-    alone = measure_magnitudes(exported["tiny"], [loud])
-    assert alone["prop_fc"] > measure_magnitudes(exported["tiny"], [quiet])["prop_fc"]
-    assert measure_magnitudes(exported["tiny"], [loud, quiet])["prop_fc"] == alone["prop_fc"]
-
-
-def test_new_export_has_no_overflow_prone_modules(exported: dict[str, onnx.ModelProto]) -> None:
-    assert overflow_prone_modules(measure_magnitudes(exported["tiny"], [batch("tiny")])) == ()
-
-
-def test_graph_inputs_match_batch_fields() -> None:
-    assert tuple(INPUT_NAMES) == tuple(Batch.__dataclass_fields__)
+    spoilt = batch("tiny")
+    spoilt.segment_features[1, 3, 2] = value
+    with raises(ModelFileError, "non_finite_output", "fpn.layer_blocks.1"):
+        measure_magnitudes(with_weight(exported["tiny"], value), [batch("tiny")])
+    with raises(ModelFileError, "non_finite_output", "prop_fc"):
+        measure_magnitudes(exported["tiny"], [batch("tiny"), spoilt])

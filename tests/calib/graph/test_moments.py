@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.studies.moments_in_graph import moments_in_graph
-from calib.graph.moments import COUNT, METADATA_KEY, NOT_FINITE, moment_graph, with_moments, word_list
+from calib.graph.moments import COUNT, METADATA_KEY, NOT_FINITE, moment_graph, with_moments
 from calib.graph.onnx_graph import load_fp32_graph
 from calib.graph.onnx_session import open_session
 from calib.graph.opset import MAX_OPSET, MIN_OPSET
@@ -35,7 +36,6 @@ from runtime.datasets.dataset import DataSet
 from runtime.describe import describe
 from runtime.grounding.evaluation import batches_of
 from runtime.grounding.grounder import Grounder
-from tests.export.conftest import CONFIGS, random_inputs
 from tests.export.rtx import build_with_rtx
 from tests.raising import raises
 
@@ -103,8 +103,7 @@ def differing(run: Run, about: Manifest, batches: int, seed: int = 0) -> int:
     return count
 
 
-@pytest.mark.parametrize("opset", [MIN_OPSET, MAX_OPSET])
-@pytest.mark.parametrize("name", DECODINGS)
+@pytest.mark.parametrize(("name", "opset"), [*((name, MIN_OPSET) for name in DECODINGS), ("full", MAX_OPSET)])
 def test_graph_returns_the_moments_of_the_runtime(name: str, opset: int) -> None:
     about = manifest(DECODINGS[name])
     assert differing(in_onnxruntime(moment_graph(about, opset)), about, 40) == 0
@@ -137,36 +136,31 @@ def test_ties_and_saturated_logits_agree(logits: list[float], width: int) -> Non
         np.array([logits[6:]], np.float32),
     )
     durations = np.ones(1, np.float32)
-    for name, run in runs().items():
-        about = manifest(DECODINGS[name])
+    for name in ("small", "limited", "hard, limited"):
+        about, run = manifest(DECODINGS[name]), small_graph(name)
         assert equal_moments(run(heads, durations), decode_moments(heads, about, durations), durations).all(), name
 
 
-_RUNS: dict[str, Run] = {}
+@functools.cache
+def small_graph(name: str) -> Run:
+    return in_onnxruntime(moment_graph(manifest(DECODINGS[name]), MIN_OPSET))
 
 
-def runs() -> dict[str, Run]:
-    if not _RUNS:
-        names = ("small", "limited", "hard, limited")
-        _RUNS.update({name: in_onnxruntime(moment_graph(manifest(DECODINGS[name]), MIN_OPSET)) for name in names})
-    return _RUNS
+def test_query_with_a_value_that_is_not_finite_has_count_minus_one() -> None:
+    about, durations = manifest(SMALL), np.array([10, 20, 30], np.float32)
+    run = in_onnxruntime(moment_graph(about, MIN_OPSET))
+    for head in HEAD_NAMES:
+        for value in (np.nan, np.inf, -np.inf):
+            heads = random_heads(SMALL, 3, np.random.default_rng(0), rounded=False)
+            expected, expected_counts = decode_moments(heads, about, durations)
+            getattr(heads, head)[1, 4] = value
+            moments, counts = run(heads, durations)
+            assert counts.tolist() == [expected_counts[0], NOT_FINITE, expected_counts[2]], (head, value)
+            assert not moments[1].any()
+            np.testing.assert_allclose(moments[[0, 2]], expected[[0, 2]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("head", HEAD_NAMES)
-def test_query_with_a_value_that_is_not_finite_has_count_minus_one(head: str, value: float) -> None:
-    about = manifest(SMALL)
-    heads = random_heads(SMALL, 3, np.random.default_rng(0), rounded=False)
-    durations = np.array([10, 20, 30], np.float32)
-    expected, expected_counts = decode_moments(heads, about, durations)
-    getattr(heads, head)[1, 4] = value
-    moments, counts = in_onnxruntime(moment_graph(about, MIN_OPSET))(heads, durations)
-    assert counts.tolist() == [expected_counts[0], NOT_FINITE, expected_counts[2]]
-    assert not moments[1].any()
-    np.testing.assert_allclose(moments[[0, 2]], expected[[0, 2]], rtol=1e-5)
-
-
-def test_unlikely_query_gets_the_complete_video() -> None:
+def test_unlikely_query_returns_the_complete_video() -> None:
     heads = Heads(np.full((1, 6), -20, np.float32), np.ones((1, 6, 2), np.float32), np.zeros((1, 6), np.float32))
     moments, counts = in_onnxruntime(moment_graph(manifest(SMALL), MIN_OPSET))(heads, np.array([12.5], np.float32))
     assert moments[0].tolist() == [[0, 12.5, 1]] + [[0, 0, 0]] * (COUNT - 1)
@@ -242,10 +236,10 @@ def answers_of(session: Any, grounder: Grounder, data: DataSet) -> tuple[int, in
     for rows, batch in batches_of(grounder, data, annotations, 7):
         durations = np.array([data.durations[annotations[row].video] for row in rows], np.float32)
         moments, counts = session(batch, durations)
-        for row, found, count in zip(rows, moments, counts, strict=True):
+        for row, actual, count in zip(rows, moments, counts, strict=True):
             answer = grounder.ground(data.video(annotations[row].video), annotations[row].sentence)
             expected = np.array([dataclasses.astuple(moment) for moment in answer], np.float32)
-            different += count != len(answer) or not np.allclose(found[:count], expected, rtol=1e-5, atol=1e-5)
+            different += count != len(answer) or not np.allclose(actual[:count], expected, rtol=1e-5, atol=1e-5)
     return len(annotations), different
 
 
@@ -314,33 +308,16 @@ def test_wrong_moments_are_not_saved(
     assert not list(tmp_path.iterdir())
 
 
-def test_batch_size_is_dynamic(exported: dict[str, onnx.ModelProto]) -> None:
-    session = open_session(with_moments(exported["tiny"]), threads=1, optimized=True)
-    tensors = random_inputs(CONFIGS["tiny"], [3, 9, 1, 12, 5])
-    batch = Batch(*(tensor.numpy() for tensor in tensors))
-    durations = np.arange(10, 60, 10, dtype=np.float32)
-    moments, counts = session.run([MOMENTS, MOMENT_COUNT], {**vars(batch), DURATION: durations})
-    for row in range(len(batch)):
-        one = {name: values[row : row + 1] for name, values in {**vars(batch), DURATION: durations}.items()}
-        single, count = session.run([MOMENTS, MOMENT_COUNT], one)
-        np.testing.assert_allclose(single[0], moments[row], rtol=1e-4, atol=1e-4)
-        assert count[0] == counts[row]
-
-
 def test_study_counts_equal_moments_and_measures_times(files: Path, planted: Path) -> None:
     report = moments_in_graph(files / "drn.onnx", planted, sizes=(1, 3), samples=2)
     assert report["queries with the moments of the runtime"] == report["queries"] >= 18
     assert all(value > 0 for size in (1, 3) for value in report[f"us of CPU time per query, {size} at once"].values())
 
 
-@pytest.mark.parametrize("value", [None, [], {"count": 0, "nms": "soft", "constants": {}}, {"count": 5, "nms": "x"}])
-def test_invalid_moments_in_a_manifest_are_rejected(value: object) -> None:
-    with pytest.raises(ModelFileError):
-        Manifest.from_dict({**manifest(SMALL).to_dict(), "moments": value})
-
-
-def test_word_list_is_in_the_order_of_the_ids() -> None:
-    assert word_list(manifest(SMALL)) == "opens\ndoor\n"
+def test_invalid_moments_in_a_manifest_are_rejected() -> None:
+    for value in (None, [], {"count": 0, "nms": "soft", "constants": {}}, {"count": 5, "nms": "x"}):
+        with pytest.raises(ModelFileError):
+            Manifest.from_dict({**manifest(SMALL).to_dict(), "moments": value})
 
 
 def test_moments_of_an_extractor_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,21 +27,14 @@ def test_audit_counts_expected_multiply_adds(exported: dict[str, onnx.ModelProto
     assert counted.precision() == "fp32"
 
 
-def test_audit_counts_weight_bytes_by_type(exported: dict[str, onnx.ModelProto]) -> None:
-    whole, half = (
-        audit_graph(exported["tiny"]).weight_bytes,
-        audit_graph(convert_to_half(exported["tiny"])).weight_bytes,
-    )
-    assert set(whole) == {"fp32"}
-    assert half["fp16"] == pytest.approx(whole["fp32"] / 2, rel=0.01)
-
-
 def test_require_precision_checks_requested_type(exported: dict[str, onnx.ModelProto]) -> None:
-    half = audit_graph(convert_to_half(exported["tiny"]))
+    single, half = audit_graph(exported["tiny"]), audit_graph(convert_to_half(exported["tiny"]))
+    assert set(single.weight_bytes) == {"fp32"}
+    assert half.weight_bytes["fp16"] == pytest.approx(single.weight_bytes["fp32"] / 2, rel=0.01)
     require_precision(half, "fp16")
-    require_precision(audit_graph(exported["tiny"]), "fp32")
+    require_precision(single, "fp32")
     with raises(CheckFailed, "precision_not_reached", "fp16", "0.0 %"):
-        require_precision(audit_graph(exported["tiny"]), "fp16")
+        require_precision(single, "fp16")
     mixed = audit_graph(convert_to_half(exported["tiny"], keep=["fpn", "backbone_net.layers.2"]))
     assert 0 < mixed.share("fp32") < 1
     with raises(CheckFailed, "precision_not_reached", f"{100 * mixed.share('fp16'):.1f} %"):
