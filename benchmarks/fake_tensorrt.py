@@ -428,9 +428,12 @@ class Engine:
             self.device_memory_size_v2 = self.SCRATCH
         elif library.old:
             self.device_memory_size = self.SCRATCH
-            self.create_execution_context_without_device_memory = self._create
         else:
             self.device_memory_size = self.device_memory_size_v2 = self.SCRATCH
+        if library.old:
+            self.create_execution_context_without_device_memory = self._create
+        else:
+            self.create_execution_context = self._create_with
         if library.rtx:
             self.create_runtime_config = lambda: RuntimeConfig(library)
         self._types: dict[str, str] = plan.get("types", {})
@@ -438,7 +441,7 @@ class Engine:
         self._loops = b'"\x04LSTM' in Path(plan["graph"]).read_bytes()
         self._owners: dict[int, weakref.ref[Context]] = {}
 
-    def create_execution_context(self, strategy: Any) -> Context | None:
+    def _create_with(self, strategy: Any) -> Context | None:
         expected = "user" if not isinstance(strategy, RuntimeConfig) else strategy._strategy
         assert expected == "user", "the context would allocate its own scratch memory"
         context = self._create()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -10,13 +13,22 @@ import pytest
 import torch
 from torch import nn
 
+from calib.calibrate import measure_table
+from calib.calibration_set import sample_calibration_set
+from calib.graph.graph_editing import copied
+from calib.graph.onnx_graph import read_manifest
 from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.tokenizer import Vocabulary
+from runtime.datasets.dataset import DataSet
+from tests.shared_builds import build_once, run_directory
 from tests.train.training.narrow import narrow_backbone, with_narrow_backbone
 from train.checkpoints import Checkpoint, save_checkpoint
 from train.network.model import DRN, DRNConfig, Scale
+
+if TYPE_CHECKING:
+    from tests.export.engine.engine_builds import EngineBuilds
 
 __all__ = ["narrow_backbone"]
 
@@ -85,6 +97,18 @@ def manifest(config: DRNConfig) -> Manifest:
     )
 
 
+def with_changed_weights(
+    graph: onnx.ModelProto, change: Callable[[np.ndarray], np.ndarray], *names: str
+) -> onnx.ModelProto:
+    """Return a copy of a graph with some weights changed."""
+    result = copied(graph)
+    tensors = {tensor.name: tensor for tensor in result.graph.initializer}
+    for name in names:
+        values = np.asarray(change(onnx.numpy_helper.to_array(tensors[name])), np.float32)
+        tensors[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+    return result
+
+
 @pytest.fixture(scope="session")
 def networks() -> dict[str, DRN]:
     with with_narrow_backbone():
@@ -107,3 +131,66 @@ def checkpoint(networks: dict[str, DRN], tmp_path_factory: pytest.TempPathFactor
         Checkpoint(model.config, about.features, about.vocabulary, about.decoding, model.state_dict(), {"stage": 2}),
     )
     return path
+
+
+@pytest.fixture
+def model(models: Path, tmp_path: Path) -> Path:
+    """A copy of the trained `drn.onnx`, alone in a directory."""
+    return Path(shutil.copy(models / "drn.onnx", tmp_path))
+
+
+@pytest.fixture(scope="session")
+def wrong(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained `drn.onnx` with the opposite sign in the IoU head."""
+    path = tmp_path_factory.mktemp("wrong") / "wrong.onnx"
+    names = ("fcos.head.iou_scores.1.weight", "fcos.head.scales")
+    onnx.save(with_changed_weights(onnx.load(models / "drn.onnx"), np.negative, *names), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def table(models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration table of the trained `drn.onnx`."""
+
+    def measure(directory: Path) -> None:
+        graph = onnx.load(models / "drn.onnx")
+        drawn = sample_calibration_set(DataSet(planted), read_manifest(graph), samples=48, held_out=32)
+        measure_table(graph, drawn, "minmax", threads=1).save(directory / "drn.calibration.json")
+
+    return build_once(run_directory(tmp_path_factory) / "calibration", measure) / "drn.calibration.json"
+
+
+@pytest.fixture(scope="session")
+def c3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph of a narrow C3D, next to its checkpoint `c3d.pt`."""
+    from export.to_onnx import to_onnx
+    from tests.export.narrow_c3d import TINY, lively
+    from train.extractors.c3d import MEANS
+    from train.extractors.checkpoint import save_extractor
+    from train.extractors.published import ExtractorCheckpoint
+
+    path = tmp_path_factory.mktemp("c3d") / "c3d.pt"
+    save_extractor(path, ExtractorCheckpoint(TINY, MEANS["plain"], lively().state_dict(), {"c3d.pickle": "1" * 64}))
+    return to_onnx(path, path.with_name("c3d.onnx"))
+
+
+@pytest.fixture(scope="session")
+def i3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph of a narrow I3D with class scores for clips of 16 frames, one every 64, next to `i3d.pt`."""
+    from export.to_onnx import to_onnx
+    from tests.export.narrow_i3d import pytorch_i3d
+    from train.extractors.checkpoint import from_published, save_extractor
+
+    path = tmp_path_factory.mktemp("i3d") / "i3d.pt"
+    save_extractor(path, from_published(pytorch_i3d(), "rgb_imagenet.pt", {"rgb_imagenet.pt": "1" * 64}))
+    return to_onnx(path, path.with_name("i3d.onnx"), clock=(16, 64), class_scores=True)
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> EngineBuilds:
+    """Builds of engines by a double of TensorRT 11.4."""
+    from tests.export.engine.engine_builds import EngineBuilds
+
+    builds = EngineBuilds()
+    builds.install(monkeypatch)
+    return builds

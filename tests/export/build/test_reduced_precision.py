@@ -7,22 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
-from calib.calibrate import measure_table
-from calib.calibration_set import sample_calibration_set
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
-from calib.graph.onnx_graph import read_manifest
 from calib.graph.precision_audit import audit_graph
 from calib.quantization_plan import QuantizationPlan
 from export.build.reduced_precision import ConversionOptions, convert_precision, held_in_fp32
 from runtime.artifacts.manifest import Library
 from runtime.core.errors import CheckFailed
 from runtime.datasets.dataset import DataSet
+from tests.export.conftest import with_changed_weights
 from tests.raising import quotes, raises
 
 
@@ -36,31 +33,18 @@ def data_set(planted: Path) -> DataSet:
     return DataSet(planted)
 
 
-@pytest.fixture(scope="module")
-def table(source: onnx.ModelProto, data_set: DataSet) -> CalibrationTable:
-    drawn = sample_calibration_set(data_set, read_manifest(source), samples=48, held_out=32)
-    return measure_table(source, drawn, "minmax", threads=1)
-
-
-def scaled(model: onnx.ModelProto, **factors: float) -> onnx.ModelProto:
+def scaled(graph: onnx.ModelProto, **factors: float) -> onnx.ModelProto:
     """Return a copy with some weights scaled; `__` in a name replaces the dot."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    wanted = {name.replace("__", "."): factor for name, factor in factors.items()}
-    for tensor in copy.graph.initializer:
-        if tensor.name in wanted:
-            values = numpy_helper.to_array(tensor) * np.float32(wanted.pop(tensor.name))
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    assert not wanted
-    return copy
+    for name, factor in factors.items():
+        graph = with_changed_weights(graph, lambda values, factor=factor: values * factor, name.replace("__", "."))
+    return graph
 
 
 @pytest.mark.parametrize("library", [None, "onnxruntime", "openvino"])
 def test_only_graphs_for_a_cpu_have_unsigned_activations(
-    source: onnx.ModelProto, table: CalibrationTable, tmp_path: Path, library: Library | None
+    source: onnx.ModelProto, table: Path, library: Library | None
 ) -> None:
-    table.save(tmp_path / "table.json")
-    options = ConversionOptions(table=tmp_path / "table.json", library=library)
+    options = ConversionOptions(table=table, library=library)
     graph = convert_precision(source, "int8", options, None).graph.graph
     points = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if "zero_point" in tensor.name}
     quantizers = [node.input[2] for node in graph.node if node.op_type == "QuantizeLinear"]
@@ -86,17 +70,8 @@ def test_overflow_prone_module_stays_fp32_and_is_reported(source: onnx.ModelProt
 
 def test_module_losing_accuracy_in_fp16_is_restored(source: onnx.ModelProto, data_set: DataSet) -> None:
     # Subnormal weights in FP16: nothing overflows, but answers change.
-    faint = scaled(
-        source,
-        fpn__layer_blocks__0__weight=2.0**-21,
-        fpn__layer_blocks__0__bias=2.0**-21,
-        fcos__head__towers__0__weight=1.0,
-    )
-    for name in ("fpn.layer_blocks.1", "fpn.layer_blocks.2"):
-        faint = scaled(
-            faint, **{f"{name}.weight".replace(".", "__"): 2.0**-21, f"{name}.bias".replace(".", "__"): 2.0**-21}
-        )
-    faint = scaled(faint, fcos__head__towers__0__weight=2.0**21)
+    weights = {f"fpn__layer_blocks__{level}__{kind}": 2.0**-21 for level in range(3) for kind in ("weight", "bias")}
+    faint = scaled(source, **weights, fcos__head__towers__0__weight=2.0**21)
     twin = convert_precision(faint, "fp16", ConversionOptions(threads=1), data_set)
     assert twin.facts["restored to FP32"]
     assert {name.split(".")[0] for name in twin.facts["restored to FP32"]} <= {"fpn", "fcos"}
@@ -105,14 +80,15 @@ def test_module_losing_accuracy_in_fp16_is_restored(source: onnx.ModelProto, dat
 def test_fewest_modules_are_restored_and_the_plan_repeats_it(
     source: onnx.ModelProto,
     data_set: DataSet,
-    table: CalibrationTable,
+    table: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    small = dict(table.ranges)
+    measured = CalibrationTable.load(table)
+    small = dict(measured.ranges)
     small["prop_fc/Unsqueeze"] = dataclasses.replace(small["prop_fc/Unsqueeze"], high=0.01)
     path = tmp_path / "spoilt.calibration.json"
-    dataclasses.replace(table, ranges=small).save(path)
+    dataclasses.replace(measured, ranges=small).save(path)
     wishes = ConversionOptions(table=path, max_drop=4.0, threads=1, plan_output=tmp_path / "plan.json")
     twin = convert_precision(source, "int8", wishes, data_set)
     kept = twin.facts["kept out of 8 bits"]
@@ -137,28 +113,27 @@ def test_unreachable_budget_raises_budget_exceeded(
 
 
 def test_table_of_test_videos_and_foreign_plan_are_rejected(
-    source: onnx.ModelProto, data_set: DataSet, table: CalibrationTable, tmp_path: Path
+    source: onnx.ModelProto, data_set: DataSet, table: Path, tmp_path: Path
 ) -> None:
+    measured = CalibrationTable.load(table)
     video = data_set.annotations("test")[0].video
-    dataclasses.replace(table, videos=(video,)).save(tmp_path / "test.json")
+    dataclasses.replace(measured, videos=(video,)).save(tmp_path / "test.json")
     with raises(CalibrationError, "test_videos_used", 1, video):
         convert_precision(source, "int8", ConversionOptions(table=tmp_path / "test.json", threads=1), data_set)
-    table.save(tmp_path / "t.json")
-    QuantizationPlan(("prop_fc",), "int8", "0" * 64, dict(table.key), {}).save(tmp_path / "plan.json")
-    with raises(CalibrationError, "plan_of_another_table", "0" * 12, table.digest[:12]):
-        convert_precision(
-            source, "int8", ConversionOptions(table=tmp_path / "t.json", plan=tmp_path / "plan.json", threads=1), None
-        )
+    QuantizationPlan(("prop_fc",), "int8", "0" * 64, dict(measured.key), {}).save(tmp_path / "plan.json")
+    with raises(CalibrationError, "plan_of_another_table", "0" * 12, measured.digest[:12]):
+        convert_precision(source, "int8", ConversionOptions(table=table, plan=tmp_path / "plan.json", threads=1), None)
 
 
 def test_borderline_accuracy_is_decided_by_more_queries(
-    source: onnx.ModelProto, data_set: DataSet, table: CalibrationTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: onnx.ModelProto, data_set: DataSet, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    measured = CalibrationTable.load(table)
     small = {
         name: dataclasses.replace(entry, low=entry.low / 1e4, high=entry.high / 1e4)
-        for name, entry in table.ranges.items()
+        for name, entry in measured.ranges.items()
     }
-    dataclasses.replace(table, ranges=small).save(tmp_path / "t.json")
+    dataclasses.replace(measured, ranges=small).save(tmp_path / "t.json")
     asked = {}
 
     def search(model: Any, table: Any, judge: Any, max_drop: float, *, ranker: Any, **_: Any) -> Any:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
 
 from calib.calibration_table import CalibrationTable
-from export.build import fastest_precision, speed_check
-from export.build.build_config import BuildRequest
+from export.build import speed_check
+from export.build.build_config import BuildConfig, BuildRequest
 from export.build_engine import build_engine
 from export.engine.builder import BuildOptions
 from runtime.benchmarking.timing import Ratio
@@ -56,11 +57,6 @@ def test_check_without_measurement_has_its_reason_in_the_sentence() -> None:
     assert check.reason in check.sentence()
 
 
-@pytest.fixture
-def model(models: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(models / "drn.onnx", tmp_path / "drn.onnx"))
-
-
 def test_measured_ratio_is_speed_relative_to_the_reference(
     model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +92,7 @@ def test_model_that_cannot_be_opened_is_not_measured() -> None:
 
 @pytest.mark.parametrize("split", [False, True])
 def test_slower_int8_model_is_written_and_the_build_fails(
-    model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch, split: bool
+    model: Path, planted: Path, table: Path, monkeypatch: pytest.MonkeyPatch, split: bool
 ) -> None:
     def slower(names: tuple[str, str], open_models: Any, *_: object) -> speed_check.SpeedCheck:
         reference, built = open_models()
@@ -105,10 +101,11 @@ def test_slower_int8_model_is_written_and_the_build_fails(
         return _check((0.8, 0.9), (0.8, 0.9))
 
     monkeypatch.setattr(speed_check, "measure_speed", slower)
+    calibration: dict[str, Any] = {"table": table} if split else {"calib_samples": 64, "calib_method": "minmax"}
     with raises(CheckFailed, "not_faster", "0.85", "a.onnx"):
         build_engine(
-            model, precision="int8", target="onnxruntime", data=planted, calib_samples=64, limit=9, max_drop=LOOSE,
-            calib_method="minmax", threads=1, split=split,
+            model, precision="int8", target="onnxruntime", data=planted, limit=9, max_drop=LOOSE, threads=1,
+            split=split, **calibration,
         )  # fmt: skip
     name = "drn.int8.query.onnx" if split else "drn.int8.onnx"
     assert Grounder.load(model.with_name(name)).manifest.precision == "int8"
@@ -117,7 +114,8 @@ def test_slower_int8_model_is_written_and_the_build_fails(
     page = model.with_name("drn.int8.passport.html").read_text()
     assert report["speed"]["sentence"] in page
     assert '<th scope="row">one query</th><td>0.85</td><td>0.80</td><td>0.90</td>' in page
-    coverage = CalibrationTable.load(model.with_name("drn.int8.calibration.json")).coverage
+    used = table if split else model.with_name("drn.int8.calibration.json")
+    coverage = CalibrationTable.load(used).coverage
     assert f"{coverage['sentences']} queries of {coverage['videos']} videos" in page
     first = coverage["axes"]["query tokens"][0]
     assert f"<td>{first['samples']}</td><td>{first['of']}</td>" in page
@@ -134,76 +132,30 @@ def test_required_speed_has_a_default_for_8_bit_precisions(
     assert BuildRequest(Path("drn.onnx"), precision, min_speedup=given).required_speed == required
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_invalid_min_speedup_is_rejected(model: Path, value: float) -> None:
-    with raises(GroundingError, "invalid_option", "--min-speedup", value):
-        build_engine(model, precision="fp16", target="onnxruntime", min_speedup=value)
-
-
-def _engine_check(model: Path, runs_here: bool, monkeypatch: pytest.MonkeyPatch) -> speed_check.SpeedCheck | None:
-    from export.build.artifacts import ConvertedModel
-    from export.build.build_config import BuildConfig
-    from runtime.artifacts.manifest import Manifest
-
-    monkeypatch.setattr(speed_check, "runs_here", lambda options: runs_here)
-    manifest = Grounder.load(model).manifest
-    assert isinstance(manifest, Manifest)
-    converted: Any = type("Converted", (ConvertedModel,), {"__init__": lambda self: None})()
-    object.__setattr__(converted, "manifest", manifest)
-    job = BuildConfig(model, "int8", "tensorrt", None, None)
-    options: Any = BuildOptions(target="tensorrt", precision="int8", profiles=())
-    request = BuildRequest(model, "int8", "tensorrt")
-    return speed_check.check_speed(request, job, "drn.int8.engine", options, (model, onnx.load(model)), converted)
+@pytest.mark.parametrize(
+    ("options", "code", "values"),
+    [
+        ({"min_speedup": -1.0}, "invalid_option", ("--min-speedup", -1.0)),
+        ({"min_speedup": math.nan}, "invalid_option", ("--min-speedup", math.nan)),
+    ],
+)
+def test_invalid_options_are_rejected(
+    model: Path, options: dict[str, Any], code: str, values: tuple[object, ...]
+) -> None:
+    with raises(GroundingError, code, *values):
+        build_engine(model, **{"target": "onnxruntime", **options})
 
 
 @pytest.mark.parametrize(("runs_here", "quoted"), [(False, "cannot run"), (True, "drn.fp16.engine")])
 def test_engine_without_gpu_or_fp16_engine_is_not_measured(
     model: Path, monkeypatch: pytest.MonkeyPatch, runs_here: bool, quoted: str
 ) -> None:
-    check = _engine_check(model, runs_here, monkeypatch)
+    monkeypatch.setattr(speed_check, "runs_here", lambda options: runs_here)
+    converted: Any = SimpleNamespace(manifest=Grounder.load(model).manifest)
+    job = BuildConfig(model, "int8", "tensorrt", None, None)
+    options = BuildOptions(target="tensorrt", precision="int8", profiles=())
+    request = BuildRequest(model, "int8", "tensorrt")
+    check = speed_check.check_speed(request, job, "drn.int8.engine", options, (model, onnx.load(model)), converted)
     assert check is not None
     assert check.verdict == "not measured"
     assert quoted in check.reason
-
-
-def _auto(
-    model: Path, monkeypatch: pytest.MonkeyPatch, outcome: speed_check.SpeedCheck | CheckFailed
-) -> tuple[Path, list[str]]:
-    built = []
-
-    def run_with_speed(request: BuildRequest) -> tuple[Path, speed_check.SpeedCheck]:
-        built.append(request.precision)
-        if isinstance(outcome, CheckFailed):
-            raise outcome
-        return model.with_name("drn.int8.onnx"), outcome
-
-    monkeypatch.setattr(fastest_precision, "run_with_speed", run_with_speed)
-    return build_engine(model, precision="auto", target="onnxruntime", data=model.parent), built
-
-
-@pytest.mark.parametrize(
-    ("outcome", "chosen"),
-    [
-        (_check((1.2, 1.3), (1.2, 1.3)), "drn.int8.onnx"),
-        (_check((0.9, 1.3), (0.9, 1.3)), "drn.onnx"),
-        (_check((0.5, 0.6), (0.5, 0.6)), "drn.onnx"),
-        (CheckFailed("The accuracy check failed.", code="parity_failed"), "drn.onnx"),
-    ],
-)
-def test_auto_precision_is_int8_only_if_accurate_and_faster(
-    model: Path,
-    planted: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    outcome: speed_check.SpeedCheck | CheckFailed,
-    chosen: str,
-) -> None:
-    shutil.copytree(planted, model.parent, dirs_exist_ok=True)
-    output, built = _auto(model, monkeypatch, outcome)
-    assert (output.name, built) == (chosen, ["int8"])
-    assert capsys.readouterr().out.splitlines()[-1] == str(output)
-
-
-def test_auto_precision_rejects_output(model: Path, planted: Path) -> None:
-    with raises(GroundingError, "inapplicable_option", "--output"):
-        build_engine(model, precision="auto", data=planted, output=model.with_name("a.onnx"))

@@ -2,213 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Mapping
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import onnx
 import pytest
 
 from benchmarks.fake_tensorrt import HOST_CODE, Driver
-from export.engine.builder import (
-    BuildOptions,
-    build,
-    check_options,
-    is_strongly_typed,
-    load_library,
-    runs_here,
-    unavailable_reason,
-)
+from export.engine.builder import build, check_options, load_library, runs_here, unavailable_reason
 from export.engine.inspector import PlanNotLoaded
-from export.engine.profiles import profiles
 from runtime.artifacts.engine_layers import count_layers, read_layers
 from runtime.backends.cuda_driver import Cuda
 from runtime.core.errors import DeviceError, ModelFileError
-from runtime.core.gpu_info import Gpu, cuda_gpu
-from tests.export.conftest import TINY, manifest
-from tests.export.engine import inspector_doubles
+from runtime.core.gpu_info import Gpu
+from tests.export.engine.builder_double import EMPTY, Calls, Recorder, gpu, named, options, stand_in
 from tests.raising import quotes, raises
-
-EMPTY = onnx.helper.make_model(onnx.helper.make_graph([], "none", [], [])).SerializeToString()
-SHAPES = profiles((1, 4, 8), (1, 8, 12), manifest(TINY))
-
-
-class Calls(list[tuple[str, tuple[Any, ...]]]):
-    """Calls with their arguments, in order; `asked` has every name that was used, with its TensorRT class.
-
-    `tests/export/test_conformance.py` checks `asked` against the real bindings.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: set[tuple[str, str]] = set()
-
-
-class Recorder:
-    """A test double of the TensorRT class `of`, which accepts every call and records name and arguments."""
-
-    def __init__(self, calls: Calls, of: str, **answers: Any) -> None:
-        object.__setattr__(self, "_calls", calls)
-        object.__setattr__(self, "_of", of)
-        object.__setattr__(self, "_answers", answers)
-        calls.asked |= {(of, name) for name in answers}
-
-    def __getattr__(self, name: str) -> Any:
-        self._calls.asked.add((self._of, name))
-        if name in self._answers and not callable(self._answers[name]):
-            return self._answers[name]
-
-        def call(*arguments: Any) -> Any:
-            self._calls.append((name, arguments))
-            return self._answers[name](*arguments) if name in self._answers else True
-
-        return call
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._calls.asked.add((self._of, name))
-        self._calls.append((name, (value,)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Version:
-    """The network flags of one version of TensorRT with their numbers, and its builder flags."""
-
-    network_flags: Mapping[str, int]
-    builder_flags: tuple[str, ...]
-    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-WEAK = ("FP16", "INT8", "FP8", "OBEY_PRECISION_CONSTRAINTS", "VERSION_COMPATIBLE", "TF32")
-VERSIONS = {
-    "8.6.1": Version(
-        {"EXPLICIT_BATCH": 0},
-        WEAK,
-        {"TacticSource": SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2, EDGE_MASK_CONVOLUTIONS=3, JIT_CONVOLUTIONS=4)},
-    ),
-    "10.16.1": Version({"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, (*WEAK, "BF16")),
-    "11.4.0": Version({"STRONGLY_TYPED": 0}, ("VERSION_COMPATIBLE", "TF32")),
-    "1.7.1": Version(
-        {"STRONGLY_TYPED": 0},
-        ("VERSION_COMPATIBLE", "TF32"),
-        {
-            "ComputeCapability": SimpleNamespace(
-                SM75=75, SM80=80, SM86=86, SM89=89, SM120=120, SM121=121, CURRENT=-1, NONE=0
-            )
-        },
-    ),
-}
-"""TensorRT's versions, and TensorRT-RTX 1.7.1; `tests/export/test_conformance.py` holds them against the real ones."""
-
-
-def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tuple[Any, Calls]:
-    """Return a test double of a version of TensorRT, and the list of its recorded calls.
-
-    Its plans follow these rules:
-
-    - A version-compatible plan is refused unless host code is allowed (`IRuntime::setEngineHostCodeAllowed` in
-      NvInferRuntime.h; the sentence is in libtensorrt_rtx.so of 1.7.1).
-    - 8.6's parser ignores `start` and `end` of Shape and then ends the process (observed with 8.6.0 on an H200,
-      2026-11-29: Range of `Shape(start=1, end=2)`, "condition: isValidDims(dimensions)", SIGSEGV).
-      Here it refuses the graph.
-    - A context, and so the inspector, knows sizes only after its profile was selected and every input has a shape
-      (`IEngineInspector::setExecutionContext`).
-
-    Args:
-        version: of `VERSIONS`.
-        scenario: what the engine looks like; see `tests.export.engine.inspector_doubles`.
-        answers: `parser`: of its calls; `build`, `context`: in place of building, and of creating a context.
-    """
-    calls = Calls()
-    profile = Recorder(calls, "IOptimizationProfile")
-    cache = Recorder(calls, "ITimingCache", serialize=lambda: b"times")
-    config = Recorder(calls, "IBuilderConfig", create_timing_cache=lambda known: cache, get_timing_cache=lambda: cache)
-    network = Recorder(calls, "INetworkDefinition", num_layers=0)
-
-    def parse(graph: bytes) -> bool:
-        return not (version.startswith("8.") and cuts_shapes(graph))
-
-    parser = Recorder(calls, "OnnxParser", **{"num_errors": 0, "parse": parse, **answers.get("parser", {})})
-    builder = Recorder(
-        calls,
-        "Builder",
-        create_network=lambda given: network,
-        create_builder_config=lambda: config,
-        create_optimization_profile=lambda: profile,
-        build_serialized_network=answers.get("build", lambda network, config: b"plan"),
-    )
-    loggers: list[Any] = []
-
-    def runtime(logger: Any) -> Recorder:
-        loggers.append(logger)
-        return Recorder(calls, "Runtime", deserialize_cuda_engine=load)
-
-    def load(plan: bytes) -> Recorder | None:
-        compatible = ("VERSION_COMPATIBLE",) in named(calls, "set_flag")
-        if compatible and (True,) not in named(calls, "engine_host_code_allowed"):
-            loggers[-1].log(1, HOST_CODE)
-            return None
-        return Recorder(
-            calls,
-            "ICudaEngine",
-            create_engine_inspector=lambda: Recorder(calls, "EngineInspector", get_engine_information=write),
-            create_execution_context=answers.get("context", lambda: Recorder(calls, "IExecutionContext")),
-        )
-
-    def write(form: str) -> str:
-        text: str = inspector_doubles.document(version, scenario, bound=is_bound(), profiles=len(SHAPES))
-        return text
-
-    def is_bound() -> bool:
-        """Return whether the context of the inspector has a profile and shapes of all inputs."""
-        last = max((place for place, (name, _) in enumerate(calls) if name == "execution_context"), default=-1)
-        if last < 0 or calls[last][1] == (None,):
-            return False
-        chosen = [place for place, (name, _) in enumerate(calls) if name == "set_optimization_profile_async"]
-        since = calls[chosen[-1] :] if chosen else []
-        return {arguments[0] for name, arguments in since if name == "set_input_shape"} == set(SHAPES[0].shapes)
-
-    known = VERSIONS[version]
-    library = SimpleNamespace(
-        __version__=version,
-        __name__="tensorrt_rtx" if version.startswith("1.") else "tensorrt",
-        ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0, "WARNING": 2, "__init__": lambda self: None}),
-        Builder=lambda logger: builder,
-        OnnxParser=lambda network, logger: parser,
-        NetworkDefinitionCreationFlag=SimpleNamespace(**known.network_flags),
-        BuilderFlag=SimpleNamespace(**{name: name for name in known.builder_flags}),
-        ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),
-        MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
-        HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="ampere"),
-        LayerInformationFormat=SimpleNamespace(JSON="json"),
-        Runtime=runtime,
-        float32="float32",
-        int32="int32",
-        bool="bool",
-        **known.more,
-    )
-    return library, calls
-
-
-def cuts_shapes(graph: bytes) -> bool:
-    """Return whether a serialized graph has a Shape with `start` or `end`."""
-    nodes = onnx.load_from_string(graph).graph.node
-    return any(node.op_type == "Shape" and node.attribute for node in nodes)
-
-
-def gpu() -> Cuda:
-    """Return a GPU with a test double of the driver."""
-    return Cuda(Driver())
-
-
-def options(precision: str = "fp16", target: Any = "tensorrt", **more: Any) -> BuildOptions:
-    return BuildOptions(target=target, precision=precision, profiles=SHAPES, **more)
-
-
-def named(calls: Calls, name: str) -> list[Any]:
-    return [arguments for called, arguments in calls if called == name]
 
 
 @pytest.mark.parametrize(("version", "flag"), [("10.16.1", 2), ("11.4.0", 1)])
@@ -219,8 +27,8 @@ def test_strongly_typed_versions_get_no_precision_flag(version: str, flag: int) 
     assert plan.strongly_typed
     assert plan.timing_cache == b"times"
     assert named(calls, "create_network") == [(flag,)], "STRONGLY_TYPED moved from 1 to 0"
+    assert named(calls, "parse") == [(b"graph",)]
     assert named(calls, "set_flag") == []
-    assert named(calls, "clear_flag") == [("TF32",)]
     assert named(calls, "max_aux_streams") == [(0,)]
     assert named(calls, "set_memory_pool_limit") == [("workspace", 2 * 2**30)]
     assert named(calls, "builder_optimization_level") == [(5,)]
@@ -230,45 +38,59 @@ def test_strongly_typed_versions_get_no_precision_flag(version: str, flag: int) 
 @pytest.mark.parametrize(("precision", "flags"), [("fp32", []), ("fp16", ["FP16"]), ("int8", ["INT8", "FP16"])])
 def test_weakly_typed_version_sets_precision_flags(precision: str, flags: list[str]) -> None:
     library, calls = stand_in("8.6.1")
-    plan = build(EMPTY, options(precision), library=library)
-    assert not plan.strongly_typed
+    assert not build(EMPTY, options(precision), library=library).strongly_typed
     assert named(calls, "set_flag") == [(flag,) for flag in flags]
+    # EXPLICIT_BATCH is flag 0.
+    assert named(calls, "create_network") == [(1,)]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_precision_unsupported_by_version_is_rejected(precision: str) -> None:
-    library, calls = stand_in("8.6.1")
-    with raises(DeviceError, "precision_unsupported", "8.6.1", precision):
-        build(b"graph", options(precision), library=library)
-    assert named(calls, "build_serialized_network") == []
+@pytest.mark.parametrize(
+    ("version", "given", "code", "values"),
+    [
+        ("8.6.1", {"precision": "bf16"}, "precision_unsupported", ("8.6.1", "bf16")),
+        ("8.6.1", {"precision": "fp8"}, "precision_unsupported", ("8.6.1", "fp8")),
+        # The parser of opset 22, which has BF16 convolutions, came with 10.6.
+        ("10.5.0", {"precision": "bf16"}, "precision_unsupported", ("bf16", "10.6")),
+        (
+            "11.4.0",
+            {"precision": "fp8", "hardware_compatible": True},
+            "conflicting_options",
+            ("--hardware-compatible", "fp8"),
+        ),
+        ("11.4.0", {"compute_capabilities": ("8.6",)}, "inapplicable_option", ("--compute-capability",)),
+        ("11.4.0", {"optimization_level": 9}, "invalid_option", ("--optimization-level", 9)),
+        ("11.4.0", {"workspace_gib": 0.0}, "invalid_option", ("--workspace", "0.0")),
+        ("1.7.1", {}, "missing_option", ("--compute-capability",)),
+        ("1.7.1", {"compute_capabilities": ("9.0",)}, "unsupported_compute_capability", ("1.7.1", "9.0", "12.1")),
+        ("1.7.1", {"version_compatible": True}, "inapplicable_option", ("--version-compatible",)),
+        ("1.7.1", {"precision": "fp8", "compute_capabilities": ("8.9",)}, "precision_unsupported", ("fp8",)),
+        ("1.7.1", {"precision": "bf16", "compute_capabilities": ("7.5",)}, "precision_unsupported", ("bf16", "7.5")),
+    ],
+)
+def test_unsupported_options_are_rejected_before_the_build(
+    version: str, given: dict[str, Any], code: str, values: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.engine.builder.cuda_gpu", lambda: None)
+    library, calls = stand_in("10.16.1" if version.startswith("10.") else version)
+    library.__version__ = version
+    target = "tensorrt-rtx" if version == "1.7.1" else "tensorrt"
+    with raises(DeviceError, code, *values):
+        build(b"graph", options(**{"target": target, **given}), library=library)
+    assert calls == []
 
 
-@pytest.mark.parametrize("version", ["8.6.1", "10.16.1", "11.4.0", "1.7.1"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_fp32_disables_tf32_unless_allowed(version: str, precision: str) -> None:
-    rtx: dict[str, Any] = {"target": "tensorrt-rtx", "compute_capabilities": ("8.6",)} if version[0:2] == "1." else {}
-    for allowed in (False, True):
-        library, calls = stand_in(version)
-        build(EMPTY, options(precision, tf32=allowed, **rtx), library=library)
-        assert named(calls, "clear_flag") == ([] if allowed else [("TF32",)])
-
-
-@pytest.mark.parametrize(("version", "refused"), [("10.5.0", True), ("10.6.0", False), ("11.4.0", False)])
-def test_bf16_requires_parser_of_opset_22(version: str, refused: bool) -> None:
+@pytest.mark.parametrize(("version", "precision"), [("10.6.0", "bf16"), ("11.4.0", "bf16"), ("11.4.0", "fp8")])
+def test_supported_precisions_are_accepted(version: str, precision: str) -> None:
     library, _ = stand_in("11.4.0" if version.startswith("11") else "10.16.1")
     library.__version__ = version
-    with raises(DeviceError, "precision_unsupported", "bf16", "10.6") if refused else contextlib.nullcontext():
-        check_options(options("bf16"), library)
+    check_options(options(precision), library)
 
 
-def test_fp8_is_rejected_for_unsupported_hardware() -> None:
-    library, _ = stand_in("1.7.1")
-    with raises(DeviceError, "precision_unsupported", "fp8"):
-        check_options(options("fp8", "tensorrt-rtx", compute_capabilities=("8.9",)), library)
-    library, _ = stand_in("11.4.0")
-    with raises(DeviceError, "conflicting_options", "--hardware-compatible", "fp8"):
-        check_options(options("fp8", hardware_compatible=True), library)
-    check_options(options("fp8"), library)
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_cleared_unless_allowed(allowed: bool) -> None:
+    library, calls = stand_in("11.4.0")
+    build(EMPTY, options("fp32", tf32=allowed), library=library)
+    assert named(calls, "clear_flag") == ([] if allowed else [("TF32",)])
 
 
 def test_each_profile_sets_shapes_of_all_inputs() -> None:
@@ -289,20 +111,9 @@ def test_compatibility_options_set_named_flags() -> None:
 
 def test_rtx_build_sets_compute_capabilities() -> None:
     library, calls = stand_in("1.7.1")
-    given = options(target="tensorrt-rtx", compute_capabilities=("8.6", "12.0"))
-    assert build(b"graph", given, library=library).inspection is None
+    build(b"graph", options(target="tensorrt-rtx", compute_capabilities=("8.6", "12.0")), library=library)
     assert named(calls, "num_compute_capabilities") == [(2,)]
     assert named(calls, "set_compute_capability") == [(86, 0), (120, 1)]
-    with raises(DeviceError, "unsupported_compute_capability", "1.7.1", "9.0"):
-        build(b"graph", options(target="tensorrt-rtx", compute_capabilities=("9.0",)), library=library)
-
-
-def test_rtx_without_gpu_requires_compute_capability() -> None:
-    if cuda_gpu():
-        pytest.skip("this machine has a GPU")
-    library, _ = stand_in("1.7.1")
-    with raises(DeviceError, "missing_option", "--compute-capability"):
-        build(b"graph", options(target="tensorrt-rtx"), library=library)
 
 
 INSPECTED = ("8.6.1", "10.16.1", "11.4.0")
@@ -322,11 +133,12 @@ def test_engine_is_inspected_with_a_context_per_profile(version: str) -> None:
         assert count_layers(read_layers(view.text)).arithmetic == ({} if version == "8.6.1" else {"fp16": 6})
     # 11 shows types, but not formats, without a context.
     assert bool(count_layers(read_layers(inspection.unbound)).arithmetic) == (version == "11.4.0")
+    # Only version-compatible plans may run host code.
+    assert named(calls, "engine_host_code_allowed") == []
 
 
-@pytest.mark.parametrize("version", INSPECTED)
-def test_failed_context_keeps_unbound_inspection(version: str) -> None:
-    library, _ = stand_in(version, context=lambda: None)
+def test_failed_context_keeps_unbound_inspection() -> None:
+    library, _ = stand_in("11.4.0", context=lambda: None)
     driver = Driver()
     inspection = build(EMPTY, options(), library=library, cuda=Cuda(driver)).inspection
     assert inspection is not None
@@ -338,23 +150,17 @@ def test_failed_context_keeps_unbound_inspection(version: str) -> None:
 
 @pytest.mark.parametrize("version", INSPECTED)
 def test_version_compatible_engine_is_inspected(version: str) -> None:
-    library, calls = stand_in(version)
-    plan = build(EMPTY, options(version_compatible=True), library=library, cuda=gpu())
-    assert plan.inspection is not None
-    assert plan.inspection.reason() == ""
-    # Other plans must not allow host code.
-    library, calls = stand_in(version)
-    build(EMPTY, options(), library=library, cuda=gpu())
-    assert named(calls, "engine_host_code_allowed") == []
+    library, _ = stand_in(version)
+    inspection = build(EMPTY, options(version_compatible=True), library=library, cuda=gpu()).inspection
+    assert inspection is not None
+    assert inspection.reason() == ""
 
 
 def test_unloadable_engine_raises_error() -> None:
     library, _ = stand_in("11.4.0")
-    runtime = library.Runtime
     library.Runtime = lambda logger: Recorder(Calls(), "Runtime", deserialize_cuda_engine=lambda plan: None)
     with pytest.raises(PlanNotLoaded):
         build(EMPTY, options(), library=library, cuda=gpu())
-    library.Runtime = runtime
 
 
 @pytest.mark.parametrize(
@@ -386,9 +192,7 @@ def test_rtx_library_contains_messages_of_the_fake() -> None:
 
 def test_timing_cache_of_another_gpu_is_rejected() -> None:
     library, _ = stand_in("11.4.0")
-    builder = library.Builder(None)
-    config = builder.create_builder_config()
-    config._answers["set_timing_cache"] = lambda cache, ignore: False
+    library.Builder(None).create_builder_config()._answers["set_timing_cache"] = lambda cache, ignore: False
     with raises(ModelFileError, "timing_cache_mismatch"):
         build(b"graph", options(), b"old", library)
 
@@ -404,25 +208,8 @@ def test_parse_and_build_failures_raise_model_file_error() -> None:
         build(b"graph", options(), library=library)
 
 
-def test_missing_library_is_named_with_install_command() -> None:
-    try:
-        import tensorrt  # noqa: F401
-    except ImportError:
-        with raises(DeviceError, "missing_library", "tensorrt"):
-            load_library("tensorrt")
-        assert quotes(str(unavailable_reason("tensorrt")), "tensorrt")
-    else:
-        pytest.skip("TensorRT is installed")
-
-
-@pytest.mark.rtx
-def test_used_api_names_exist_in_tensorrt_rtx(exported: dict[str, onnx.ModelProto]) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    library = load_library("tensorrt-rtx")
-    assert is_strongly_typed(library)
-    given = options(target="tensorrt-rtx", compute_capabilities=("8.6", "8.9"), workspace_gib=1, optimization_level=1)
-    plan = build(exported["tiny"].SerializeToString(), given)
-    assert len(plan.plan) > 1000
-    assert plan.library.startswith("tensorrt_rtx 1.")
-    with raises(ModelFileError, "unparsable_graph"):
-        build(b"no graph", given)
+def test_missing_library_is_named_with_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with raises(DeviceError, "missing_library", "tensorrt"):
+        load_library("tensorrt")
+    assert quotes(str(unavailable_reason("tensorrt")), "tensorrt")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from calib.graph.precision_audit import PrecisionStats
-from export.engine.builder import check_options
 from export.engine.precision_verdict import ExpectedPrecision, Verdict, check_size, engine_verdict, require
 from runtime.artifacts.engine_layers import (
     CONTRADICTED,
@@ -22,9 +21,8 @@ from runtime.artifacts.engine_layers import (
     read_layers,
     read_layers_file,
 )
-from runtime.core.errors import CheckFailed, DeviceError
+from runtime.core.errors import CheckFailed
 from tests.export.engine.inspector_doubles import Writer, document, layers
-from tests.export.engine.test_builder import options, stand_in
 from tests.raising import quotes, raises
 
 VERSIONS = ("8.6", "10.16", "11.4", "1.7")
@@ -87,16 +85,13 @@ def inspection(version: str, scenario: str, context: bool = True, hides: bool = 
 
 
 @pytest.mark.parametrize("row", TABLE)
-@pytest.mark.parametrize("column", range(len(VERSIONS)), ids=VERSIONS)
-def test_layer_stats_and_verdict_match_table_per_version(row: str, column: int) -> None:
+def test_layer_stats_and_verdict_match_table_per_version(row: str) -> None:
     known = TABLE[row]
-    if known.cells[column] == NO_SUCH_PLANS:
-        with raises(DeviceError, "inapplicable_option", "--version-compatible"):
-            check_options(options(target="tensorrt-rtx", version_compatible=True), stand_in("1.7.1")[0])
-        return
-    found = inspection(VERSIONS[column], known.scenario, known.context)
-    counted, verdict = engine_verdict(found, known.expected, known.plan_bytes)
-    assert (str(counted), verdict.name) == known.cells[column]
+    for version, cell in zip(VERSIONS, known.cells, strict=True):
+        if cell != NO_SUCH_PLANS:
+            found = inspection(version, known.scenario, known.context)
+            counted, verdict = engine_verdict(found, known.expected, known.plan_bytes)
+            assert (str(counted), verdict.name) == cell, version
 
 
 def test_documentation_table_matches_computed_verdicts() -> None:
@@ -106,15 +101,47 @@ def test_documentation_table_matches_computed_verdicts() -> None:
         assert f"| {row} | {shown} |" in text
     _, verdict = engine_verdict(None, FP16, 0, "the plan is for another GPU")
     assert f"| for another GPU, or built without one | | | | not opened: **{verdict.name}** |" in text
+    assert quotes(verdict.reason, "the plan is for another GPU")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_hidden_types_are_inferred_from_weights_and_kernels(version: str) -> None:
-    hidden = inspection(version, "convolutions", hides=True)
-    counted, verdict = engine_verdict(hidden, FP16, 0)
-    assert verdict.name == PROVEN
-    assert counted is not None
-    assert counted.arithmetic == {"fp16": 4}
+WIDE = document("10.16", "wide", bound=True)
+TF32 = WIDE.replace("f32f32_f32f32_f32", "f32f32_tf32f32_f32")
+COPIES = json.dumps({"Layers": json.loads(WIDE)["Layers"][-1:]})
+GOOD_PROFILE, WIDE_PROFILE = (
+    ProfileView(scenario, {}, document("11.4", scenario, bound=True)) for scenario in ("convolutions", "wide")
+)
+OTHER_CASES = {
+    "int8 that runs in FP16": (inspection("11.4", "convolutions"), INT8, CONTRADICTED),
+    "one of two profiles in FP32": (Inspection("", (GOOD_PROFILE, WIDE_PROFILE)), FP16, CONTRADICTED),
+    "two profiles in FP16": (Inspection("", (GOOD_PROFILE, GOOD_PROFILE)), FP16, PROVEN),
+    "TF32 for FP32, allowed": (Inspection(TF32), ExpectedPrecision("fp32", tf32=True), PROVEN),
+    "TF32 for FP32, not allowed": (Inspection(TF32), ExpectedPrecision("fp32"), CONTRADICTED),
+    "TF32 for FP16": (Inspection(TF32), ExpectedPrecision("fp16", tf32=True), CONTRADICTED),
+    "only copies": (Inspection(COPIES), FP16, NOT_PROVEN),
+    # Types are inferred from weights and names of kernels.
+    **{
+        f"hidden types in {version}": (inspection(version, "convolutions", hides=True), FP16, PROVEN)
+        for version in VERSIONS
+    },
+    **{
+        f"{precision} without evidence": (
+            inspection("10.16", "generated", hides=True),
+            ExpectedPrecision(precision),
+            NOT_PROVEN,
+        )
+        for precision in ("fp32", "fp16", "bf16", "int8", "fp8")
+    },
+    **{
+        f"unreadable text {text[:20]!r}": (Inspection(text), FP16, NOT_PROVEN)
+        for text in ("", "{}", "[]", '{"Layers": 3}', "[" * 100_000)
+    },
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CASES)
+def test_verdict_follows_the_evidence(case: str) -> None:
+    found, expected, name = OTHER_CASES[case]
+    assert engine_verdict(found, expected, 0)[1].name == name
 
 
 RECORDED = Path(__file__).parents[1] / "recorded"
@@ -150,42 +177,12 @@ def test_control_characters_in_inspector_json_are_read() -> None:
     assert len(view["bound"]["Layers"]) == len(json.loads(text, strict=False)["Layers"])
 
 
-def test_types_without_evidence_are_not_proven_not_rejected() -> None:
-    for precision in ("fp32", "fp16", "bf16", "int8", "fp8"):
-        _, verdict = engine_verdict(inspection("10.16", "generated", hides=True), ExpectedPrecision(precision), 0)
-        assert verdict.name == NOT_PROVEN
-        require(verdict, precision)
-        _, verdict = engine_verdict(None, ExpectedPrecision(precision), 0, "no GPU")
-        assert verdict.name == NOT_PROVEN
-        assert quotes(verdict.reason, "no GPU")  # the reason given above
-
-
-def test_unreadable_inspector_output_is_not_proven() -> None:
-    for text in ("", "{}", "[]", '{"Layers": 3}', "[" * 100_000):
-        counted, verdict = engine_verdict(Inspection(text), FP16, 0)
-        assert counted is None
-        assert verdict.name == NOT_PROVEN
-
-
 def test_contradicted_is_exit_code_1() -> None:
     _, verdict = engine_verdict(inspection("11.4", "wide"), FP16, 0)
     with raises(CheckFailed, "precision_contradicted", "fp16"):
         require(verdict, "fp16")
     require(Verdict(PROVEN, ""), "fp16")
     require(Verdict(NOT_PROVEN, ""), "fp16")
-
-
-def test_copy_layers_alone_are_not_proven() -> None:
-    only_copies = {"Layers": json.loads(document("10.16", "wide", bound=True))["Layers"][-1:]}
-    _, verdict = engine_verdict(Inspection(json.dumps(only_copies)), FP16, 0)
-    assert verdict.name == NOT_PROVEN
-
-
-def test_one_contradicting_profile_contradicts_the_engine() -> None:
-    good = ProfileView("one query", {}, document("11.4", "convolutions", bound=True))
-    bad = ProfileView("several queries", {}, document("11.4", "wide", bound=True))
-    assert engine_verdict(Inspection("", (good, bad)), FP16, 0)[1].name == CONTRADICTED
-    assert engine_verdict(Inspection("", (good, good)), FP16, 0)[1].name == PROVEN
 
 
 def test_tensorrt_8_layers_are_counted_for_one_profile() -> None:
@@ -228,19 +225,6 @@ def test_nodes_in_fp32_must_not_be_narrower(kind: str, expected: str) -> None:
     ):
         _, verdict = engine_verdict(Inspection(json.dumps({"Layers": [*found[:-1], hidden]})), expected_precision, 0)
         assert verdict.name == PROVEN
-
-
-def test_int8_that_runs_in_fp16_throughout_is_contradicted() -> None:
-    _, verdict = engine_verdict(inspection("11.4", "convolutions"), INT8, 0)
-    assert verdict.name == CONTRADICTED
-
-
-@pytest.mark.parametrize(("allowed", "expected"), [(True, PROVEN), (False, CONTRADICTED)])
-def test_tf32_kernels_are_fp32_only_if_allowed(allowed: bool, expected: str) -> None:
-    text = document("10.16", "wide", bound=True).replace("f32f32_f32f32_f32", "f32f32_tf32f32_f32")
-    assert engine_verdict(Inspection(text), ExpectedPrecision("fp32", tf32=allowed), 0)[1].name == expected
-    # It is wider than FP16 in any case.
-    assert engine_verdict(Inspection(text), ExpectedPrecision("fp16", tf32=allowed), 0)[1].name == CONTRADICTED
 
 
 def test_engine_size_over_expectation_is_only_a_warning() -> None:

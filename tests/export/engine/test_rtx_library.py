@@ -15,9 +15,9 @@ from export.engine.profiles import Profile
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.tensorrt_backend import open_engine
 from runtime.backends.tensorrt_logger import logger_for
-from runtime.core.errors import DeviceError
+from runtime.core.errors import DeviceError, ModelFileError
 from tests.export.conftest import TINY, manifest
-from tests.export.engine.test_builder import VERSIONS
+from tests.export.engine.builder_double import VERSIONS
 from tests.raising import raises
 
 pytestmark = pytest.mark.rtx
@@ -52,6 +52,11 @@ def test_plan_header_records_compute_capabilities(trt: Any) -> None:
     bits = [int.from_bytes(plan[CAPABILITIES], "little") for plan in (one, other, both)]
     assert all(bit.bit_count() == 1 for bit in bits[:2])
     assert bits[0] | bits[1] == bits[2] != bits[0]
+
+
+def test_graph_that_cannot_be_parsed_is_reported(trt: Any) -> None:
+    with raises(ModelFileError, "unparsable_graph", trt.__version__):
+        build(b"no graph", options("8.6"))
 
 
 def test_supported_compute_capabilities_are_documented(trt: Any) -> None:

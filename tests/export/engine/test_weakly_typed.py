@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +21,17 @@ from export.engine.builder import build
 from export.engine.weakly_typed import node_of, prepare, without_types
 from runtime.core.errors import ModelFileError
 from tests.export.conftest import CONFIGS, TINY, random_inputs
-from tests.export.engine.test_builder import EMPTY, Calls, Recorder, cuts_shapes, named, options, stand_in
+from tests.export.engine.builder_double import (
+    EMPTY,
+    Calls,
+    Recorder,
+    cuts_shapes,
+    layer,
+    named,
+    options,
+    stand_in,
+    with_layers,
+)
 from tests.export.test_rtx_builds import table_for
 from tests.raising import raises
 
@@ -130,16 +137,6 @@ def test_fp32_modules_are_read_from_the_graph(kept: tuple[str, ...], exported: d
     assert prepared.fp32_nodes == fp32_nodes(half) <= prepared.nodes
 
 
-def layer(calls: Calls, name: str, kind: str = "CONVOLUTION", precision: str = "float32", **more: Any) -> Recorder:
-    about = {"is_shape_tensor": more.get("shapes", False), "dtype": more.get("dtype", "float32")}
-    inputs = [Recorder(calls, "ITensor", name=read, **about) for read in more.get("reads", ("input",))]
-    output = Recorder(calls, "ITensor", name=f"{name}_output", **about)
-    return Recorder(
-        calls, "ILayer", name=name, type=f"LayerType.{kind}", precision=precision, num_inputs=len(inputs),
-        num_outputs=1, get_input=lambda index: inputs[index], get_output=lambda index: output,
-    )  # fmt: skip
-
-
 def test_fp32_nodes_stay_fp32_and_untyped_layers_are_skipped(
     exported: dict[str, onnx.ModelProto], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -161,9 +158,7 @@ def test_fp32_nodes_stay_fp32_and_untyped_layers_are_skipped(
         layer(calls, f"{kept}_7", "DEQUANTIZE"),
         layer(calls, "(Unnamed Layer* 7) [Shuffle]", "SHUFFLE"),
     ]
-    network = library.Builder(None).create_network(1)
-    layers = [*held, *others]
-    network._answers.update(num_layers=len(layers), get_layer=lambda index: layers[index])
+    with_layers(library, [*held, *others])
     build(half.SerializeToString(), options(), library=library)
     assert named(calls, "precision") == [("float32",)] * len(held)
     assert not caplog.records
@@ -172,8 +167,8 @@ def test_fp32_nodes_stay_fp32_and_untyped_layers_are_skipped(
     assert not FLOATS & {tensor.data_type for tensor in given.graph.initializer}
 
 
-def precisions_of(layers: list[Recorder]) -> dict[str, str]:
-    """Return a dictionary that records the precision of each layer by name."""
+def precisions(graph: onnx.ModelProto, layers: list[Recorder], precision: str = "fp16") -> dict[str, str]:
+    """Build a graph in 8.6 as these layers, and return the precisions that are set, by layer."""
     written: dict[str, str] = {}
 
     def record(entry: tuple[str, tuple[str, ...]], name: str) -> None:
@@ -182,6 +177,10 @@ def precisions_of(layers: list[Recorder]) -> dict[str, str]:
 
     for one in layers:
         one._calls.append = functools.partial(record, name=one.name)  # type: ignore[method-assign]
+    library, calls = stand_in("8.6.1")
+    with_layers(library, layers)
+    build(graph.SerializeToString(), options(precision), library=library)
+    assert ("OBEY_PRECISION_CONSTRAINTS",) in named(calls, "set_flag")
     return written
 
 
@@ -190,7 +189,6 @@ def test_unnamed_layers_that_only_fp32_layers_read_stay_fp32(exported: dict[str,
     (exp,) = (node for node in half.graph.node if node.op_type == "Exp")
     (scale,) = (node for node in half.graph.node if exp.input[0] in node.output)
     first, second, shared = (f"(Unnamed Layer* {number}) [Shuffle]" for number in (1, 2, 3))
-    library, _ = stand_in("8.6.1")
     layers = [
         layer(Calls(), first, "SHUFFLE"),
         layer(Calls(), second, "SHUFFLE", reads=(f"{first}_output",)),
@@ -199,11 +197,7 @@ def test_unnamed_layers_that_only_fp32_layers_read_stay_fp32(exported: dict[str,
         layer(Calls(), exp.name, "UNARY", reads=(f"{scale.name}_output",)),
         layer(Calls(), "prop_fc/Conv", reads=(f"{shared}_output",)),
     ]
-    written = precisions_of(layers)
-    network = library.Builder(None).create_network(1)
-    network._answers.update(num_layers=len(layers), get_layer=lambda index: layers[index])
-    build(half.SerializeToString(), options(), library=library)
-    assert written == dict.fromkeys((first, second, scale.name, exp.name), "float32")
+    assert precisions(half, layers) == dict.fromkeys((first, second, scale.name, exp.name), "float32")
 
 
 @pytest.mark.parametrize("part", ["whole", "query", "unrolled", "int8"])
@@ -212,16 +206,11 @@ def test_only_exp_and_scale_are_fp32_by_default(
 ) -> None:
     half = convert_to_half(exported["tiny"])
     graph = {"whole": half, "query": split_graph(half)[1], "unrolled": unroll_lstm(half, 6), "int8": int8}[part]
-    library, calls = stand_in("8.6.1")
     layers = [layer(Calls(), node.name) for node in without_types(graph).graph.node]
-    written = precisions_of(layers)
-    network = library.Builder(None).create_network(1)
-    network._answers.update(num_layers=len(layers), get_layer=lambda index: layers[index])
-    build(graph.SerializeToString(), options("int8" if part == "int8" else "fp16"), library=library)
+    written = precisions(graph, layers, "int8" if part == "int8" else "fp16")
     (exp,) = (node for node in graph.graph.node if node.op_type == "Exp")
     (scale,) = (node for node in graph.graph.node if exp.input[0] in node.output)
     assert written == dict.fromkeys((exp.name, scale.name), "float32")
-    assert ("OBEY_PRECISION_CONSTRAINTS",) in named(calls, "set_flag")
 
 
 def test_node_without_layer_is_a_warning(
@@ -245,14 +234,6 @@ def test_layer_maps_to_node_with_longest_matching_name() -> None:
         assert node_of(layer_name, nodes) == node
 
 
-def test_later_versions_parse_the_typed_graph_unchanged(exported: dict[str, onnx.ModelProto]) -> None:
-    library, calls = stand_in("11.4.0")
-    graph = convert_to_half(exported["tiny"], keep=("prop_fc",)).SerializeToString()
-    build(graph, options(), library=library)
-    assert named(calls, "parse") == [(graph,)]
-    assert named(calls, "set_flag") == []
-
-
 def test_invalid_graph_raises_not_onnx() -> None:
     library, _ = stand_in("8.6.1")
     with raises(ModelFileError, "not_onnx"):
@@ -273,18 +254,6 @@ def test_tactic_sources_exclude_cublas_and_cudnn() -> None:
     ((chosen,),) = named(calls, "set_tactic_sources")
     sources = library.TacticSource
     assert chosen == 1 << sources.EDGE_MASK_CONVOLUTIONS | 1 << sources.JIT_CONVOLUTIONS
-
-
-def test_no_other_module_mentions_weak_typing() -> None:
-    root = Path(__file__).parents[3]
-    packages = ("export", "calib", "train", "runtime", "benchmarks")
-    paths = [path for package in packages for path in (root / package).rglob("*.py")]
-    assert len(paths) > 50
-    for path in paths:
-        if path.name != "weakly_typed.py":
-            # Python's weak references have other names.
-            text = re.sub("weakly_typed|weakref|WeakSet", "", path.read_text(encoding="utf-8"))
-            assert "weak" not in text.lower(), path
 
 
 def test_bfloat16_weights_keep_their_values(exported: dict[str, onnx.ModelProto]) -> None:

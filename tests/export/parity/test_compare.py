@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.parity.compare import RESAMPLES, bootstrap, collect_outputs, compare, mcnemar, score_shift
-from export.parity.parity_result import AccuracyBudget, MetricDelta, unresolved_drops, violations
+from export.parity.parity_result import AccuracyBudget, MetricDelta, ParityResult, unresolved_drops, violations
 from export.parity.parity_tables import parity_tables
 from runtime import Grounder, Vocabulary
 from runtime.artifacts.manifest import Features, Manifest
@@ -35,13 +35,20 @@ Spans = Sequence[tuple[float, float]]
 
 
 class Scripted:
-    """Answers the query of word k with the spans of row k, best first, for any video."""
+    """Answers the query of word k with the spans of row k, best first, for any video.
 
-    def __init__(self, answers: Sequence[Spans], **manifest: object) -> None:
+    Args:
+        change: changes the heads of a batch.
+        manifest: fields of the manifest that differ from the defaults.
+    """
+
+    def __init__(
+        self, answers: Sequence[Spans], change: Callable[[Batch, Heads], object] | None = None, **manifest: object
+    ) -> None:
         words = {f"word{index}": index for index in range(1, len(QUERIES) + 1)}
         fields = {"vocabulary": Vocabulary(words), "decoding": Decoding(), "features": Features(dim=4)}
         self.manifest = Manifest(**{**fields, **manifest})
-        self.answers = answers
+        self.answers, self.change = answers, change
         self.batches: list[Batch] = []
 
     def run(self, batch: Batch) -> Heads:
@@ -54,7 +61,10 @@ class Scripted:
             for index, (start, end) in enumerate(self.answers[word - 1]):
                 matching[row, index] = 4 - index
                 distances[row, index] = index + 0.5 - 32 * start, 32 * end - index - 0.5
-        return Heads(matching, distances, iou)
+        heads = Heads(matching, distances, iou)
+        if self.change:
+            self.change(batch, heads)
+        return heads
 
 
 @pytest.fixture
@@ -132,14 +142,17 @@ def test_boundary_errors_are_in_seconds_of_the_video(data_set: DataSet) -> None:
     assert found.overlap.min == pytest.approx(5 / 6)
 
 
-def test_head_errors_match_hand_computed_values(data_set: DataSet) -> None:
-    class Off(Scripted):
-        def run(self, batch: Batch) -> Heads:
-            heads = super().run(batch)
-            return dataclasses.replace(heads, iou_logits=heads.iou_logits - np.arange(56, dtype=np.float32) / 100)
+def compare_with_changed(data_set: DataSet, change: Callable[[Batch, Heads], object]) -> ParityResult:
+    """Compare a correct model with one whose heads are changed."""
+    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(alone(*TRUTHS), change))
+    return compare(*sides, data_set, data_set.annotations("test"))
 
-    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Off(alone(*TRUTHS)))
-    found = compare(*sides, data_set, data_set.annotations("test")).heads
+
+def test_head_errors_match_hand_computed_values(data_set: DataSet) -> None:
+    def lower(batch: Batch, heads: Heads) -> None:
+        heads.iou_logits[:] -= np.arange(56, dtype=np.float32) / 100
+
+    found = compare_with_changed(data_set, lower).heads
     assert found["matching_logits"].max == 0
     assert found["matching_logits"].largest == 9
     iou = found["iou_logits"]
@@ -190,18 +203,10 @@ def test_order_change_below_rank_one_is_counted_separately(data_set: DataSet) ->
     assert found.boundaries.max == 0
     found = parity(data_set, [spans] * 4, [spans, spans, spans[::-1], spans[::-1]])
     assert (found.order.first, found.order.five) == (0.5, 0.5)
-
-
-def test_missing_moment_counts_as_order_change(data_set: DataSet) -> None:
-    spans = [(0.0, 0.1), (0.2, 0.3), (0.4, 0.5)]
-    found = parity(data_set, [spans] * 4, [spans[:2], *[spans] * 3])
-    assert (found.order.first, found.order.five) == (1, 0.75)
-
-
-def test_identical_moments_do_not_count_as_order_change(data_set: DataSet) -> None:
-    spans = [(0.0, 1.0), (0.0, 1.0), (0.3, 0.3)]
-    found = parity(data_set, [spans] * 4, [spans] * 4)
-    assert found.order.five == 1
+    found = parity(data_set, [spans[:3]] * 4, [spans[:2], *[spans[:3]] * 3])
+    assert (found.order.first, found.order.five) == (1, 0.75), "a missing moment is a change"
+    equal = [(0.0, 1.0), (0.0, 1.0), (0.3, 0.3)]
+    assert parity(data_set, [equal] * 4, [equal] * 4).order.five == 1
 
 
 def test_both_models_get_identical_batches_once(data_set: DataSet) -> None:
@@ -215,36 +220,29 @@ def test_both_models_get_identical_batches_once(data_set: DataSet) -> None:
         assert all(np.array_equal(value, vars(theirs)[name]) for name, value in vars(ours).items())
 
 
-def test_concurrent_models_agree_and_read_each_video_once(data_set: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+MOVED = ((0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0))
+
+
+@pytest.mark.parametrize("options", [{"concurrent": True}, {"batch_size": 1}])
+def test_result_does_not_depend_on_threads_or_batch_size(
+    data_set: DataSet, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = parity(data_set, alone(*TRUTHS), alone(*MOVED))
     read: list[str] = []
     original = DataSet.video
     monkeypatch.setattr(DataSet, "video", lambda self, name: read.append(name) or original(self, name))
-    other = alone((0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0))
-    annotations = data_set.annotations("test")
-    found = [
-        compare(
-            Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(other)), data_set, annotations, concurrent=concurrent
-        )
-        for concurrent in (False, True)
-    ]
-    assert found[0] == found[1]
-    assert sorted(read) == sorted(2 * [*{entry.video for entry in annotations}]), "once a comparison"
+    assert parity(data_set, alone(*TRUTHS), alone(*MOVED), **options) == expected
+    assert sorted(read) == ["OTHER", "VIDEO"], "each video is read once"
 
 
 def test_known_reference_outputs_are_not_recomputed(data_set: DataSet) -> None:
-    sides = [Scripted(alone(*TRUTHS)), Scripted(alone((0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0)))]
+    sides = [Scripted(alone(*TRUTHS)), Scripted(alone(*MOVED))]
     annotations = data_set.annotations("test")
     whole = compare(*map(Grounder, sides), data_set, annotations)
     known = collect_outputs(Grounder(Scripted(alone(*TRUTHS))), data_set, annotations)
     silent = Scripted(alone(*TRUTHS))
     assert compare(Grounder(silent), Grounder(sides[1]), data_set, annotations, known=known) == whole
     assert silent.batches == []
-
-
-def test_result_does_not_depend_on_batch_size(data_set: DataSet) -> None:
-    other = [(0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0)]
-    whole = parity(data_set, alone(*TRUTHS), alone(*other))
-    assert parity(data_set, alone(*TRUTHS), alone(*other), batch_size=1) == whole
 
 
 def test_prior_is_fitted_on_training_split(data_set: DataSet) -> None:
@@ -268,17 +266,14 @@ def test_worst_queries_are_sorted_with_moments_and_truth(data_set: DataSet) -> N
     assert worst.shift == pytest.approx(24)
 
 
-@pytest.mark.parametrize("head", ["matching_logits", "boundary_distances", "iou_logits"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("head", "value"), [("matching_logits", np.nan), ("boundary_distances", np.inf), ("iou_logits", np.nan)]
+)
 def test_non_finite_values_fail_but_produce_a_report(data_set: DataSet, head: str, value: float) -> None:
-    class Overflowed(Scripted):
-        def run(self, batch: Batch) -> Heads:
-            heads = super().run(batch)
-            getattr(heads, head)[batch.query_tokens[:, 0] == 2] = value
-            return heads
+    def overflow(batch: Batch, heads: Heads) -> None:
+        getattr(heads, head)[batch.query_tokens[:, 0] == 2] = value
 
-    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Overflowed(alone(*TRUTHS)))
-    found = compare(*sides, data_set, data_set.annotations("test"))
+    found = compare_with_changed(data_set, overflow)
     assert found.heads[head].not_finite == (112 if head == "boundary_distances" else 56)
     assert math.isfinite(found.heads[head].max)
     assert {name for name, error in found.heads.items() if error.not_finite} == {head}
@@ -292,13 +287,10 @@ def test_non_finite_values_fail_but_produce_a_report(data_set: DataSet, head: st
 
 
 def test_model_returning_only_nan_has_zero_miou(data_set: DataSet) -> None:
-    class Nan(Scripted):
-        def run(self, batch: Batch) -> Heads:
-            heads = super().run(batch)
-            return Heads(heads.matching_logits, *(np.full_like(a, np.nan) for a in list(vars(heads).values())[1:]))
+    def fail(batch: Batch, heads: Heads) -> None:
+        heads.boundary_distances[:] = heads.iou_logits[:] = np.nan
 
-    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Nan(alone(*TRUTHS)))
-    found = compare(*sides, data_set, data_set.annotations("test"))
+    found = compare_with_changed(data_set, fail)
     assert found.other.values["mIoU"] == 0
     assert found.boundaries.max == 40
     assert {row.other for row in found.worst} == {None}
@@ -306,13 +298,10 @@ def test_model_returning_only_nan_has_zero_miou(data_set: DataSet) -> None:
 
 
 def test_compare_reference_not_finite_names_features(data_set: DataSet) -> None:
-    class Overflowing(Scripted):
-        def run(self, batch: Batch) -> Heads:
-            heads = super().run(batch)
-            heads.boundary_distances[batch.segment_features.any(axis=(1, 2))] = np.inf
-            return heads
+    def overflow(batch: Batch, heads: Heads) -> None:
+        heads.boundary_distances[batch.segment_features.any(axis=(1, 2))] = np.inf
 
-    sides = Grounder(Overflowing(alone(*TRUTHS))), Grounder(Scripted(alone(*TRUTHS)))
+    sides = Grounder(Scripted(alone(*TRUTHS), overflow)), Grounder(Scripted(alone(*TRUTHS)))
     with raises(FeatureError, "features_out_of_scale"):
         compare(*sides, data_set, data_set.annotations("test"))
 

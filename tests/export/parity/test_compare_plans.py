@@ -28,12 +28,14 @@ from export.parity.parity_report import ParityReport
 from export.parity.parity_result import AccuracyBudget
 from export.parity.run_parity import run_parity_check
 from runtime import Grounder
-from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN
+from runtime.artifacts.engine_layers import CONTRADICTED, NOT_PROVEN, PROVEN, layers_path
+from runtime.artifacts.engine_metadata import read_sidecar
 from runtime.backends.cuda_driver import Cuda
-from runtime.backends.tensorrt_backend import open_engine
+from runtime.backends.tensorrt_backend import open_engine, short_query_plans
 from runtime.core.errors import CheckFailed, ShapeError
 from runtime.core.io.digests import sha256
 from runtime.datasets.dataset import Annotation, DataSet
+from tests.export.conftest import with_changed_weights
 from tests.raising import raises
 
 LONGEST = 12
@@ -66,9 +68,11 @@ class Case:
         shapes = profiles((1, 4, 8), (1, 8, LONGEST), manifest)
         content: dict[str, Any] = {}
         for tokens in (*steps, 0):
-            written = unroll_lstm(graph, tokens) if tokens else onnx.ModelProto.FromString(graph.SerializeToString())
+            written = unroll_lstm(graph, tokens) if tokens else graph
             if tokens in wrong:
-                reverse(written)
+                written = with_changed_weights(
+                    written, np.negative, "fcos.head.iou_scores.1.weight", "fcos.head.scales"
+                )
             path = self.directory / f"plan.{tokens}.onnx"
             onnx.save(written, path)
             built = [with_fixed_query_length(profile, tokens) for profile in shapes] if tokens else shapes
@@ -89,14 +93,6 @@ class Case:
         return run_parity_check(
             sides, files, self.data_set, self.annotations, AccuracyBudget(), split="test", command="command"
         )
-
-
-def reverse(graph: onnx.ModelProto) -> None:
-    """Negate the IoU head of a graph."""
-    for tensor in graph.graph.initializer:
-        if tensor.name in ("fcos.head.iou_scores.1.weight", "fcos.head.scales"):
-            values = -onnx.numpy_helper.to_array(tensor)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(values, np.float32), tensor.name))
 
 
 @pytest.fixture
@@ -179,21 +175,29 @@ def test_engine_losses_count_as_share_of_all_queries(case: Case) -> None:
     assert check.verdict(len(lengths), loose)[0] == PROVEN
 
 
-def test_build_rejects_engine_with_wrong_loop_engine(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_that_fail_the_check_are_renamed_together(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     longest = max(case.lengths())
     engine = case.engine((longest,), wrong=(0,))
-    monkeypatch.setattr(Grounder, "load", lambda path, *_: case.open(path))
+    short = engine.with_name(f"drn.fp32.{longest}.engine")
+    layers_path(short).write_bytes(b"layers")
     graph = onnx.load(case.model)
+    monkeypatch.setattr(Grounder, "load", lambda path, *_: case.open(path))
     job: Any = SimpleNamespace(output=engine, precision="fp32", sibling_path=lambda name: case.directory / name)
     request = BuildRequest(case.model, precision="fp32", threads=1)
     checker = ParityChecker(request, job, engine, "command", case.model, graph, case.data_set, case.annotations)
-    short = engine.with_name(f"drn.fp32.{longest}.engine")
     made: Any = SimpleNamespace(manifest=read_manifest(graph))
-    monkeypatch.setattr(ParityChecker, "write_reports", lambda *_: None)
+    reports: list[ParityReport] = []
+    monkeypatch.setattr(ParityChecker, "write_reports", lambda self, report, *_: reports.append(report))
     with raises(CheckFailed, "parity_failed", "--optimization-level"):
         _check_engine(checker, made, [short, engine])
-    assert not engine.exists()
-    assert not short.exists()
+    names = ("drn.fp32.rejected.engine", f"drn.fp32.{longest}.rejected.engine")
+    assert {path.name for path in case.directory.glob("*.engine*")} == {*names, *(f"{name}.json" for name in names)}
+    rejected, other = (case.directory / name for name in names)
+    assert reports[0].model.path == rejected
+    assert "plan.0.onnx" in read_sidecar(rejected).content["sha256"]
+    assert layers_path(other).read_bytes() == b"layers"
+    # They can be opened together.
+    assert [path for path, _ in short_query_plans(rejected, read_sidecar(rejected))] == [other]
 
 
 def test_only_limits_queries_to_one_engine(case: Case) -> None:
