@@ -12,12 +12,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from calib.calibrate import measure_table
-from calib.calibration_set import sample_calibration_set
+from calib.calibration_table import CalibrationTable
 from calib.graph.half_precision import convert_to_half
-from calib.graph.onnx_graph import load_fp32_graph, load_onnx, manifest_in, read_manifest
+from calib.graph.onnx_graph import load_fp32_graph, load_onnx, manifest_in
 from calib.graph.split_model import pair_paths, split_graph, write_split_model
-from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
+from calib.qdq_quantizer import insert_qdq
 from export.seal import seal_model
 from export.to_onnx import to_onnx
 from export.triton.model_config import ServingOptions, read_model
@@ -91,10 +90,10 @@ def test_damaged_model_parts_are_rejected(exported: dict[str, onnx.ModelProto], 
         return b"".join(array.tobytes() for array in vars(found).values())
 
     files = {"video": video, "query": query}
-    assert count_refused(files[part], answer, ModelFileError) == 40
+    assert count_refused(files[part], answer, ModelFileError, 10) == 10
 
 
-@pytest.mark.parametrize("manifest", ["{", "[1]", "1", ""])
+@pytest.mark.parametrize("manifest", ["{", "[1]"])
 def test_seal_model_with_damaged_manifest_is_rejected(tmp_path: Path, manifest: str) -> None:
     path = tmp_path / "drn.onnx"
     graph = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
@@ -119,34 +118,29 @@ def test_damaged_external_data_is_rejected(graph: Path, tmp_path: Path, name: st
         open_backend(path, "cpu")
     seal_model(path)
     assert heads(path)() == heads(graph)()
-    assert count_refused(path.parent / name, heads(path), ModelFileError) == 40
+    assert count_refused(path.parent / name, heads(path), ModelFileError, 10) == 10
 
 
-def test_damaged_int8_and_fp16_graphs_are_rejected(models: Path, planted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", "fp16"])
+def test_damaged_converted_graph_is_rejected(
+    models: Path, planted: Path, table: Path, tmp_path: Path, kind: str
+) -> None:
     source = load_fp32_graph(models / "drn.onnx")
-    table = measure_table(
-        source, sample_calibration_set(DataSet(planted), read_manifest(source), 64), "minmax", threads=1
-    )
-    asked = DataSet(planted).annotations("test")[:4]
-    (_, batch) = next(iter(batches_of(Grounder.load(models / "drn.onnx", "cpu", 1), DataSet(planted), asked, 4)))
-    for kind, narrow in (
-        ("int8", insert_qdq(source, table, QuantizationPolicy(), "int8")),
-        ("fp16", convert_to_half(source, "fp16")),
-    ):
-        path = tmp_path / f"drn.{kind}.onnx"
-        path.write_bytes(with_digest(narrow.SerializeToString()))
-        assert count_refused(path, heads(path, batch), ModelFileError, 20) == 20
+    converted = insert_qdq(source, CalibrationTable.load(table)) if kind == "int8" else convert_to_half(source)
+    annotations = DataSet(planted).annotations("test")[:4]
+    grounder = Grounder.load(models / "drn.onnx", "cpu", 1)
+    ((_, batch),) = batches_of(grounder, DataSet(planted), annotations, 4)
+    path = tmp_path / "drn.converted.onnx"
+    path.write_bytes(with_digest(converted.SerializeToString()))
+    assert count_refused(path, heads(path, batch), ModelFileError, 10) == 10
 
 
 @pytest.mark.parametrize("read", [load_onnx, load_fp32_graph, manifest_in, check, describe])
 def test_every_graph_reader_rejects_damage(graph: Path, read: Callable[[Path], Any]) -> None:
     read(graph)
-    refused = 0
-    for _ in damaged(graph, random_bits(graph.read_bytes(), 10)):
+    for _ in damaged(graph, random_bits(graph.read_bytes(), 5)):
         with raises(ModelFileError, "digest_mismatch", graph):
             read(graph)
-        refused += 1
-    assert refused == 10
 
 
 @pytest.mark.parametrize("part", [0, 1])
@@ -174,7 +168,7 @@ def test_damaged_extractor_is_rejected(tmp_path: Path) -> None:
     path = write_clips(tmp_path / "c3d.onnx")
     path.write_bytes(with_digest(path.read_bytes()))
     clips = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 24, 3), np.uint8)
-    assert count_refused(path, features(path, clips), ModelFileError) == 40
+    assert count_refused(path, features(path, clips), ModelFileError, 10) == 10
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "encoder.onnx.json"])

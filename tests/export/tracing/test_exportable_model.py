@@ -29,12 +29,10 @@ def assert_same(found: NetworkHeads, wanted: NetworkHeads) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("lengths", [[1], [7], [5, 5], [7, 1, 3, 7, 2], list(range(1, 13)), list(range(12, 0, -1))])
-def test_exportable_model_equals_network(
-    networks: dict[str, DRN], graphs: dict[str, ExportableDRN], name: str, lengths: list[int]
-) -> None:
-    inputs = random_inputs(CONFIGS[name], lengths)
-    assert_same(answers(graphs[name], inputs), answers(networks[name], inputs))
+def test_exportable_model_equals_network(networks: dict[str, DRN], graphs: dict[str, ExportableDRN], name: str) -> None:
+    for lengths in ([1], [7], [5, 5], [7, 1, 3, 7, 2], [*range(1, 13)], [*range(12, 0, -1)]):
+        inputs = random_inputs(CONFIGS[name], lengths)
+        assert_same(answers(graphs[name], inputs), answers(networks[name], inputs))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

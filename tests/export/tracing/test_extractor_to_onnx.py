@@ -26,30 +26,20 @@ from runtime.media.video_file import probe, read_frames
 from tests import tolerances
 from tests.export.narrow_c3d import TINY, lively
 from tests.export.narrow_i3d import TINY as TINY_I3D
-from tests.export.narrow_i3d import pytorch_i3d
 from tests.films import film
 from tests.raising import raises
 from train.checkpoints import load_checkpoint
 from train.extractors.c3d import C3D, MEANS
-from train.extractors.checkpoint import from_published, load_extractor, save_extractor
-from train.extractors.published import ExtractorCheckpoint
+from train.extractors.checkpoint import load_extractor
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("c3d") / "c3d.pt"
-    weights = lively().state_dict()
-    save_extractor(path, ExtractorCheckpoint(TINY, MEANS["plain"], weights, {"c3d.pickle": "1" * 64}))
-    return path
+@pytest.fixture
+def checkpoint(c3d: Path) -> Path:
+    return c3d.with_suffix(".pt")
 
 
-@pytest.fixture(scope="module")
-def exported(checkpoint: Path) -> Path:
-    return to_onnx(checkpoint, checkpoint.with_name("c3d.onnx"))
-
-
-def test_onnx_extractor_equals_torch_for_any_clip_count(checkpoint: Path, exported: Path) -> None:
-    extractor = open_extractor(exported, "cpu", 1)
+def test_onnx_extractor_equals_torch_for_any_clip_count(c3d: Path) -> None:
+    extractor = open_extractor(c3d, "cpu", 1)
     assert isinstance(extractor, ClipExtractor)
     model = lively()
     rng = np.random.default_rng(5)
@@ -61,19 +51,19 @@ def test_onnx_extractor_equals_torch_for_any_clip_count(checkpoint: Path, export
         assert relative_difference(extractor.extract(batch), wanted) <= tolerances.EXPORTED
 
 
-def test_extractor_graph_records_inputs_and_sources(checkpoint: Path, exported: Path) -> None:
-    manifest = open_extractor(exported, "cpu", 1).manifest
+def test_extractor_graph_records_inputs_and_sources(c3d: Path) -> None:
+    manifest = open_extractor(c3d, "cpu", 1).manifest
     assert (manifest.kind, manifest.dim, manifest.window, manifest.stride) == ("C3D", 32, 16, 8)
     assert manifest.mean == MEANS["plain"]
-    assert manifest.sources == {"c3d.pickle": "1" * 64, "c3d.pt": sha256(checkpoint)}
-    graph = onnx.load(exported).graph
+    assert manifest.sources == {"c3d.pickle": "1" * 64, "c3d.pt": sha256(c3d.with_suffix(".pt"))}
+    graph = onnx.load(c3d).graph
     assert [value.name for value in (*graph.input, *graph.output)] == ["clips", "features"]
     assert {tensor.name for tensor in graph.initializer} >= {"conv1a.weight", "conv5b.bias", "fc6.bias"}
-    assert onnx.load(exported).opset_import[0].version == 17
+    assert onnx.load(c3d).opset_import[0].version == 17
 
 
-def test_extractor_runs_on_clips_of_a_video(tmp_path: Path, exported: Path) -> None:
-    extractor = open_extractor(exported, "cpu", 1)
+def test_extractor_runs_on_clips_of_a_video(tmp_path: Path, c3d: Path) -> None:
+    extractor = open_extractor(c3d, "cpu", 1)
     footage = probe(film(tmp_path / "hall.mp4", 33))
     found = [extractor.extract(clip[None]) for clip in clips(read_frames(footage, extractor.manifest.framing), 16, 8)]
     assert [features.shape for features in found] == [(1, 32)] * 3
@@ -93,22 +83,9 @@ def test_graph_failing_torch_parity_is_not_saved(
     assert not list(tmp_path.iterdir())
 
 
-def test_splitting_an_extractor_is_rejected(tmp_path: Path, checkpoint: Path) -> None:
-    with raises(ShapeError, "inapplicable_option", checkpoint, "--split"):
-        to_onnx(checkpoint, tmp_path / "c3d.onnx", split=True)
-
-
 def test_c3d_checkpoint_as_model_is_rejected_with_command(checkpoint: Path) -> None:
     with raises(CheckpointError, "wrong_model_kind", f"export.to_onnx --model {checkpoint}"):
         load_checkpoint(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def i3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An I3D with class scores for clips of 16 frames, one every 64."""
-    path = tmp_path_factory.mktemp("i3d") / "i3d.pt"
-    save_extractor(path, from_published(pytorch_i3d(), "rgb_imagenet.pt", {"rgb_imagenet.pt": "1" * 64}))
-    return to_onnx(path, path.with_name("i3d.onnx"), clock=(16, 64), class_scores=True)
 
 
 def test_i3d_graph_equals_torch_with_class_scores(i3d: Path) -> None:
@@ -150,9 +127,11 @@ def test_extraction_follows_the_clock_of_the_manifest(tmp_path: Path, i3d: Path)
     assert features[1] == pytest.approx(second[0], rel=1e-5, abs=1e-6)
 
 
-def test_scores_and_clip_lengths_that_c3d_lacks_are_rejected(tmp_path: Path, checkpoint: Path) -> None:
+def test_options_that_c3d_lacks_are_rejected(tmp_path: Path, checkpoint: Path) -> None:
     with raises(ShapeError, "inapplicable_option", checkpoint, "--class-scores"):
         to_onnx(checkpoint, tmp_path / "c3d.onnx", class_scores=True)
+    with raises(ShapeError, "inapplicable_option", checkpoint, "--split"):
+        to_onnx(checkpoint, tmp_path / "c3d.onnx", split=True)
     with raises(CheckpointError, "invalid_option", 8, "--clock"):
         to_onnx(checkpoint, tmp_path / "c3d.onnx", clock=(8, 8))
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from export.triton import writer as module
 from export.triton.writer import read_config
 from runtime.artifacts.manifest import METADATA_KEY
 from runtime.artifacts.onnx_metadata import check
-from runtime.core.errors import ModelFileError, OutputError
+from runtime.core.errors import DeviceError, ModelFileError, OutputError
 from tests.export.conftest import TINY, manifest
 from tests.raising import raises, records
 from tests.tritonserver import Server
@@ -99,7 +100,12 @@ def test_int8_graph_is_served_with_uint8_weights_on_a_cpu(graph: Path, place: Pa
 
 
 def test_repository_contains_the_files_triton_reads(graph: Path, place: Path) -> None:
-    triton(graph, place)
+    # A server in a container runs as another user.
+    mask = os.umask(0o022)
+    try:
+        triton(graph, place)
+    finally:
+        os.umask(mask)
     assert set(files(place)) == {
         "drn/config.pbtxt",
         "drn/1/model.py",
@@ -112,27 +118,10 @@ def test_repository_contains_the_files_triton_reads(graph: Path, place: Path) ->
     }
     assert (place / "drn_network/1/model.onnx").read_bytes() == graph.read_bytes()
     assert [entry.name for entry in place.parent.iterdir()] == ["repository"]
-
-
-def test_front_model_imports_only_the_runtime(graph: Path, place: Path) -> None:
-    triton(graph, place)
-    names = imported(place / "drn" / "1" / "model.py")
-    assert names == {"__future__", "pathlib", "triton_python_backend_utils", "runtime"}
-
-
-def test_repository_files_are_world_readable(graph: Path, place: Path) -> None:
-    # A server in a container runs as another user.
-    mask = os.umask(0o022)
-    try:
-        triton(graph, place)
-    finally:
-        os.umask(mask)
     for path in place.rglob("*"):
         assert path.stat().st_mode & 0o444 == 0o444, path
-
-
-def test_config_starts_with_comment_and_ends_with_programs(graph: Path, place: Path) -> None:
-    triton(graph, place)
+    names = imported(place / "drn" / "1" / "model.py")
+    assert names == {"__future__", "pathlib", "triton_python_backend_utils", "runtime"}
     lines = (place / "drn" / "config.pbtxt").read_text().splitlines()
     assert lines[0].startswith("# Written by `python -m export.triton` for drn.onnx (SHA-256 ")
     assert next(index for index, line in enumerate(lines) if "drn.front" in line) > len(lines) - 6
@@ -176,6 +165,11 @@ def test_new_version_uses_its_own_network(graph: Path, place: Path) -> None:
     assert json.loads(told) == json.loads((place / "drn/2/about.json").read_text())
     triton(graph, place)
     assert sorted(Server(place).models["drn"]) == [2, 3]
+    # Other models in the repository are unchanged.
+    before = files(place)
+    triton(graph, place, name="second")
+    assert before.items() <= files(place).items()
+    assert sorted(Server(place).models) == ["drn", "drn_network", "second", "second_network"]
 
 
 def test_edited_model_configs_are_preserved(graph: Path, place: Path) -> None:
@@ -188,27 +182,18 @@ def test_edited_model_configs_are_preserved(graph: Path, place: Path) -> None:
     assert read_config(front).instance_group[0].count == 7
 
 
-def test_other_models_in_the_repository_are_unchanged(graph: Path, place: Path) -> None:
+def test_incompatible_model_versions_are_rejected(graph: Path, place: Path) -> None:
     triton(graph, place)
     before = files(place)
-    triton(graph, place, name="second")
-    assert before.items() <= files(place).items()
-    assert sorted(Server(place).models) == ["drn", "drn_network", "second", "second_network"]
-
-
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [({"max_query_length": 9}, (12, 9)), ({}, ("max_batch_size",))],
-)
-def test_incompatible_model_versions_are_rejected(
-    graph: Path, place: Path, values: dict[str, Any], named: tuple[object, ...]
-) -> None:
-    triton(graph, place)
-    before = files(place)
-    options = {} if values else {"batch": 3}
-    with raises(OutputError, "version_mismatch", place, *named):
-        triton(changed(graph, **values), place, **options)
+    with raises(OutputError, "version_mismatch", place, 12, 9):
+        triton(changed(graph, max_query_length=9), place)
+    with raises(OutputError, "version_mismatch", place, "max_batch_size"):
+        triton(graph, place, batch=3)
     assert files(place) == before
+    # An unsplit model is no version of a split one.
+    triton(graph.with_name("drn.query.onnx"), place.with_name("pair"))
+    with raises(OutputError, "version_mismatch", place.with_name("pair"), "drn", "drn_network"):
+        triton(graph, place.with_name("pair"))
 
 
 def test_foreign_repository_models_are_not_overwritten(graph: Path, place: Path) -> None:
@@ -226,12 +211,6 @@ def test_foreign_repository_models_are_not_overwritten(graph: Path, place: Path)
     with raises(OutputError, "version_mismatch", place, "drn", "drn_network"):
         triton(graph, place)
     assert before.keys() >= files(place).keys()
-
-
-def test_unsplit_model_as_new_version_of_pair_is_rejected(graph: Path, place: Path) -> None:
-    triton(graph.with_name("drn.query.onnx"), place)
-    with raises(OutputError, "version_mismatch", place, "drn", "drn_network"):
-        triton(graph, place)
 
 
 @pytest.mark.parametrize("versions", [0, 1])
@@ -264,10 +243,6 @@ def test_file_as_repository_is_rejected(graph: Path, tmp_path: Path) -> None:
 
 
 def test_missing_triton_client_is_reported(graph: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    from runtime.core.errors import DeviceError
-
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
     with raises(DeviceError, "missing_library", "tritonclient.grpc", "'.[triton]'"):
         triton(graph, place)
