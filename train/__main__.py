@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from runtime.core.cli import command, report_many_written, report_written, suggest_next_command
+from runtime.core.cpu_info import cpu_name
 from runtime.core.errors import GroundingError
 from runtime.core.io.atomic_files import check_writable, locked
 from runtime.datasets.dataset import DataSet
@@ -207,10 +208,19 @@ def _file_versions(directory: Path) -> dict[Path, tuple[int, int]]:
 
 
 def _check_precision(options: TrainingOptions, device: torch.device) -> None:
-    if options.precision == "fp16" and device.type == "cpu":
+    """Reject fp16 on a CPU, and log a warning where bf16 is emulated."""
+    if device.type != "cpu":
+        return
+    if options.precision == "fp16":
         raise GroundingError(
             "--precision fp16 needs a CUDA GPU. Pass --precision bf16 or fp32 on a CPU.",
             code="precision_unsupported",
+        )
+    bf16 = options.precision == "bf16" and torch.backends.mkldnn.is_available()
+    if bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        log.warning(
+            "%s has no instructions for bf16, so torch emulates it and is slower than in fp32. Pass --precision fp32.",
+            cpu_name(),
         )
 
 

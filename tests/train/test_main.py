@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from runtime.core.errors import CheckpointError, GroundingError
 from runtime.datasets.dataset import DataSet
 from tests.forked_commands import ForkedCommand
 from tests.raising import check_error, raises, records
-from train.__main__ import train
+from train.__main__ import _check_precision, train
 from train.checkpoints import load_checkpoint
 from train.training.dataset import split_by_video
 from train.training.recipes import RECIPES
@@ -104,6 +105,17 @@ def test_batch_larger_than_the_data_set_is_named(outcome: Any, planted: Path, tm
     exit_code, _, error = outcome("--data", planted, "--output", tmp_path / "run", "--batch-size", "100000")
     assert exit_code == 2
     check_error(error, "too_few_queries", "--batch-size", 100000)
+
+
+@pytest.mark.parametrize(
+    ("supported", "precision", "warnings"), [(False, "bf16", 1), (True, "bf16", 0), (False, "fp32", 0)]
+)
+def test_emulated_bf16_gives_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, supported: bool, precision: Any, warnings: int
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    _check_precision(cast(Any, SimpleNamespace(precision=precision)), torch.device("cpu"))
+    assert len(caplog.records) == warnings
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
