@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
-from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.cpu_runtimes import compare_runtimes
+from benchmarks.machine_rates import Gemm, Runs
 from benchmarks.measurement import environment, interleave, medians, print_report, sparse_features
 from benchmarks.multiply_adds import drn_multiply_adds
 from benchmarks.pytorch_baseline import EagerBaseline
 from benchmarks.training import stage_trainer
-from calib.graph.opset import MIN_OPSET
 from calib.graph.split_model import pair_paths
 from runtime import EncodedVideo, Grounder, Video, Vocabulary
 from runtime.core.batch import collate, pad_queries
@@ -44,7 +41,6 @@ SENTENCES = (
 )
 
 Pairs = Sequence[tuple[Video, str]]
-Runs = dict[str, Callable[[int], Any]]
 Seconds = dict[str, float]
 
 
@@ -244,46 +240,6 @@ def _int8_ratios(single: Seconds, batched: Seconds, batch: int) -> dict[str, dic
         "INT8, times FP32": {case: seconds[fp32] / seconds[int8] for case, (seconds, fp32, int8) in measured.items()},
         "INT8, times eager": {case: seconds[EAGER] / seconds[int8] for case, (seconds, _, int8) in measured.items()},
     }
-
-
-class Gemm:
-    """A matrix product of the size of the network's layers, and a pass over memory: the limits of the machine.
-
-    In torch, because NumPy ignores the number of threads; and in ONNX Runtime, which packs weights in advance.
-    """
-
-    SIZES = (512, 4608, 512)
-    READ = 1 << 27
-
-    def __init__(self, threads: int) -> None:
-        rows, inner, columns = self.SIZES
-        rng = np.random.default_rng(0)
-        left, right = (rng.random(shape, np.float32) for shape in ((rows, inner), (inner, columns)))
-        a, b = torch.from_numpy(left), torch.from_numpy(right)
-        packed = _product(right, threads)
-        self.runs: Runs = {"GEMM": lambda i: a @ b, "GEMM, packed": lambda i: packed.run(None, {"left": left})}
-        # Larger than any cache.
-        long = torch.ones(self.READ // 4)
-        self.reading: Runs = {"reading memory": lambda i: long @ long}
-
-    def rate(self, seconds: Seconds, name: str = "GEMM") -> float:
-        """Return multiply-adds per second."""
-        return math.prod(self.SIZES) / seconds[name]
-
-
-def _product(right: np.ndarray, threads: int) -> ort.InferenceSession:
-    """Return a session that multiplies by a constant."""
-    inner, columns = right.shape
-    left, product = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width])
-        for name, width in (("left", inner), ("product", columns))
-    )
-    node = helper.make_node("MatMul", ["left", "right"], ["product"])
-    graph = helper.make_graph([node], "product", [left], [product], [numpy_helper.from_array(right, "right")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", MIN_OPSET)], ir_version=8)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _limits(

@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.cpu import Gemm, _product
+from benchmarks.machine_rates import Gemm, packed_product
 from tests import tolerances
 
 
 def test_packed_product_equals_matrix_product() -> None:
     rng = np.random.default_rng(0)
     left, right = rng.random((5, 24), np.float32), rng.random((24, 7), np.float32)
-    session = _product(right, 1)
+    session = packed_product(right, 1)
     (actual,) = session.run(None, {"left": left})
     np.testing.assert_allclose(actual, left @ right, rtol=tolerances.HEADS)
     assert session.get_session_options().intra_op_num_threads == 1

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
 import torch
 
+from benchmarks import cpu_runtimes
 from benchmarks.cpu import benchmark
 from benchmarks.cpu_runtimes import COMPILED, EAGER, case_names
+from benchmarks.machine_rates import Gemm, Int8Convolution
 from calib.graph.split_model import split_graph, write_split_model
 from tests.train.training.narrow import narrow_backbone
 
@@ -43,4 +46,22 @@ def test_comparison_times_every_model_and_both_forms_of_pytorch(
         assert row[EAGER] == 1
         milliseconds = report["ms per query"][case]
         assert row[file.name] == pytest.approx(milliseconds[EAGER] / milliseconds[file.name])
+        assert list(report["share of the limit"][case]) == [file.name]
     assert json.loads((tmp_path / "report.json").read_text())["times eager"] == report["times eager"]
+
+
+def test_limit_adds_arithmetic_of_each_type_and_one_pass_over_the_weights(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gemm, "SIZES", (10, 10, 10))
+    monkeypatch.setattr(Gemm, "READ", 1 << 12)
+    monkeypatch.setattr(Int8Convolution, "SIZES", (1, 8, 8, 4))
+    gemm, int8 = Gemm(1), Int8Convolution(1)
+    for run in (*gemm.runs.values(), *gemm.reading.values(), *int8.runs.values()):
+        run(0)
+    counts = {"fp32": 2000, "int8": 3 * 8 * 8 * 4}
+    monkeypatch.setattr(cpu_runtimes, "audit_graph", lambda model, words: SimpleNamespace(total=lambda: counts))
+    seconds = {"GEMM": 1.0, "GEMM, packed": 0.5, "INT8 convolution": 0.25, "reading memory": 2.0}
+    file = models / "drn.onnx"
+    limit = cpu_runtimes._limit(file, 7, 4, seconds, gemm, int8)
+    assert limit == pytest.approx(2 * 0.5 + 0.25 + file.stat().st_size / (1 << 12) * 2.0 / 4)
