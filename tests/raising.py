@@ -39,13 +39,6 @@ def check_error(error: BaseException, code: str, *values: object) -> None:
     assert not missing, f"expected a message that quotes {missing}, got {describe(error)}"
 
 
-def command_error(ended: SystemExit) -> BaseException:
-    """Return the error for which a command that ran in this process exited, for `check_error`."""
-    error = ended.__context__
-    assert error is not None, f"the command exited with {ended.code} without an error"
-    return error
-
-
 def describe(error: BaseException) -> str:
     """Return class, code and message of an error."""
     return f"{type(error).__name__}({str(error)!r}, code={getattr(error, 'code', None)!r})"
