@@ -66,13 +66,13 @@ def test_damaged_manifest_is_rejected_or_harmless(graph: Path) -> None:
     whole, answer = graph.read_bytes(), heads(graph)
     wanted, refused = answer(), 0
     begin = 8 * (whole.index(b"drn.manifest") - 8)
-    bits = (begin + np.array(random_bits(whole[begin // 8 :], 100))).tolist()
+    bits = (begin + np.array(random_bits(whole[begin // 8 :], 40))).tolist()
     for bit in damaged(graph, bits):
         try:
             assert answer() == wanted, bit
         except ModelFileError:
             refused += 1
-    assert refused >= 98
+    assert refused >= 38
 
 
 @pytest.mark.parametrize("part", ["video", "query"])

@@ -23,8 +23,6 @@ from export.build.extractor_clips import real_clips
 from export.build.extractor_engine import FEATURE_TOLERANCES, FeatureTolerance, compare
 from export.build.extractor_quantizer import QuantizedExtractor, quantize_extractor
 from export.build_engine import build_engine
-from export.engine import engine_writer
-from export.engine.builder import BuiltEngine
 from export.tracing.synthetic_clips import synthetic_clips
 from runtime.artifacts.engine_metadata import read_sidecar, read_verified
 from runtime.artifacts.onnx_metadata import with_digest
@@ -37,6 +35,7 @@ from runtime.describe import describe
 from runtime.infer import infer
 from runtime.media.extractors import open_extractor
 from tests.export.conftest import with_changed_weights
+from tests.export.engine.engine_builds import EngineBuilds
 from tests.export.narrow_c3d import TINY, lively
 from tests.films import film
 from tests.raising import quotes, raises, records
@@ -158,35 +157,35 @@ def test_engine_is_built_ahead_of_time_with_its_metadata(model: Path, capsys: py
         open_extractor(output)
 
 
+def write_engine(model: Path, name: str, sizes: tuple[int, int, int], version: str, manifest: Any) -> Path:
+    shapes = {"clips": [[size, 16, 112, 112, 3] for size in sizes]}
+    profile = {"name": "clips", "batch": sizes, "query_length": (1, 1, 1), "shapes": shapes}
+    return write_plan(model.with_name(name), model, [profile], manifest, version)
+
+
 @pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-1]])
-def test_engine_features_equal_graph_for_any_clip_count(model: Path, tmp_path: Path, version: str) -> None:
-    wide = open_extractor(model, "cpu", 1)
-    shapes = {"clips": [[size, 16, 112, 112, 3] for size in (1, 2, 3)]}
-    profile = {"name": "clips", "batch": (1, 2, 3), "query_length": (1, 1, 1), "shapes": shapes}
-    plan = write_plan(tmp_path / "c3d.fp32.engine", model, [profile], wide.manifest, version)
-    driver = Driver()
+def test_engine_features_equal_graph_for_any_clip_count(model: Path, version: str) -> None:
+    wide, driver = open_extractor(model, "cpu", 1), Driver()
     library = Library(driver, version)
+    plan = write_engine(model, "c3d.fp32.engine", (1, 2, 3), version, wide.manifest)
     extractor = open_extractor_engine(plan, library=library, cuda=Cuda(driver))
     for count in (1, 2, 4):
-        found = extractor.extract(clips(count))
-        assert found == pytest.approx(wide.extract(clips(count)), rel=1e-4, abs=1e-4)
+        assert extractor.extract(clips(count)) == pytest.approx(wide.extract(clips(count)), rel=1e-4, abs=1e-4)
     # Four clips exceed the maximum batch size by one.
     assert [run["clips"][0] for run in library.runs] == [1, 2, 3, 1]
     assert library.fed["clips"].dtype == np.uint8
     extractor.close()
 
 
-def test_engine_without_gpu_names_the_converted_graph(model: Path, tmp_path: Path) -> None:
-    wide = open_extractor(model, "cpu", 1)
-    shapes = {"clips": [[1, 16, 112, 112, 3]] * 3}
-    profile = {"name": "clips", "batch": (1, 1, 1), "query_length": (1, 1, 1), "shapes": shapes}
-    plan = write_plan(tmp_path / "c3d.fp32.engine", model, [profile], wide.manifest)
+def test_engine_without_gpu_names_the_converted_graph(model: Path) -> None:
+    manifest = open_extractor(model, "cpu", 1).manifest
+    plan = write_engine(model, "c3d.fp32.engine", (1, 1, 1), VERSIONS[1], manifest)
     with raises(DeviceError, "gpu_required", plan.name):
         open_extractor(plan, "cpu")
     if cuda_gpu() is None:
         with raises(DeviceError, "incompatible_engine", plan.name, model):
             open_extractor(plan)
-    other = write_plan(tmp_path / "drn.engine", model, [profile], SimpleNamespace(to_dict=dict))
+    other = write_engine(model, "drn.engine", (1, 1, 1), VERSIONS[1], SimpleNamespace(to_dict=dict))
     with raises(ModelFileError, "unknown_format", f"{other}.json", None):
         open_extractor_engine(other)
 
@@ -274,14 +273,10 @@ def test_too_few_calibration_clips_are_rejected(model: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in model.parent.iterdir()) == ["c3d.onnx", "c3d.pt", "short.mp4"]
 
 
-def test_engine_with_other_features_on_gpu_is_rejected(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builder and runtime are test doubles."""
-    built = BuiltEngine(b"plan", "tensorrt_rtx 1.7", True, None, None)
-    monkeypatch.setattr(engine_writer, "build", lambda *_: built)
-    monkeypatch.setattr("export.engine.builder.load_library", lambda _: SimpleNamespace(__name__="t", __version__="1"))
-    monkeypatch.setattr("export.engine.builder.is_strongly_typed", lambda _: True)
-    monkeypatch.setattr("export.build.run_build.choose_target", lambda *_: ("tensorrt-rtx", "as asked for."))
-    monkeypatch.setattr("export.build.build_config.check_options", lambda *_: None)
+def test_engine_with_other_features_on_gpu_is_rejected(
+    model: Path, tensorrt: EngineBuilds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt.scenarios = ["names"]
     monkeypatch.setattr(extractor_engine, "runs_here", lambda options: True)
     closed: list[bool] = []
 
@@ -301,7 +296,7 @@ def test_engine_with_other_features_on_gpu_is_rejected(model: Path, monkeypatch:
         build_engine(model, precision="fp16", **RTX)
     assert closed == [True, True]
     assert not output.exists()
-    assert (model.parent / "c3d.fp16.rejected.engine").is_file()
+    assert model.with_name("c3d.fp16.rejected.engine").is_file()
 
 
 @pytest.mark.parametrize(

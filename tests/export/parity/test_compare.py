@@ -93,13 +93,18 @@ def alone(*spans: tuple[float, float]) -> list[Spans]:
     return [[span] for span in spans]
 
 
-def parity(data_set: DataSet, reference: Sequence[Spans], other: Sequence[Spans], **options: object):
-    sides = (Grounder(Scripted(answers)) for answers in (reference, other))
+# Answers with the ground truth.
+RIGHT = alone(*TRUTHS)
+Side = Sequence[Spans] | Scripted
+
+
+def parity(data_set: DataSet, reference: Side, other: Side, **options: object) -> ParityResult:
+    sides = (Grounder(side if isinstance(side, Scripted) else Scripted(side)) for side in (reference, other))
     return compare(*sides, data_set, data_set.annotations("test"), **options)
 
 
 def test_compare_model_with_itself_finds_no_difference(data_set: DataSet) -> None:
-    found = parity(data_set, alone(*TRUTHS), alone(*TRUTHS))
+    found = parity(data_set, RIGHT, RIGHT)
     assert found.queries == 4
     assert {(error.max, error.p99, error.not_finite) for error in found.heads.values()} == {(0, 0, 0)}
     assert (found.boundaries.max, found.locations.max) == (0, 0)
@@ -132,7 +137,7 @@ def test_agreement_on_no_moment_is_counted_and_reported(data_set: DataSet) -> No
 
 def test_boundary_errors_are_in_seconds_of_the_video(data_set: DataSet) -> None:
     moved = [(0.2, 0.6), (0.0, 0.6), (0.25, 0.75), (0.45, 1.0)]
-    found = parity(data_set, alone(*TRUTHS), alone(*moved))
+    found = parity(data_set, RIGHT, alone(*moved))
     # The end of the second shifts by 1 s, the start of the last by 2 s; the other six boundaries do not.
     assert found.boundaries.max == pytest.approx(2)
     assert found.boundaries.p50 == pytest.approx(0)
@@ -142,17 +147,11 @@ def test_boundary_errors_are_in_seconds_of_the_video(data_set: DataSet) -> None:
     assert found.overlap.min == pytest.approx(5 / 6)
 
 
-def compare_with_changed(data_set: DataSet, change: Callable[[Batch, Heads], object]) -> ParityResult:
-    """Compare a correct model with one whose heads are changed."""
-    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(alone(*TRUTHS), change))
-    return compare(*sides, data_set, data_set.annotations("test"))
-
-
 def test_head_errors_match_hand_computed_values(data_set: DataSet) -> None:
     def lower(batch: Batch, heads: Heads) -> None:
         heads.iou_logits[:] -= np.arange(56, dtype=np.float32) / 100
 
-    found = compare_with_changed(data_set, lower).heads
+    found = parity(data_set, RIGHT, Scripted(RIGHT, lower)).heads
     assert found["matching_logits"].max == 0
     assert found["matching_logits"].largest == 9
     iou = found["iou_logits"]
@@ -210,10 +209,9 @@ def test_order_change_below_rank_one_is_counted_separately(data_set: DataSet) ->
 
 
 def test_both_models_get_identical_batches_once(data_set: DataSet) -> None:
-    sides = [Scripted(alone(*TRUTHS)) for _ in range(2)]
+    sides = [Scripted(RIGHT) for _ in range(2)]
     seen: list[int] = []
-    annotations = data_set.annotations("test")
-    compare(*map(Grounder, sides), data_set, annotations, batch_size=3, on_progress=seen.append)
+    parity(data_set, *sides, batch_size=3, on_progress=seen.append)
     assert [len(batch) for batch in sides[0].batches] == [3, 1]
     assert seen == [3, 1, 3, 1], "each model tells of its own"
     for ours, theirs in zip(sides[0].batches, sides[1].batches, strict=True):
@@ -227,35 +225,32 @@ MOVED = ((0.2, 0.5), (0.0, 0.6), (0.25, 0.7), (0.45, 1.0))
 def test_result_does_not_depend_on_threads_or_batch_size(
     data_set: DataSet, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = parity(data_set, alone(*TRUTHS), alone(*MOVED))
+    expected = parity(data_set, RIGHT, alone(*MOVED))
     read: list[str] = []
     original = DataSet.video
     monkeypatch.setattr(DataSet, "video", lambda self, name: read.append(name) or original(self, name))
-    assert parity(data_set, alone(*TRUTHS), alone(*MOVED), **options) == expected
+    assert parity(data_set, RIGHT, alone(*MOVED), **options) == expected
     assert sorted(read) == ["OTHER", "VIDEO"], "each video is read once"
 
 
 def test_known_reference_outputs_are_not_recomputed(data_set: DataSet) -> None:
-    sides = [Scripted(alone(*TRUTHS)), Scripted(alone(*MOVED))]
-    annotations = data_set.annotations("test")
-    whole = compare(*map(Grounder, sides), data_set, annotations)
-    known = collect_outputs(Grounder(Scripted(alone(*TRUTHS))), data_set, annotations)
-    silent = Scripted(alone(*TRUTHS))
-    assert compare(Grounder(silent), Grounder(sides[1]), data_set, annotations, known=known) == whole
+    known = collect_outputs(Grounder(Scripted(RIGHT)), data_set, data_set.annotations("test"))
+    silent = Scripted(RIGHT)
+    assert parity(data_set, silent, alone(*MOVED), known=known) == parity(data_set, RIGHT, alone(*MOVED))
     assert silent.batches == []
 
 
 def test_prior_is_fitted_on_training_split(data_set: DataSet) -> None:
-    found = parity(data_set, alone(*TRUTHS), alone(*TRUTHS))
+    found = parity(data_set, RIGHT, RIGHT)
     # The training moments are the first half of their videos, which is correct for the second query only.
     assert found.prior.values["R@1 IoU=0.7"] == 0.25
     data_set.annotations_path("train").unlink()
-    assert parity(data_set, alone(*TRUTHS), alone(*TRUTHS)).prior is None
+    assert parity(data_set, RIGHT, RIGHT).prior is None
 
 
 def test_worst_queries_are_sorted_with_moments_and_truth(data_set: DataSet) -> None:
     moved = [(0.2, 0.6), (0.0, 0.6), (0.85, 0.95), (0.45, 1.0)]
-    found = parity(data_set, alone(*TRUTHS), alone(*moved))
+    found = parity(data_set, RIGHT, alone(*moved))
     assert [row.line for row in found.worst] == [3, 2, 4]
     worst = found.worst[0]
     assert (worst.video, worst.query, worst.duration, worst.overlap) == ("OTHER", "word3.", 40, 0)
@@ -273,7 +268,7 @@ def test_non_finite_values_fail_but_produce_a_report(data_set: DataSet, head: st
     def overflow(batch: Batch, heads: Heads) -> None:
         getattr(heads, head)[batch.query_tokens[:, 0] == 2] = value
 
-    found = compare_with_changed(data_set, overflow)
+    found = parity(data_set, RIGHT, Scripted(RIGHT, overflow))
     assert found.heads[head].not_finite == (112 if head == "boundary_distances" else 56)
     assert math.isfinite(found.heads[head].max)
     assert {name for name, error in found.heads.items() if error.not_finite} == {head}
@@ -290,7 +285,7 @@ def test_model_returning_only_nan_has_zero_miou(data_set: DataSet) -> None:
     def fail(batch: Batch, heads: Heads) -> None:
         heads.boundary_distances[:] = heads.iou_logits[:] = np.nan
 
-    found = compare_with_changed(data_set, fail)
+    found = parity(data_set, RIGHT, Scripted(RIGHT, fail))
     assert found.other.values["mIoU"] == 0
     assert found.boundaries.max == 40
     assert {row.other for row in found.worst} == {None}
@@ -301,9 +296,8 @@ def test_compare_reference_not_finite_names_features(data_set: DataSet) -> None:
     def overflow(batch: Batch, heads: Heads) -> None:
         heads.boundary_distances[batch.segment_features.any(axis=(1, 2))] = np.inf
 
-    sides = Grounder(Scripted(alone(*TRUTHS), overflow)), Grounder(Scripted(alone(*TRUTHS)))
     with raises(FeatureError, "features_out_of_scale"):
-        compare(*sides, data_set, data_set.annotations("test"))
+        parity(data_set, Scripted(RIGHT, overflow), RIGHT)
 
 
 def test_models_with_different_queries_are_rejected(data_set: DataSet) -> None:
@@ -317,59 +311,57 @@ def test_models_with_different_queries_are_rejected(data_set: DataSet) -> None:
         (8, 16): {"features": Features(dim=4, stride=16)},
     }
     for values, fields in others.items():
-        reference, other = (Scripted(alone(*TRUTHS), **f) for f in ({}, fields))
+        reference, other = (Scripted(RIGHT, **f) for f in ({}, fields))
         with raises(ModelFileError, "models_differ", *values):
-            compare(Grounder(reference), Grounder(other), data_set, data_set.annotations("test"))
+            parity(data_set, reference, other)
         assert reference.batches == []
 
 
 def test_empty_set_and_too_long_queries_are_rejected(data_set: DataSet) -> None:
     annotations = data_set.annotations("test")
-    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(alone(*TRUTHS)))
+    sides = Grounder(Scripted(RIGHT)), Grounder(Scripted(RIGHT))
     with raises(AnnotationError, "too_few_queries", "--limit"):
         compare(*sides, data_set, [])
     longer = [annotations[0], dataclasses.replace(annotations[1], sentence="word1 word2")]
-    sides = Grounder(Scripted(alone(*TRUTHS))), Grounder(Scripted(alone(*TRUTHS), max_query_length=1))
+    sides = Grounder(Scripted(RIGHT)), Grounder(Scripted(RIGHT, max_query_length=1))
     with raises(QueryError, "query_too_long", "Sentence 2", longer[1].video, "got 2", "1 to 1"):
         compare(*sides, data_set, longer)
 
 
 def test_reference_protocol_is_used_for_both_models(data_set: DataSet) -> None:
-    authors = Scripted(alone(*TRUTHS), decoding=Decoding(protocol="drn"))
-    annotations = data_set.annotations("test")
-    published = Scripted(alone(*TRUTHS))
-    assert compare(Grounder(authors), Grounder(published), data_set, annotations).other.protocol == "drn"
-    assert compare(Grounder(published), Grounder(authors), data_set, annotations).other.protocol == "mmaction2"
+    authors = Scripted(RIGHT, decoding=Decoding(protocol="drn"))
+    assert parity(data_set, authors, RIGHT).other.protocol == "drn"
+    assert parity(data_set, RIGHT, authors).other.protocol == "mmaction2"
 
 
 def test_budget_allows_a_drop_equal_to_its_limit(data_set: DataSet) -> None:
     lost = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.0, 0.1)]
-    found = parity(data_set, alone(*TRUTHS), alone(*lost))
+    found = parity(data_set, RIGHT, alone(*lost))
     assert violations(found, AccuracyBudget(max_drop=25, boundary_p99=None)) == []
     strict, mean = violations(found, AccuracyBudget(max_drop=0, boundary_p99=None))
     assert quotes(strict, "R@1 IoU=0.7", "25.00", "100.00", "75.00", 0)
     assert quotes(mean, "mIoU", "25.00")
     # A gain is never a violation.
-    assert violations(parity(data_set, alone(*lost), alone(*TRUTHS)), AccuracyBudget(0, None)) == []
+    assert violations(parity(data_set, alone(*lost), RIGHT), AccuracyBudget(0, None)) == []
 
 
 def test_budget_below_one_query_rejects_only_drops_beyond_chance(data_set: DataSet) -> None:
     one_lost = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.0, 0.1)]
-    found, budget = parity(data_set, alone(*TRUTHS), alone(*one_lost)), AccuracyBudget(24.9, None)
+    found, budget = parity(data_set, RIGHT, alone(*one_lost)), AccuracyBudget(24.9, None)
     assert violations(found, budget) == []
     recall, mean = unresolved_drops(found, budget)
     assert quotes(recall, "R@1 IoU=0.7", "25.00", 4, 24.9, "5 queries", "--max-drop 25")
     assert mean.startswith("mIoU")
     # Which drop counts is not asked of a budget that the queries resolve, nor of one of 0.
     assert unresolved_drops(found, AccuracyBudget(25, None)) == unresolved_drops(found, AccuracyBudget(0, None)) == []
-    all_lost = parity(data_set, alone(*TRUTHS), alone(*[(0.9, 0.95)] * 3, (0.0, 0.1)))
+    all_lost = parity(data_set, RIGHT, alone(*[(0.9, 0.95)] * 3, (0.0, 0.1)))
     assert len(violations(all_lost, budget)) == 2
     assert unresolved_drops(all_lost, budget) == []
 
 
 def test_fp32_boundaries_must_agree_within_a_tenth_of_a_second(data_set: DataSet) -> None:
     moved = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.495, 1.0)]
-    found = parity(data_set, alone(*TRUTHS), alone(*moved))
+    found = parity(data_set, RIGHT, alone(*moved))
     assert found.boundaries.p99 == pytest.approx(0.186, abs=1e-3)
     for precision, broken in (("fp32", 1), ("fp16", 1), ("bf16", 0), ("int8", 0), ("fp8", 0)):
         assert len(violations(found, AccuracyBudget.of(precision, max_drop=5))) == broken, precision

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
 
+from benchmarks.fake_tensorrt import write_plan
 from calib.graph.half_precision import convert_to_half
 from calib.graph.split_model import split_graph, write_split_model
-from export.engine.profiles import Profile, part_profiles, profiles
+from export.engine.profiles import part_profiles, profiles
 from export.triton.model_config import ServingOptions, TritonModel, build_models, padded_lengths, read_model
 from export.triton.writer import message
-from runtime.artifacts import engine_metadata
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import read_metadata, with_digest
 from runtime.core.errors import DeviceError, GroundingError, ModelFileError
-from runtime.core.io.digests import sha256
 from tests.export.conftest import TINY, manifest
 from tests.raising import raises
 
@@ -35,27 +33,10 @@ def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
     return tmp_path / "drn.onnx"
 
 
-def engine(path: Path, about: Manifest, built_for: list[Profile], twin: Path | None = None, **content: Any) -> Path:
-    """Write a placeholder for a plan, with metadata that contain its hash."""
-    path.write_bytes(b"a plan")
-    hashes = {path.name: hashlib.sha256(b"a plan").hexdigest()}
-    told = {
-        "format": engine_metadata.FORMAT,
-        "manifest": about.to_dict(),
-        "library": "tensorrt 10.16.1",
-        "target": "tensorrt",
-        "strongly_typed": True,
-        "profiles": [dataclasses.asdict(profile) for profile in built_for],
-        "sha256": {**hashes, twin.name: sha256(twin)} if twin else hashes,
-        **content,
-    }
-    engine_metadata.metadata_path(path).write_text(json.dumps(engine_metadata.with_digest(told)))
-    return path
-
-
-def whole_engine(directory: Path, **content: Any) -> Path:
+def whole_engine(graph: Path, **content: Any) -> Path:
     about = manifest(TINY)
-    return engine(directory / "drn.engine", about, profiles((1, 4, 16), (1, 5, 10), about), **content)
+    built_for = [dataclasses.asdict(profile) for profile in profiles((1, 4, 16), (1, 5, 10), about)]
+    return write_plan(graph.with_name("drn.engine"), graph, built_for, about, **content)
 
 
 def pair_engine(graph: Path, **content: Any) -> Path:
@@ -65,7 +46,8 @@ def pair_engine(graph: Path, **content: Any) -> Path:
         twin = graph.with_name(f"drn.{part}.onnx")
         about = Manifest.from_json(read_metadata(twin)["drn.manifest"])
         built_for = part_profiles(part, whole, about, 20, TINY.feature_dim)
-        path = engine(twin.with_suffix(".engine"), about, built_for, twin, **content)
+        profiles_of_part = [dataclasses.asdict(profile) for profile in built_for]
+        path = write_plan(twin.with_suffix(".engine"), twin, profiles_of_part, about, **content)
     return path
 
 
@@ -115,8 +97,8 @@ def test_serving_options_appear_in_model_config(graph: Path) -> None:
     assert front.dynamic_batching.max_queue_delay_microseconds == 2500
 
 
-def test_engine_config_lists_profiles_and_cuda_graphs(tmp_path: Path) -> None:
-    network = told(whole_engine(tmp_path), ServingOptions(device="auto"))["drn_network"]
+def test_engine_config_lists_profiles_and_cuda_graphs(graph: Path) -> None:
+    network = told(whole_engine(graph), ServingOptions(device="auto"))["drn_network"]
     assert (network.platform, network.backend) == ("tensorrt_plan", "tensorrt")
     assert network.max_batch_size == 16
     (group,) = network.instance_group
@@ -132,7 +114,7 @@ def test_engine_config_lists_profiles_and_cuda_graphs(tmp_path: Path) -> None:
         assert set(spec.input) == {value.name for value in network.input}
         # Triton would read memory after a smaller request as tokens.
         assert not spec.HasField("graph_lower_bound")
-    about = json.loads(told(whole_engine(tmp_path))["drn"].parameters["drn.front"].string_value)
+    about = json.loads(told(whole_engine(graph))["drn"].parameters["drn.front"].string_value)
     assert about["manifest"]["max_query_length"] == 10
 
 
@@ -203,7 +185,7 @@ def test_models_that_triton_cannot_run_are_rejected(graph: Path, tmp_path: Path)
     refuse(tmp_path / "drn.pt", "wrong_suffix")
     refuse(tmp_path / "gone.onnx", "missing_file")
     refuse(graph.with_name("drn.video.onnx"), "model_part", "video")
-    refuse(whole_engine(tmp_path, target="tensorrt-rtx"), "target_unsupported", "tensorrt-rtx", "--target tensorrt")
+    refuse(whole_engine(graph, target="tensorrt-rtx"), "target_unsupported", "tensorrt-rtx", "--target tensorrt")
     half = Manifest.from_json(read_metadata(graph)["drn.manifest"])
     model = onnx.load(graph)
     onnx.helper.set_model_props(model, {"drn.manifest": dataclasses.replace(half, precision="bf16").to_json()})
@@ -212,7 +194,7 @@ def test_models_that_triton_cannot_run_are_rejected(graph: Path, tmp_path: Path)
     onnx.helper.set_model_props(model, {"drn.manifest": dataclasses.replace(half, library="openvino").to_json()})
     onnx.save(model, tmp_path / "drn.openvino.onnx")
     refuse(tmp_path / "drn.openvino.onnx", "target_unsupported", "OpenVINO", "--target onnxruntime")
-    plan = whole_engine(tmp_path)
+    plan = whole_engine(graph)
     with raises(DeviceError, "gpu_required", plan.name):
         read_model(plan, ServingOptions(device="cpu"))
     plan.write_bytes(b"another plan")

@@ -18,7 +18,9 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
 
+from calib.calibration_table import CalibrationTable
 from calib.graph.split_model import split_graph, write_split_model
+from calib.qdq_quantizer import insert_qdq
 from export.triton import triton
 from export.triton import writer as module
 from export.triton.writer import read_config
@@ -26,6 +28,7 @@ from runtime.artifacts.manifest import METADATA_KEY
 from runtime.artifacts.onnx_metadata import check
 from runtime.core.errors import DeviceError, ModelFileError, OutputError
 from tests.export.conftest import TINY, manifest
+from tests.parity.models import save_twin
 from tests.raising import raises, records
 from tests.tritonserver import Server
 from tests.written import written_checked
@@ -77,20 +80,11 @@ def request() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_int8_graph_is_served_with_uint8_weights_on_a_cpu(graph: Path, place: Path, device: Any) -> None:
-    model = onnx.load(graph)
-    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "prop_fc.weight")
-    reader = next(node for node in model.graph.node if weight.name in node.input)
-    reader.input[:] = ["wide" if name == weight.name else name for name in reader.input]
-    numbers = onnx.numpy_helper.to_array(weight)
-    scale = np.float32(np.abs(numbers).max() / 127)
-    weight.CopyFrom(onnx.numpy_helper.from_array(np.rint(numbers / scale).astype(np.int8), weight.name))
-    for name, value in (("scale", scale), ("zero", np.int8(0))):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
-    model.graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", [weight.name, "scale", "zero"], ["wide"]))
-    path = graph.with_name("drn.int8.onnx")
-    onnx.helper.set_model_props(model, {METADATA_KEY: dataclasses.replace(manifest(TINY), precision="int8").to_json()})
-    onnx.save(model, path)
+def test_int8_graph_is_served_with_uint8_weights_on_a_cpu(
+    models: Path, table: Path, tmp_path: Path, place: Path, device: Any
+) -> None:
+    int8 = insert_qdq(onnx.load(models / "drn.onnx"), CalibrationTable.load(table))
+    path = save_twin(int8, models / "drn.onnx", tmp_path / "drn.int8.onnx", "int8")
     triton(path, place, device=device)
     (served,) = place.rglob("model.onnx")
     kinds = {tensor.data_type for tensor in onnx.load(served).graph.initializer}
