@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.core.average_precision import IOU_THRESHOLDS, average_precision, best_overlaps, detection_iou
+from runtime.core.average_precision import IOU_THRESHOLDS, average_precision, best_overlaps
 from tests import public_evaluator
 
 # Few distinct times, so that ties, equal, reversed and empty windows are frequent.
@@ -37,12 +37,6 @@ def test_average_precision_accepts_iou_equal_to_threshold() -> None:
     assert [at(actual, threshold) for threshold in (0.65, 0.7, 0.75)] == [1, 1, 0]
 
 
-def test_reversed_window_of_equal_length_matches_in_average_precision_only() -> None:
-    window, truth = [spans((20, 10))], [spans((10, 20))]
-    assert average_precision(window, truth).all()
-    assert best_overlaps(window, truth, 1).tolist() == [[0]]
-
-
 @given(QUERIES)
 def test_average_precision_equals_plain_loops(queries: list[tuple[list, list]]) -> None:
     predictions = [
@@ -57,13 +51,6 @@ def test_average_precision_equals_plain_loops(queries: list[tuple[list, list]]) 
     for index, threshold in enumerate(IOU_THRESHOLDS):
         assert actual[index] == pytest.approx(expected[f"mAP@{threshold:g}"], abs=1e-12)
         assert (overlaps >= threshold).mean() == expected[f"R@1 IoU={threshold:g}"]
-
-
-@given(WINDOWS, WINDOWS)
-def test_detection_iou_equals_plain_division(windows: list, moments: list) -> None:
-    actual = detection_iou(spans(*windows)[None], spans(*moments)[None])[0]
-    expected = [[public_evaluator.detection_iou(window, moment) for moment in moments] for window in windows]
-    np.testing.assert_array_equal(actual, expected)
 
 
 def test_missing_predictions_have_no_overlap_and_precision() -> None:

@@ -6,20 +6,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.core.batch import Batch, collate
+from runtime.core.batch import collate
 from runtime.core.pooling import Segments
 
 
 def segments(value: float, dtype: type = np.float32) -> Segments:
     return Segments(np.full((4, 3), value, dtype), np.full((4, 2), value / 100))
-
-
-def test_short_queries_are_padded_with_zeros() -> None:
-    batch = collate([np.array([7], np.int32), np.array([3, 4, 5], np.int32)], [segments(1), segments(2)])
-    assert batch.query_tokens.tolist() == [[7, 0, 0], [3, 4, 5]]
-    assert batch.query_length.tolist() == [1, 3]
-    assert batch.segment_features[:, 0, 0].tolist() == [1, 2]
-    assert batch.segment_spans[:, 0, 0].tolist() == [np.float32(0.01), np.float32(0.02)]
 
 
 def test_batch_names_and_dtypes_match_exported_graph() -> None:
@@ -35,10 +27,11 @@ def test_batch_names_and_dtypes_match_exported_graph() -> None:
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=8))
 def test_collate_preserves_order_and_content(sentences: list[list[int]]) -> None:
     queries = [np.array(ids, np.int32) for ids in sentences]
-    batch: Batch = collate(queries, [segments(index) for index in range(len(queries))])
+    batch = collate(queries, [segments(index) for index in range(len(queries))])
     assert len(batch) == len(sentences)
     assert batch.query_tokens.shape[1] == max(map(len, sentences))
     for index, ids in enumerate(sentences):
         assert batch.query_tokens[index].tolist() == ids + [0] * (batch.query_tokens.shape[1] - len(ids))
         assert (batch.segment_features[index] == index).all()
+        assert (batch.segment_spans[index] == np.float32(index / 100)).all()
     assert batch.query_length.tolist() == [len(ids) for ids in sentences]

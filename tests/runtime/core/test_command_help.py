@@ -36,21 +36,11 @@ def command(
     return [model, window, overlap, threads]
 
 
-def test_grouped_options_call_the_command_with_its_parameters() -> None:
-    later, _ = documented(command)
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    call = tyro.cli(later, args=["--model", "a", "--overlap", "2.5"], config=config)
-    assert call() == [Path("a"), None, 2.5, 1]
-
-
-def test_description_has_paragraphs_and_example() -> None:
-    _, description = documented(command)
-    assert description == "Do one thing.\n\nMore about it.\n\nexample:\n  python -m thing --model a"
-
-
-def test_help_has_groups_and_plain_metavars(capsys: pytest.CaptureFixture[str]) -> None:
+def test_documented_command_has_grouped_options_and_a_description(capsys: pytest.CaptureFixture[str]) -> None:
     later, description = documented(command)
+    assert description == "Do one thing.\n\nMore about it.\n\nexample:\n  python -m thing --model a"
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    assert tyro.cli(later, args=["--model", "a", "--overlap", "2.5"], config=config)() == [Path("a"), None, 2.5, 1]
     with pytest.raises(SystemExit):
         tyro.cli(later, args=["--help"], description=description, config=config)
     text = capsys.readouterr().out
@@ -60,27 +50,19 @@ def test_help_has_groups_and_plain_metavars(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("module", command_list.MODULES.values())
-def test_every_command_documents_every_parameter(module: str) -> None:
+def test_every_command_has_complete_help(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     function = command_function(module)
     _, help_texts = _parsed_docstring(inspect.getdoc(function) or "")
     assert set(help_texts) == set(inspect.signature(function).parameters)
-
-
-@pytest.mark.parametrize("module", command_list.MODULES.values())
-def test_every_example_parses(module: str) -> None:
-    later, description = documented(command_function(module))
+    later, description = documented(function)
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     _, _, example = description.partition("example:\n")
     if example:
         *_, name, words = example.split(maxsplit=3)[1:]
         assert name == module
-        tyro.cli(later, args=shlex.split(words), config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
-
-
-@pytest.mark.parametrize("module", command_list.MODULES.values())
-def test_help_shows_no_empty_default(module: str, capsys: pytest.CaptureFixture[str]) -> None:
-    later, _ = documented(command_function(module))
+        tyro.cli(later, args=shlex.split(words), config=config)
     with pytest.raises(SystemExit):
-        tyro.cli(later, args=["--help"], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        tyro.cli(later, args=["--help"], config=config)
     assert not re.search(r"\(default:[\s│]*\)", capsys.readouterr().out)
 
 

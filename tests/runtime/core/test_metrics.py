@@ -196,19 +196,6 @@ def test_several_moments_any_hit_and_best_iou_count(protocol: Any) -> None:
 SPAN = st.tuples(*[st.floats(0, 1, width=32)] * 2)
 
 
-@PROTOCOLS
-@given(st.lists(st.tuples(SPAN, st.lists(SPAN, min_size=5, max_size=5)), min_size=1, max_size=6))
-def test_recall_rises_with_rank_and_falls_with_the_threshold(protocol: Any, queries: list) -> None:
-    truth = np.array([query[0] for query in queries])
-    picks = np.array([[(*span, 1) for span in query[1]] for query in queries], np.float32)
-    values = report(dict.fromkeys((0.3, 0.5, 0.7), picks), truth, protocol).values
-    assert all(0 <= value <= 1 for value in values.values())
-    for threshold in (0.3, 0.5, 0.7):
-        assert values[f"R@1 IoU={threshold}"] <= values[f"R@5 IoU={threshold}"]
-    for rank in (1, 5):
-        assert values[f"R@{rank} IoU=0.3"] >= values[f"R@{rank} IoU=0.5"] >= values[f"R@{rank} IoU=0.7"]
-
-
 @given(st.lists(st.tuples(SPAN, SPAN), min_size=1, max_size=6))
 def test_best_iou_equals_naive_loop(pairs: list) -> None:
     truth, picks = (np.array(side, np.float64) for side in zip(*pairs, strict=True))

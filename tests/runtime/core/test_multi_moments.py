@@ -33,11 +33,6 @@ def test_mean_recall_and_iou_match_hand_computed_values() -> None:
     assert math.isnan(values["mIoU@3"])
 
 
-def test_each_moment_matches_one_window() -> None:
-    values = metrics([[(0, 10), (0, 10)]], [[(0, 10), (20, 30)]])
-    assert (values["mIoU@2"], values["mR@2"]) == (0.5, 0.5)
-
-
 def test_average_precision_is_grouped_by_number_of_moments() -> None:
     moments = [(0, 10), (20, 30), (40, 50), (60, 70)]
     hit, miss = moments[:1], [(90, 99)]

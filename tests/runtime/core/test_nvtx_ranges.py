@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from tests.runtime.backends.test_tensorrt_backend import Graphs, graphs
-
-__all__ = ["graphs"]
+from runtime.core.nvtx_ranges import marked
 
 ROOT = Path(__file__).parents[3]
 # nvtx 0.2 has a context manager that is also a decorator, with these keywords.
@@ -36,56 +35,53 @@ class annotate(ContextDecorator):
 PROGRAM = """
 import json, sys
 import numpy as np
+import nvtx
 from runtime import Grounder, Video
 
-grounder = Grounder.load(sys.argv[1], "cpu", 1)
 video = Video(np.random.default_rng(0).random((40, 16), np.float32), 400, 30.0)
-for pairs in ([(video, "word1 word2")], [(video, "word1"), (video, "word2")]):
-    grounder.ground_batch(pairs)
-seen = sys.modules["nvtx"].seen if "nvtx" in sys.modules else None
-print(json.dumps([seen, hasattr(Grounder._run_rows, "__wrapped__")]))
+seen = []
+for model in sys.argv[1:]:
+    grounder = Grounder.load(model, "cpu", 1)
+    for pairs in ([(video, "person door")], [(video, "person"), (video, "door")]):
+        grounder.ground_batch(pairs)
+    seen.append(list(nvtx.seen))
+    nvtx.seen.clear()
+print(json.dumps(seen))
 """
 
 
-def ranges(model: Path, folder: Path, **environment: str) -> list[object]:
+def test_each_query_step_is_an_nvtx_range(tiny_model: Path, pair_files: Path, tmp_path: Path) -> None:
+    # Functions are marked when `runtime` is imported.
+    (tmp_path / "nvtx.py").write_text(NVTX)
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model)],
-        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", **environment},
+        [sys.executable, "-c", PROGRAM, str(tiny_model), str(pair_files)],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        check=False,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    return list(json.loads(result.stdout))
+    for seen, once in zip(json.loads(result.stdout), ([], ["encode video"]), strict=True):
+        assert {domain for _, domain, _ in seen} == {"drn"}
+        # Ranges end in the reverse order of their starts.
+        opened: list[str] = []
+        names: list[str] = []
+        for kind, _, name in seen:
+            if kind == "start":
+                opened.append(name)
+                names.append(name)
+            else:
+                assert opened.pop() == name
+        assert not opened
+        steps = ["encode query", "network", "decode", "encode query", "encode query", "network", "decode"]
+        assert names == [*steps[:1], *once, *steps[1:]]
 
 
-@pytest.fixture
-def installed(tmp_path: Path) -> Path:
-    (tmp_path / "nvtx.py").write_text(NVTX)
-    return tmp_path
+@pytest.mark.parametrize("disabled", [True, False])
+def test_disabled_or_missing_nvtx_wraps_no_function(monkeypatch: pytest.MonkeyPatch, disabled: bool) -> None:
+    def step() -> None: ...
 
-
-@pytest.mark.parametrize("part", ["whole", "query"])
-def test_each_query_step_is_an_nvtx_range(graphs: Graphs, installed: Path, part: str) -> None:
-    seen, _ = ranges(getattr(graphs, part), installed)
-    assert isinstance(seen, list)
-    assert {domain for _, domain, _ in seen} == {"drn"}
-    # Ranges end in the reverse order of their starts.
-    opened: list[str] = []
-    names: list[str] = []
-    for kind, _, name in seen:
-        if kind == "start":
-            opened.append(name)
-            names.append(name)
-        else:
-            assert opened.pop() == name
-    assert not opened
-    once = ["encode video"] if part == "query" else []
-    assert names == ["encode query", *once, "network", "decode", "encode query", "encode query", "network", "decode"]
-
-
-def test_disabled_nvtx_wraps_no_function(graphs: Graphs, installed: Path) -> None:
-    assert ranges(graphs.whole, installed, NVTX_DISABLE="1") == [None, False]
-    (installed / "nvtx.py").write_text("raise ImportError")
-    assert ranges(graphs.whole, installed) == [None, False]
+    nvtx = types.SimpleNamespace(annotate=pytest.fail) if disabled else None
+    monkeypatch.setitem(sys.modules, "nvtx", nvtx)
+    monkeypatch.setenv("NVTX_DISABLE", "1" if disabled else "")
+    assert marked("network")(step) is step

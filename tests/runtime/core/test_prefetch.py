@@ -35,19 +35,6 @@ def test_prefetch_yields_items_and_error_in_order(depth: int) -> None:
     assert seen == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_prefetch_computes_next_item_meanwhile() -> None:
-    second = threading.Event()
-
-    def items() -> Iterator[int]:
-        yield 1
-        second.set()
-        yield 2
-
-    stream = prefetch(items())
-    assert next(stream) == 1
-    assert second.wait(10)
-
-
 def test_closed_prefetch_leaves_no_thread() -> None:
     before = threading.active_count()
     stream = prefetch(iter(range(100)), 3)

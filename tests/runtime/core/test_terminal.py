@@ -25,11 +25,6 @@ def controls(text: str) -> list[str]:
     return [c for c in text if (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160]
 
 
-@given(st.text())
-def test_escape_results_removes_control_characters(text: str) -> None:
-    assert not controls(escape_results(text))
-
-
 @given(st.recursive(st.text() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 @example("a\x7fb")
 def test_escaped_json_results_parse_to_same_value(value: object) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.core.errors import FeatureError
+from runtime.core.io import torch_reader
 from runtime.core.pooling import ClipTiming, max_over_rows, pool_segments, segment_rows
 from runtime.core.video import Origin, Video, load_features
 from tests.raising import raises
@@ -51,7 +52,7 @@ def naive_pooling(features: np.ndarray, rows: list[list[int]]) -> list[list[floa
     ]
 
 
-@settings(max_examples=100)
+@settings(max_examples=200)
 @given(
     num_frames=st.integers(2, 40) | st.integers(2, 3000),
     num_clips=st.integers(1, 60),
@@ -70,53 +71,26 @@ def test_pooling_equals_naive_loop_over_published_rule(
     assert segments.spans.tolist() == [[start / num_frames, end / num_frames] for start, end in borders]
 
 
-@pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
-def test_segment_clips_equal_published_for_every_length(pooling: str) -> None:
-    for num_frames in range(2, 1000):
-        first, last, _ = segment_rows(num_frames, 16, pooling, ClipTiming())  # type: ignore[arg-type]
-        rows, _ = naive_rows(num_frames, 16, pooling)
-        assert first.tolist() == [clips[0] for clips in rows], num_frames
-        assert last.tolist() == [clips[-1] for clips in rows], num_frames
-
-
 @given(st.integers(2, 5000), st.integers(1, 100))
 def test_segments_of_any_count_cover_video_without_gaps(num_frames: int, num_segments: int) -> None:
     for pooling, first, last in (("mmaction2", 0, num_frames - 1), ("drn", 1, num_frames)):
         start, stop, spans = segment_rows(num_frames, num_segments, pooling, ClipTiming())  # type: ignore[arg-type]
         assert len(start) == len(stop) == len(spans) == num_segments
         assert (start <= stop).all()
-        assert spans[0, 0] == first / num_frames
-        assert spans[-1, 1] == last / num_frames
+        assert (spans[0, 0], spans[-1, 1]) == (first / num_frames, last / num_frames)
         assert (spans[1:, 0] == spans[:-1, 1]).all()
         assert (spans[:, 0] <= spans[:, 1]).all()
 
 
-def test_mmaction2_neighboring_segments_share_a_clip() -> None:
-    # 33 frames in 2 segments: frames 0-16 and 16-32, so clips 0-2 and 2-4.
+def test_segments_match_hand_computed_clips() -> None:
+    # 33 frames in 2 segments of mmaction2: frames 0-16 and 16-32, so clips 0-2 and 2-4.
     video = Video(np.arange(5, dtype=np.float32)[:, None], 33, 1.0)
     assert video.segments(2).features.tolist() == [[2], [4]]
     assert video.segments(2).spans.tolist() == [[0, 16 / 33], [16 / 33, 32 / 33]]
-
-
-def test_authors_rule_keeps_one_clip_per_segment() -> None:
-    # 33 frames in 2 segments: frames 1-17 and 17-33, both one window long: clips 0 and 2.
-    video = Video(np.arange(5, dtype=np.float32)[:, None], 33, 1.0)
+    # Of the authors: frames 1-17 and 17-33, both one window long: clips 0 and 2.
     assert video.segments(2, "drn").features.tolist() == [[0], [2]]
     # 37 frames: 1-19 and 19-37, longer than a window: clips 0-2 and 2-4.
     assert Video(video.features, 37, 1.0).segments(2, "drn").features.tolist() == [[2], [4]]
-    assert Video(video.features, 37, 1.0).segments(2, "drn").spans[-1, 1] == 1
-
-
-def test_pooling_rules_give_different_segments() -> None:
-    video = Video(np.random.default_rng(0).normal(size=(112, 4)), 905, 30.0)
-    assert (video.segments(32).features != video.segments(32, "drn").features).any()
-    assert (video.segments(32).spans != video.segments(32, "drn").spans).all()
-
-
-@pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
-def test_one_clip_fills_every_segment(pooling: str) -> None:
-    segments = pool_segments(np.array([[3.0, -1.0]]), 900, 32, pooling, ClipTiming())  # type: ignore[arg-type]
-    assert segments.features.tolist() == [[3.0, -1.0]] * 32
 
 
 def test_pooling_depends_on_clip_timing() -> None:
@@ -131,29 +105,22 @@ def test_segments_are_float32_for_any_stored_dtype(dtype: type) -> None:
     assert Video(np.arange(18).reshape(9, 2).astype(dtype), 100, 3.0).segments(32).features.dtype == np.float32
 
 
-def test_segments_are_cached_per_segment_count() -> None:
-    video = Video(np.arange(18.0).reshape(9, 2), 100, 3.0)
-    assert video.segments(32) is video.segments(32)
-    assert video.segments(32) is not video.segments(16)
-
-
-def test_unknown_pooling_rule_is_rejected_by_name() -> None:
-    with raises(FeatureError, "invalid_setting", "'mean'"):
-        Video(np.arange(18.0).reshape(9, 2), 100, 3.0).segments(32, "mean")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("num_frames", "num_clips"), [(1, 1), (16, 1), (23, 1), (24, 2), (900, 111)])
-def test_num_clips_matches_hand_computed_values(num_frames: int, num_clips: int) -> None:
-    assert ClipTiming().num_clips(num_frames) == num_clips
-
-
 @given(st.integers(1, 500), st.integers(1, 64), st.integers(1, 64))
 def test_frames_and_clips_are_inverse_to_within_one_stride(num_clips: int, window: int, stride: int) -> None:
     clock = ClipTiming(window, stride)
     frames = clock.num_frames(num_clips)
+    assert (clock.num_clips(1), ClipTiming().num_clips(900)) == (1, 111)
     assert clock.num_clips(frames) == num_clips
     assert clock.num_clips(frames + stride - 1) == num_clips
     assert clock.num_clips(frames + stride) == num_clips + 1
+
+
+def test_segments_are_cached_per_segment_count_and_rule() -> None:
+    video = Video(np.arange(18.0).reshape(9, 2), 100, 3.0)
+    assert video.segments(32) is video.segments(32)
+    assert video.segments(32) is not video.segments(16)
+    with raises(FeatureError, "invalid_setting", "'mean'"):
+        video.segments(32, "mean")  # type: ignore[arg-type]
 
 
 def test_missing_frame_count_is_derived_from_clips(tmp_path: Path) -> None:
@@ -174,15 +141,24 @@ def test_npy_and_pt_files_load_same_features(golden: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("num_frames", "duration", "code"),
     [
-        *[("duration", value) for value in (0, -1, math.nan, math.inf, 1e300)],
-        *[("num_frames", value) for value in (1, 0, -5, 1 << 40)],
+        *[(100, duration, "invalid_frame_count") for duration in (0, -1, math.nan, math.inf, 1e300)],
+        *[(count, 3.0, "invalid_frame_count") for count in (1, 0, -5, 1 << 40)],
+        *[(90, 90.1, "frame_rate_out_of_range"), (241, 1.0, "frame_rate_out_of_range")],
     ],
 )
-def test_impossible_video_length_is_rejected(field: str, value: float) -> None:
-    with raises(FeatureError, "invalid_frame_count", "kitchen", value):
-        Video(np.ones((9, 2)), **{"num_frames": 100, "duration": 3.0, field: value}, name="kitchen")  # type: ignore[arg-type]
+def test_impossible_video_length_is_rejected(num_frames: int, duration: float, code: str) -> None:
+    with raises(FeatureError, code, "kitchen", duration if num_frames == 100 else num_frames):
+        Video(np.ones((9, 2)), num_frames, duration, name="kitchen")
+
+
+def test_frame_rates_and_large_values_within_limits_are_accepted() -> None:
+    for num_frames, duration in ((90, 90.0), (240, 1.0)):
+        Video(np.ones((9, 2)), num_frames, duration)
+    with np.errstate(all="raise"):
+        Video(np.full((400, 400), 6e4, np.float16), 100, 1.0)
+        Video(np.full((20, 20), 1.7e308), 100, 1.0)
 
 
 @pytest.mark.parametrize("field", ["duration", "num_frames", "offset"])
@@ -207,12 +183,10 @@ def test_video_num_frames_accepts_integers_only() -> None:
 
 CONSTANT = {
     "zero": np.zeros((9, 3), np.float32),
-    "one": np.ones((9, 3), np.float16),
     "equal_rows": np.tile(np.arange(3.0), (3000, 1)),
     "single_zero": np.zeros((1, 3)),
     "tiny": 1e-30 * np.random.default_rng(0).normal(size=(9, 3)),
     "tiny_half": (1e-7 * np.arange(27).reshape(9, 3) / 27).astype(np.float16),
-    "tiny_single": np.full((1, 3), 1e-30),
     "rounded": (100 + 1e-5 * np.random.default_rng(0).normal(size=(9, 3))).astype(np.float32),
     "huge": np.full((9, 3), 60000, np.float16),
 }
@@ -225,18 +199,14 @@ def test_video_constant_features_are_rejected(kind: str) -> None:
         video.segments(4)
 
 
-@pytest.mark.parametrize("row", [0, 1, 1500, 2999])
-def test_video_one_different_clip_is_accepted(row: int) -> None:
-    features = np.zeros((3000, 3))
-    features[row, 1] = 1e-4
-    assert Video(features, ClipTiming().num_frames(3000), 800.0).segments(4).features.max() > 0
-
-
-def test_video_still_picture_with_noise_or_single_clip_is_accepted() -> None:
+def test_video_with_slightly_different_clips_or_single_clip_is_accepted() -> None:
     noise = np.random.default_rng(0).normal(size=(9, 3))
-    for features in (100 + 1e-2 * noise, (0.01 + 1e-4 * noise).astype(np.float32), np.float16([[-6e4], [6e4]])):
-        Video(features, ClipTiming().num_frames(len(features)), 3.0).check(ClipTiming())
-    assert Video(np.ones((1, 3)), 16, 1.0).segments(4).features.min() == 1
+    varying = [100 + 1e-2 * noise, (0.01 + 1e-4 * noise).astype(np.float32), np.float16([[-6e4], [6e4]])]
+    for row in (0, 1, 1500, 2999):
+        varying.append(np.zeros((3000, 3)))
+        varying[-1][row, 1] = 1e-4
+    for features in (*varying, np.ones((1, 3))):
+        Video(features, ClipTiming().num_frames(len(features)), 1 + len(features) / 4).check(ClipTiming())
 
 
 @pytest.mark.parametrize(
@@ -273,24 +243,9 @@ def test_video_clips_near_frames_are_accepted(
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "duration"), [(1014, 3380.0), (928, 30960.0), (928, 3.5), (90, 90.1), (241, 1.0), (2, 1e-6)]
-)
-def test_video_frame_rate_out_of_range_is_rejected(num_frames: int, duration: float) -> None:
-    with raises(FeatureError, "frame_rate_out_of_range", num_frames, f"{duration:g}"):
-        Video(np.ones((9, 2)), num_frames, duration)
-
-
-@pytest.mark.parametrize(("num_frames", "duration"), [(90, 90.0), (240, 1.0), (928, 30.96)])
-def test_video_frame_rate_at_bounds_is_accepted(num_frames: int, duration: float) -> None:
-    Video(np.ones((9, 2)), num_frames, duration)
-
-
-@pytest.mark.parametrize(
     ("features", "code", "values"),
     [
         (np.ones(4), "wrong_array", ["(4,)"]),
-        (np.ones((2, 3, 4)), "wrong_array", ["(2, 3, 4)"]),
-        (np.ones((2, 3), np.int64), "wrong_array", ["int64"]),
         (np.ones((2, 3), complex), "wrong_array", ["complex128"]),
         ([[1.0, 2.0]], "wrong_array", ["list"]),
         (np.ones((0, 4)), "no_clips", ["(0, 4)"]),
@@ -306,39 +261,24 @@ def test_unusable_features_are_rejected_naming_the_video(features: np.ndarray, c
         Video(features, 100, 1.0, "kitchen")
 
 
-def test_large_finite_feature_values_are_accepted() -> None:
-    with np.errstate(all="raise"):
-        Video(np.full((400, 400), 6e4, np.float16), 100, 1.0)
-        Video(np.full((20, 20), 1.7e308), 100, 1.0)
-
-
 def npy(array: np.ndarray, save: Any = np.save) -> bytes:
     stream = io.BytesIO()
     save(stream, array)
     return stream.getvalue()
 
 
-def huge_npy() -> bytes:
-    """Return a header that declares 16 TB."""
-    stream = io.BytesIO()
-    header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 4096)}
-    np.lib.format.write_array_header_1_0(stream, header)
-    return stream.getvalue() + b"\0" * 64
-
-
-WHOLE = npy(np.ones((5, 4), np.float32))
 BAD_FILES = {
     "empty.npy": (b"", "empty_file"),
-    "empty.pt": (b"", "empty_file"),
-    "cut.npy": (WHOLE[:-8], "damaged_file"),
-    "header.npy": (WHOLE[:20], "damaged_file"),
     "gone.npy": (None, "missing_file"),
     "npz.npy": (npy(np.ones((9, 2)), np.savez), "ambiguous_features"),
     "text.npy": (b"not an array", "damaged_file"),
-    "objects.npy": (npy(np.array([{}, []], object)), "damaged_file"),
-    "huge.npy": (huge_npy(), "damaged_file"),
+    "integers.npy": (npy(np.ones((9, 2), int)), "wrong_array"),
     "text.pt": (b"not a tensor", "not_a_torch_file"),
-    "plain.pt": (pickle.dumps([1.0]), "not_a_torch_file"),
+    # A dict as written by torch before 1.6.
+    "dict.pt": (
+        b"".join(pickle.dumps(part, 2) for part in (torch_reader.MAGIC_NUMBER, 1001, {}, {"a": 1}, [])),
+        "wrong_array",
+    ),
     "features.txt": (b"1 2 3", "wrong_suffix"),
 }
 
@@ -369,33 +309,10 @@ def test_pickle_with_code_is_rejected_without_running_it(tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
-def test_file_with_several_tensors_is_rejected(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="torch writes the file")
-    torch.save({"features": torch.ones(3, 4)}, tmp_path / "many.pt")
-    with raises(FeatureError, "wrong_array", tmp_path / "many.pt", "dict"):
-        Video.load(tmp_path / "many.pt", 1.0)
-
-
 def test_features_load_without_torch(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     source = golden / "mini" / "C3D_unit16_overlap0.5_merged" / "CCCC3.pt"
     assert Video.load(source, 1.33, 32).features.shape[1] == 16
-
-
-@settings(max_examples=100)
-@given(position=st.integers(0, len(WHOLE) - 1), value=st.integers(0, 255), cut=st.booleans())
-def test_damaged_array_is_read_or_raises_feature_error(
-    position: int, value: int, cut: bool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    damaged = WHOLE[:position] if cut else WHOLE[:position] + bytes([value]) + WHOLE[position + 1 :]
-    path = tmp_path_factory.mktemp("damaged") / "clip.npy"
-    path.write_bytes(damaged)
-    try:
-        features = Video.load(path, 1.0).features
-    except FeatureError:
-        return
-    assert not cut
-    assert features.size == 20
 
 
 def test_pooled_segments_and_spans_equal_published_loader(golden: Path) -> None:
