@@ -14,7 +14,6 @@ import tempfile
 import time
 import types
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,30 +119,15 @@ def test_containers_load_with_arrays_for_tensors(tmp_path: Path, zipped: bool) -
 
 
 @FORMS
-def test_training_checkpoint_with_optimizer_is_read(tmp_path: Path, zipped: bool) -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    optimizer = torch.optim.Adam(module.parameters())
-    module(torch.randn(4, 3)).square().sum().backward()
-    optimizer.step()
-    content = {"state_dict": module.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
-    actual = torch_reader.load(save(content, tmp_path / "f.pt", zipped))
-    for name, weight in module.state_dict().items():
-        np.testing.assert_array_equal(actual["state_dict"][name], weight.numpy())
-        assert actual["state_dict"][name].shape == tuple(weight.shape)
-    moments = optimizer.state_dict()["state"][0]["exp_avg"].numpy()
-    np.testing.assert_array_equal(actual["optimizer"]["state"][0]["exp_avg"], moments)
-
-
-@FORMS
-@pytest.mark.parametrize(
-    "dtype",
-    ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8"],
-)
-def test_tensor_dtypes_are_preserved(tmp_path: Path, zipped: bool, dtype: str) -> None:
-    expected = torch.tensor([0, 1, 100]).to(getattr(torch, dtype))
-    actual = torch_reader.load(save(expected, tmp_path / "f.pt", zipped))
-    assert actual.dtype == expected.numpy().dtype
-    np.testing.assert_array_equal(actual, expected.numpy())
+def test_tensor_dtypes_are_preserved_and_arrays_writable(tmp_path: Path, zipped: bool) -> None:
+    dtypes = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8")
+    saved = [torch.tensor([0, 1, 100]).to(getattr(torch, dtype)) for dtype in dtypes]
+    for dtype, expected, actual in zip(
+        dtypes, saved, torch_reader.load(save(saved, tmp_path / "f.pt", zipped)), strict=True
+    ):
+        assert actual.dtype == dtype
+        np.testing.assert_array_equal(actual, expected.numpy())
+        actual[0] = 5
 
 
 @FORMS
@@ -174,16 +158,6 @@ def test_tensor_views_are_loaded(zipped: bool, data: st.DataObject) -> None:
         np.testing.assert_array_equal(array, expected.numpy())
     if view.numel():
         assert np.shares_memory(*actual)
-
-
-@FORMS
-def test_arrays_are_writable_and_share_storage(tmp_path: Path, zipped: bool) -> None:
-    base = torch.zeros(4, 3)
-    first, second, other = torch_reader.load(save([base, base[:, 1], torch.zeros(2)], tmp_path / "f.pt", zipped))
-    first[2, 1] = 5
-    assert second[2] == 5
-    other[:] = 1
-    assert first.sum() == 5
 
 
 def test_expanded_tensor_in_file_of_any_name_without_checksums_is_read(tmp_path: Path) -> None:
@@ -242,23 +216,25 @@ def test_pickled_call_is_rejected_by_name_without_running(
     assert not sentinel.exists()
 
 
-@pytest.mark.parametrize("opcode", ["reduce", "inst", "obj", "newobj", "dotted", "stack_global"])
-def test_no_pickle_opcode_can_call_a_function(tmp_path: Path, sentinel: Path, opcode: str) -> None:
+@pytest.mark.parametrize(
+    "program",
+    [
+        # Calls of os.system by REDUCE, INST, OBJ and NEWOBJ, and by names with dots.
+        b"\x80\x02cos\nsystem\n(TEXTtR.",
+        b"\x80\x02(TEXTios\nsystem\n.",
+        b"\x80\x02(cos\nsystem\nTEXTo.",
+        b"\x80\x02cos\nsystem\n(TEXTt\x81.",
+        b"\x80\x04\x8c\x05torch\x8c\x0d_utils.os.sys\x93(TEXTtR.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93(TEXTtR.",
+    ],
+)
+def test_no_pickle_opcode_can_call_a_function(tmp_path: Path, sentinel: Path, program: bytes) -> None:
     command = f"touch {sentinel}".encode()
     text = b"X" + len(command).to_bytes(4, "little") + command
-    program = {
-        "reduce": b"\x80\x02cos\nsystem\n(" + text + b"tR.",
-        "inst": b"\x80\x02(" + text + b"ios\nsystem\n.",
-        "obj": b"\x80\x02(cos\nsystem\n" + text + b"o.",
-        "newobj": b"\x80\x02cos\nsystem\n(" + text + b"t\x81.",
-        "dotted": b"\x80\x04\x8c\x05torch\x8c\x0d_utils.os.sys\x93(" + text + b"tR.",
-        "stack_global": b"\x80\x04\x8c\x02os\x8c\x06system\x93(" + text + b"tR.",
-    }[opcode]
-    path = zip_file(tmp_path / "f.pt", program)
-    with raises(CheckpointError, "code_in_file", path):
-        torch_reader.load(path)
-    with raises(CheckpointError, "code_in_file", path):
-        checkpoints.read(path, unknown_objects=True)
+    path = zip_file(tmp_path / "f.pt", program.replace(b"TEXT", text))
+    for read in (torch_reader.load, functools.partial(checkpoints.read, unknown_objects=True)):
+        with raises(CheckpointError, "code_in_file", path):
+            read(path)
     assert not sentinel.exists()
 
 
@@ -331,33 +307,12 @@ def test_unknown_objects_are_replaced_and_all_else_is_read(tmp_path: Path, monke
             read(path)
 
 
-def test_pickled_module_is_rejected_by_name(tmp_path: Path) -> None:
-    for zipped in (True, False):
-        path = save(torch.nn.Linear(2, 1), tmp_path / "f.pt", zipped)
-        with raises(CheckpointError, "code_in_file", path, "torch.nn.modules.linear.Linear"):
-            torch_reader.load(path)
-
-
 def test_load_imports_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "imported_by_a_pickle.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     path = zip_file(tmp_path / "f.pt", b"\x80\x02cimported_by_a_pickle\nf\n.")
     checkpoints.read(path, unknown_objects=True)
     assert "imported_by_a_pickle" not in sys.modules
-
-
-def load_or_be_refused(path: Path) -> None:
-    for read in (torch_reader.load, checkpoints.load, functools.partial(checkpoints.load, unknown_objects=True)):
-        sentence = str(path)
-        try:
-            read(path)
-        except CheckpointError as error:
-            sentence = str(error)
-        assert str(path) in sentence
-        assert "\n" not in sentence
-
-
-# Tensors with invalid sizes, strides and storages.
 
 
 @pytest.mark.parametrize(
@@ -464,80 +419,34 @@ def test_truncated_file_is_rejected(tmp_path: Path, zipped: bool) -> None:
             torch_reader.load(cut)
 
 
-@functools.cache
-def _saved(zipped: bool) -> bytes:
-    """Return a torch file that does not depend on addresses, which are names of storages in legacy files."""
+def npz_bytes() -> bytes:
     stream = io.BytesIO()
-    value = {"a": torch.arange(4.0), "n": [1, -2.5], "s": {1: None}, "z": torch.tensor(1).half()}
-    torch.save(value, stream, _use_new_zipfile_serialization=zipped)
+    np.savez(stream, a=np.ones(2))
     return stream.getvalue()
 
 
-@FORMS
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_mutated_file_is_read_or_rejected(zipped: bool, data: st.DataObject) -> None:
-    content = bytearray(_saved(zipped))
-    for _ in range(data.draw(st.integers(1, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "f.pt")
-        path.write_bytes(content)
-        load_or_be_refused(path)
+OTHER_FILES: list[tuple[Any, str, str]] = [
+    (b"", "empty_file", ""),
+    (b"not a tensor at all", "not_a_torch_file", ""),
+    (pickle.dumps([1, 2], 2), "not_a_torch_file", ""),
+    (b"PK\x03\x04 and no more", "damaged_file", ""),
+    (b"\0" * 257 + b"ustar\x0000", "tar_archive", ""),
+    (npz_bytes(), "not_a_torch_file", "data.pkl"),
+    (lambda path: zip_file(path, {}, {"constants.pkl": b"", "code/__torch__.py": b""}), "torchscript_archive", ""),
+    (lambda path: zip_file(path, tensor(), {**SIX, "byteorder": b"big"}), "damaged_file", ""),
+    (lambda path: zip_file(path, 1, compression=zipfile.ZIP_DEFLATED), "compressed_record", "archive/data.pkl"),
+    (lambda path: zip_file(path, b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."), "nested_too_deeply", ""),
+    (lambda path: None, "missing_file", ""),
+    (lambda path: path.mkdir(), "unreadable_file", ""),
+]
 
 
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_mutated_pickle_is_read_or_rejected(data: st.DataObject) -> None:
-    parts: list[Any] = [tensor(), [1, -2.5], {1: "a"}, collections.OrderedDict(a=1)]
-    if data.draw(st.booleans()):
-        parts += [np.arange(3), np.float32(1), {1}, datetime.date(2026, 1, 1)]
-    content = bytearray(pickled(parts))
-    for _ in range(data.draw(st.integers(0, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    with tempfile.TemporaryDirectory() as directory:
-        path = zip_file(Path(directory, "f.pt"), bytes(content), SIX)
-        load_or_be_refused(path)
-
-
-def bytes_file(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
-def numpy_file(path: Path) -> Path:
-    np.savez(path.with_suffix(".npz"), a=np.ones(2))
-    return path.with_suffix(".npz")
-
-
-@pytest.mark.parametrize(
-    ("write", "code", "quoted"),
-    [
-        (lambda path: bytes_file(path, b""), "empty_file", ""),
-        (lambda path: bytes_file(path, b"not a tensor at all"), "not_a_torch_file", ""),
-        (lambda path: bytes_file(path, b"\x93NUMPY\x01\x00"), "not_a_torch_file", ""),
-        (lambda path: bytes_file(path, pickle.dumps([1, 2], 2)), "not_a_torch_file", ""),
-        (lambda path: bytes_file(path, b"PK\x03\x04 and no more"), "damaged_file", ""),
-        (lambda path: bytes_file(path, b"\0" * 257 + b"ustar\x0000"), "tar_archive", ""),
-        (numpy_file, "not_a_torch_file", "data.pkl"),
-        (lambda path: zip_file(path, {}, {"constants.pkl": b"", "code/__torch__.py": b""}), "torchscript_archive", ""),
-        (lambda path: zip_file(path, tensor(), {**SIX, "byteorder": b"big"}), "damaged_file", ""),
-        (lambda path: zip_file(path, 1, compression=zipfile.ZIP_DEFLATED), "compressed_record", "archive/data.pkl"),
-        (lambda path: zip_file(path, b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."), "nested_too_deeply", ""),
-    ],
-)
-def test_other_files_raise_specific_codes(
-    tmp_path: Path, write: Callable[[Path], Path], code: str, quoted: str
-) -> None:
-    path = write(tmp_path / "f.pt")
+@pytest.mark.parametrize(("content", "code", "quoted"), OTHER_FILES)
+def test_other_files_raise_specific_codes(tmp_path: Path, content: Any, code: str, quoted: str) -> None:
+    path = tmp_path / "f.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
     with raises(CheckpointError, code, path, quoted):
         torch_reader.load(path)
-
-
-def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
-    for path, code in ((tmp_path / "absent.pt", "missing_file"), (tmp_path, "unreadable_file")):
-        with raises(CheckpointError, code, path):
-            torch_reader.load(path)
 
 
 def _doubled(levels: int, pair: bytes, start: bytes = b"K\1\x85") -> bytes:
@@ -561,13 +470,17 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_pickle_with_exponential_hash_is_rejected_quickly(tmp_path: Path, name: str) -> None:
+def test_pickle_with_exponential_hash_is_rejected_quickly(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The real limit takes a second.
+    monkeypatch.setattr(torch_reader, "MAX_NODES", 1 << 12)
     path = zip_file(tmp_path / "bomb.pt", HOSTILE[name])
     started = time.process_time()
     for read in (torch_reader.load, torch_reader.check):
         with pytest.raises(CheckpointError):
             read(path)
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 5
 
 
 def test_non_string_keys_and_shared_lists_are_read(tmp_path: Path) -> None:
