@@ -49,45 +49,60 @@ def test_lines_become_annotations_in_file_order(directory: Path) -> None:
     ]
 
 
-def test_spans_are_fractions_and_only_ends_are_clipped(directory: Path) -> None:
-    lines = ("AAAAA 3 15##door.", "AAAAA 3 31##door.", "BBBBB 11 12##door.")
-    data_set = write(directory, *lines)
-    spans = data_set.spans(data_set.annotations("test", "keep"))
+def test_spans_are_fractions_and_only_ends_are_clipped(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data_set = write(directory, "AAAAA 3 15##door.", "AAAAA 3 31##door.", "BBBBB 11 12##door.")
+    with caplog.at_level(logging.INFO, "drn"):
+        spans = data_set.spans(data_set.annotations("test", "keep"))
     assert spans.tolist() == [[0.1, 0.5], [0.1, 1], [1.1, 1]]
     assert spans.dtype == np.float64
     assert data_set.spans([]).shape == (0, 2)
+    assert len(records(caplog, logging.INFO, "Charades_sta_test.txt", 2, 3)) == 1
 
 
-def test_ends_after_the_video_are_counted_in_the_log(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "drn"):
-        assert len(write(directory, "AAAAA 3 31##door.", "AAAAA 3 30##door.").annotations("test")) == 2
-    assert len(records(caplog, logging.INFO, "Charades_sta_test.txt", 1, 2)) == 1
-
-
-MALFORMED = [
-    "",
-    "AAAAA 1 2",
-    "AAAAA 1 2#door.",
-    "AAAAA 1 2##door##person.",
-    "AAAAA 1##door.",
-    "AAAAA 1 2 3##door.",
-    "AAAAA 1 2##",
-    "##door.",
-    "AAAAA one 2##door.",
-    "AAAAA 1 nan##door.",
-    "AAAAA -inf 2##door.",
-    "CCCCC 1 2##door.",
-]
-
-
-@pytest.mark.parametrize("line", MALFORMED)
-@pytest.mark.parametrize("invalid", ["error", "drop", "keep"])
-def test_malformed_line_is_named_by_number(directory: Path, line: str, invalid: str) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "AAAAA 1 2",
+        "AAAAA 1 2##door##person.",
+        "AAAAA 1##door.",
+        "AAAAA 1 2 3##door.",
+        "AAAAA 1 2##",
+        "##door.",
+        "AAAAA one 2##door.",
+        "AAAAA 1 nan##door.",
+        "AAAAA -inf 2##door.",
+        "CCCCC 1 2##door.",
+    ],
+)
+def test_malformed_line_is_named_by_number(directory: Path, line: str) -> None:
     data_set = write(directory, "AAAAA 1 2##door.", line, "AAAAA 1 2##door.")
     code = "unlisted_video" if line.startswith("CCCCC") else "malformed_row"
-    with raises(AnnotationError, code, directory / "Charades_sta_test.txt", 2) as caught:
-        data_set.annotations("test", invalid)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
+    for invalid in ("error", "drop", "keep"):
+        with raises(AnnotationError, code, directory / "Charades_sta_test.txt", 2) as caught:
+            data_set.annotations("test", invalid)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "quoted"),
+    [
+        ("AAAAA 5 4##door.", (4, 5)),
+        ("AAAAA 5 5##door.", (5,)),
+        ("BBBBB 10 12##door.", (10,)),
+        ("BBBBB -1 2##door.", (-1,)),
+    ],
+)
+def test_invalid_moment_follows_the_policy(
+    directory: Path, line: str, quoted: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    data_set = write(directory, "AAAAA 1 2##door.", line)
+    with raises(AnnotationError, "impossible_moment", directory / "Charades_sta_test.txt", 2, *quoted):
+        data_set.annotations("test")
+    assert not caplog.records
+    assert [annotation.line for annotation in data_set.annotations("test", "drop")] == [1]
+    assert len(caplog.records) == len(records(caplog, logging.WARNING, 2, *quoted)) == 1
+    assert [annotation.line for annotation in data_set.annotations("test", "keep")] == [1, 2]
 
 
 def test_unknown_video_error_names_the_table(directory: Path) -> None:
@@ -96,25 +111,6 @@ def test_unknown_video_error_names_the_table(directory: Path) -> None:
     (directory / "Charades_frames_info.json").write_text('{"AAAAA": 900}')
     with raises(AnnotationError, "unlisted_video", "'BBBBB'", "Charades_frames_info.json"):
         write(directory, "BBBBB 1 2##door.").annotations("test")
-
-
-INVALID = {
-    "AAAAA 5 4##door.": (4, 5),
-    "AAAAA 5 5##door.": (5,),
-    "BBBBB 10 12##door.": (10,),
-    "BBBBB -1 2##door.": (-1,),
-}
-
-
-@pytest.mark.parametrize("line", INVALID)
-def test_invalid_moment_follows_the_policy(directory: Path, line: str, caplog: pytest.LogCaptureFixture) -> None:
-    data_set = write(directory, "AAAAA 1 2##door.", line)
-    with raises(AnnotationError, "impossible_moment", directory / "Charades_sta_test.txt", 2, *INVALID[line]):
-        data_set.annotations("test")
-    assert not caplog.records
-    assert [annotation.line for annotation in data_set.annotations("test", "drop")] == [1]
-    assert len(caplog.records) == len(records(caplog, logging.WARNING, 2, *INVALID[line])) == 1
-    assert [annotation.line for annotation in data_set.annotations("test", "keep")] == [1, 2]
 
 
 def put(name: str, content: str | bytes | None) -> Callable[[Path], object]:
@@ -158,15 +154,15 @@ def test_directory_without_data_set_lists_expected_files(tmp_path: Path) -> None
         DataSet(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "{}", '{"AAAAA": "30"}', '{"AAAAA": -1}', '{"AAAAA": NaN}'])
 @pytest.mark.parametrize("name", ["Charades_duration.json", "Charades_frames_info.json", "Charades_word2id.json"])
-def test_damaged_table_is_named(directory: Path, name: str, content: str) -> None:
-    (directory / name).write_text(content)
-    is_json = content and content != "{" and "NaN" not in content
-    code = "unexpected_structure" if is_json else "invalid_json"
-    with raises(AnnotationError, code, directory / name) as caught:
-        _ = DataSet(directory).vocabulary
-    assert "\n" not in str(caught.value)
+def test_damaged_table_is_named(directory: Path, name: str) -> None:
+    for content in ("", "{", "[1, 2]", "{}", '{"AAAAA": "30"}', '{"AAAAA": -1}', '{"AAAAA": NaN}'):
+        (directory / name).write_text(content)
+        is_json = content and content != "{" and "NaN" not in content
+        code = "unexpected_structure" if is_json else "invalid_json"
+        with raises(AnnotationError, code, directory / name) as caught:
+            _ = DataSet(directory).vocabulary
+        assert "\n" not in str(caught.value)
 
 
 def test_pt_features_take_precedence_over_npy(directory: Path) -> None:
@@ -182,32 +178,28 @@ def test_pt_features_take_precedence_over_npy(directory: Path) -> None:
     assert data_set.feature_path("AAAAA").suffix == ".pt"
 
 
-def test_feature_width_is_read_from_the_file(golden: Path) -> None:
-    assert DataSet(golden / "mini").features().dim == 16
-
-
-def test_different_clip_timing_gives_warning(golden: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_width_timing_and_origin_of_features_are_read(
+    golden: Path, mini: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data_set = DataSet(golden / "mini")
+    assert data_set.features().dim == 16
     data_set.check_clock(ClipTiming(16, 8))
     assert not caplog.messages
     data_set.check_clock(ClipTiming(60, 60))
     assert len(records(caplog, logging.WARNING, 16, 8, 60)) == 1
+    assert not data_set.simulated
+    (mini / "simulated.json").write_text("{}")
+    assert DataSet(mini).simulated
 
 
 @pytest.mark.parametrize("command", [evaluate, rank])
 def test_commands_check_clip_timing_of_model_and_data(
-    command: Any, models: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
+    command: Any, tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timings: list[ClipTiming] = []
     monkeypatch.setattr(DataSet, "check_clock", lambda self, clock: timings.append(clock))
-    command(models / "drn.onnx", planted, limit=1, **({"videos": 2} if command is rank else {}))
+    command(tiny_model, mini, limit=1, **({"videos": 2} if command is rank else {}))
     assert timings == [ClipTiming(16, 8)]
-
-
-def test_simulated_features_are_detected(directory: Path) -> None:
-    assert not DataSet(directory).simulated
-    (directory / "simulated.json").write_text("{}")
-    assert DataSet(directory).simulated
 
 
 def test_tokens_and_ground_truth_equal_published_loader(golden: Path) -> None:
@@ -230,68 +222,66 @@ def test_four_invalid_lines_of_real_training_file_are_dropped(
     data_set = DataSet(real_data / "charades_sta")
     annotations = data_set.annotations("train", "keep")
     dropped = data_set.annotations("train", "drop")
-    assert (len(annotations), len(dropped)) == (12408, 12404)
     broken = sorted({a.line for a in annotations} - {a.line for a in dropped})
     assert [annotations[line - 1].video for line in broken] == ["LEOL6", "IOL8Q", "AKKWU", "AKKWU"]
     assert len(records(caplog, logging.WARNING, "Charades_sta_train.txt", 4)) == 1
     with raises(AnnotationError, "impossible_moment", broken[0]):
         data_set.annotations("train")
-    assert len(data_set.annotations("test")) == 3720
     late = sum(a.end > data_set.durations[a.video] for a in annotations)
     assert late == 1768
 
 
-def scaled(data_set: DataSet, path: Path, key: str, factor: float) -> DataSet:
-    """Multiply the durations, or the timestamps, of a split by a factor."""
-    for split in ("train", "val", "test"):
-        entries = json.loads((path / f"{split}.json").read_text())
-        for entry in entries.values():
-            entry[key] = (np.array(entry[key]) * factor).tolist()
-        (path / f"{split}.json").write_text(json.dumps(entries))
-    return DataSet(path)
+def scaled(key: str, factor: float) -> Callable[[dict[str, Any]], None]:
+    """Return a change of an entry that multiplies a duration, or timestamps."""
+    return lambda entry: entry.update({key: (np.array(entry[key]) * factor).tolist()})
+
+
+def as_fractions(entry: dict[str, Any]) -> None:
+    scaled("timestamps", 1 / entry["duration"])(entry)
+    entry["duration"] = 15.0
 
 
 @pytest.mark.parametrize(
-    ("write", "key", "factor"),
+    ("write", "change"),
     [
-        (write_activitynet, "duration", 1000),
-        (write_activitynet, "timestamps", 1000),
-        (write_activitynet, "timestamps", 29.4),
-        (write_tacos, "timestamps", 1 / 29.4),
-        (write_tacos, "timestamps", 29.4),
+        (write_activitynet, scaled("duration", 1000)),
+        (write_activitynet, scaled("timestamps", 1000)),
+        (write_activitynet, scaled("timestamps", 29.4)),
+        (write_activitynet, as_fractions),
+        (write_tacos, scaled("timestamps", 1 / 29.4)),
+        (write_tacos, scaled("timestamps", 29.4)),
     ],
 )
-@pytest.mark.parametrize("invalid", ["error", "drop", "keep"])
-def test_annotations_in_another_unit_are_rejected(
-    write: Any, key: str, factor: float, invalid: Any, tmp_path: Path
-) -> None:
-    data_set = scaled(DataSet(write(tmp_path / "data")), tmp_path / "data", key, factor)
-    with raises(AnnotationError, "units_mismatch"):
-        data_set.annotations("test", invalid)
+def test_annotations_in_another_unit_are_rejected(write: Any, change: Callable[[Any], None], tmp_path: Path) -> None:
+    path = write(tmp_path / "data") / "test.json"
+    entries = json.loads(path.read_text())
+    for entry in entries.values():
+        change(entry)
+    path.write_text(json.dumps(entries))
+    for invalid in ("error", "drop", "keep"):
+        with raises(AnnotationError, "units_mismatch", path):
+            DataSet(path.parent).annotations("test", invalid)  # type: ignore[arg-type]
 
 
-def test_annotations_in_fractions_of_their_videos_are_rejected(tmp_path: Path) -> None:
-    path = write_activitynet(tmp_path / "data")
-    for split in ("train", "val", "test"):
-        entries = json.loads((path / f"{split}.json").read_text())
-        for entry in entries.values():
-            entry["timestamps"] = (np.array(entry["timestamps"]) / entry["duration"]).tolist()
-            entry["duration"] = 15.0
-        (path / f"{split}.json").write_text(json.dumps(entries))
-    with raises(AnnotationError, "units_mismatch", path / "test.json"):
-        DataSet(path).annotations("test")
-
-
-@pytest.mark.parametrize("name", ["charades_sta", "activitynet", "tacos", "qvhighlights"])
-def test_published_annotations_are_in_plausible_units(
-    name: str, real_data: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("name", "counts", "valid"),
+    [
+        ("charades_sta", {"train": 12408, "test": 3720}, 12404),
+        ("activitynet", {"train": 37421, "val": 17505, "test": 17031}, 37417),
+        ("tacos", {"train": 9790, "val": 4436, "test": 4001}, 9790),
+        ("qvhighlights", {"val": 1550}, None),
+    ],
+)
+def test_published_annotations_have_known_counts_and_units(
+    name: str, counts: dict[str, int], valid: int | None, real_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data_set = DataSet(real_data / name)
-    for split in data_set.splits:
-        data_set.annotations(split, invalid="keep")
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert {split: len(data_set.annotations(split, invalid="keep")) for split in data_set.splits} == counts
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     for video in data_set.num_frames.keys() & data_set.durations.keys():
         check_frame_rate(video, data_set.num_frames[video], data_set.durations[video])
+    if valid is not None:
+        assert len(data_set.annotations("train", "drop")) == valid
 
 
 @pytest.mark.parametrize("has_frame_counts", [True, False])
