@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -22,7 +23,6 @@ from runtime.core.errors import DeviceError, FeatureError, GroundingError, Model
 from runtime.core.sliding_windows import Windows
 from runtime.datasets.dataset import DataSet
 from runtime.describe import describe
-from runtime.evaluate import evaluate as evaluate_command
 from runtime.grounding.evaluation import evaluate
 from runtime.grounding.scheduling import EncodingCache
 from runtime.grounding.words import words
@@ -117,41 +117,33 @@ def test_encoding_of_another_scale_is_no_damage(planted_backend: Any, damaged: b
         grounder.ground(encoded, "dog")
 
 
-def test_each_video_is_encoded_and_batched_once(grounder: Grounder, pair: PlantedPair) -> None:
+def test_each_video_and_sentence_is_encoded_and_batched_once(
+    grounder: Grounder, pair: PlantedPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    vocabulary = type(grounder.manifest.vocabulary)
+    encode = vocabulary.encode
+    monkeypatch.setattr(
+        vocabulary, "encode", lambda self, text, *rest, **named: read.append(text) or encode(self, text, *rest, **named)
+    )
     subject = video(10.0, cat=(0, 3))
     grounder.ground_batch([(subject, "cat"), (QUARTER, "dog"), (subject, "dog"), (subject, "cat")])
     assert pair.encoded == 2
     assert pair.requests == [(4, 2)]
+    assert read == ["cat", "dog"]
     grounder.ground(subject, "person cat")
     assert pair.encoded == 2
-
-
-def test_each_sentence_is_tokenized_once(grounder: Grounder, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    vocabulary = type(grounder.manifest.vocabulary)
-    original = vocabulary.encode
-    monkeypatch.setattr(
-        vocabulary,
-        "encode",
-        lambda self, text, *rest, **named: read.append(text) or original(self, text, *rest, **named),
-    )
-    grounder.ground_batch([(QUARTER, "dog"), (video(10.0, cat=(0, 3)), "dog"), (QUARTER, "cat")])
-    assert read == ["dog", "cat"]
 
 
 def test_encoding_cache_is_bounded_and_drops_removed_videos(grounder: Grounder, pair: PlantedPair) -> None:
     grounder._encodings = EncodingCache(2)
     subjects = [video(10.0 + index, cat=(0, 3)) for index in range(3)]
-    for subject in subjects:
-        grounder.ground(subject, "cat")
-    grounder.ground(subjects[1], "cat")
-    assert pair.encoded == 3
-    grounder.ground(subjects[0], "cat")
-    assert pair.encoded == 4
+    for index, encoded in ((0, 1), (1, 2), (2, 3), (1, 3), (0, 4)):
+        grounder.ground(subjects[index], "cat")
+        assert pair.encoded == encoded
     # Another video at a cached address: the reference differs.
     stranger = video(99.0, dog=(0, 3))
     cached = grounder._encodings._encodings
-    assert len(cached) == 2
     entry = cached.pop(id(subjects[0]))
     assert entry is not None
     cached.put(id(stranger), entry)
@@ -181,81 +173,98 @@ def test_encoding_key_depends_on_video_and_model(planted_backend: Any) -> None:
     assert one.encode(video(30.0, dog=(8, 15))).key == keys[0]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "text", "pickle", "empty", "another", "shapes"])
+def _change(name: str) -> Callable[[Path, EncodedVideo], object]:
+    """Return a function that saves an encoding after changing an array without its digest."""
+
+    def save(path: Path, encoded: EncodedVideo) -> None:
+        array = getattr(encoded, name)
+        object.__setattr__(encoded, name, array + 1 if name == "features" else array[1:])
+        encoded.save(path)
+
+    return save
+
+
+DAMAGE: dict[str, tuple[Callable[[Path, EncodedVideo], object], str]] = {
+    "missing": (lambda path, encoded: path.unlink(), "missing_file"),
+    "truncated": (lambda path, encoded: path.write_bytes(path.read_bytes()[:-200]), "damaged_file"),
+    "changed": (_change("features"), "digest_mismatch"),
+    "shapes": (_change("spans"), "wrong_array"),
+    "pickle": (
+        lambda path, encoded: np.savez(
+            path, about=np.array([{}], object), features=encoded.features, spans=encoded.spans
+        ),
+        "damaged_file",
+    ),
+    "incomplete": (lambda path, encoded: np.savez(path, features=encoded.features), "damaged_file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_encoding_is_rejected_with_one_line(grounder: Grounder, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "video.npz"
-    code = {"changed": "digest_mismatch", "shapes": "wrong_array"}.get(damage, "damaged_file")
+    write, code = DAMAGE[damage]
     encoded = grounder.encode(QUARTER)
     encoded.save(path)
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-200])
-    elif damage == "changed":
-        object.__setattr__(encoded, "features", encoded.features + 1)
-        encoded.save(path)
-    elif damage == "text":
-        path.write_text("not an archive")
-    elif damage == "pickle":
-        np.savez(path, about=np.array([{}], object), features=encoded.features, spans=encoded.spans)
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "another":
-        np.savez(path, features=encoded.features)
-    elif damage == "shapes":
-        object.__setattr__(encoded, "spans", encoded.spans[1:])
-        encoded.save(path)
+    write(path, encoded)  # type: ignore[arg-type]
     with raises(FeatureError, code) as raised:
         EncodedVideo.load(path)
-    assert str(raised.value).count("\n") == 0
-    with raises(FeatureError, "missing_file", tmp_path / "absent.npz"):
-        EncodedVideo.load(tmp_path / "absent.npz")
+    assert "\n" not in str(raised.value)
 
 
+# Files of version 0.1 have no digest, so only invalid values are detected.
 @pytest.mark.parametrize(
-    "change", [{"duration": 3200.0}, {"duration": "32"}, {"duration": True}, {"offset": -9.0}, {"offset": 1e300},
-               {"name": "another"}],
-)  # fmt: skip
-@pytest.mark.parametrize("has_digest", [True, False])
+    ("change", "without_digest"),
+    [
+        ({"duration": 3200.0}, True),
+        ({"name": "another"}, True),
+        ({"duration": "32"}, False),
+        ({"duration": True}, False),
+        ({"offset": -9.0}, False),
+        ({"offset": 1e300}, False),
+    ],
+)
 def test_edited_encoding_metadata_is_rejected(
-    grounder: Grounder, tmp_path: Path, change: dict[str, Any], has_digest: bool
+    grounder: Grounder, tmp_path: Path, change: dict[str, Any], without_digest: bool
 ) -> None:
     path = tmp_path / "video.npz"
     grounder.encode(QUARTER).save(path)
     with np.load(path) as archive:
         arrays = dict(archive)
     facts = {**json.loads(str(arrays["about"])), **change}
-    if not has_digest:
-        del facts["digest"]
     np.savez(path, **{**arrays, "about": np.array(json.dumps(facts))})
-    # Files of version 0.1 have no digest, so only invalid values are detected.
-    if has_digest or not (change.get("duration") == 3200.0 or "name" in change):
-        with pytest.raises(FeatureError):
-            EncodedVideo.load(path)
-    else:
+    with raises(FeatureError, "damaged_file", path):
+        EncodedVideo.load(path)
+    del facts["digest"]
+    np.savez(path, **{**arrays, "about": np.array(json.dumps(facts))})
+    with contextlib.nullcontext() if without_digest else raises(FeatureError, "damaged_file", path):
         EncodedVideo.load(path)
 
 
-def test_encoding_of_another_model_is_rejected(planted_backend: Any, pair: PlantedPair) -> None:
-    encoded = Grounder(PlantedPair(planted_backend(), "2" * 64)).encode(QUARTER)
+def test_encoded_video_rejects_invalid_arrays() -> None:
+    features, spans = np.zeros((8, 4), np.float32), np.zeros((4, 2), np.float32)
+    for wrong in ((features, spans[1:], 1.0), (features[0], spans, 1.0), (features.astype(int), spans, 1.0)):
+        with raises(FeatureError, "wrong_array", wrong[0].shape, wrong[1].shape):
+            EncodedVideo(*wrong)
+    with raises(GroundingError, "invalid_frame_count", "nan"):
+        EncodedVideo(features, spans, float("nan"))
+
+
+def test_encoding_of_another_model_or_width_is_rejected(planted_backend: Any, pair: PlantedPair) -> None:
+    grounder, unsplit = Grounder(pair), Grounder(planted_backend())
+    other = Grounder(PlantedPair(planted_backend(), "2" * 64)).encode(QUARTER)
     with raises(FeatureError, "encoding_of_another_model", "dog", "2" * 12, "1" * 12):
-        Grounder(pair).ground(encoded, "dog")
-    assert pair.requests == []
-
-
-def test_encoding_of_another_width_is_rejected(grounder: Grounder) -> None:
+        grounder.ground(other, "dog")
     encoded = grounder.encode(QUARTER)
-    narrow = dataclasses.replace(encoded, features=encoded.features[:5], key="")
+    narrow = dataclasses.replace(encoded, features=encoded.features[:5], key="")  # type: ignore[union-attr]
     with raises(FeatureError, "shape_mismatch", "dog", (5, 32), (8, 32)):
         grounder.ground(narrow, "dog")
+    assert pair.requests == []
     with raises(FeatureError, "feature_width_mismatch", "dog", 9, 8):
         grounder.encode(video(10.0, dim=9, dog=(0, 3)))
-
-
-def test_unsplit_model_cannot_encode_and_names_split_option(planted_backend: Any, grounder: Grounder) -> None:
-    whole = Grounder(planted_backend())
     with raises(ModelFileError, "query_part_required", "python -m export.to_onnx --split"):
-        whole.encode(QUARTER)
+        unsplit.encode(QUARTER)
     with raises(ModelFileError, "query_part_required", "dog"):
-        whole.ground(grounder.encode(QUARTER), "dog")
+        unsplit.ground(encoded, "dog")
 
 
 def test_encode_with_prepare_returns_the_plain_encoding(grounder: Grounder, caplog: pytest.LogCaptureFixture) -> None:
@@ -274,15 +283,6 @@ def copied(pair_files: Path, tmp_path: Path) -> Path:
     return tmp_path / pair_files.name
 
 
-def test_query_part_opens_the_split_pair(pair_files: Path, tiny_model: Path, mini: Path) -> None:
-    subject = DataSet(mini).video("AAAA1")
-    expected = Grounder.load(tiny_model, "cpu").ground(subject, "person opens the door")
-    split = Grounder.load(pair_files, "cpu")
-    assert split.is_pair
-    assert split.ground(subject, "person opens the door") == expected
-    assert split.ground(split.encode(subject), "person opens the door") == expected
-
-
 def test_video_part_alone_is_rejected(pair_files: Path) -> None:
     video = pair_files.with_name("tiny.video.onnx")
     for opened in (open_backend, describe, words):
@@ -292,22 +292,26 @@ def test_video_part_alone_is_rejected(pair_files: Path) -> None:
 
 def test_missing_or_changed_video_part_is_rejected(copied: Path) -> None:
     part = copied.with_name("tiny.video.onnx")
-    content = part.read_bytes()
-    part.write_bytes(content + b"\0")
+    part.write_bytes(part.read_bytes() + b"\0")
     with raises(ModelFileError, "digest_mismatch", part, copied.name):
         open_backend(copied, "cpu")
     part.unlink()
     with raises(ModelFileError, "missing_file", copied, part.name):
         open_backend(copied, "cpu")
-
-
-def test_query_part_without_video_part_name_is_rejected(copied: Path) -> None:
     model = onnx.load(copied)
     manifest = Manifest.from_json(model.metadata_props[0].value)
     onnx.helper.set_model_props(model, {METADATA_KEY: dataclasses.replace(manifest, video_part={}).to_json()})
     onnx.save(model, copied)
     with raises(ModelFileError, "missing_part", copied, 0):
         open_backend(copied, "cpu")
+
+
+def test_infer_accepts_the_query_part(
+    pair_files: Path, tiny_model: Path, mini: Path, run_command: Callable[..., Any]
+) -> None:
+    words = ("--data", mini, "--device", "cpu", "--video", "AAAA1", "--query", "person opens the door")
+    outcome, expected = (run_command(infer, "--model", model, *words) for model in (pair_files, tiny_model))
+    assert (outcome.code, outcome.out) == (0, expected.out)
 
 
 def test_split_evaluation_equals_full_and_encodes_once(
@@ -324,16 +328,6 @@ def test_split_evaluation_equals_full_and_encodes_once(
     assert actual.report == expected.report
     np.testing.assert_array_equal(actual.detections[0.5], expected.detections[0.5])
     assert sum(encoded) == len({annotation.video for annotation in annotations})
-
-
-def test_commands_accept_the_query_part(pair_files: Path, mini: Path, run_command: Callable[..., Any]) -> None:
-    words = ("--model", pair_files, "--data", mini, "--device", "cpu")
-    outcome = run_command(infer, *words, "--video", "AAAA1", "--query", "person opens the door")
-    assert outcome.code == 0, outcome.err
-    assert "AAAA1" in outcome.out
-    for ablation in ("none", "shuffled", "blind"):
-        outcome = run_command(evaluate_command, *words, "--ablation", ablation)
-        assert outcome.code == 0, outcome.err
 
 
 def test_bound_tensors_equal_arrays_and_stay_on_device(
@@ -365,12 +359,3 @@ def test_bound_tensors_equal_arrays_and_stay_on_device(
     for pair in (pairs[0], pairs[2]):
         with raises(DeviceError, "forked_process"):
             split.ground(*pair)
-
-
-def test_encoded_video_rejects_invalid_arrays() -> None:
-    features, spans = np.zeros((8, 4), np.float32), np.zeros((4, 2), np.float32)
-    for wrong in ((features, spans[1:], 1.0), (features[0], spans, 1.0), (features.astype(int), spans, 1.0)):
-        with raises(FeatureError, "wrong_array", wrong[0].shape, wrong[1].shape):
-            EncodedVideo(*wrong)
-    with raises(GroundingError, "invalid_frame_count", "nan"):
-        EncodedVideo(features, spans, float("nan"))

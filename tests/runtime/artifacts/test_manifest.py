@@ -11,7 +11,6 @@ import pytest
 from runtime.artifacts.manifest import FORMAT, Features, Manifest
 from runtime.core.decoding import Decoding
 from runtime.core.errors import ModelFileError
-from runtime.core.pooling import ClipTiming
 from runtime.core.sliding_windows import Windows
 from runtime.core.tokenizer import Vocabulary
 from tests.raising import raises
@@ -37,13 +36,8 @@ def test_manifest_survives_json() -> None:
     assert Manifest.from_json(full().to_json()) == full()
     minimal = Manifest(Vocabulary({"a": 1}), Decoding(), Features())
     assert Manifest.from_json(minimal.to_json()) == minimal
-
-
-def test_manifest_without_windows_is_read() -> None:
-    value = full().to_dict()
-    del value["windows"]
-    assert Manifest.from_dict(value) == dataclasses.replace(full(), windows=None)
-    assert "windows" not in dataclasses.replace(full(), windows=None).to_dict()
+    # As in files of version 0.1.
+    assert not {"windows", "part", "video_part", "prepared_parts", "presence"} & set(minimal.to_dict())
 
 
 def test_json_names_the_format_first_and_every_field() -> None:
@@ -54,10 +48,6 @@ def test_json_names_the_format_first_and_every_field() -> None:
     assert value["features"] == {"kind": "I3D", "dim": 1024, "window": 32, "stride": 4, "pooling": "drn"}
     assert value["decoding"]["strides"] == [1, 2, 4, 8]
     assert (value["stage"], value["precision"], value["max_query_length"]) == (1, "int8", 20)
-
-
-def test_features_return_their_clip_timing() -> None:
-    assert Features(window=32, stride=4).clock == ClipTiming(32, 4)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +100,6 @@ def test_manifest_with_missing_field_is_rejected(field: str) -> None:
 def test_manifest_field_of_wrong_type_is_rejected(field: str, content: Any) -> None:
     with pytest.raises(ModelFileError):
         Manifest.from_dict({**full().to_dict(), field: content}, "door.onnx")
-
-
-def test_manifest_without_part_is_read_as_unsplit(tiny_manifest: Manifest) -> None:
-    content = tiny_manifest.to_dict()
-    assert not {"part", "video_part", "prepared_parts"} & set(content)
-    assert Manifest.from_dict(content).part == "whole"
 
 
 def test_manifest_of_a_part_names_the_other_parts(tiny_manifest: Manifest) -> None:
