@@ -84,7 +84,3 @@ def test_drn_prints_version_and_overview(drn: Any) -> None:
     code, out, _ = drn("--version")
     assert (code, out.split()[0]) == (0, "drn")
     assert drn() == drn("--help") == (0, command_list.overview() + "\n", "")
-
-
-def test_typed_name_without_drn_is_python_m() -> None:
-    assert command_list.typed_name("train.convert") == "python -m train.convert"

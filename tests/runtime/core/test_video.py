@@ -6,7 +6,9 @@ import io
 import math
 import pickle
 import re
+import struct
 import sys
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -261,18 +263,47 @@ def test_unusable_features_are_rejected_naming_the_video(features: np.ndarray, c
         Video(features, 100, 1.0, "kitchen")
 
 
-def npy(array: np.ndarray, save: Any = np.save) -> bytes:
+def npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
-    save(stream, array)
+    np.save(stream, array)
     return stream.getvalue()
 
 
+def npz(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def zipped(name: str, content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def with_size(content: bytes, size: int) -> bytes:
+    """Return an archive whose directory gives this size of its last member."""
+    offset = content.rindex(b"PK\1\2") + 24
+    return content[:offset] + struct.pack("<I", size) + content[offset + 4 :]
+
+
+ONES = np.ones((10, 10), np.float32)
 BAD_FILES = {
     "empty.npy": (b"", "empty_file"),
     "gone.npy": (None, "missing_file"),
-    "npz.npy": (npy(np.ones((9, 2)), np.savez), "ambiguous_features"),
+    "npz.npy": (npz(a=ONES), "ambiguous_features"),
     "text.npy": (b"not an array", "damaged_file"),
-    "integers.npy": (npy(np.ones((9, 2), int)), "wrong_array"),
+    "integers.npy": (npy(ONES.astype(int)), "wrong_array"),
+    "two.npz": (npz(a=ONES, b=ONES), "damaged_file"),
+    "none.npz": (npz(), "ambiguous_features"),
+    "objects.npz": (npz(a=np.array([{}], object)), "damaged_file"),
+    "text.npz": (b"PK no archive", "damaged_file"),
+    "text_inside.npz": (zipped("features.txt", b"1 2 3"), "damaged_file"),
+    "bzip2.npz": (zipped("a.npy", npy(ONES), zipfile.ZIP_BZIP2), "damaged_file"),
+    "lzma.npz": (zipped("a.npy", npy(ONES), zipfile.ZIP_LZMA), "damaged_file"),
+    "checksum.npz": (npz(a=ONES).replace(ONES.tobytes(), (2 * ONES).tobytes()), "damaged_file"),
+    "size.npz": (with_size(zipped("a.npy", npy(np.zeros(10**6)), zipfile.ZIP_DEFLATED), 200), "damaged_file"),
     "text.pt": (b"not a tensor", "not_a_torch_file"),
     # A dict as written by torch before 1.6.
     "dict.pt": (
@@ -298,14 +329,11 @@ def test_pickle_with_code_is_rejected_without_running_it(tmp_path: Path) -> None
         def __reduce__(self) -> tuple:
             return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
 
-    for name, code in (("attack.pt", "code_in_file"), ("attack.npy", "damaged_file")):
-        for protocol in (2, 4):
-            (tmp_path / name).write_bytes(pickle.dumps(Attack(), protocol))
-            with raises(FeatureError, code, tmp_path / name):
-                Video.load(tmp_path / name, 1.0)
-    (tmp_path / "attack.npy").write_bytes(npy(np.array([Attack()], object)))
-    with raises(FeatureError, "damaged_file", tmp_path / "attack.npy"):
-        Video.load(tmp_path / "attack.npy", 1.0)
+    files = {f"{protocol}.{end}": pickle.dumps(Attack(), protocol) for protocol in (2, 4) for end in ("pt", "npy")}
+    for name, content in {**files, "array.npy": npy(np.array([Attack()], object))}.items():
+        (tmp_path / name).write_bytes(content)
+        with raises(FeatureError, "code_in_file" if name.endswith("pt") else "damaged_file", tmp_path / name):
+            Video.load(tmp_path / name, 1.0)
     assert not (tmp_path / "ran").exists()
 
 

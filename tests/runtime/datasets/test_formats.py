@@ -146,6 +146,11 @@ REJECTED: dict[str, tuple[Callable[[Path], object], str, list[object]]] = {
         "missing_field",
         ["train.json", "'s1-d1.avi'", "duration"],
     ),
+    "entry with a duration and frames": (
+        lambda d: write_json(d, train={**ACTIVITYNET, "v_c": {**ACTIVITYNET["v_b"], "fps": 30}}),
+        "missing_field",
+        ["train.json", "'v_c'", "fps"],
+    ),
     "two files of one split": (
         lambda d: write_rows(write_rows(d, "val.jsonl"), "highlight_val_release.jsonl"),
         "duplicate_split",
