@@ -66,7 +66,8 @@ test: environment
 # What depends on how kernels round, with the kernels of other CPUs than this machine's: of torch (ATEN, oneDNN) and of
 # NumPy (OpenBLAS), in one thread and in two. ONNX Runtime has no such switch; tests/runtime/backends/test_exact_int8.py computes its
 # kernels in NumPy instead.
-PORTABLE := tests/train/network/test_losses.py tests/train/network/test_model.py tests/train/training/test_trainer.py tests/train/training/test_distributed.py \
+PORTABLE := tests/train/network/test_losses.py tests/train/network/test_model.py tests/train/training/test_trainer.py tests/train/training/test_stage_trainer.py \
+	tests/train/training/test_distributed.py \
 	tests/calib tests/runtime/backends/test_exact_int8.py tests/runtime/core/test_decoding.py \
 	tests/export/tracing/test_exportable_model.py tests/export/parity/test_compare.py tests/calib/graph/test_half_precision.py tests/calib/graph/test_split_model.py \
 	tests/export/test_to_onnx.py tests/export/build/test_reduced_precision.py tests/calib/graph/test_unroll_lstm.py

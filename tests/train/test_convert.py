@@ -12,36 +12,31 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="conversion writes torch files")
+from runtime.artifacts.manifest import Features
+from runtime.core.decoding import Decoding
+from runtime.core.errors import CheckpointError, GroundingError
+from runtime.core.tokenizer import Vocabulary
+from tests.raising import quotes, raises, records
+from train.checkpoints import Checkpoint, load_checkpoint
+from train.convert import CHARADES_STA, convert, read, read_config, report
+from train.network.model import DRN, DRNConfig
 
-from runtime.artifacts.manifest import Features  # noqa: E402
-from runtime.core.decoding import Decoding  # noqa: E402
-from runtime.core.errors import CheckpointError, GroundingError  # noqa: E402
-from runtime.core.tokenizer import Vocabulary  # noqa: E402
-from tests.raising import quotes, raises, records  # noqa: E402
-from train.checkpoints import Checkpoint, load_checkpoint  # noqa: E402
-from train.convert import CHARADES_STA, convert, read, read_config, report  # noqa: E402
-from train.network.model import DRN, DRNConfig  # noqa: E402
-
-SMALL = DRNConfig(feature_dim=64, embed_dim=16, fpn_dim=32)
+SMALL = DRNConfig(feature_dim=64, embed_dim=16, hidden_dim=8, fpn_dim=32)
 
 State = dict[str, Any]
 
 
-@pytest.fixture(scope="session")
-def recipe_state(recipe: types.ModuleType, golden: Path) -> State:
-    """The small network's weights as torch tensors, in the published names and order."""
-    weights = recipe.make_state(recipe.load_shapes(golden / "state_dict_small.json"), seed=0)
-    return OrderedDict((name, torch.from_numpy(array)) for name, array in weights.items())
-
-
 @pytest.fixture
-def state(recipe_state: State) -> State:
-    return OrderedDict(recipe_state)
+def state() -> State:
+    """Return the weights of a small network, with the published names and order."""
+    torch.manual_seed(0)
+    return OrderedDict(DRN(SMALL).state_dict())
 
 
 @pytest.fixture
@@ -52,9 +47,9 @@ def word_table(tmp_path: Path) -> Path:
 
 
 def authors_state(state: State) -> State:
-    """The same weights under the authors' names, with the parts they never use, as saved from DataParallel."""
+    """Return the weights with the authors' names and unused parts, as saved from DataParallel."""
 
-    def theirs(name: str) -> str:
+    def original(name: str) -> str:
         for pattern, old in (
             (r"query_encoder\.W3\.", "query_encoder.qInput."),
             (r"query_encoder\.W2\.(\d)\.", r"query_encoder.qInput\1."),
@@ -66,7 +61,7 @@ def authors_state(state: State) -> State:
         name = re.sub(r"^fpn\.inner_blocks\.(\d)", lambda match: f"fpn.fpn_inner{int(match[1]) + 1}", name)
         return re.sub(r"^fpn\.layer_blocks\.(\d)", lambda match: f"fpn.fpn_layer{int(match[1]) + 1}", name)
 
-    renamed = OrderedDict((theirs(name), tensor) for name, tensor in state.items())
+    renamed = OrderedDict((original(name), tensor) for name, tensor in state.items())
     renamed["query_encoder.textualAttention.att.weight"] = torch.ones(1, 3)
     renamed["fcos.head.centerness.weight"] = torch.ones(1, 32, 3)
     renamed["fcos.head.centerness.bias"] = torch.ones(1)
@@ -80,9 +75,8 @@ def published(state: State, path: Path, cfg: str = "model = dict(is_first_stage=
 
 
 def training(state: State, path: Path) -> Path:
-    """As mmengine saves it after an epoch, with objects of classes that are not installed here."""
+    """Save a checkpoint as mmengine does after an epoch, with objects of classes that are not installed."""
     names = ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer")
-    saved = {name: sys.modules.get(name) for name in names}
     modules = {name: types.ModuleType(name) for name in names}
 
     class HistoryBuffer:
@@ -100,24 +94,15 @@ def training(state: State, path: Path) -> Path:
     optimizer = torch.optim.Adam([parameter])
     parameter.sum().backward()
     optimizer.step()
-    sys.modules.update(modules)
-    try:
-        torch.save(
-            {
-                "meta": {"epoch": 3, "cfg": "model = dict(is_first_stage=True, is_second_stage=False)"},
-                "state_dict": state,
-                "message_hub": {"log_scalars": OrderedDict(loss=HistoryBuffer()), "runtime_info": {"iter": 3}},
-                "optimizer": optimizer.state_dict(),
-                "param_schedulers": [{"base_values": [1e-3], "last_step": 3}],
-            },
-            path,
-        )
-    finally:
-        for name, module in saved.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
+    content = {
+        "meta": {"epoch": 3, "cfg": "model = dict(is_first_stage=True, is_second_stage=False)"},
+        "state_dict": state,
+        "message_hub": {"log_scalars": OrderedDict(loss=HistoryBuffer()), "runtime_info": {"iter": 3}},
+        "optimizer": optimizer.state_dict(),
+        "param_schedulers": [{"base_values": [1e-3], "last_step": 3}],
+    }
+    with mock.patch.dict(sys.modules, modules):
+        torch.save(content, path)
     return path
 
 
@@ -134,55 +119,43 @@ FILES: dict[str, Callable[[State, Path], Path]] = {
 }
 
 
-def test_charades_windows_require_published_vocabulary(tmp_path: Path, state: State, word_table: Path) -> None:
-    convert(published(state, tmp_path / "drn.pth"), tmp_path / "drn.pt", word_table)
-    assert load_checkpoint(tmp_path / "drn.pt").windows == CHARADES_STA
+def test_charades_windows_require_published_vocabulary(tmp_path: Path, state: State) -> None:
     state["query_encoder.embedding.weight"] = state["query_encoder.embedding.weight"][:-1]
     convert(published(state, tmp_path / "other.pth"), tmp_path / "other.pt")
     assert load_checkpoint(tmp_path / "other.pt").windows is None
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_converted_weights_and_outputs_equal_the_source(
-    tmp_path: Path, state: State, word_table: Path, name: str
-) -> None:
-    source = FILES[name](state, tmp_path / name)
-    convert(source, tmp_path / "drn.pt", vocabulary=word_table)
-    checkpoint = load_checkpoint(tmp_path / "drn.pt")
-    assert checkpoint.config == SMALL
-    assert set(checkpoint.weights) == set(state)
-    for key, tensor in state.items():
-        assert torch.equal(checkpoint.weights[key], tensor), key
-        assert checkpoint.weights[key].dtype == tensor.dtype
-
-    wanted = DRN(SMALL)
-    wanted.load_state_dict(state)
-    generator = torch.Generator().manual_seed(0)
-    spans = torch.stack((torch.arange(32) / 32, torch.arange(1, 33) / 32), dim=1).expand(2, 32, 2)
-    batch = (torch.tensor([[1, 5, 9], [7, 2, 0]]), torch.tensor([3, 2]))
-    features = torch.rand(2, 32, 64, generator=generator)
-    with torch.no_grad():
-        for actual, expected in zip(
-            checkpoint.model()(*batch, features, spans), wanted.eval()(*batch, features, spans), strict=True
-        ):
-            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(
     ("name", "convention", "stage"),
     [("published.pth", "mmaction2", 3), ("epoch_3.pth", "mmaction2", 1), ("model_best.pth.tar", "drn", 3)],
 )
-def test_convert_detects_pooling_protocol_and_stage(
+def test_converted_checkpoint_equals_the_source(
     tmp_path: Path, state: State, word_table: Path, name: str, convention: str, stage: int
 ) -> None:
-    convert(FILES[name](state, tmp_path / name), tmp_path / "drn.pt", vocabulary=word_table)
+    source = FILES[name](state, tmp_path / name)
+    convert(source, tmp_path / "drn.pt", vocabulary=word_table)
     checkpoint = load_checkpoint(tmp_path / "drn.pt")
-    assert checkpoint.features.pooling == convention
+    assert checkpoint.config == SMALL
+    assert (checkpoint.features.pooling, checkpoint.features.dim) == (convention, 64)
     assert checkpoint.decoding.protocol == convention
     assert checkpoint.training["stage"] == stage
     assert checkpoint.decoding.use_iou_scores == (stage > 1)
-    assert checkpoint.features.dim == 64
     assert checkpoint.vocabulary.words["word1301"] == 1301
+    assert checkpoint.windows == CHARADES_STA
+    assert set(checkpoint.weights) == set(state)
+    for key, tensor in state.items():
+        assert torch.equal(checkpoint.weights[key], tensor), key
+        assert checkpoint.weights[key].dtype == tensor.dtype
+
+    network = DRN(SMALL)
+    network.load_state_dict(state)
+    generator = torch.Generator().manual_seed(0)
+    spans = torch.stack((torch.arange(32) / 32, torch.arange(1, 33) / 32), dim=1).expand(2, 32, 2)
+    batch = (torch.tensor([[1, 5, 9], [7, 2, 0]]), torch.tensor([3, 2]))
+    features = torch.rand(2, 32, 64, generator=generator)
+    with torch.no_grad():
+        heads = (model(*batch, features, spans) for model in (checkpoint.model(), network.eval()))
+        assert all(torch.equal(actual, expected) for actual, expected in zip(*heads, strict=True))
 
 
 def test_stage_option_overrides_detected_stage(tmp_path: Path, state: State) -> None:
@@ -193,30 +166,21 @@ def test_stage_option_overrides_detected_stage(tmp_path: Path, state: State) -> 
     assert convert(second, tmp_path / "drn.pt", stage=3).training["stage"] == 3
 
 
-def test_unused_modules_are_dropped_and_reported(
-    tmp_path: Path, state: State, capsys: pytest.CaptureFixture[str]
-) -> None:
-    convert(authors(state, tmp_path / "f.pth.tar"), tmp_path / "drn.pt")
-    printed = capsys.readouterr().out
-    assert quotes(printed, 3, "fcos.head.centerness", "query_encoder.textualAttention")
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        DRNConfig(vocab_size=11, embed_dim=5, feature_dim=12, fpn_dim=6),
-        DRNConfig(vocab_size=7, embed_dim=4, feature_dim=8, fpn_dim=10, head_convs=3, lstm_layers=2),
-    ],
-)
 @pytest.mark.parametrize("layout", ["published.pth", "model_best.pth.tar"])
-def test_network_sizes_are_inferred_from_tensor_shapes(tmp_path: Path, config: DRNConfig, layout: str) -> None:
+def test_network_sizes_are_inferred_from_tensor_shapes(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = DRNConfig(vocab_size=7, embed_dim=4, feature_dim=8, fpn_dim=10, head_convs=3, lstm_layers=2)
     source = FILES[layout](DRN(config).state_dict(), tmp_path / layout)
-    assert convert(source, tmp_path / "drn.pt").config == config
+    convert(source, tmp_path / "drn.pt")
     assert load_checkpoint(tmp_path / "drn.pt").config == config
+    # Unused modules are dropped and reported.
+    unused = (3, "fcos.head.centerness", "query_encoder.textualAttention")
+    assert quotes(capsys.readouterr().out, *unused) == (layout == "model_best.pth.tar")
 
 
 def test_published_size_is_recognized(tmp_path: Path, recipe: types.ModuleType, golden: Path) -> None:
-    # Shapes alone matter here, so every tensor of the file shows one zero over and over.
+    # Only shapes matter, so every tensor of the file is a view of one zero.
     shapes = recipe.load_shapes(golden / "state_dict_full.json")
     state = OrderedDict(
         (name, torch.zeros((), dtype=getattr(torch, dtype)).expand(shape)) for name, shape, dtype in shapes
@@ -230,17 +194,12 @@ def test_published_size_is_recognized(tmp_path: Path, recipe: types.ModuleType, 
     assert quotes(printed, "39,214,288", 120, "4,096")
 
 
-def test_half_precision_weights_become_float32(tmp_path: Path, state: State) -> None:
+def test_bare_legacy_state_dict_in_half_precision_becomes_float32(tmp_path: Path, state: State) -> None:
     half = OrderedDict((name, t.half() if t.is_floating_point() else t) for name, t in state.items())
-    checkpoint = convert(published(half, tmp_path / "f.pth"), tmp_path / "drn.pt")
+    torch.save(half, tmp_path / "f.pth", _use_new_zipfile_serialization=False)
+    checkpoint = convert(tmp_path / "f.pth", tmp_path / "drn.pt")
     assert {t.dtype for t in checkpoint.weights.values()} == {torch.float32, torch.int64}
     assert torch.equal(checkpoint.weights["prop_fc.weight"], state["prop_fc.weight"].half().float())
-
-
-def test_bare_state_dict_and_legacy_files_are_read(tmp_path: Path, state: State) -> None:
-    torch.save(state, tmp_path / "f.pth", _use_new_zipfile_serialization=False)
-    checkpoint = convert(tmp_path / "f.pth", tmp_path / "drn.pt")
-    assert torch.equal(checkpoint.weights["prop_fc.weight"], state["prop_fc.weight"])
 
 
 def test_missing_vocabulary_gives_warning_and_next_command(
@@ -253,14 +212,11 @@ def test_missing_vocabulary_gives_warning_and_next_command(
     assert len(load_checkpoint(tmp_path / "drn.pt").vocabulary) == 0
 
 
-# What does not fit.
-
-
-def refuse(source: Path, code: str, *values: object, **options: Any) -> None:
-    output = source.with_name("refused.pt")
-    with raises(CheckpointError, code, *values) as refusal:
+def assert_rejected(source: Path, code: str, *values: object, **options: Any) -> None:
+    output = source.with_name("rejected.pt")
+    with raises(CheckpointError, code, *values) as caught:
         convert(source, output, **options)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(caught.value)
     assert not output.exists()
 
 
@@ -271,44 +227,38 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path, state: St
     state["prop_fc.weight"] = torch.ones(64, 63)
     source = FILES[name](state, tmp_path / name)
     names = ("fcos.head.mix_fc.0.bias", "fcos.head.novelty.weight", "prop_fc.weight")
-    refuse(source, "tensor_mismatch", source, *names, (64, 63), (64, 64))
+    assert_rejected(source, "tensor_mismatch", source, *names, (64, 63), (64, 64))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "query_encoder.embedding.weight",
-        "query_encoder.biLSTM.weight_hh_l0",
-        "query_encoder.biLSTM.weight_ih_l0_reverse",
-        "query_encoder.W3.bias",
-        "backbone_net.layers.0.0.weight",
-        "fpn.inner_blocks.0.0.weight",
-        "fcos.head.cls_tower.0.weight",
-        "prop_fc.weight",
-        "prop_fc.bias",
-        "qInput.0.bias",
-    ],
+SIZE_TENSORS = (
+    "query_encoder.embedding.weight",
+    "query_encoder.biLSTM.weight_hh_l0",
+    "query_encoder.biLSTM.weight_ih_l0_reverse",
+    "query_encoder.W3.bias",
+    "backbone_net.layers.0.0.weight",
+    "fpn.inner_blocks.0.0.weight",
+    "fcos.head.cls_tower.0.weight",
+    "prop_fc.weight",
+    "prop_fc.bias",
+    "qInput.0.bias",
 )
-@pytest.mark.parametrize("damage", ["missing", "longer", "scalar"])
-def test_mismatched_tensor_is_named_even_when_it_sets_sizes(
-    tmp_path: Path, state: State, name: str, damage: str
-) -> None:
+
+
+@pytest.mark.parametrize("name", SIZE_TENSORS)
+def test_mismatched_tensor_is_named_even_when_it_sets_sizes(tmp_path: Path, state: State, name: str) -> None:
     tensor = state.pop(name)
-    if damage == "longer":
-        # The embedding alone says how many words there are, so only its other side can be wrong.
-        state[name] = torch.cat((tensor, tensor), dim=1 if name == "query_encoder.embedding.weight" else 0)
-    elif damage == "scalar":
-        state[name] = torch.tensor(1.0)
-    source = published(state, tmp_path / "f.pth")
-    with raises(CheckpointError, "tensor_mismatch", source, name) as refusal:
-        convert(source, tmp_path / "drn.pt")
-    blamed = re.findall(r"[\w.]+\.(?:weight|bias)[\w]*", str(refusal.value))
-    assert set(blamed) == {name}
+    # The embedding defines the number of words, so only its other side can be wrong.
+    longer = torch.cat((tensor, tensor), dim=1 if name == "query_encoder.embedding.weight" else 0)
+    for change in ({}, {name: longer}, {name: torch.tensor(1.0)}):
+        source = published({**state, **change}, tmp_path / "f.pth")
+        with raises(CheckpointError, "tensor_mismatch", source, name) as caught:
+            convert(source, tmp_path / "drn.pt")
+        assert set(re.findall(r"[\w.]+\.(?:weight|bias)[\w]*", str(caught.value))) == {name}
 
 
 def test_many_missing_tensors_are_counted(tmp_path: Path, state: State) -> None:
-    few = OrderedDict(list(state.items())[:100])
-    refuse(published(few, tmp_path / "f.pth"), "tensor_mismatch", tmp_path / "f.pth", 16)
+    source = published(OrderedDict(list(state.items())[:100]), tmp_path / "f.pth")
+    assert_rejected(source, "tensor_mismatch", source, 16)
 
 
 @pytest.mark.parametrize(
@@ -318,14 +268,14 @@ def test_many_missing_tensors_are_counted(tmp_path: Path, state: State) -> None:
         ({"prop_fc.bias": torch.ones(64, dtype=torch.int64)}, "impossible_weights", ("prop_fc.bias", "int64")),
         ({"prop_fc.bias": torch.full((64,), 1e300, dtype=torch.float64)}, "impossible_weights", ("prop_fc.bias",)),
         ({"prop_fc.bias": [1.0] * 64}, "not_a_state_dict", ("'prop_fc.bias'",)),
-        ({"query_encoder.qInput.bias": torch.ones(512)}, "duplicate_tensor", ("'query_encoder.W3.bias'",)),
+        ({"query_encoder.qInput.bias": torch.ones(8)}, "duplicate_tensor", ("'query_encoder.W3.bias'",)),
     ],
     ids=["nan", "integers", "overflow", "list", "twice"],
 )
 def test_invalid_weights_are_named(
     tmp_path: Path, state: State, change: State, code: str, values: tuple[object, ...]
 ) -> None:
-    refuse(published(OrderedDict(state, **change), tmp_path / "f.pth"), code, tmp_path / "f.pth", *values)
+    assert_rejected(published(OrderedDict(state, **change), tmp_path / "f.pth"), code, tmp_path / "f.pth", *values)
 
 
 @pytest.mark.parametrize(
@@ -352,42 +302,42 @@ def test_invalid_weights_are_named(
 )
 def test_other_torch_files_raise_specific_codes(tmp_path: Path, content: Any, code: str, named: str) -> None:
     torch.save(content, tmp_path / "f.pth")
-    refuse(tmp_path / "f.pth", code, tmp_path / "f.pth", named)
+    assert_rejected(tmp_path / "f.pth", code, tmp_path / "f.pth", named)
 
 
 def test_missing_file_and_text_file_are_named(tmp_path: Path) -> None:
-    refuse(tmp_path / "absent.pth", "missing_file", tmp_path / "absent.pth")
-    (tmp_path / "loop.pth").symlink_to("loop.pth")
-    refuse(tmp_path / "loop.pth", "unreadable_file", tmp_path / "loop.pth")
-    (tmp_path / "f.pth").write_text("weights")
-    refuse(tmp_path / "f.pth", "not_a_torch_file", tmp_path / "f.pth", b"weights")
+    absent, loop, text = (tmp_path / name for name in ("absent.pth", "loop.pth", "f.pth"))
+    loop.symlink_to(loop.name)
+    text.write_text("weights")
+    assert_rejected(absent, "missing_file", absent)
+    assert_rejected(loop, "unreadable_file", loop)
+    assert_rejected(text, "not_a_torch_file", text, b"weights")
 
 
 def test_converted_file_as_input_or_output_is_rejected(tmp_path: Path, state: State) -> None:
     source = published(state, tmp_path / "f.pth")
     convert(source, tmp_path / "drn.pt")
-    refuse(tmp_path / "drn.pt", "already_converted", tmp_path / "drn.pt")
+    assert_rejected(tmp_path / "drn.pt", "already_converted", tmp_path / "drn.pt")
     before = source.read_bytes()
     with raises(CheckpointError, "output_is_input", source):
         convert(source, source)
     assert source.read_bytes() == before
 
 
-@pytest.mark.parametrize("position", ["next to the weights", "among the weights"])
-def test_code_in_the_pickle_is_not_run(tmp_path: Path, state: State, position: str) -> None:
-    sentinel = tmp_path / "was-run"
+def test_code_in_the_pickle_is_not_run(tmp_path: Path, state: State) -> None:
+    source, created = tmp_path / "f.pth", tmp_path / "created"
 
     class Attack:
         def __reduce__(self) -> tuple[Any, ...]:
-            return os.system, (f"touch {sentinel}",)
+            return os.system, (f"touch {created}",)
 
-    if position == "among the weights":
-        state["prop_fc.weight"] = Attack()
-        torch.save({"state_dict": state}, tmp_path / "f.pth")
-    else:
-        torch.save({"state_dict": state, "message_hub": Attack()}, tmp_path / "f.pth")
-    refuse(tmp_path / "f.pth", "code_in_file", tmp_path / "f.pth", f"{os.system.__module__}.system")
-    assert not sentinel.exists()
+    for content in (
+        {"state_dict": {**state, "prop_fc.weight": Attack()}},
+        {"state_dict": state, "message_hub": Attack()},
+    ):
+        torch.save(content, source)
+        assert_rejected(source, "code_in_file", source, f"{os.system.__module__}.system")
+        assert not created.exists()
 
 
 @pytest.mark.parametrize(
@@ -405,7 +355,7 @@ def test_mismatched_word_table_is_rejected(
 ) -> None:
     path = tmp_path / "words.json"
     path.write_text(table if isinstance(table, str) else json.dumps(table))
-    refuse(published(state, tmp_path / "f.pth"), code, path, *values, vocabulary=path)
+    assert_rejected(published(state, tmp_path / "f.pth"), code, path, *values, vocabulary=path)
 
 
 def test_convert_command_succeeds_or_fails_with_one_line(

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="checkpoints are torch files")
-
-from runtime.core.errors import CheckpointError  # noqa: E402
-from tests.damage import count_refused, flip  # noqa: E402
-from tests.raising import raises  # noqa: E402
-from train import checkpoints  # noqa: E402
-from train.__main__ import train  # noqa: E402
-from train.backend import open_checkpoint  # noqa: E402
-from train.checkpoints import content_digest, load, load_checkpoint, source_hash  # noqa: E402
-from train.extractors.c3d import C3D, C3DConfig  # noqa: E402
-from train.extractors.checkpoint import load_extractor, save_extractor  # noqa: E402
-from train.extractors.published import ExtractorCheckpoint  # noqa: E402
+from runtime.core.errors import CheckpointError
+from tests.damage import count_refused, flip
+from tests.raising import raises
+from tests.train.conftest import TrainTiny
+from train import checkpoints
+from train.backend import open_checkpoint
+from train.checkpoints import content_digest, load, load_checkpoint, source_hash
+from train.extractors.c3d import C3D, C3DConfig
+from train.extractors.checkpoint import load_extractor, save_extractor
+from train.extractors.published import ExtractorCheckpoint
 
 
 @pytest.fixture
@@ -28,10 +26,10 @@ def run(short_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(short_run, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name", ["drn.pt", "stage1/best.pt", "stage2/last.pt"])
+@pytest.mark.parametrize("name", ["drn.pt", "stage2/last.pt"])
 def test_damaged_run_checkpoints_are_rejected(run: Path, name: str) -> None:
     path = run / name
-    assert count_refused(path, lambda: content_digest(load(path)).encode(), CheckpointError) == 40
+    assert count_refused(path, lambda: content_digest(load(path)).encode(), CheckpointError, 20) == 20
 
 
 def test_damaged_c3d_checkpoint_is_rejected(tmp_path: Path) -> None:
@@ -39,16 +37,16 @@ def test_damaged_c3d_checkpoint_is_rejected(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = C3D(C3DConfig((2, 3, 4, 4, 5, 5, 6, 6), 8), (0.0, 0.0, 0.0))
     save_extractor(path, ExtractorCheckpoint(model.config, model.mean, model.state_dict(), {}))
-    assert count_refused(path, lambda: content_digest(load_extractor(path).weights).encode(), CheckpointError) == 40
+    assert count_refused(path, lambda: content_digest(load_extractor(path).weights).encode(), CheckpointError, 20) == 20
 
 
-@pytest.mark.parametrize("part", ["digits", "length", "directory"])
-def test_flipped_bit_at_end_of_file_is_rejected(run: Path, part: str) -> None:
-    whole = (run / "drn.pt").read_bytes()
-    position = {"digits": len(whole) - 1, "length": len(whole) - 77, "directory": whole.rindex(b"PK\1\2") + 16}[part]
-    (run / "drn.pt").write_bytes(flip(whole, 8 * position))
-    with pytest.raises(CheckpointError):
-        load_checkpoint(run / "drn.pt")
+def test_flipped_bit_at_end_of_file_is_rejected(run: Path) -> None:
+    content = (run / "drn.pt").read_bytes()
+    digits, length, directory = len(content) - 1, len(content) - 77, content.rindex(b"PK\1\2") + 16
+    for position in (digits, length, directory):
+        (run / "drn.pt").write_bytes(flip(content, 8 * position))
+        with pytest.raises(CheckpointError):
+            load_checkpoint(run / "drn.pt")
 
 
 def test_checkpoint_is_hashed_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,23 +71,25 @@ def test_weights_edited_by_another_tool_are_rejected(run: Path) -> None:
     content["weights"]["prop_fc.weight"][0] += 1
     torch.save(content, run / "edited.pt")
     for read in (load_checkpoint, checkpoints.check, lambda path: open_checkpoint(path, "cpu")):
-        with pytest.raises(CheckpointError) as caught:
+        with raises(CheckpointError, "digest_mismatch"):
             read(run / "edited.pt")
-        assert caught.value.code == "digest_mismatch"
+    # Files of version 0.1 have no digest.
+    assert len(content.pop("digest")) == 64
+    torch.save(content, run / "old.pt")
+    assert content_digest(load_checkpoint(run / "old.pt").weights) == content_digest(content["weights"])
 
 
 def test_digest_mismatch_is_reported_before_nan_weights(run: Path) -> None:
-    whole = (run / "drn.pt").read_bytes()
+    content = (run / "drn.pt").read_bytes()
     weights = torch.load(run / "drn.pt", weights_only=True)["weights"]["prop_fc.weight"].numpy()
-    begin = whole.index(weights.tobytes())
-    (run / "drn.pt").write_bytes(whole[:begin] + np.float32(np.nan).tobytes() + whole[begin + 4 :])
-    with pytest.raises(CheckpointError) as caught:
+    begin = content.index(weights.tobytes())
+    (run / "drn.pt").write_bytes(content[:begin] + np.float32(np.nan).tobytes() + content[begin + 4 :])
+    with raises(CheckpointError, "digest_mismatch"):
         load_checkpoint(run / "drn.pt")
-    assert caught.value.code == "digest_mismatch"
 
 
 def test_damage_in_file_without_crcs_is_rejected(run: Path) -> None:
-    """Where torch was told to write no CRCs, the digest of the content is left."""
+    """The digest of the content protects a file that torch writes without CRCs."""
     content = torch.load(run / "drn.pt", weights_only=True)
     torch.serialization.set_crc32_options(False)
     try:
@@ -97,39 +97,30 @@ def test_damage_in_file_without_crcs_is_rejected(run: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     load_checkpoint(run / "bare.pt")
-    whole = (run / "bare.pt").read_bytes()
+    stored = (run / "bare.pt").read_bytes()
     weights = content["weights"]["prop_fc.weight"].numpy().tobytes()
-    (run / "bare.pt").write_bytes(flip(whole, 8 * (whole.index(weights) + 100)))
+    (run / "bare.pt").write_bytes(flip(stored, 8 * (stored.index(weights) + 100)))
     with raises(CheckpointError, "digest_mismatch", run / "bare.pt"):
         load_checkpoint(run / "bare.pt")
 
 
-def test_files_without_digest_load(run: Path) -> None:
-    content = torch.load(run / "drn.pt", weights_only=True)
-    assert len(content.pop("digest")) == 64
-    torch.save(content, run / "old.pt")
-    assert content_digest(load_checkpoint(run / "old.pt").weights) == content_digest(content["weights"])
-
-
-@pytest.mark.parametrize("name", ["stage1/best.pt", "stage2/last.pt", "stage3/last.pt", "stage3/best.pt"])
-def test_damaged_run_is_not_resumed_and_unchanged(
-    run: Path, planted: Path, tiny_sizes: dict[str, Any], name: str
-) -> None:
+@pytest.mark.parametrize("name", ["stage1/best.pt", "stage2/last.pt", "stage3/best.pt"])
+def test_damaged_run_is_not_resumed_and_unchanged(train_tiny: TrainTiny, run: Path, name: str) -> None:
     content = (run / name).read_bytes()
-    # In the numbers of some tensor: torch takes it as it is.
+    # In the values of a tensor, where torch does not detect it.
     (run / name).write_bytes(flip(content, 4 * len(content)))
     (run / "drn.pt").unlink()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with raises(CheckpointError, "digest_mismatch", run / name):
-        train(planted, run, resume=True, **tiny_sizes)
+        train_tiny(run, resume=True)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_damaged_history_is_rejected(run: Path, planted: Path, tiny_sizes: dict[str, Any]) -> None:
+def test_damaged_history_is_rejected(train_tiny: TrainTiny, run: Path) -> None:
     path = run / "history.jsonl"
     path.write_bytes(b"\xff" + path.read_bytes())
     with raises(CheckpointError, "not_utf8", path, "line 1", "0xff"):
-        train(planted, run, resume=True, **tiny_sizes)
+        train_tiny(run, resume=True)
 
 
 def test_digest_depends_on_names_shapes_dtypes_and_values() -> None:

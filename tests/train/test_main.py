@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from runtime.core.cli import command
-from runtime.core.errors import CheckpointError, GroundingError
+from runtime.core.errors import OutputError
 from runtime.datasets.dataset import DataSet
 from tests.forked_commands import ForkedCommand
 from tests.raising import check_error, raises, records
+from tests.train.conftest import TrainTiny, train_words
 from train.__main__ import _check_precision, train
 from train.checkpoints import load_checkpoint
 from train.training.dataset import split_by_video
@@ -34,46 +35,49 @@ FEATURES = "C3D_unit16_overlap0.5_merged"
 
 @pytest.fixture
 def data(planted: Path, tmp_path: Path) -> Path:
-    """A copy of the planted data set, free to be spoilt."""
+    """Return a copy of the planted data set, which a test may change."""
     shutil.copytree(planted, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
     return tmp_path / "data"
 
 
-Outcome = tuple[int, str, BaseException | None]
-
-
 @pytest.fixture
-def outcome(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run the command line in this process; return its exit code, its last line on stderr, and the error behind it."""
+def assert_rejected(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., None]:
+    """Run the command line in this process; it must exit with 2, one line for the error, and without files."""
 
-    def run(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+    def run(code: str | None, values: tuple[object, ...], *arguments: str | Path) -> None:
+        output = tmp_path / "run"
+        monkeypatch.setattr(sys, "argv", ["train", "--output", str(output), *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             command(train, with_config)
         err = capfd.readouterr().err
+        assert stopped.value.code == 2
         assert "Traceback" not in err
-        error = stopped.value.__context__
-        return int(stopped.value.code or 0), err.strip().splitlines()[-1], error
+        assert not output.exists()
+        # The parser of the command line rejects unknown arguments without an error of ours.
+        if code:
+            error = stopped.value.__context__
+            assert error is not None
+            assert err.strip().splitlines()[-1] == f"error: {error}"
+            check_error(error, code, *values)
 
     return run
-
-
-def refused(outcome: Any, output: Path, code: str, values: tuple[object, ...], *arguments: str | Path) -> None:
-    exit_code, said, error = outcome("--output", output, *arguments)
-    assert exit_code == 2
-    assert said == f"error: {error}"
-    check_error(error, code, *values)
-    assert not output.exists(), "nothing half-written is left"
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "values"),
     [
-        (["--stage", "2"], "missing_option", ("Stage 2", "--load")),
+        (["--recipe", "other"], None, ()),
+        (["--stage", "4"], None, ()),
+        (["--epochs", "one"], None, ()),
+        (["--no-such-flag"], None, ()),
+        (["--stage", "2"], "missing_option", ("Stage 2", "--load", "stage1/best.pt")),
         (["--stage", "3"], "missing_option", ("Stage 3", "--load")),
         (["--held-out", "0"], "invalid_option", ("--held-out", "0.0")),
         (["--held-out", "1.5"], "invalid_option", ("--held-out", 1.5)),
         (["--batch-size", "0"], "invalid_option", ("--batch-size", 0)),
+        (["--batch-size", "100000"], "too_few_queries", ("--batch-size", 100000)),
         (["--epochs", "0"], "invalid_option", ("--epochs", (0,))),
         (["--epochs", "1", "2"], "invalid_option", ("--epochs", 3, (1, 2))),
         (["--lr", "-1"], "invalid_option", ("--lr", (-1.0,))),
@@ -96,15 +100,9 @@ def refused(outcome: Any, output: Path, code: str, values: tuple[object, ...], *
     ],
 )
 def test_impossible_argument_is_named(
-    outcome: Any, planted: Path, tmp_path: Path, arguments: list[str], code: str, values: tuple[object, ...]
+    assert_rejected: Any, planted: Path, arguments: list[str], code: str | None, values: tuple[object, ...]
 ) -> None:
-    refused(outcome, tmp_path / "run", code, values, "--data", planted, *arguments)
-
-
-def test_batch_larger_than_the_data_set_is_named(outcome: Any, planted: Path, tmp_path: Path) -> None:
-    exit_code, _, error = outcome("--data", planted, "--output", tmp_path / "run", "--batch-size", "100000")
-    assert exit_code == 2
-    check_error(error, "too_few_queries", "--batch-size", 100000)
+    assert_rejected(code, values, "--data", planted, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -119,17 +117,8 @@ def test_emulated_bf16_gives_a_warning(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_missing_gpu_is_an_error(outcome: Any, planted: Path, tmp_path: Path) -> None:
-    refused(outcome, tmp_path / "run", "gpu_unavailable", ("cuda",), "--data", planted, "--device", "cuda")
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--recipe", "other"], ["--stage", "4"], ["--epochs", "one"], ["--no-such-flag"]]
-)
-def test_unknown_argument_exits_2(outcome: Any, planted: Path, tmp_path: Path, arguments: list[str]) -> None:
-    code, *_ = outcome("--data", planted, "--output", tmp_path / "run", *arguments)
-    assert code == 2
-    assert not (tmp_path / "run").exists()
+def test_missing_gpu_is_an_error(assert_rejected: Any, planted: Path) -> None:
+    assert_rejected("gpu_unavailable", ("cuda",), "--data", planted, "--device", "cuda")
 
 
 def append(path: Path, line: str) -> int:
@@ -139,134 +128,81 @@ def append(path: Path, line: str) -> int:
     return len(lines)
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["SIM00000 1.0 2.0 person opens the door.", "SIM00000 1.0##person opens", "SIM00000 one 2##person opens", "##"],
-)
-def test_malformed_line_is_named_by_number(outcome: Any, data: Path, tmp_path: Path, line: str) -> None:
-    number = append(data / "Charades_sta_train.txt", line)
-    refused(outcome, tmp_path / "run", "malformed_row", (f"line {number}",), "--data", data)
-
-
-def test_unknown_video_is_named(outcome: Any, data: Path, tmp_path: Path) -> None:
-    number = append(data / "Charades_sta_train.txt", "NOBODY 1.0 2.0##person opens the door.")
-    refused(outcome, tmp_path / "run", "unlisted_video", ("NOBODY", f"line {number}"), "--data", data)
-
-
-def test_query_of_unknown_words_only_is_named(outcome: Any, data: Path, tmp_path: Path) -> None:
-    # One that is not held out: in validation the sentence counts as a miss.
+def test_unusable_data_set_is_named(assert_rejected: Any, data: Path, tmp_path: Path) -> None:
+    assert_rejected("missing_file", ("train.simulate",), "--data", tmp_path / "absent")
+    annotations = data / "Charades_sta_train.txt"
+    text = annotations.read_text()
+    number = append(annotations, "SIM00000 one 2##person opens")
+    assert_rejected("malformed_row", (f"line {number}",), "--data", data)
+    # A query of a training video; in validation it counts as a miss.
+    annotations.write_text(text)
     video = split_by_video(DataSet(data).annotations("train"), 0.1, 0)[0][0].video
-    number = append(data / "Charades_sta_train.txt", f"{video} 1.0 2.0##xyzzy plugh.")
-    refused(outcome, tmp_path / "run", "unknown_content_words", (number, video), "--data", data)
+    number = append(annotations, f"{video} 1.0 2.0##xyzzy plugh.")
+    assert_rejected("unknown_content_words", (number, video), "--data", data)
+    (data / "Charades_duration.json").write_text("{")
+    assert_rejected("invalid_json", ("Charades_duration.json",), "--data", data)
 
 
 def test_invalid_moments_are_dropped_unless_faithful(
-    data: Path, tmp_path: Path, tiny_sizes: dict[str, Any], caplog: pytest.LogCaptureFixture
+    train_tiny: TrainTiny, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     video = (data / "Charades_sta_train.txt").read_text().split()[0]
     number = append(data / "Charades_sta_train.txt", f"{video} 2.0 1.0##person opens the door.")
-    options = {**tiny_sizes, "epochs": (1,), "lr": None, "validate_on": "none"}
+    options = {"epochs": (1,), "lr": None, "validate_on": "none"}
     with caplog.at_level("WARNING", "drn"):
-        train(data, tmp_path / "dropped", stage="1", **options)
+        train_tiny(tmp_path / "dropped", data, stage="1", **options)
     assert records(caplog, logging.WARNING, 1, number)
-    train(data, tmp_path / "kept", stage="1", faithful=True, **options)
-    counts = [
-        json.loads((tmp_path / run / "run.json").read_text())["inputs"]["queries"][0] for run in ("dropped", "kept")
-    ]
-    assert counts[1] == counts[0] + 1 == number
-
-
-def feature_file(data: Path) -> Path:
-    return sorted((data / FEATURES).iterdir())[5]
-
-
-def save_array(value: Any) -> Callable[[Path], None]:
-    return lambda path: np.save(path, value)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "code", "values"),
-    [
-        (Path.unlink, "missing_features", ()),
-        (lambda path: path.write_bytes(b""), "empty_file", ()),
-        (lambda path: path.write_bytes(path.read_bytes()[:300]), "damaged_file", ()),
-        (lambda path: path.write_bytes(b"not an array at all"), "damaged_file", ()),
-        (save_array(np.full((9, 32), np.nan, np.float16)), "non_finite_features", (288,)),
-        (save_array(np.empty((0, 32), np.float16)), "no_clips", ((0, 32),)),
-        (save_array(np.ones((9, 33), np.float16)), "feature_width_mismatch", (33, 32)),
-        (save_array(np.ones(9, np.float16)), "wrong_array", ((9,),)),
-    ],
-    ids=["missing", "empty", "truncated", "no array", "nan", "no clips", "wider", "flat"],
-)
-def test_unusable_feature_file_is_named(
-    outcome: Any, data: Path, tmp_path: Path, spoil: Callable[[Path], Any], code: str, values: tuple[object, ...]
-) -> None:
-    path = feature_file(data)
-    spoil(path)
-    refused(outcome, tmp_path / "run", code, (path.stem, *values), "--data", data)
-    assert not list((data / "cache").glob("*")) if (data / "cache").exists() else True
+    train_tiny(tmp_path / "faithful", data, stage="1", faithful=True, **options)
+    dropped, faithful = (
+        json.loads((tmp_path / run / "run.json").read_text())["inputs"]["queries"][0] for run in ("dropped", "faithful")
+    )
+    assert faithful == dropped + 1 == number
 
 
 class Trap:
     def __reduce__(self) -> Any:
-        return (os.mkdir, ("sprung",))
+        return (os.mkdir, ("trapped",))
 
 
-def test_feature_file_with_code_is_rejected_without_running(
-    outcome: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unusable_feature_file_is_named_without_running_code(
+    assert_rejected: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path = feature_file(data)
+    path = sorted((data / FEATURES).iterdir())[5]
+    path.write_bytes(path.read_bytes()[:300])
+    assert_rejected("damaged_file", (path.stem,), "--data", data)
     path.unlink()
+    assert_rejected("missing_features", (path.stem,), "--data", data)
     torch.save(Trap(), path.with_suffix(".pt"))
-    refused(outcome, tmp_path / "run", "code_in_file", (path.stem,), "--data", data)
-    assert not Path("sprung").exists()
+    assert_rejected("code_in_file", (path.stem,), "--data", data)
+    assert not Path("trapped").exists()
+    assert not list(data.glob("cache/*"))
 
 
-@pytest.mark.parametrize("name", ["Charades_word2id.json", "Charades_duration.json", "Charades_frames_info.json"])
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])
-def test_missing_or_malformed_table_is_named(
-    outcome: Any, data: Path, tmp_path: Path, name: str, content: str | None
-) -> None:
-    (data / name).unlink()
-    if content is not None:
-        (data / name).write_text(content)
-    code = {None: "missing_file", "": "invalid_json", "{": "invalid_json"}.get(content, "unexpected_structure")
-    refused(outcome, tmp_path / "run", code, (name,), "--data", data)
-
-
-def test_missing_data_directory_names_simulate_command(outcome: Any, tmp_path: Path) -> None:
-    refused(outcome, tmp_path / "run", "missing_file", ("train.simulate",), "--data", tmp_path / "absent")
-
-
-def test_output_that_is_a_file_is_rejected(outcome: Any, planted: Path, tmp_path: Path) -> None:
+def test_output_that_is_a_file_is_rejected(planted: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    exit_code, _, error = outcome("--data", planted, "--output", tmp_path / "run", "--epochs", "1")
-    assert exit_code == 2
-    check_error(error, "unwritable_output", tmp_path / "run")
+    with raises(OutputError, "unwritable_output", tmp_path / "run"):
+        train(planted, tmp_path / "run", epochs=(1,))
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_checkpoint_of_another_feature_width_is_rejected(
-    outcome: Any, short_run: Path, data: Path, tmp_path: Path
+def test_checkpoint_that_does_not_fit_is_rejected(
+    assert_rejected: Any, short_run: Path, data: Path, tmp_path: Path
 ) -> None:
+    arguments = ["--data", data, "--load", short_run / "drn.pt"]
+    (tmp_path / "glove.txt").write_text("door 1 2\n")
+    conflict = ("--glove", "--load")
+    assert_rejected("conflicting_options", conflict, *arguments, "--glove", tmp_path / "glove.txt")
     for path in (data / FEATURES).iterdir():
         np.save(path, np.load(path)[:, :31])
-    arguments = ["--data", data, "--load", short_run / "drn.pt"]
-    refused(outcome, tmp_path / "run", "feature_width_mismatch", ("--load", 32, 31), *arguments)
+    assert_rejected("feature_width_mismatch", ("--load", 32, 31), *arguments)
 
 
-def test_glove_with_load_option_is_rejected(outcome: Any, short_run: Path, planted: Path, tmp_path: Path) -> None:
-    (tmp_path / "glove.txt").write_text("door 1 2\n")
-    arguments = ["--data", planted, "--load", short_run / "drn.pt", "--glove", tmp_path / "glove.txt"]
-    refused(outcome, tmp_path / "run", "conflicting_options", ("--glove", "--load"), *arguments)
-
-
-def test_glove_file_initializes_word_vectors(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
+def test_glove_file_initializes_word_vectors(train_tiny: TrainTiny, planted: Path, tmp_path: Path) -> None:
     words = json.loads((planted / "Charades_word2id.json").read_text())
     (tmp_path / "glove.txt").write_text("".join(f"{word} {' '.join(['9'] * 8)}\n" for word in words))
-    options = {**tiny_sizes, "epochs": (1,), "lr": (1e-5,), "validate_on": "none"}
-    train(planted, tmp_path / "run", stage="1", glove=tmp_path / "glove.txt", **options)
+    options = {"epochs": (1,), "lr": (1e-5,), "validate_on": "none"}
+    train_tiny(tmp_path / "run", stage="1", glove=tmp_path / "glove.txt", **options)
     table = load_checkpoint(tmp_path / "run" / "drn.pt").weights["query_encoder.embedding.weight"]
     assert float((table[1:] - 9).abs().max()) < 0.01
     assert not table[0].any()
@@ -289,23 +225,9 @@ def test_defaults_match_the_published_recipe(planted: Path, tmp_path: Path, monk
     assert not seen[-1].faithful
 
 
-def test_stage_without_a_checkpoint_names_the_one_to_load(planted: Path, tmp_path: Path) -> None:
-    with raises(CheckpointError, "missing_option", "Stage 2", tmp_path / "run/stage1/best.pt"):
-        train(planted, tmp_path / "run", stage="2")
-
-
-def test_invalid_option_error_is_one_line(planted: Path, tmp_path: Path) -> None:
-    with raises(GroundingError, "invalid_option", "--batch-size", -4) as caught:
-        train(planted, tmp_path / "run", batch_size=-4)
-    assert "\n" not in str(caught.value)
-
-
-def test_ctrl_c_exits_130_with_message(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
-    arguments: list[str] = []
-    for name, value in {**tiny_sizes, "epochs": (50,)}.items():
-        arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
-    words = ["python", "-m", "train", "--data", str(planted), "--output", str(tmp_path / "run"), *arguments]
-    process = ForkedCommand(words)
+def test_ctrl_c_exits_130_with_message(planted: Path, tmp_path: Path) -> None:
+    words = train_words(planted, tmp_path / "run", epochs=(50,))
+    process = ForkedCommand(["python", "-m", "tests.train.training.narrow", *words])
     while not (tmp_path / "run" / "stage1" / "last.pt").exists() and process.is_running():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

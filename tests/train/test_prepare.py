@@ -75,16 +75,19 @@ def test_dropped_annotations_are_counted_and_named(tmp_path: Path, capsys: pytes
     for number in range(1, 36):
         np.save(data / "features" / f"v_{number}.npy", np.ones((9, 4), np.float32))
     common = DataSet(prepare(data, tmp_path / "common"))
-    told = capsys.readouterr().out
-    assert any(quotes(line, 1, "v_1 sentence 2", "8 s") for line in told.splitlines())
-    assert any(quotes(line, 1, "4", "'...'") for line in told.splitlines())
-    assert any(quotes(line, 3, "v_36 sentence 1", "v_36 sentence 2", "v_36 sentence 3") for line in told.splitlines())
-    assert any(line.split()[:2] == ["1", "moments"] for line in told.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    for values in (
+        (1, "v_1 sentence 2", "8 s"),
+        (1, "4", "'...'"),
+        (3, "v_36 sentence 1", "v_36 sentence 2", "v_36 sentence 3"),
+    ):
+        assert any(quotes(line, *values) for line in lines), values
+    assert any(line.split()[:2] == ["1", "moments"] for line in lines)
     about = json.loads((common.root / "dataset.json").read_text())
     assert about["dropped"]["train"] == {"the moment makes no sense": 1, "no word of the sentence is known": 1}
     assert about["dropped"]["test"] == {"its video has no features": 3}
     assert [len(common.annotations(split)) for split in common.splits] == [70, 18, 15]
-    # Nothing is clipped, dropped or unknown any more.
+    # The prepared data set needs no further correction.
     assert common.spans(common.annotations("train")).max() == 1
     assert (common.preset.features.dim, "waves" in common.words) == (4, True)
 
@@ -117,7 +120,7 @@ def test_words_of_other_splits_are_added_with_vectors(tmp_path: Path, caplog: py
     lines = (common / "word_vectors.txt").read_text().splitlines()
     actual = {word: np.array(row, np.float32).tolist() for word, *row in (line.split() for line in lines)}
     assert actual == {word: np.float32(vectors[word]).tolist() for word in ("person", "zebra")}
-    # In the form that training reads.
+    # Training reads this file.
     from train.network.initialization import glove_vectors
 
     assert set(glove_vectors(common / "word_vectors.txt", words, 3)) == {words["person"], words["zebra"]}
@@ -138,16 +141,14 @@ def test_prepared_data_set_finds_original_or_given_features(tmp_path: Path) -> N
 
 def test_clock_option_sets_clip_timing_and_frames(tmp_path: Path) -> None:
     data = write_qvhighlights(tmp_path / "data")
-    usual, told = prepare(data, tmp_path / "usual"), prepare(data, tmp_path / "told", clock=(16, 8))
-    clocks = [DataSet(common).features().clock for common in (usual, told)]
-    assert clocks == [ClipTiming(60, 60), ClipTiming(16, 8)]
-    assert [DataSet(common).frames("train0_0.0_150.0") for common in (usual, told)] == [75 * 60, 74 * 8 + 16]
-
-
-def test_prepare_keeps_every_moment_of_a_query(tmp_path: Path) -> None:
-    data = write_qvhighlights(tmp_path / "data")
-    common = DataSet(prepare(data, tmp_path / "common"))
-    assert len(one_per_moment(common.annotations("train"))) == 36
+    default, given = (
+        DataSet(prepare(data, tmp_path / name, **options))
+        for name, options in (("default", {}), ("given", {"clock": (16, 8)}))
+    )
+    assert (default.features().clock, given.features().clock) == (ClipTiming(60, 60), ClipTiming(16, 8))
+    assert [common.frames("train0_0.0_150.0") for common in (default, given)] == [75 * 60, 74 * 8 + 16]
+    # Every moment of a query is in the prepared data set.
+    assert len(one_per_moment(default.annotations("train"))) == 36
 
 
 def test_data_set_without_training_split_has_no_vocabulary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -220,7 +221,7 @@ def test_prepare_contradictory_clips_require_clock_option(tmp_path: Path, plante
     data = tmp_path / "data"
     shutil.copytree(planted, data)
     for path in (data / "C3D_unit16_overlap0.5_merged").iterdir():
-        # As many clips as windows of 16 frames, one every 32, would be.
+        # The number of clips of 16 frames, one every 32.
         np.save(path, np.load(path)[::4])
     with raises(FeatureError, "clip_timing_mismatch", "--clock"):
         prepare(data, tmp_path / "output")

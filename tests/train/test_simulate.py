@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,18 +47,17 @@ DURATIONS = {"AAAAA": 14.0, "BBBBB": 20.0, "CCCCC": 16.0, "DDDDD": 18.0, "EEEEE"
 
 @pytest.fixture
 def annotated(tmp_path: Path) -> Path:
-    """Four annotated videos in the layout of the real annotations, one of them shorter than a clip."""
-    place = tmp_path / "annotated"
-    place.mkdir()
+    """Write annotations of four videos in the published layout, one of them shorter than a clip."""
+    directory = tmp_path / "annotated"
+    directory.mkdir()
     for split in ("train", "test"):
-        (place / f"Charades_sta_{split}.txt").write_text("\n".join(LINES[split]) + "\n")
-        (place / f"Charades_v1_{split}.csv").write_text(CSV_HEAD + "".join(CSV_ROWS[split]))
+        (directory / f"Charades_sta_{split}.txt").write_text("\n".join(LINES[split]) + "\n")
+        (directory / f"Charades_v1_{split}.csv").write_text(CSV_HEAD + "".join(CSV_ROWS[split]))
     words = {word: number for number, word in enumerate(["person", "takes", "a", "cup", "box", "'s"], start=1)}
-    (place / "Charades_word2id.json").write_text(json.dumps(words))
-    (place / "Charades_fps_dict.json").write_text(json.dumps(dict.fromkeys(FRAMES, "30")))
-    (place / "Charades_frames_info.json").write_text(json.dumps(FRAMES))
-    (place / "Charades_duration.json").write_text(json.dumps(DURATIONS))
-    return place
+    tables = {"word2id": words, "fps_dict": dict.fromkeys(FRAMES, "30"), "frames_info": FRAMES, "duration": DURATIONS}
+    for name, table in tables.items():
+        (directory / f"Charades_{name}.json").write_text(json.dumps(table))
+    return directory
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -69,16 +68,16 @@ def features(directory: Path) -> dict[str, np.ndarray]:
     return {path.stem: np.load(path) for path in (directory / FEATURE_DIRECTORY).glob("*.npy")}
 
 
-# The layout.
-
-
 def test_simulated_data_set_is_complete_and_consistent(tmp_path: Path) -> None:
     data = DataSet(simulate(tmp_path / "data", feature_dim=16, videos=20, seed=3))
     names = {split: {one.video for one in data.annotations(split)} for split in ("train", "test")}
     assert len(names["train"]) == 16
     assert len(names["test"]) == 4
     assert not names["train"] & names["test"]
+    # Word ids follow the first occurrence in the training split.
     assert sorted(data.words.values()) == list(range(1, len(data.words) + 1))
+    words = dict.fromkeys(word for one in data.annotations("train") for word in tokenize(one.sentence))
+    assert list(data.words)[: len(words)] == list(words)
     rates = json.loads((data.root / "Charades_fps_dict.json").read_text())
     for split in ("train", "test"):
         for one in data.annotations(split):
@@ -91,14 +90,6 @@ def test_simulated_data_set_is_complete_and_consistent(tmp_path: Path) -> None:
         assert video.num_frames == pytest.approx(float(rates[name]) * video.duration, abs=1)
     assert data.simulated
     assert json.loads((data.root / "simulated.json").read_text())["statement"] == STATEMENT
-
-
-def test_word_ids_follow_first_occurrence_in_train(tmp_path: Path) -> None:
-    directory = simulate(tmp_path / "data", feature_dim=4, videos=10)
-    words = json.loads((directory / "Charades_word2id.json").read_text())
-    text = (directory / "Charades_sta_train.txt").read_text()
-    seen = dict.fromkeys(word for line in text.splitlines() for word in tokenize(line.split("##")[1]))
-    assert list(words)[: len(seen)] == list(seen)
 
 
 def test_annotation_files_are_copied_unchanged(annotated: Path, tmp_path: Path) -> None:
@@ -126,23 +117,16 @@ def test_pt_files_equal_npy_files(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensor.numpy(), rows)
 
 
-# Determinism.
-
-
 def test_same_arguments_write_identical_files(annotated: Path, tmp_path: Path) -> None:
     for source in (None, annotated):
         first = simulate(tmp_path / f"first{source is None}", annotations=source, feature_dim=8, videos=3, seed=5)
         second = simulate(tmp_path / f"second{source is None}", annotations=source, feature_dim=8, videos=3, seed=5)
         assert contents(first) == contents(second)
+    one, other = (features(simulate(tmp_path / f"{seed}", feature_dim=8, videos=2, seed=seed)) for seed in (0, 1))
+    assert not np.array_equal(one["SIM00000"], other["SIM00000"])
 
 
-def test_other_seed_gives_other_features(tmp_path: Path) -> None:
-    directories = [simulate(tmp_path / str(seed), feature_dim=8, videos=2, seed=seed) for seed in (0, 1)]
-    first, second = (features(directory)["SIM00000"] for directory in directories)
-    assert first.shape != second.shape or not np.array_equal(first, second)
-
-
-def test_subset_keeps_features_of_its_videos(annotated: Path, tmp_path: Path) -> None:
+def test_subset_keeps_features_and_annotations_of_its_videos(annotated: Path, tmp_path: Path) -> None:
     for source, few, many in ((None, 3, 9), (annotated, 1, None)):
         name = "made up" if source is None else "annotated"
         small = features(simulate(tmp_path / f"{name} few", annotations=source, feature_dim=8, videos=few))
@@ -150,16 +134,11 @@ def test_subset_keeps_features_of_its_videos(annotated: Path, tmp_path: Path) ->
         assert set(small) < set(large)
         for video, rows in small.items():
             np.testing.assert_array_equal(rows, large[video])
-
-
-def test_subset_keeps_only_annotations_of_its_videos(annotated: Path, tmp_path: Path) -> None:
-    directory = simulate(tmp_path / "data", annotations=annotated, feature_dim=8, videos=1)
     for split in ("train", "test"):
-        lines = (directory / f"Charades_sta_{split}.txt").read_text().splitlines()
-        videos = {line.split()[0] for line in lines}
-        assert len(videos) == 1
-        assert lines == [line for line in LINES[split] if line.split()[0] in videos]
-        assert videos <= set(features(directory))
+        lines = (tmp_path / "annotated few" / f"Charades_sta_{split}.txt").read_text().splitlines()
+        (video,) = {line.split()[0] for line in lines}
+        assert video in small
+        assert lines == [line for line in LINES[split] if line.split()[0] == video]
 
 
 def test_annotation_text_does_not_change_features(annotated: Path, tmp_path: Path) -> None:
@@ -174,9 +153,6 @@ def test_annotation_text_does_not_change_features(annotated: Path, tmp_path: Pat
         np.testing.assert_array_equal(rows, after[video])
 
 
-# What the features are.
-
-
 def test_features_are_80_percent_zero_and_heavy_tailed(tmp_path: Path) -> None:
     directory = simulate(tmp_path / "data", feature_dim=512, videos=80)
     values = np.concatenate(list(features(directory).values())).astype(np.float32)
@@ -187,24 +163,20 @@ def test_features_are_80_percent_zero_and_heavy_tailed(tmp_path: Path) -> None:
     assert kurtosis > 10, "a normal distribution has 3"
 
 
-# Interruption and the directory.
-
-
 def test_interrupted_simulation_is_incomplete_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = simulate(tmp_path / "whole", feature_dim=8, videos=6)
-    made = Simulator.features
-    asked: list[str] = []
+    complete, cut = (tmp_path / name for name in ("complete", "cut"))
+    simulate(complete, feature_dim=8, videos=6)
+    simulated, original = [], Simulator.features
 
     def interrupted(self: Simulator, scenario: Scenario) -> np.ndarray:
-        asked.append(scenario.name)
-        if len(asked) == 4:
+        simulated.append(scenario.name)
+        if len(simulated) == 4:
             raise KeyboardInterrupt
-        return made(self, scenario)
+        return original(self, scenario)
 
     monkeypatch.setattr(Simulator, "features", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        simulate(tmp_path / "cut", feature_dim=8, videos=6)
-    cut = tmp_path / "cut"
+        simulate(cut, feature_dim=8, videos=6)
     assert not (cut / "simulated.json").exists()
     with raises(AnnotationError, "data_set_missing", cut):
         DataSet(cut)
@@ -212,18 +184,12 @@ def test_interrupted_simulation_is_incomplete_and_resumes(tmp_path: Path, monkey
     left.write_bytes(b"half")
     os.utime(left, (0, 0))
 
-    asked.clear()
-    asked += ["before"] * 4  # no further interruption
     simulate(cut, feature_dim=8, videos=6)
-    assert asked[4:] == ["SIM00003", "SIM00004", "SIM00005"]
-    assert contents(cut) == contents(whole)
-
-
-def test_second_simulation_rewrites_no_features(tmp_path: Path) -> None:
-    directory = simulate(tmp_path / "data", feature_dim=8, videos=3)
-    times = {path: path.stat().st_mtime_ns for path in (directory / FEATURE_DIRECTORY).iterdir()}
-    simulate(directory, feature_dim=8, videos=3)
-    assert times == {path: path.stat().st_mtime_ns for path in (directory / FEATURE_DIRECTORY).iterdir()}
+    assert simulated[4:] == ["SIM00003", "SIM00004", "SIM00005"]
+    assert contents(cut) == contents(complete)
+    times = {path: path.stat().st_mtime_ns for path in (cut / FEATURE_DIRECTORY).iterdir()}
+    simulate(cut, feature_dim=8, videos=6)
+    assert times == {path: path.stat().st_mtime_ns for path in (cut / FEATURE_DIRECTORY).iterdir()}
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"feature_dim": 9}, {"difficulty": "hard"}, {"videos": 4}])
@@ -235,14 +201,11 @@ def test_simulation_of_other_parameters_is_rejected_unchanged(tmp_path: Path, ch
     assert contents(directory) == before
 
 
-def test_foreign_output_directory_is_rejected_unchanged(annotated: Path) -> None:
+def test_unusable_output_is_rejected_unchanged(annotated: Path, tmp_path: Path) -> None:
     before = contents(annotated)
     with raises(OutputError, "output_not_empty", annotated):
         simulate(annotated, annotations=annotated, feature_dim=8)
     assert contents(annotated) == before
-
-
-def test_output_that_is_a_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with raises(OutputError, "output_is_file", tmp_path / "file", "--output"):
         simulate(tmp_path / "file", feature_dim=8, videos=2)
@@ -251,13 +214,10 @@ def test_output_that_is_a_file_is_rejected(tmp_path: Path) -> None:
 
 
 def test_insufficient_disk_space_is_rejected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**6, 10**6, 100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 100))
     with raises(OutputError, "disk_full", tmp_path / "data", "--videos", "--feature-dim"):
         simulate(tmp_path / "data", feature_dim=8, videos=2)
     assert not (tmp_path / "data").exists()
-
-
-# Bad input.
 
 
 @pytest.mark.parametrize(
@@ -272,25 +232,25 @@ def test_invalid_simulation_options_are_rejected(tmp_path: Path, arguments: dict
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("name", SOURCE_FILES)
-def test_missing_annotation_file_is_named(annotated: Path, tmp_path: Path, name: str) -> None:
-    (annotated / name).unlink()
-    with raises(AnnotationError, "missing_file", annotated, name):
-        simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
-    assert not (tmp_path / "data").exists()
+def test_missing_annotation_file_is_named(annotated: Path, tmp_path: Path) -> None:
+    for name in SOURCE_FILES:
+        content = (annotated / name).read_bytes()
+        (annotated / name).unlink()
+        with raises(AnnotationError, "missing_file", annotated, name):
+            simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
+        assert not (tmp_path / "data").exists()
+        (annotated / name).write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new", "code", "values"),
     [
-        ("Charades_v1_train.csv", "c040 0.00 5.00", "c040 0.00", "malformed_row", ("line 3", "'c040 0.00'")),
         ("Charades_v1_train.csv", "c040 0.00 5.00", "c040 0.00 five", "malformed_row", ("line 3", "'c040 0.00 five'")),
         ("Charades_v1_train.csv", "c040 0.00 5.00", "door 0.00 5.00", "malformed_row", ("line 3", "'door 0.00 5.00'")),
         ("Charades_v1_train.csv", ",c040 0.00 5.00,20.0", "", "malformed_row", ("line 3", 11)),
         ("Charades_v1_test.csv", "actions", "deeds", "missing_columns", ("line 1", "actions")),
         ("Charades_v1_test.csv", "DDDDD", "FFFFF", "unlisted_video", ("DDDDD",)),
         ("Charades_sta_train.txt", "AAAAA 4.0", "AAAAA", "malformed_row", ("line 2",)),
-        ("Charades_sta_train.txt", "BBBBB 0.0 5.0##", "BBBBB 0.0 5.0#", "malformed_row", ("line 3",)),
         ("Charades_sta_test.txt", "CCCCC", "../CCCCC", "malformed_row", ("line 1",)),
         ("Charades_frames_info.json", '"BBBBB"', '"FFFFF"', "unlisted_video", ("BBBBB", "Charades_frames_info.json")),
         ("Charades_frames_info.json", "500", "0", "invalid_frame_count", ("BBBBB", 0)),
@@ -303,22 +263,21 @@ def test_malformed_annotations_are_named(
     text = (annotated / name).read_text()
     assert old in text
     (annotated / name).write_text(text.replace(old, new))
-    # These two name the video, which has no line of its own in that file.
+    # These name the video, which has no line in that file.
     files = () if code in ("unlisted_video", "invalid_frame_count") else (annotated / name,)
     with raises(AnnotationError, code, *files, *values):
         simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
     assert not (tmp_path / "data").exists()
 
 
-def test_simulate_error_exits_2_without_traceback(tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "train.simulate", "--output", str(tmp_path / "data"), "--feature-dim"]
-    root = Path(__file__).parents[2]
-    failed = subprocess.run([*run, "0"], capture_output=True, text=True, cwd=root)
-    assert failed.returncode == 2
-    assert failed.stdout == ""
-    assert "Traceback" not in failed.stderr
-    assert quotes(failed.stderr, "--feature-dim", 0)
-    done = subprocess.run([*run, "8", "--videos", "5"], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    assert STATEMENT in done.stdout
-    assert "Next:" in done.stderr
+def test_simulate_command_prints_statement_and_next_command(
+    tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "drn")
+    done = run_command(simulate, "--output", tmp_path / "data", "--feature-dim", "8", "--videos", "5")
+    assert done.code == 0, done.err
+    assert STATEMENT in done.out
+    assert "Next:" in caplog.text
+    failed = run_command(simulate, "--output", tmp_path / "data", "--feature-dim", "0")
+    assert (failed.code, failed.out) == (2, "")
+    assert quotes(failed.err, "--feature-dim", 0)

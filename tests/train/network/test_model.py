@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import torch
 
 from tests.raising import quotes
 from tests.tolerances import HEADS
+from tests.train.conftest import random_inputs
 from train.network.model import BACKBONE_CHANNELS, DRN, DRNConfig, locations, with_duration
 
 
-def assert_close(actual: Any, wanted: Any, tolerance: float = HEADS) -> None:
-    """Fail where `found` is further from `wanted` than `tolerance` times the largest number wanted."""
-    actual, wanted = np.asarray(actual), np.asarray(wanted)
-    assert actual.shape == wanted.shape
-    np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+def assert_close(actual: Any, expected: Any, tolerance: float = HEADS) -> None:
+    """Assert that errors are at most `tolerance` times the largest expected value."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
@@ -35,14 +37,9 @@ def test_state_dict_matches_the_published_one(golden: Path, size: str) -> None:
     assert ours == listed["state_dict"]
     assert [name for name, _ in model.named_parameters()] == listed["trainable"]
     assert sum(parameter.numel() for parameter in model.parameters()) == listed["parameters"]
-
-
-def test_published_size_is_the_default() -> None:
-    with torch.device("meta"):
-        model = DRN()
-    assert sum(parameter.numel() for parameter in model.parameters()) == 39_214_288
-    assert len(list(model.parameters())) == 81
-    assert len(model.state_dict()) == 120
+    if size == "full":
+        assert config == DRNConfig()
+        assert (listed["parameters"], len(listed["trainable"]), len(ours)) == (39_214_288, 81, 120)
 
 
 @torch.no_grad()
@@ -72,8 +69,8 @@ def test_every_step_of_the_network_matches_the_published_one(reference: Any) -> 
 @pytest.mark.parametrize("batch", ["a", "b", "c"])
 @torch.no_grad()
 def test_heads_match_the_published_ones(reference: Any, as_arrays: Any, batch: str) -> None:
-    wanted = reference.heads(batch, reference.arrays[f"{batch}_sort_index"])
-    for actual, expected in zip(as_arrays(reference.model()(*reference.inputs(batch))), wanted, strict=True):
+    published = reference.heads(batch, reference.arrays[f"{batch}_sort_index"])
+    for actual, expected in zip(as_arrays(reference.model()(*reference.inputs(batch))), published, strict=True):
         assert_close(actual, expected)
 
 
@@ -81,8 +78,8 @@ def test_heads_match_the_published_ones(reference: Any, as_arrays: Any, batch: s
 def test_heads_in_training_mode_match_the_published_ones(reference: Any, as_arrays: Any) -> None:
     if not reference.training:
         pytest.skip("no training goldens of this seed are here")
-    wanted = reference.heads("near_train", reference.training["near_train_sort_index"])
-    for actual, expected in zip(as_arrays(reference.model().train()(*reference.inputs("a"))), wanted, strict=True):
+    published = reference.heads("near_train", reference.training["near_train_sort_index"])
+    for actual, expected in zip(as_arrays(reference.model().train()(*reference.inputs("a"))), published, strict=True):
         assert_close(actual, expected)
 
 
@@ -110,12 +107,12 @@ def test_single_query_equals_query_in_batch(reference: Any, as_arrays: Any) -> N
 @torch.no_grad()
 def test_padding_tokens_do_not_change_heads(reference: Any, as_arrays: Any) -> None:
     model, (tokens, length, features, spans) = reference.model(), reference.inputs("a")
-    wanted = as_arrays(model(tokens, length, features, spans))
-    # Words where padding should be, and more of them.
-    rubbish = torch.full((len(tokens), tokens.shape[1] + 3), 7)
+    unpadded = as_arrays(model(tokens, length, features, spans))
+    # Words in place of padding, and more of them.
+    padded = torch.full((len(tokens), tokens.shape[1] + 3), 7)
     for row, size in enumerate(length.tolist()):
-        rubbish[row, :size] = tokens[row, :size]
-    for actual, expected in zip(as_arrays(model(rubbish, length, features, spans)), wanted, strict=True):
+        padded[row, :size] = tokens[row, :size]
+    for actual, expected in zip(as_arrays(model(padded, length, features, spans)), unpadded, strict=True):
         assert_close(actual, expected, 1e-5)
 
 
@@ -129,17 +126,25 @@ def test_positions_reach_only_level_0_and_bypass_gates(reference: Any) -> None:
     assert torch.equal(one[1], other[1])
 
 
-@pytest.mark.parametrize("num_segments", [16, 32, 64])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"num_segments": 16}, {"num_segments": 64}, {"head_convs": 2}, {"lstm_layers": 2}],
+    ids=repr,
+)
 @torch.no_grad()
-def test_any_multiple_of_four_segments_runs(tiny: DRNConfig, made_up_inputs: Any, num_segments: int) -> None:
-    config = DRNConfig(20, 8, 32, 16, 16, num_segments)
-    heads = DRN(config).eval()(*made_up_inputs(config, [3, 1, 5]))
-    num_locations = num_segments * 7 // 4
+def test_network_of_other_sizes_runs(tiny: DRNConfig, sizes: dict[str, int]) -> None:
+    config = dataclasses.replace(tiny, **sizes)
+    model = DRN(config).eval()
+    num_locations = config.num_segments * 7 // 4
     assert config.num_locations == num_locations == len(locations(config))
+    heads = model(*random_inputs(config, [3, 1, 5]))
     assert [tuple(head.shape) for head in heads] == [(3, num_locations), (3, num_locations, 2), (3, num_locations)]
-    assert float(locations(config).max()) < num_segments
-    # The weights do not depend on the number of segments.
-    DRN(config).load_state_dict(DRN(tiny).state_dict())
+    assert float(locations(config).max()) < config.num_segments
+    if "num_segments" in sizes:
+        # The weights do not depend on the number of segments.
+        model.load_state_dict(DRN(tiny).state_dict())
+    if "head_convs" in sizes:
+        assert {"fcos.head.cls_tower.3.weight", "fcos.head.cls_tower.4.running_mean"} <= model.state_dict().keys()
 
 
 def test_locations_match_the_published_ones(golden: Path) -> None:
@@ -169,14 +174,3 @@ def test_invalid_network_sizes_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is checked below)
         DRNConfig(**wrong)
     assert quotes(str(caught.value), *wrong.values())
-
-
-@pytest.mark.parametrize("deeper", [{"head_convs": 2}, {"lstm_layers": 2}])
-@torch.no_grad()
-def test_deeper_networks_run(made_up_inputs: Any, deeper: dict[str, int]) -> None:
-    config = DRNConfig(20, 8, 32, 16, 16, **deeper)
-    model = DRN(config).eval()
-    assert model(*made_up_inputs(config, [2, 4])).iou_logits.shape == (2, 56)
-    if "head_convs" in deeper:
-        names = {name for name in model.state_dict() if "cls_tower" in name}
-        assert {"fcos.head.cls_tower.3.weight", "fcos.head.cls_tower.4.running_mean"} <= names

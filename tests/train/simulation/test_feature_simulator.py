@@ -21,7 +21,7 @@ def test_features_are_finite_for_any_frame_rate(num_frames: int, duration: float
 
 
 def simulator(**changes: float) -> Simulator:
-    """A simulator in which nothing but the actions is left, save for `changes`."""
+    """Return a simulator of actions alone, except for `changes`."""
     quiet = {"identity": 0.0, "noise": 0.0, "jitter": 0.0, "drop": 0.0, "confuse": 0.0}
     return Simulator(synthetic_plan(2, 0), Difficulty(**{**quiet, **changes}), 8, 0)
 
@@ -71,7 +71,7 @@ def test_jitter_shifts_boundaries_by_given_seconds() -> None:
 
 def test_noise_is_correlated_over_about_a_second() -> None:
     noisy = Simulator(synthetic_plan(2, 0), Difficulty(0.0, 1.0, 0.0, 0.0, 0.0), 256, 0)
-    # 8 frames a second, so that neighbouring clips lie one second apart.
+    # 8 frames a second, so that neighboring clips are one second apart.
     scenario = Scenario("V", 8 * 2000, 2000.0, "kitchen", (), ())
     noise = noisy.latents(scenario) - noisy.embedding("scene", "kitchen")
     assert noise.std() == pytest.approx(1, rel=0.05)
@@ -80,7 +80,7 @@ def test_noise_is_correlated_over_about_a_second() -> None:
 
 @pytest.mark.parametrize("difficulty", ["easy", "medium", "hard"])
 def test_linear_probe_accuracy_follows_difficulty(difficulty: str) -> None:
-    """Nearest class mean on unseen videos: which of two actions is under way."""
+    """Classify two actions of other videos by the nearest class mean."""
     expected = {"easy": (0.93, 1.0), "medium": (0.72, 0.97), "hard": (0.6, 0.93)}[difficulty]
     plan = synthetic_plan(2, 0)
     tool = Simulator(plan, DIFFICULTIES[difficulty], 512, 0)

@@ -28,7 +28,7 @@ EASY: dict[str, Any] = {"feature_dim": 12, "difficulty": "easy"}
 
 @pytest.fixture(scope="module", params=WRITERS)
 def simulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DataSet]:
-    """A data set of each layout with features."""
+    """Return the title and the data set of each layout, with simulated features."""
     directory = tmp_path_factory.mktemp("captions")
     annotations = WRITERS[request.param](directory / "annotations")
     return request.param, DataSet(simulate(directory / "data", annotations=annotations, **EASY))
@@ -43,7 +43,7 @@ def test_annotations_are_copied_and_every_video_has_features(simulated: tuple[st
         for name in data_set.videos(split):
             video = data_set.video(name)
             assert video.features.shape[1] == 12
-            # Frames that the annotations tell are those that were simulated, and the others follow from the clips.
+            # Frame counts in the annotations are used; others follow from the clips.
             assert video.num_frames == data_set.num_frames.get(name, video.num_frames)
     record = json.loads((data_set.root / "simulated.json").read_text())
     assert record["statement"] == STATEMENT
@@ -76,9 +76,9 @@ def test_fewer_videos_are_seeded_sample_of_each_split(tmp_path: Path) -> None:
     annotations = write_tacos(tmp_path / "annotations")
     data_set = DataSet(simulate(tmp_path / "data", annotations=annotations, videos=2, **EASY))
     assert [len(data_set.videos(split)) for split in data_set.splits] == [2, 2, 2]
-    whole = DataSet(simulate(tmp_path / "whole", annotations=annotations, **EASY))
+    complete = DataSet(simulate(tmp_path / "complete", annotations=annotations, **EASY))
     for name in data_set.durations:
-        np.testing.assert_array_equal(data_set.store.load(name), whole.store.load(name))
+        np.testing.assert_array_equal(data_set.store.load(name), complete.store.load(name))
 
 
 def test_unsupported_annotation_layout_is_rejected(tmp_path: Path) -> None:
@@ -115,18 +115,15 @@ def test_query_with_several_moments_trains_once_per_moment(tmp_path: Path) -> No
     sizes: dict[str, Any] = {"embed_dim": 8, "hidden_dim": 8, "fpn_dim": 8, "batch_size": 16, "epochs": (1, 1, 1)}
     checkpoint = load_checkpoint(train(data, tmp_path / "run", iou_target="all", **sizes))
     inputs = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]
-    # 24 queries, half of them with two moments; the 6 of val are asked once each.
+    # Half of the 24 training queries have two moments; each of the 6 of val counts once.
     assert inputs["queries"] == [36, 6]
     assert (checkpoint.config.num_segments, checkpoint.features.window) == (64, 60)
 
 
-def test_pooled_hdf5_features_equal_files_and_refresh(simulated: tuple[str, DataSet], tmp_path: Path) -> None:
+def test_pooled_hdf5_features_equal_files_and_refresh(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
-    _, files = simulated
-    root = tmp_path / "archive"
-    root.mkdir()
-    for split in files.splits:
-        (root / f"{split}.json").write_bytes(files.annotations_path(split).read_bytes())
+    root = write_activitynet(tmp_path / "archive")
+    files = DataSet(simulate(tmp_path / "files", annotations=root, **EASY))
     videos = sorted(files.durations)
 
     def write(factor: float) -> DataSet:
@@ -147,9 +144,7 @@ def test_pooled_hdf5_features_equal_files_and_refresh(simulated: tuple[str, Data
     np.testing.assert_array_equal(doubled.features, 2 * expected.features)
 
 
-def test_missing_hdf5_video_fails_before_writing(
-    tmp_path: Path,
-) -> None:
+def test_missing_hdf5_video_fails_before_writing(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py", reason="features in HDF5 need h5py")
     data = write_activitynet(tmp_path / "data")
     with h5py.File(data / "features.hdf5", "w") as file:

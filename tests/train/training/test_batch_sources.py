@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import train.training.trainer as loop
 from runtime.datasets.dataset import DataSet
 from tests.raising import records
 from tests.tolerances import HEADS, PROCESS_WEIGHTS, PROCESSES
-from tests.train.conftest import shorten
-from train.__main__ import train as run_training
+from tests.train.conftest import TrainTiny, shorten
 from train.checkpoints import load_checkpoint
+from train.history import read_history
 from train.network.model import DRN, DRNConfig, Stem
 from train.training import batch_sources
 from train.training.batch_sources import (
@@ -40,10 +39,10 @@ def data_set(planted: Path) -> DataSet:
     return DataSet(planted)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["seeing", "blind"])
+@pytest.fixture(scope="module", params=[False, True], ids=["features", "blind"])
 def training(data_set: DataSet, tmp_path_factory: pytest.TempPathFactory, request: Any) -> TrainingData:
     annotations = data_set.annotations("train", invalid="drop")
-    # The queries of one video stand together in the file.
+    # In the file, queries are sorted by video.
     annotations = [annotations[index] for index in np.random.default_rng(0).permutation(len(annotations))]
     videos = sorted({annotation.video for annotation in annotations})
     pooled = pool(data_set, videos, 32, data_set.features(), tmp_path_factory.mktemp("cache"))
@@ -101,7 +100,7 @@ def test_each_video_is_projected_once_for_its_queries(
     model.prop_fc.register_forward_hook(lambda module, inputs, output: projected.append(len(output)))
     CachedStemSource(training, model, CPU, None)
     model.prop_fc._forward_hooks.clear()
-    # One video may stand at the end of one chunk and at the beginning of the next.
+    # A video may be at the end of one chunk and at the beginning of the next.
     chunks = -(-len(training) // batch_sources.STEM_PAIRS)
     assert len(projected) == chunks
     assert sum(projected) < len(set(training.video_rows.tolist())) + chunks < len(training)
@@ -125,54 +124,51 @@ def test_only_stage_2_freezes_the_stem(model: DRN) -> None:
     parts = {name: parameter for name, parameter in model.named_parameters() if name.startswith(stem)}
     assert len(parts) > 20
     assert not any(parameter.requires_grad for parameter in parts.values())
-    # No batch norm in it: buffers would move, and mix the pairs of a batch.
+    # Batch norms would change their buffers, and mix the pairs of a batch.
     assert not [name for name, _ in model.named_buffers() if name.startswith(stem)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stage_2_with_cached_stems_gives_same_result(
     short_run: Path,
+    train_tiny: TrainTiny,
     planted: Path,
-    tiny_sizes: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     precision: Any,
 ) -> None:
-    options = {**tiny_sizes, "epochs": (3,), "lr": (1e-4,), "load": short_run / "stage1" / "best.pt"}
+    options = {"epochs": (3,), "lr": (1e-4,), "load": short_run / "stage1" / "best.pt"}
     options |= {"stage": "2", "validate_on": "none", "precision": precision, "batch_size": 8}
     data = shorten(planted, tmp_path / "data", 48)
-    run_training(data, tmp_path / "kept", **options)
+    train_tiny(tmp_path / "cached", data, **options)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "stems_fit", lambda *_: False)
-        run_training(data, tmp_path / "plain", **options)
-    kept, plain = (
-        [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
-        for name in ("kept", "plain")
-    )
-    rounded = PROCESSES if precision == "fp32" else 0.02
-    for one, other in zip(kept, plain, strict=True):
+        train_tiny(tmp_path / "plain", data, **options)
+    cached, plain = (read_history(tmp_path / name / "history.jsonl") for name in ("cached", "plain"))
+    tolerance = PROCESSES if precision == "fp32" else 0.02
+    for one, other in zip(cached, plain, strict=True):
         for name in ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm"):
-            assert one[name] == pytest.approx(other[name], rel=rounded), name
+            assert one[name] == pytest.approx(other[name], rel=tolerance), name
         assert one["steps"] == other["steps"] >= 5
-    weights = [load_checkpoint(tmp_path / name / "drn.pt").weights for name in ("kept", "plain")]
+    weights = [load_checkpoint(tmp_path / name / "drn.pt").weights for name in ("cached", "plain")]
     before = load_checkpoint(options["load"]).weights
     moved = {name for name in before if not torch.equal(before[name], weights[0][name])}
     assert moved == {name for name in before if not torch.equal(before[name], weights[1][name])}
     assert {"backbone_net.layers.0.1.running_mean", "fcos.head.cls_tower.1.num_batches_tracked"} < moved
     assert "fcos.head.mix_fc.0.weight" in moved
-    # Before a batch norm a bias changes nothing: its gradient is rounding noise, and its steps go either way.
+    # A bias before a batch norm has no effect, so that its gradient is rounding noise.
     noise = {"fcos.head.mix_fc.0.bias", "fcos.head.iou_scores.0.bias"}
     for name in moved - noise:
         one, other = (actual[name].double() for actual in weights)
-        apart = (one - other).abs() / other.abs().max().clamp(min=1e-3)
-        assert float(apart.median()) < (PROCESS_WEIGHTS if precision == "fp32" else 0.02), name
+        errors = (one - other).abs() / other.abs().max().clamp(min=1e-3)
+        assert float(errors.median()) < (PROCESS_WEIGHTS if precision == "fp32" else 0.02), name
 
 
 def test_resumed_stage_2_equals_uninterrupted_run(
-    short_run: Path, planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_run: Path, train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**tiny_sizes, "epochs": (3,), "lr": (1e-3,), "load": short_run / "stage1" / "best.pt", "stage": "2"}
-    run_training(planted, tmp_path / "whole", **options)
+    options = {"epochs": (3,), "lr": (1e-3,), "load": short_run / "stage1" / "best.pt", "stage": "2"}
+    train_tiny(tmp_path / "whole", **options)
     real, calls = loop.save, [0]
 
     def stop(*arguments: Any) -> None:
@@ -184,8 +180,8 @@ def test_resumed_stage_2_equals_uninterrupted_run(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            run_training(planted, tmp_path / "cut", **options)
-    run_training(planted, tmp_path / "cut", resume=True, **options)
+            train_tiny(tmp_path / "cut", **options)
+    train_tiny(tmp_path / "cut", resume=True, **options)
     expected, actual = (
         torch.load(tmp_path / name / "stage2" / "last.pt", weights_only=True)["model"] for name in ("whole", "cut")
     )
@@ -193,7 +189,7 @@ def test_resumed_stage_2_equals_uninterrupted_run(
 
 
 @pytest.mark.parametrize(("free", "kind"), [(1 << 40, DeviceSource), (1 << 10, HostSource)])
-def test_features_are_kept_on_gpu_if_memory_allows(
+def test_features_stay_on_gpu_if_memory_suffices(
     training: TrainingData, monkeypatch: pytest.MonkeyPatch, free: int, kind: type, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="drn")

@@ -26,36 +26,41 @@ from train.training.dataset import PooledFeatures, TrainingData, pool, split_by_
 
 @pytest.fixture
 def data_set(planted: Path, tmp_path: Path) -> DataSet:
-    """A copy of the planted data set, free to be changed."""
+    """Return a copy of the planted data set, which a test may change."""
     shutil.copytree(planted, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
     return DataSet(tmp_path / "data")
 
 
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """Pool the features of all training videos of a data set into a cache directory."""
+
+    data_set: DataSet
+    videos: list[str]
+    cache: Path
+
+    @property
+    def cached(self) -> Path:
+        (path,) = self.cache.iterdir()
+        return path
+
+    def fill(self, num_segments: int = 32, first: int = 0) -> PooledFeatures:
+        """Pool the videos from `first` on."""
+        return pool(self.data_set, self.videos[first:], num_segments, self.data_set.features(), self.cache)
+
+
 @pytest.fixture
-def videos(data_set: DataSet) -> list[str]:
-    return sorted({annotation.video for annotation in data_set.annotations("train", invalid="drop")})
+def pooling(data_set: DataSet, tmp_path: Path) -> Pooling:
+    videos = sorted({annotation.video for annotation in data_set.annotations("train", invalid="drop")})
+    return Pooling(data_set, videos, tmp_path / "cache")
 
 
-def replace_features(data_set: DataSet, video: str, features: Any) -> None:
-    path = data_set.feature_path(video)
-    np.save(path.with_suffix(".npy"), features)
-    if path.suffix != ".npy":
-        path.unlink()
-
-
-def fill(data_set: DataSet, videos: list[str], cache: Path, num_segments: int = 32) -> PooledFeatures:
-    return pool(data_set, videos, num_segments, data_set.features(), cache)
-
-
-@pytest.mark.parametrize("num_segments", [16, 32])
-@pytest.mark.parametrize("pooling", ["mmaction2", "drn"])
-def test_cache_equals_pooling_of_each_video(
-    data_set: DataSet, videos: list[str], tmp_path: Path, pooling: Any, num_segments: int
-) -> None:
-    features = dataclasses.replace(data_set.features(), pooling=pooling)
-    pooled = pool(data_set, videos, num_segments, features, tmp_path / "cache")
-    for video in videos:
-        expected = data_set.video(video).segments(num_segments, pooling)
+@pytest.mark.parametrize(("convention", "num_segments"), [("mmaction2", 32), ("drn", 16)])
+def test_cache_equals_pooling_of_each_video(pooling: Pooling, convention: Any, num_segments: int) -> None:
+    features = dataclasses.replace(pooling.data_set.features(), pooling=convention)
+    pooled = pool(pooling.data_set, pooling.videos, num_segments, features, pooling.cache)
+    for video in pooling.videos:
+        expected = pooling.data_set.video(video).segments(num_segments, convention)
         actual = pooled.segments(video)
         np.testing.assert_array_equal(actual.features, expected.features)
         np.testing.assert_array_equal(actual.spans, expected.spans)
@@ -64,7 +69,8 @@ def test_cache_equals_pooling_of_each_video(
 def test_published_layout_equals_published_loader(golden: Path, tmp_path: Path) -> None:
     data_set, expected = DataSet(golden / "mini"), np.load(golden / "dataset_mini.npz")
     annotations = data_set.annotations("train", invalid="keep")
-    pooled = fill(data_set, sorted({annotation.video for annotation in annotations}), tmp_path)
+    videos = sorted({annotation.video for annotation in annotations})
+    pooled = Pooling(data_set, videos, tmp_path).fill()
     training = TrainingData(data_set, annotations, pooled, data_set.vocabulary)
     assert len(training) > 5
     for index, annotation in enumerate(annotations):
@@ -76,120 +82,114 @@ def test_published_layout_equals_published_loader(golden: Path, tmp_path: Path) 
         np.testing.assert_array_equal(batch.truth[0], expected[f"mini_{index}_gt_bbox"])
 
 
-def test_truncated_cache_is_rebuilt(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    whole = fill(data_set, videos, tmp_path / "cache").features.copy()
-    (cached,) = (tmp_path / "cache").iterdir()
-    cached.write_bytes(cached.read_bytes()[:-100])
-    np.testing.assert_array_equal(fill(data_set, videos, tmp_path / "cache").features, whole)
-
-
-def test_flipped_bit_in_cache_rebuilds_it(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    whole = fill(data_set, videos, tmp_path / "cache").features.copy()
-    (cached,) = (tmp_path / "cache").iterdir()
+def test_damaged_cache_is_rebuilt(pooling: Pooling) -> None:
+    expected = pooling.fill().features.copy()
+    cached = pooling.cached
     content = cached.read_bytes()
-    for bit in random_bits(content, 20):
-        cached.write_bytes(flip(content, bit))
-        np.testing.assert_array_equal(fill(data_set, videos, tmp_path / "cache").features, whole)
+    # A killed process leaves such a file, which the next one removes.
+    unfinished = cached.with_name(f".drn-01234567-abcdefgh-{cached.name}")
+    unfinished.write_bytes(b"half")
+    os.utime(unfinished, (0, 0))
+    for damaged in (content[:-100], *(flip(content, bit) for bit in random_bits(content, 20))):
+        cached.write_bytes(damaged)
+        np.testing.assert_array_equal(pooling.fill().features, expected)
+        assert pooling.cached == cached
         assert cached.read_bytes() == content
 
 
-def test_cache_is_rebuilt_on_content_change_of_same_size(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    old = fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features.copy()
-    path = data_set.feature_path(videos[3])
-    stat, features = path.stat(), np.load(path)
-    np.save(path, features[::-1])
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert path.stat().st_size == stat.st_size
-    assert not np.array_equal(fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features, old)
-
-
-def test_temporary_files_of_killed_process_are_removed(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    fill(data_set, videos, tmp_path / "cache")
-    (cached,) = (tmp_path / "cache").iterdir()
-    left = cached.rename(cached.with_name(f".drn-01234567-abcdefgh-{cached.name}"))
-    os.utime(left, (0, 0))
-    fill(data_set, videos, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == [cached]
-
-
-def test_cache_is_reused(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    fill(data_set, videos, tmp_path / "cache")
-    (cached,) = (tmp_path / "cache").iterdir()
-    before = cached.stat()
-    pooled = fill(data_set, videos, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == [cached]
+def test_intact_cache_is_reused_and_readable_by_others(pooling: Pooling) -> None:
+    pooling.fill()
+    cached = pooling.cached
+    before, umask = cached.stat(), os.umask(0)
+    os.umask(umask)
+    assert before.st_mode & 0o777 == 0o666 & ~umask
+    pooled = pooling.fill()
+    assert list(pooling.cache.iterdir()) == [cached]
     assert (cached.stat().st_mtime_ns, cached.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
     assert isinstance(pooled.features, np.memmap)
 
 
-def test_cache_is_rebuilt_when_a_feature_file_changes(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    old = fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features.copy()
-    replace_features(data_set, videos[3], np.load(data_set.feature_path(videos[3])) + 1)
-    assert not np.array_equal(fill(data_set, videos, tmp_path / "cache").segments(videos[3]).features, old)
+def test_cache_is_rebuilt_on_content_change_of_same_size(pooling: Pooling) -> None:
+    old = pooling.fill().segments(pooling.videos[3]).features.copy()
+    path = pooling.data_set.feature_path(pooling.videos[3])
+    stat, features = path.stat(), np.load(path)
+    np.save(path, features[::-1])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    assert not np.array_equal(pooling.fill().segments(pooling.videos[3]).features, old)
 
 
-def test_cache_is_rebuilt_for_other_inputs(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    fill(data_set, videos, tmp_path / "cache")
-    fill(data_set, videos[1:], tmp_path / "cache")
-    fill(data_set, videos, tmp_path / "cache", num_segments=16)
-    data_set.num_frames[videos[0]] += 200
-    fill(data_set, videos, tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+def test_cache_is_rebuilt_for_other_inputs(pooling: Pooling) -> None:
+    pooling.fill()
+    pooling.fill(first=1)
+    pooling.fill(num_segments=16)
+    pooling.data_set.num_frames[pooling.videos[0]] += 200
+    pooling.fill()
+    assert len(list(pooling.cache.iterdir())) == 4
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, FeatureError])
-def test_interrupted_pooling_leaves_no_cache(
-    data_set: DataSet, videos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
-    real, calls = FeatureFiles.load, []
+def test_interrupted_pooling_leaves_no_cache(pooling: Pooling, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = FeatureFiles.load
 
-    def load(store: FeatureFiles, video: str) -> np.ndarray:
-        calls.append(video)
-        if len(calls) == 5:
-            raise error("stop")
-        return real(store, video)
+    def interrupted(store: FeatureFiles, video: str) -> np.ndarray:
+        if video == pooling.videos[4]:
+            raise KeyboardInterrupt
+        return load(store, video)
 
-    monkeypatch.setattr(FeatureFiles, "load", load)
-    with pytest.raises(error):
-        fill(data_set, videos, tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(FeatureFiles, "load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pooling.fill()
+    assert not pooling.cache.exists()
+
+
+def resampled(clips: np.ndarray, factor: float) -> np.ndarray:
+    return clips[(np.arange(round(len(clips) * factor)) / factor).astype(int)]
 
 
 @pytest.mark.parametrize(
-    ("features", "code", "values"),
+    ("change", "code", "values"),
     [
-        (np.ones((9, 31), np.float16), "feature_width_mismatch", (31, 32)),
-        (np.ones((9, 32), np.float64), "feature_type_mismatch", ("float64", "float16")),
-        (np.full((9, 32), np.nan, np.float16), "non_finite_features", (288,)),
-        (np.empty((0, 32), np.float16), "no_clips", ((0, 32),)),
+        (lambda clips: clips[:, :31], "feature_width_mismatch", (31, 32)),
+        (lambda clips: clips.astype(np.float64), "feature_type_mismatch", ("float64", "float16")),
+        (lambda clips: np.full((9, 32), np.nan, np.float16), "non_finite_features", (288,)),
+        (lambda clips: clips[:0], "no_clips", ((0, 32),)),
+        (lambda clips: clips * 0, "constant_features", ()),
+        (lambda clips: resampled(clips, 4), "clip_timing_mismatch", ()),
+        (lambda clips: resampled(clips, 0.25), "clip_timing_mismatch", ()),
     ],
 )
 def test_unusable_features_are_named_without_cache(
-    data_set: DataSet, videos: list[str], tmp_path: Path, features: np.ndarray, code: str, values: tuple[object, ...]
+    pooling: Pooling, change: Any, code: str, values: tuple[object, ...]
 ) -> None:
-    replace_features(data_set, videos[2], features)
-    with raises(FeatureError, code, videos[2], *values):
-        fill(data_set, videos, tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
+    path = pooling.data_set.feature_path(pooling.videos[2])
+    np.save(path, change(np.load(path)))
+    with raises(FeatureError, code, pooling.videos[2], *values):
+        pooling.fill()
+    assert not pooling.cache.exists()
 
 
-def test_missing_features_are_named(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    data_set.feature_path(videos[2]).unlink()
-    with raises(FeatureError, "missing_features", videos[2]):
-        fill(data_set, videos, tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
+def test_video_without_features_or_with_wrong_duration_is_named(pooling: Pooling) -> None:
+    video, durations = pooling.videos[1], pooling.data_set.durations
+    durations[video] *= 1000
+    with raises(AnnotationError, "frame_rate_out_of_range", video):
+        pooling.fill()
+    durations[video] /= 1000
+    pooling.data_set.feature_path(video).unlink()
+    with raises(FeatureError, "missing_features", video):
+        pooling.fill()
+    assert not pooling.cache.exists()
 
 
-def test_unwritable_cache_error_names_the_option(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where a directory should be")
-    with raises(OutputError, "unwritable_output", "--cache", tmp_path / "cache"):
-        fill(data_set, videos, tmp_path / "cache")
+def test_unwritable_cache_error_names_the_option(pooling: Pooling) -> None:
+    pooling.cache.write_text("not a directory")
+    with raises(OutputError, "unwritable_output", "--cache", pooling.cache):
+        pooling.fill()
 
 
 @pytest.fixture
-def training(data_set: DataSet, videos: list[str], tmp_path: Path) -> TrainingData:
-    annotations = data_set.annotations("train", invalid="drop")
-    return TrainingData(data_set, annotations, fill(data_set, videos, tmp_path / "cache"), data_set.vocabulary)
+def training(pooling: Pooling) -> TrainingData:
+    annotations = pooling.data_set.annotations("train", invalid="drop")
+    return TrainingData(pooling.data_set, annotations, pooling.fill(), pooling.data_set.vocabulary)
 
 
 def test_batch_contains_its_queries_in_order(training: TrainingData, data_set: DataSet) -> None:
@@ -218,7 +218,7 @@ def test_blind_training_zeros_only_the_features(training: TrainingData, data_set
 
 
 class Counted(TrainingData):
-    """Training data of which nothing but the number of queries is known."""
+    """Training data without content, of a number of queries."""
 
     def __init__(self, count: int) -> None:
         self.annotations = [None] * count  # type: ignore[list-item]
@@ -239,8 +239,8 @@ def test_epoch_is_divided_among_processes(count: int, batch_size: int, processes
         np.testing.assert_array_equal(np.concatenate([share[step] for share in shares]), batch)
 
 
-class Placed(Counted):
-    """Of which the videos are known too."""
+class CountedOfVideos(Counted):
+    """Training data without content, of the videos of the queries."""
 
     def __init__(self, video_rows: list[int]) -> None:
         super().__init__(len(video_rows))
@@ -252,26 +252,26 @@ class Placed(Counted):
 def test_mismatched_pairs_do_not_depend_on_process_count(
     video_rows: list[int], count: int, processes: int, seed: int
 ) -> None:
-    data = Placed([*video_rows, 6])
+    data = CountedOfVideos([*video_rows, 6])
     epochs = [data.epoch(4, (seed,), rank, processes) for rank in range(processes)]
     pairs = [data.mismatched(epoch, count, (seed,), rank, processes) for rank, epoch in enumerate(epochs)]
     for epoch, actual in zip(epochs, pairs, strict=True):
-        for batch, (queries, asked) in zip(epoch, actual, strict=True):
+        for batch, (queries, partners) in zip(epoch, actual, strict=True):
             assert len(queries) == count
             assert set(queries) <= set(batch)
             # Every sentence as often as any other, but for one time.
             times = np.unique(queries, return_counts=True)[1]
             assert times.max() - (times.min() if count >= len(batch) else 1) <= 1
-            assert (data.video_rows[queries] != data.video_rows[asked]).all()
+            assert (data.video_rows[queries] != data.video_rows[partners]).all()
     together = data.mismatched(data.epoch(4 * processes, (seed,)), count * processes, (seed,))
     for step, whole in enumerate(together):
         np.testing.assert_array_equal(np.concatenate([share[step] for share in pairs], axis=1), whole)
 
 
 def test_mismatched_videos_are_drawn_by_query_count() -> None:
-    data = Placed([0, 0, 1, 2, 2, 2])
-    asked = data.mismatched([np.array([0])], 3000, (0,))[0][1]
-    np.testing.assert_allclose(np.bincount(asked, minlength=6) / 3000, [0, 0, 0.25, 0.25, 0.25, 0.25], atol=0.03)
+    data = CountedOfVideos([0, 0, 1, 2, 2, 2])
+    partners = data.mismatched([np.array([0])], 3000, (0,))[0][1]
+    np.testing.assert_allclose(np.bincount(partners, minlength=6) / 3000, [0, 0, 0.25, 0.25, 0.25, 0.25], atol=0.03)
 
 
 def test_mismatched_pairs_follow_the_matching_pairs(training: TrainingData) -> None:
@@ -318,45 +318,11 @@ def test_charades_sta_windows_match_published_networks(real_data: Path) -> None:
     assert dataclasses.astuple(actual) == pytest.approx(dataclasses.astuple(CHARADES_STA), abs=0.05)
 
 
-def test_cache_file_is_readable_by_others(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    fill(data_set, videos, tmp_path / "cache")
-    (cached,) = (tmp_path / "cache").iterdir()
-    umask = os.umask(0)
-    os.umask(umask)
-    assert cached.stat().st_mode & 0o777 == 0o666 & ~umask
-    np.testing.assert_array_equal(np.load(cached).shape, (len(videos), 32, 32))
-
-
-@pytest.mark.parametrize("factor", [4, 0.25])
-def test_pool_clips_contradicting_frames_are_rejected(
-    data_set: DataSet, videos: list[str], tmp_path: Path, factor: float
-) -> None:
-    clips = data_set.store.load(videos[1])
-    index = (np.arange(round(len(clips) * factor)) / factor).astype(int)
-    replace_features(data_set, videos[1], clips[index])
-    with raises(FeatureError, "clip_timing_mismatch", videos[1], len(index)):
-        fill(data_set, videos, tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_pool_too_few_clips_give_warning_in_every_run(
-    data_set: DataSet, videos: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for video in videos:
-        clips = data_set.store.load(video)
-        replace_features(data_set, video, clips[: round(0.8 * len(clips))])
+def test_pool_too_few_clips_give_warning_in_every_run(pooling: Pooling, caplog: pytest.LogCaptureFixture) -> None:
+    for video in pooling.videos:
+        path = pooling.data_set.feature_path(video)
+        clips = np.load(path)
+        np.save(path, clips[: round(0.8 * len(clips))])
     for run in (1, 2):
-        fill(DataSet(data_set.root), videos, tmp_path / "cache")
+        dataclasses.replace(pooling, data_set=DataSet(pooling.data_set.root)).fill()
         assert len(records(caplog, logging.WARNING, "--clock")) == run
-
-
-def test_pool_constant_features_are_rejected(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    replace_features(data_set, videos[1], np.zeros_like(data_set.store.load(videos[1])))
-    with raises(FeatureError, "constant_features", videos[1]):
-        fill(data_set, videos, tmp_path / "cache")
-
-
-def test_pool_duration_in_milliseconds_is_rejected(data_set: DataSet, videos: list[str], tmp_path: Path) -> None:
-    data_set.durations[videos[1]] *= 1000
-    with raises(AnnotationError, "frame_rate_out_of_range", videos[1]):
-        fill(data_set, videos, tmp_path / "cache")

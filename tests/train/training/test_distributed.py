@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from runtime.core.tokenizer import Vocabulary
 from tests.forked_commands import ForkedCommand
 from tests.raising import quotes
 from tests.tolerances import PROCESS_WEIGHTS, PROCESSES
-from tests.train.conftest import shorten
-from train.__main__ import train
+from tests.train.conftest import TrainTiny, shorten, train_words
 from train.checkpoints import load_checkpoint
+from train.history import read_history
 from train.network.losses import LossOptions
 from train.training.distributed import Processes, SyncedBatchNorm1d, init_distributed, synchronize_batch_norm
 from train.training.inputs import TrainingInputs
@@ -31,47 +30,40 @@ from train.training.recipes import RECIPES
 from train.training.trainer import TrainingRun
 
 
-def together(data: Path, output: Path, *arguments: str) -> str:
-    """Train with two processes and return what they print to stderr."""
-    words = ["python", "-m", "tests.train.training.two_processes", "--data", str(data), "--output", str(output)]
+def together(data: Path, output: Path, *arguments: str, **options: Any) -> str:
+    """Train as `train_tiny` with two processes, and return what they print to stderr."""
+    words = ["python", "-m", "tests.train.training.two_processes", *train_words(data, output, **options)]
     result = ForkedCommand([*words, *arguments]).finish()
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("drn.pt") == 1, "only the leader talks"
+    assert result.stdout.count("drn.pt") == 1, "only the leader prints"
     return result.stderr
 
 
-def as_arguments(sizes: dict[str, Any]) -> list[str]:
-    arguments = []
-    for name, value in sizes.items():
-        arguments += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return arguments
-
-
 def history(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return read_history(run / "history.jsonl")
 
 
-def test_two_processes_equal_one_with_full_batch(planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path) -> None:
-    # As many epochs of stage 2 as processes, so that each computes its frozen part once. Stage 2 has no negatives.
-    sizes = {**tiny_sizes, "epochs": (1, 2, 1), "lr": (1e-4, 1e-4, 1e-5), "validate_on": "none", "negatives": 0.5}
+def test_two_processes_equal_one_with_full_batch(train_tiny: TrainTiny, planted: Path, tmp_path: Path) -> None:
+    # With as many epochs of stage 2 as processes, each computes the frozen part once. Stage 2 has no negatives.
+    sizes = {"epochs": (1, 2, 1), "lr": (1e-4, 1e-4, 1e-5), "validate_on": "none", "negatives": 0.5}
     data = shorten(planted, tmp_path / "data", 48)
-    train(data, tmp_path / "one", **{**sizes, "batch_size": 8})
-    said = together(data, tmp_path / "two", *as_arguments({**sizes, "batch_size": 4}))
-    assert quotes(said, "2 processes")
+    train_tiny(tmp_path / "one", data, batch_size=8, **sizes)
+    log = together(data, tmp_path / "two", batch_size=4, **sizes)
+    assert quotes(log, "2 processes")
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     assert [record["stage"] for record in two] == [1, 2, 2, 3]
-    for mine, theirs in zip(one, two, strict=True):
-        assert mine["steps"] == theirs["steps"] > 5
+    for expected, actual in zip(one, two, strict=True):
+        assert expected["steps"] == actual["steps"] > 5
         for name in ("loss_matching", "loss_boundary", "loss_iou", "gradient_norm"):
-            assert theirs[name] == pytest.approx(mine[name], rel=PROCESSES), (mine["stage"], name)
+            assert actual[name] == pytest.approx(expected[name], rel=PROCESSES), (expected["stage"], name)
     expected, actual = (load_checkpoint(tmp_path / name / "drn.pt").weights for name in ("one", "two"))
     for name, tensor in expected.items():
         if name.endswith("num_batches_tracked"):
             assert torch.equal(actual[name], tensor), name
             continue
-        # Where the gradient is rounding noise, steps go either way.
-        apart = (actual[name] - tensor).abs() / tensor.abs().max().clamp(min=1e-3)
-        assert float(apart.median()) < PROCESS_WEIGHTS or _is_noise(name), name
+        # Steps along a gradient that is rounding noise have any direction.
+        errors = (actual[name] - tensor).abs() / tensor.abs().max().clamp(min=1e-3)
+        assert float(errors.median()) < PROCESS_WEIGHTS or _is_noise(name), name
 
 
 def _is_noise(name: str) -> bool:
@@ -79,16 +71,13 @@ def _is_noise(name: str) -> bool:
     return name.endswith(("W1.bias", *before_batch_norm))
 
 
-def test_published_distributed_and_authors_recipes_run(
-    planted: Path, tiny_sizes: dict[str, Any], tmp_path: Path
-) -> None:
-    sizes = {**tiny_sizes, "epochs": (1,), "batch_size": 4}
+def test_published_distributed_and_authors_recipes_run(train_tiny: TrainTiny, planted: Path, tmp_path: Path) -> None:
     data = shorten(planted, tmp_path / "data", 48)
-    together(data, tmp_path / "faithful", *as_arguments(sizes), "--faithful", "--recipe", "drn")
-    train(data, tmp_path / "one", **{**sizes, "batch_size": 8}, faithful=True, recipe="drn")
+    together(data, tmp_path / "faithful", "--faithful", epochs=(1,), batch_size=4, recipe="drn")
+    train_tiny(tmp_path / "one", data, epochs=(1,), batch_size=8, faithful=True, recipe="drn")
     faithful, one = history(tmp_path / "faithful"), history(tmp_path / "one")
     assert [record["stage"] for record in faithful] == [1, 2, 3]
-    # Statistics and divisors are each process's own, so that results are like one process's and not equal to them.
+    # Each process has its own statistics and divisors, so that results are similar but not equal.
     first = faithful[0]["loss_matching"], one[0]["loss_matching"]
     assert first[0] == pytest.approx(first[1], rel=0.5)
     assert first[0] != pytest.approx(first[1], rel=PROCESSES)
@@ -106,7 +95,7 @@ def test_init_distributed_without_torchrun_is_single_process(monkeypatch: pytest
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
-    """A group of one process, in which the synchronised code runs as in one of many."""
+    """Create a group of one process, in which the synchronized code runs as in one of many."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -122,7 +111,7 @@ def test_synchronized_batch_norm_equals_batch_norm(precision: torch.dtype) -> No
     synced = nn.Sequential(copy.deepcopy(plain))
     synchronize_batch_norm(synced)
     assert type(synced[0]) is SyncedBatchNorm1d
-    # A mean far from zero, where sums in half precision lose everything.
+    # Sums in half precision are too coarse for a mean far from zero.
     values = (torch.randn(5, 6, 3) + 20).to(precision)
     inputs = [values.clone().requires_grad_() for _ in range(2)]
     results = [module(tensor) for module, tensor in zip((plain, synced), inputs, strict=True)]
@@ -142,7 +131,7 @@ def test_synchronized_batch_norm_equals_batch_norm(precision: torch.dtype) -> No
 
 
 class Meeting(Processes):
-    """The leader, whose first wait lets the other process open the run."""
+    """A leader whose first wait lets the other process open the run."""
 
     def wait(self) -> None:
         others = self.others  # type: ignore[attr-defined]

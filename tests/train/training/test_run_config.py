@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +14,7 @@ yaml = pytest.importorskip("yaml", reason="reads run.yaml")
 from runtime.core.cli import command  # noqa: E402
 from runtime.core.errors import DeviceError, GroundingError  # noqa: E402
 from tests.raising import raises  # noqa: E402
+from tests.train.conftest import TINY_SIZES  # noqa: E402
 from train.__main__ import train  # noqa: E402
 from train.training.run_config import with_config  # noqa: E402
 
@@ -84,11 +84,11 @@ def test_config_from_python_is_rejected(planted: Path, tmp_path: Path, config: P
 
 
 def test_run_repeats_from_its_own_config(
-    short_run: Path, planted: Path, tmp_path: Path, tiny_sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    short_run: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = yaml.safe_load((short_run / "run.yaml").read_text())
     assert written["data"] == str(planted)
-    assert written["epochs"] == list(tiny_sizes["epochs"])
+    assert written["epochs"] == list(TINY_SIZES["epochs"])
     arguments = ["--config", str(short_run / "run.yaml"), "--output", str(tmp_path / "run"), "--stage", "1"]
     monkeypatch.setattr(sys, "argv", ["train", *arguments, "--epochs", "1", "--lr", "1e-3"])
     with pytest.raises(SystemExit) as stopped:
