@@ -188,11 +188,3 @@ def test_quantize_rejects_invalid_inputs(
         assert_rejected(quantize, *paths, output, error=error, code=code, values=values, **options)
     with raises(OutputError, "output_is_input", table_file):
         quantize(onnx_file, table_file, table_file)
-
-
-def test_calibrate_error_is_one_line_with_exit_code_2(
-    onnx_file: Path, data_set: DataSet, tmp_path: Path, refused: Callable[..., GroundingError]
-) -> None:
-    output = tmp_path / "t.json"
-    refused(calibrate, "--onnx", onnx_file, "--data", data_set.root, "--output", output, "--samples", "8")
-    assert list(tmp_path.iterdir()) == []

@@ -61,26 +61,18 @@ def test_c3d_layers_have_published_shapes() -> None:
     # Source: Tran et al. 2015, figure 3 and section 3.3, and the padding of Caffe's pool5.
     with torch.device("meta"):
         model = C3D(C3DConfig(), (0.0, 0.0, 0.0))
-    seen: list[tuple[str, tuple[int, ...]]] = []
+    seen: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_children():
-        module.register_forward_hook(lambda *given, name=name: seen.append((name, tuple(given[2].shape[1:]))))
+        module.register_forward_hook(lambda *given, name=name: seen.update({name: tuple(given[2].shape[1:])}))
     features = model(torch.empty(1, 16, 112, 112, 3, device="meta", dtype=torch.uint8))
-    assert seen == [
-        ("conv1a", (64, 16, 112, 112)),
-        ("pool1", (64, 16, 56, 56)),
-        ("conv2a", (128, 16, 56, 56)),
-        ("pool2", (128, 8, 28, 28)),
-        ("conv3a", (256, 8, 28, 28)),
-        ("conv3b", (256, 8, 28, 28)),
-        ("pool3", (256, 4, 14, 14)),
-        ("conv4a", (512, 4, 14, 14)),
-        ("conv4b", (512, 4, 14, 14)),
-        ("pool4", (512, 2, 7, 7)),
-        ("conv5a", (512, 2, 7, 7)),
-        ("conv5b", (512, 2, 7, 7)),
-        ("pool5", (512, 1, 4, 4)),
-        ("fc6", (4096,)),
-    ]
+    assert " ".join(seen) == (
+        "conv1a pool1 conv2a pool2 conv3a conv3b pool3 conv4a conv4b pool4 conv5a conv5b pool5 fc6"
+    )
+    assert (seen["conv1a"], seen["pool1"]) == ((64, 16, 112, 112), (64, 16, 56, 56))
+    assert (seen["conv2a"], seen["pool2"]) == ((128, 16, 56, 56), (128, 8, 28, 28))
+    assert (seen["conv3b"], seen["pool3"]) == ((256, 8, 28, 28), (256, 4, 14, 14))
+    assert (seen["conv4b"], seen["pool4"]) == ((512, 4, 14, 14), (512, 2, 7, 7))
+    assert (seen["conv5b"], seen["pool5"]) == ((512, 2, 7, 7), (512, 1, 4, 4))
     assert features.shape == (1, 4096)
     # Of the convolutions, 27 weights for each pair of channels and a bias; of fc6, 8192 * 4096 weights and a bias.
     assert sum(parameter.numel() for parameter in model.parameters()) == 27_655_936 + 33_558_528
