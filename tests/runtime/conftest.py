@@ -17,6 +17,7 @@ from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import Decoding
 from runtime.core.io.digests import sha256
 from runtime.core.tokenizer import Vocabulary
+from tests.runtime.engine_bench import Graphs
 
 # No deadline: a test must not fail because its machine is busy.
 settings.register_profile("house", deadline=None, max_examples=50)
@@ -135,10 +136,19 @@ def tiny_manifest(golden: Path) -> Manifest:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(write_graph: Callable[..., Path], tiny_manifest: Manifest, tmp_path_factory: Any) -> Path:
+def write_model(write_graph: Callable[..., Path], tiny_manifest: Manifest) -> Callable[..., Path]:
+    """Write a model file like `tiny_model`, with other values of some fields of its manifest."""
+
+    def write(path: Path, **changes: Any) -> Path:
+        return write_graph(path, {METADATA_KEY: dataclasses.replace(tiny_manifest, **changes).to_json()})
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_model(write_model: Callable[..., Path], tmp_path_factory: Any) -> Path:
     """A model file for the mini data set."""
-    path = tmp_path_factory.mktemp("model") / "tiny.onnx"
-    return write_graph(path, {METADATA_KEY: tiny_manifest.to_json()})
+    return write_model(tmp_path_factory.mktemp("model") / "tiny.onnx")
 
 
 @pytest.fixture(scope="session")
@@ -173,6 +183,14 @@ def pair_files(tiny_model: Path, tiny_manifest: Manifest, tmp_path_factory: Any)
     query_graph = helper.make_graph(nodes, "query", inputs, list(complete.output), list(complete.initializer))
     named = dataclasses.replace(tiny_manifest, part="query", video_part={"tiny.video.onnx": sha256(video_file)})
     return save("tiny.query.onnx", query_graph, named)
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    """A small network for engines on a simulated GPU; see `tests.runtime.engine_bench`."""
+    for name in ("torch", "onnx", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} makes and computes the graphs")
+    return Graphs.trace(tmp_path_factory.mktemp("graphs"))
 
 
 @pytest.fixture

@@ -1,15 +1,14 @@
-"""`runtime.backends`: a model file is opened by what it is, or refused in one sentence."""
+"""Test `runtime.backends.open_backend` and `onnxruntime_session`: devices, options of sessions, and errors."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime.artifacts.manifest import METADATA_KEY
 from runtime.backends import open_backend
 from runtime.backends.base import Device
 from runtime.backends.onnxruntime_session import import_onnxruntime
@@ -80,49 +79,36 @@ def test_out_of_memory_messages_are_recognized(words: str) -> None:
     assert not is_out_of_memory("CUDA failure 900: operation not permitted when stream is capturing")
 
 
-@pytest.mark.parametrize(("training", "tf32"), [(None, "0"), ({}, "0"), ({"precision": {"tf32": True}}, "1")])
-def test_fp32_on_gpu_disables_tf32_unless_graph_allows_it(
-    training: dict[str, Any] | None, tf32: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
-    graph, path = onnx.load(tiny_model), tmp_path / "drn.onnx"
-    if training is not None:
-        about = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == METADATA_KEY))
-        onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps({**about, "training": training})})
-    onnx.save(graph, path)
-    given: list[Any] = []
-
-    def session(*_: Any, providers: Any, **__: Any) -> Any:
-        given.extend(providers)
-        raise RuntimeError("no GPU")
-
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    with pytest.raises(ModelFileError):
-        open_backend(path, "cuda")
-    ((name, options),) = given
-    assert name == "CUDAExecutionProvider"
-    assert options == {"use_tf32": tf32, "cudnn_conv_algo_search": "HEURISTIC"}
-
-
-@pytest.mark.parametrize(("device", "disabled"), [("cpu", ["Pad_Fusion"]), ("cuda", None)])
-def test_pad_fusion_is_disabled_on_cpu_only(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, device: Device, disabled: list[str] | None
+@pytest.mark.parametrize(
+    ("device", "training", "tf32"),
+    [("cuda", {}, "0"), ("cuda", {"precision": {"tf32": True}}, "1"), ("cpu", {}, None)],
+)
+def test_session_options_keep_fp32_results(
+    device: Device,
+    training: dict[str, Any],
+    tf32: str | None,
+    write_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
+    path = write_model(tmp_path / "drn.onnx", training=training)
     given: list[Any] = []
 
-    def session(*arguments: Any, **options: Any) -> Any:
-        given.append(options["disabled_optimizers"])
+    def session(*_: Any, providers: Any, disabled_optimizers: Any, **__: Any) -> Any:
+        given.extend((providers, disabled_optimizers))
         raise RuntimeError("It is only looked at.")
 
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    monkeypatch.setattr(
-        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
-    with raises(ModelFileError, "not_onnx", tiny_model, "It is only looked at"):
-        open_backend(tiny_model, device)
-    assert given == [disabled]
+    with raises(ModelFileError, "not_onnx", path, "It is only looked at"):
+        open_backend(path, device)
+    options = {"use_tf32": tf32, "cudnn_conv_algo_search": "HEURISTIC"}
+    if device == "cuda":
+        assert given == [[("CUDAExecutionProvider", options)], None]
+    else:
+        assert given == [["CPUExecutionProvider"], ["Pad_Fusion"]]
 
 
 def test_full_device_differs_from_invalid_batch_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`runtime.backends.rtx_runtime_cache`: TensorRT-RTX compiles a plan's kernels once, and loads none of another plan."""
+"""Test `runtime.backends.rtx_runtime_cache`: TensorRT-RTX compiles the kernels of a plan once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from benchmarks.fake_tensorrt import Driver, Library
 from runtime.backends.cuda_driver import Cuda
 from runtime.backends.rtx_runtime_cache import cache_path
 from runtime.grounding.grounder import Grounder
-from tests.runtime.backends.test_tensorrt_backend import Bench, Graphs, assert_same, batch_of, graphs, reference
-
-__all__ = ["graphs"]
+from tests.raising import records
+from tests.runtime.engine_bench import Bench, Graphs, batch_of
 
 RTX = "1.7.1.116"
 
@@ -26,34 +25,39 @@ def bench(tmp_path: Path, graphs: Graphs) -> Bench:
     return Bench(tmp_path, graphs, RTX)
 
 
+@pytest.fixture
+def plan(bench: Bench, tmp_path: Path) -> Path:
+    bench.whole(compute_capabilities=["9.0"]).close()
+    return tmp_path / "drn.fp32.engine"
+
+
 def compiled(bench: Bench, run: Callable[[], Any]) -> int:
+    """Return the number of kernels that TensorRT-RTX compiles during a call."""
     before = bench.library.compiled
     run()
     return bench.library.compiled - before
 
 
 def used(bench: Bench, plan: Path) -> int:
-    """Open a plan, answer two queries with it, close it, and return how many kernels were compiled."""
+    """Open a plan, run two queries, close it, and return the number of compiled kernels."""
     backend = bench.open(plan)
 
     def run() -> None:
         for lengths in ([3], [5, 5]):
-            assert_same(backend.run(batch_of(lengths)), reference(bench.graphs, batch_of(lengths)))
+            bench.check(backend, batch_of(lengths))
 
     count = compiled(bench, run)
     backend.close()
     return count
 
 
-def test_second_process_reuses_the_kernel_cache(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    bench.whole().close()
-    plan = tmp_path / "drn.fp32.engine"
+def test_second_process_reuses_the_kernel_cache(bench: Bench, plan: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert used(bench, plan) == 2
     content = cache_path(plan).read_bytes()
     assert used(bench, plan) == 0
     assert cache_path(plan).read_bytes() == content
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert {path.name for path in tmp_path.iterdir() if "cache" in path.name} == {"drn.fp32.engine.cache"}
+    assert [path.name for path in plan.parent.glob("*cache*")] == ["drn.fp32.engine.cache"]
 
 
 def test_contexts_of_an_engine_share_their_kernels(bench: Bench) -> None:
@@ -66,69 +70,45 @@ def test_contexts_of_an_engine_share_their_kernels(bench: Bench) -> None:
 def test_each_engine_of_a_pair_has_its_own_kernel_cache(bench: Bench, tmp_path: Path) -> None:
     pair = bench.pair(unroll=(6,))
     Grounder(pair).warm((1, 2), (3, 8))
-    # Written when the model is warm, so that a process that is killed leaves them.
+    # The caches are written after the warm-up, so that they survive the kill of a process.
     assert len(list(tmp_path.glob("*.engine.cache"))) == 3
     pair.close()
     again = bench.open(tmp_path / "drn.query.engine")
     assert compiled(bench, lambda: Grounder(again).warm((1, 2), (3, 8))) == 0
 
 
-def damaged(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1] + b"!")
-
-
-def header_of(**changed: str) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        header, content = path.read_bytes().split(b"\n", 1)
-        path.write_bytes(json.dumps({**json.loads(header), **changed}).encode() + b"\n" + content)
-
-    return change
-
-
-@pytest.fixture
-def plan(bench: Bench, tmp_path: Path) -> Path:
-    bench.whole().close()
-    return tmp_path / "drn.fp32.engine"
-
-
 @pytest.mark.parametrize(
-    "change",
+    "damage",
     [
-        damaged,
-        header_of(plan="0" * 64),
-        header_of(library="tensorrt_rtx 1.6.0"),
-        header_of(gpu="NVIDIA RTX 4090 (8.9)"),
-        header_of(format="drn-runtime-cache/2"),
-        *(
-            lambda path, content=content: path.write_bytes(content)
-            for content in (b"", b"\n", b"[]\n", b"null\nkernels", b"[" * 70000, b"\xff\xfe\n", b'{"sha256": 1}\n')
-        ),
-        None,
+        *({"sha256": "0" * 64}, {"plan": "0" * 64}, {"format": "drn-runtime-cache/2"}),
+        *({"library": "tensorrt_rtx 1.6.0"}, {"gpu": "NVIDIA RTX 4090 (8.9)"}),
+        *(b"", b"null\nkernels", b"[" * 70000, b"\xff\xfe\n", b'{"sha256": 1}\n'),
     ],
 )
 def test_damaged_or_foreign_kernel_cache_is_replaced(
-    bench: Bench, plan: Path, caplog: pytest.LogCaptureFixture, change: Callable[[Path], None] | None
+    bench: Bench, plan: Path, caplog: pytest.LogCaptureFixture, damage: dict[str, str] | bytes
 ) -> None:
     used(bench, plan)
     content = cache_path(plan).read_bytes()
+    header, kernels = content.split(b"\n", 1)
+    if isinstance(damage, dict):
+        damage = json.dumps({**json.loads(header), **damage}).encode() + b"\n" + kernels
+    cache_path(plan).write_bytes(damage)
     caplog.clear()
-    if change is None:
-        bench.library.cuda_major = 14
-    else:
-        change(cache_path(plan))
     assert used(bench, plan) == 2
-    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    if change is not None:
-        assert str(cache_path(plan)) in warning.getMessage()
-        assert cache_path(plan).read_bytes() == content
+    assert len(records(caplog, logging.WARNING, cache_path(plan))) == len(caplog.records) == 1
+    assert cache_path(plan).read_bytes() == content
     assert used(bench, plan) == 0
 
 
-def test_kernels_of_another_gpu_are_not_loaded(bench: Bench, tmp_path: Path) -> None:
-    plan = tmp_path / "drn.fp32.engine"
-    bench.whole(compute_capabilities=["9.0"]).close()
+def test_kernels_of_another_gpu_or_driver_are_not_loaded(
+    bench: Bench, plan: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     used(bench, plan)
-    other = Bench(tmp_path, bench.graphs, RTX)
+    bench.library.cuda_major = 14
+    assert used(bench, plan) == 2
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+    other = Bench(plan.parent, bench.graphs, RTX)
     other.driver = Driver("NVIDIA GH200")
     other.library, other.cuda = Library(other.driver, RTX), Cuda(other.driver)
     assert used(other, plan) == 2
@@ -144,10 +124,8 @@ def test_unwritable_cache_directory_leaves_a_working_model(
     assert not bench.driver.held()
 
 
-@pytest.mark.parametrize("version", ["8.6.1", "10.16.1.11", "11.4.0.106"])
-def test_tensorrt_engines_write_no_kernel_cache(tmp_path: Path, graphs: Graphs, version: str) -> None:
-    bench = Bench(tmp_path, graphs, version)
-    backend = bench.whole()
+def test_tensorrt_engines_write_no_kernel_cache(tmp_path: Path, graphs: Graphs) -> None:
+    backend = Bench(tmp_path, graphs, "11.4.0.106").whole()
     Grounder(backend).warm((1,), (3,))
     backend.close()
     assert not list(tmp_path.glob("*.cache"))

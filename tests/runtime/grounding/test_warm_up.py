@@ -1,101 +1,113 @@
-"""`Grounder.warm` and `runtime.grounding.warm_up`: sizes that were warmed cost a query no context and no capture."""
+"""Test `Grounder.warm` and `runtime.grounding.warm_up`: queries of warmed sizes need no context and no capture."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.fake_tensorrt import VERSIONS
 from runtime.artifacts.encoded_video import EncodedVideo
 from runtime.backends.cuda_driver import OutOfDeviceMemory
-from runtime.backends.execution_contexts import MAX_EXECUTION_STATES
 from runtime.backends.tensorrt_engine import TensorRTEngine
 from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceMemoryError, ShapeError
 from runtime.core.video import Video
+from runtime.corpus import worker
 from runtime.grounding.grounder import Grounder
 from runtime.grounding.warm_up import usual_sizes, warm_usual
 from tests.raising import raises, records
-from tests.runtime.backends.test_tensorrt_backend import LONGEST, Bench, Graphs, batch_of, graphs
-
-__all__ = ["graphs"]
+from tests.runtime.engine_bench import LONGEST, Bench, Graphs, batch_of
 
 BATCHES, LENGTHS = (1, 2, 5, 8), (2, 5, 9)
 
 
-@pytest.fixture(params=VERSIONS)
-def bench(tmp_path: Path, graphs: Graphs, request: pytest.FixtureRequest) -> Bench:
-    return Bench(tmp_path, graphs, request.param)
+@pytest.fixture
+def bench(tmp_path: Path, graphs: Graphs) -> Bench:
+    return Bench(tmp_path, graphs)
 
 
-@pytest.mark.parametrize("part", ["whole", "pair"])
-@pytest.mark.parametrize("unroll", [(), (3, 6)], ids=["loop", "unrolled"])
-def test_warm_sizes_need_no_new_context_and_no_capture(bench: Bench, part: str, unroll: Sequence[int]) -> None:
-    backend: Any = getattr(bench, part)(unroll=unroll)
-    grounder = Grounder(backend)
-    assert grounder.warm(BATCHES, LENGTHS) > 0
-    batches = [batch_of([length] * size, seed=size) for size in BATCHES for length in LENGTHS]
-    contexts, before = bench.library.contexts, len(bench.driver.calls)
-    for _ in range(3):
-        for batch in batches:
-            answer(backend, part, batch)
-    # Of a plan of 8.6 whose profiles are not shared, each context takes the place of another.
-    if bench.library.old:
-        return
-    assert bench.library.contexts == contexts
-    # Warm again costs nothing new either.
-    grounder.warm(BATCHES, LENGTHS)
-    assert not [name for name in bench.driver.calls[before:] if name.startswith("cuStreamBeginCapture")]
-
-
-def answer(backend: Any, part: str, batch: Batch) -> None:
-    """Run a batch, on a pair with one video that all queries ask."""
-    if part == "whole":
+def answer(backend: Any, batch: Batch) -> None:
+    """Run a batch, on a pair with one video for all queries."""
+    if not hasattr(backend, "ask"):
         backend.run(batch)
         return
     videos = [EncodedVideo(backend.encode(batch.segment_features[:1])[0], batch.segment_spans[0], 1.0)]
     backend.ask(batch.query_tokens, batch.query_length, videos, np.zeros(len(batch), np.int32))
 
 
-def test_warm_up_does_not_change_moments(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    ("version", "part", "unroll", "fails"),
+    [
+        ("10.16.1.11", "whole", (), False),
+        ("10.16.1.11", "whole", (), True),
+        ("11.4.0.106", "pair", (3, 6), False),
+        ("1.7.1.116", "pair", (), False),
+    ],
+)
+def test_warm_sizes_need_no_new_context_and_no_capture(
+    tmp_path: Path, graphs: Graphs, version: str, part: str, unroll: tuple[int, ...], fails: bool
+) -> None:
+    bench = Bench(tmp_path, graphs, version)
+    backend = getattr(bench, part)(unroll=unroll)
+    grounder = Grounder(backend)
+    # A failed capture releases all contexts.
+    bench.library.failing.update({"capture": "not permitted"} if fails else {})
+    assert grounder.warm(BATCHES, LENGTHS) > 0
+    bench.driver.calls.clear()
+    contexts = bench.library.contexts
+    for _ in range(3):
+        for size in BATCHES:
+            for length in LENGTHS:
+                answer(backend, batch_of([length] * size, seed=size))
+    grounder.warm(BATCHES, LENGTHS)
+    assert bench.library.contexts == contexts
+    assert "cuStreamBeginCapture_v2" not in bench.driver.calls
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "10.16.1.11"])
+@pytest.mark.parametrize("part", ["whole", "pair"])
+def test_moments_equal_those_of_graph_before_and_after_warm_up(
+    tmp_path: Path, graphs: Graphs, version: str, part: str
+) -> None:
     video = Video(np.random.default_rng(0).random((40, 16), np.float32), 400, 30.0)
     queries = ["word1 word2", "word3 word7 word1 word5 word9", "word4"]
-    for backend in (bench.whole(), bench.pair()):
-        grounder = Grounder(backend)
-        expected = [grounder.ground(video, query) for query in queries]
-        grounder.warm(BATCHES, LENGTHS)
-        assert [grounder.ground(video, query) for query in queries] == expected
+    grounder, reference = (
+        Grounder(getattr(Bench(tmp_path, graphs, version), part)()),
+        Grounder.load(graphs.whole, "cpu"),
+    )
+    first = [grounder.ground(video, query) for query in queries]
+    for moments, query in zip(first, queries, strict=True):
+        for moment, expected in zip(moments, reference.ground(video, query), strict=True):
+            assert (moment.start, moment.end) == pytest.approx((expected.start, expected.end), abs=1e-3)
+    grounder.warm(BATCHES, LENGTHS)
+    assert [grounder.ground(video, query) for query in queries] == first
 
 
 @pytest.mark.parametrize(("batches", "lengths"), [((9,), (2,)), ((1,), (LONGEST + 1,)), ((0,), (2,)), ((1,), (0, 2))])
 def test_sizes_beyond_engine_are_rejected_before_running(
     bench: Bench, batches: tuple[int, ...], lengths: tuple[int, ...]
 ) -> None:
-    for backend in (bench.whole(), bench.pair()):
-        runs = len(bench.library.runs)
-        with raises(ShapeError, "shape_mismatch"):
-            Grounder(backend).warm((1, *batches), (2, *lengths))
-        assert len(bench.library.runs) == runs
+    grounder = Grounder(bench.whole())
+    with raises(ShapeError, "shape_mismatch"):
+        grounder.warm((1, *batches), (2, *lengths))
+    assert not bench.library.runs
 
 
 def test_warm_up_progress_counts_each_shape_once(bench: Bench) -> None:
     seen: list[tuple[int, int]] = []
-    count = Grounder(bench.whole()).warm((1, 3, 4), (1, 2, 3, 4, 5), progress=lambda *step: seen.append(step))
+    grounder = Grounder(bench.whole())
     # Tokens are padded to 4 and 6.
-    assert count == 6
+    assert grounder.warm((1, 3, 4), (1, 2, 3, 4, 5), progress=lambda *step: seen.append(step)) == 6
     assert seen == [(done, 6) for done in range(7)]
-    assert Grounder(bench.whole()).warm((), (2,)) == Grounder(bench.whole()).warm((1,), ()) == 0
+    assert grounder.warm((), (2,)) == grounder.warm((1,), ()) == 0
 
 
-def test_single_query_contexts_are_not_evicted(tmp_path: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_query_contexts_are_not_evicted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.backends.execution_contexts.MAX_EXECUTION_STATES", 3)
-    assert MAX_EXECUTION_STATES > 3
-    bench = Bench(tmp_path, graphs)
     backend = bench.whole()
     Grounder(backend).warm((1, 2, 4, 8), (4, 6, 8))
     contexts = bench.library.contexts
@@ -122,10 +134,10 @@ def test_warm_up_out_of_memory_is_error_or_warning_by_size(
     assert any(record.levelname == "WARNING" for record in caplog.records)
 
 
-def test_usual_sizes_cover_typical_batches(bench: Bench, graphs: Graphs, caplog: pytest.LogCaptureFixture) -> None:
+def test_usual_sizes_cover_typical_batches(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "drn")
     grounder = Grounder(bench.whole())
-    # The engine takes 8 queries, and Charades-STA's have 10 tokens at most.
+    # The engine accepts 8 queries, and those of Charades-STA have at most 10 tokens.
     assert usual_sizes(grounder, 32) == ([1, 2, 3, 4, 6, 8], list(range(1, 11)))
     assert usual_sizes(grounder, 5) == ([1, 2, 3, 4, 5], list(range(1, 11)))
     assert usual_sizes(Grounder(bench.whole(unroll=(LONGEST,))), 4)[1] == list(range(1, 11))
@@ -134,69 +146,57 @@ def test_usual_sizes_cover_typical_batches(bench: Bench, graphs: Graphs, caplog:
     contexts = bench.library.contexts
     for size in range(1, 20):
         grounder.backend.run(batch_of([size % 10 + 1] * size))
-    assert bench.library.contexts == contexts or bench.library.old
+    assert bench.library.contexts == contexts
 
 
-@pytest.mark.parametrize("part", ["whole", "pair"])
-@pytest.mark.parametrize("unroll", [(10,), (4, 11), (11,)])
+@pytest.mark.parametrize(("part", "unroll"), [("whole", (10,)), ("pair", (4, 11))])
 def test_usual_sizes_reach_every_engine(bench: Bench, part: str, unroll: tuple[int, ...]) -> None:
-    backend: Any = getattr(bench, part)(unroll=unroll)
+    backend = getattr(bench, part)(unroll=unroll)
     grounder = Grounder(backend)
     batches, lengths = usual_sizes(grounder, 4)
-    # Charades-STA's queries have 10 tokens at most, and one length more reaches the loop.
+    # Queries of Charades-STA have at most 10 tokens, and one longer query reaches the loop.
     assert lengths == [*range(1, 11), unroll[-1] + 1]
     warm_usual(grounder, 4)
     assert {use.max_query_length for use in backend.plan_uses() if use.queries} == {*unroll, LONGEST}
-    if not bench.library.old:
-        contexts = bench.library.contexts
-        for size in batches:
-            answer(backend, part, batch_of([LONGEST] * size))
-        assert bench.library.contexts == contexts
+    contexts = bench.library.contexts
+    for size in batches:
+        answer(backend, batch_of([LONGEST] * size))
+    assert bench.library.contexts == contexts
 
 
-def test_warm_up_on_cpu_runs_nothing(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in (graphs.whole, graphs.query):
-        grounder = Grounder.load(path, "cpu", 1)
-        monkeypatch.setattr(type(grounder.backend), "run", lambda *_: pytest.fail("it was run"))
-        assert grounder.warm(BATCHES, LENGTHS) == 0
-        assert warm_usual(grounder, 32) == 0
-        with pytest.raises(ShapeError):
-            grounder.warm((1,), (LONGEST + 1,))
+class Recorded:
+    """A backend of a graph that is not TensorRT, and records the sizes that it runs."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.inner: Any = Grounder.load(path, "cpu", 1).backend
+        self.manifest, self.device = self.inner.manifest, device
+        self.seen: list[tuple[int, ...]] = []
+
+    def run(self, batch: Any) -> Heads:
+        self.seen.append(batch.query_tokens.shape)
+        return self.inner.run(batch)
+
+    def encode(self, features: np.ndarray) -> np.ndarray:
+        return self.inner.encode(features)
+
+    def ask(self, tokens: np.ndarray, *others: Any) -> Heads:
+        self.seen.append(tokens.shape)
+        return self.inner.ask(tokens, *others)
 
 
-def test_warm_up_of_other_gpu_backend_runs_each_size_once(graphs: Graphs) -> None:
-    class Recorded:
-        device = "cuda"
-
-        def __init__(self, path: Path) -> None:
-            self.inner: Any = Grounder.load(path, "cpu", 1).backend
-            self.manifest = self.inner.manifest
-            self.seen: list[tuple[int, ...]] = []
-
-        def run(self, batch: Any) -> Heads:
-            self.seen.append(batch.query_tokens.shape)
-            return self.inner.run(batch)
-
-        def encode(self, features: np.ndarray) -> np.ndarray:
-            return self.inner.encode(features)
-
-        def ask(self, tokens: np.ndarray, *others: Any) -> Heads:
-            self.seen.append(tokens.shape)
-            return self.inner.ask(tokens, *others)
-
-    for path in (graphs.whole, graphs.query):
-        backend = Recorded(path)
-        assert Grounder(backend).warm((1, 3), (2, 5)) == 4
-        assert sorted(backend.seen) == [(1, 2), (1, 5), (3, 2), (3, 5)]
+@pytest.mark.parametrize("part", ["whole", "query"])
+def test_other_backend_is_warmed_on_gpu_only(graphs: Graphs, part: str) -> None:
+    backend = Recorded(getattr(graphs, part), "cuda")
+    assert Grounder(backend).warm((1, 3), (2, 5)) == 4
+    assert sorted(backend.seen) == [(1, 2), (1, 5), (3, 2), (3, 5)]
+    backend = Recorded(getattr(graphs, part), "cpu")
+    assert Grounder(backend).warm((1, 3), (2, 5)) == warm_usual(Grounder(backend), 32) == 0
+    with pytest.raises(ShapeError):
+        Grounder(backend).warm((1,), (LONGEST + 1,))
+    assert backend.seen == []
 
 
-def test_corpus_worker_warms_model_with_its_batch_size(
-    graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from types import SimpleNamespace
-
-    from runtime.corpus import worker
-
+def test_corpus_worker_warms_model_with_its_batch_size(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(worker, "warm_usual", lambda grounder, batch_size: seen.append(batch_size))
     settings = SimpleNamespace(device="cpu", threads=1, window=None, overlap=None, batch_size=7)
