@@ -1,4 +1,4 @@
-"""`runtime.grounding.grounder`: sentences and videos in, moments in seconds out."""
+"""Test `runtime.grounding.grounder`: sentences and videos in, moments in seconds out."""
 
 from __future__ import annotations
 
@@ -123,6 +123,7 @@ def test_pair_order_and_batch_size_do_not_change_moments(
     sizes = [len(batch) for batch in backend.batches]
     assert (sum(sizes), max(sizes) <= batch_size) == (len(PAIRS), True)
     assert answers == [grounder.ground(*pair) for pair in pairs]
+    assert grounder.ground_batch([]) == []
 
 
 def test_queries_of_similar_length_share_a_batch(planted_backend: Any) -> None:
@@ -130,10 +131,6 @@ def test_queries_of_similar_length_share_a_batch(planted_backend: Any) -> None:
     Grounder(backend).ground_batch(PAIRS, batch_size=3)
     # Three queries of one token need no padding.
     assert [batch.query_tokens.shape for batch in backend.batches] == [(3, 1), (3, 4)]
-
-
-def test_ground_batch_of_no_pairs_is_empty(grounder: Grounder) -> None:
-    assert grounder.ground_batch([]) == []
 
 
 def test_features_of_wrong_width_are_rejected_naming_both(grounder: Grounder) -> None:
@@ -144,7 +141,6 @@ def test_features_of_wrong_width_are_rejected_naming_both(grounder: Grounder) ->
 @pytest.mark.parametrize(
     ("query", "code", "values"),
     [
-        ("", "no_words", ["''"]),
         ("...", "no_words", ["'...'"]),
         ("zorbs frimly", "unknown_content_words", ["'zorbs frimly'"]),
         ("dog " * 7, "query_too_long", [7, 1, 6]),
@@ -156,6 +152,7 @@ def test_invalid_query_is_rejected_before_running(
     with raises(QueryError, code, *values):
         grounder.ground(QUARTER, query)
     assert not grounder.backend.batches  # type: ignore[attr-defined]
+    assert grounder.ground(QUARTER, "dog " * 6)[0].start == 15
 
 
 @pytest.mark.parametrize("name", ["unknown_words", "unheard"])
@@ -168,50 +165,26 @@ def test_encode_query_counts_unknown_words_without_warning(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("windows", [None, Windows(40.0, 40.0, 10.0)])
 @pytest.mark.parametrize(
     ("arguments", "kind", "code"),
     [
-        ({"query": None}, QueryError, "invalid_query"),
-        ({"query": 3}, QueryError, "invalid_query"),
         ({"query": b"dog"}, QueryError, "invalid_query"),
-        ({"query": ["dog"]}, QueryError, "invalid_query"),
-        ({"video": None}, FeatureError, "invalid_argument"),
-        ({"video": "dog.npy"}, FeatureError, "invalid_argument"),
         ({"video": np.ones((9, 8), np.float32)}, FeatureError, "invalid_argument"),
         ({"top_k": -1}, GroundingError, "invalid_argument"),
         ({"top_k": 1.5}, GroundingError, "invalid_argument"),
-        ({"top_k": "5"}, GroundingError, "invalid_argument"),
-        ({"top_k": None}, GroundingError, "invalid_argument"),
         ({"batch_size": 0}, GroundingError, "invalid_argument"),
-        ({"batch_size": -1}, GroundingError, "invalid_argument"),
-        ({"batch_size": "5"}, GroundingError, "invalid_argument"),
-        ({"pairs": None}, GroundingError, "invalid_argument"),
-        ({"pairs": "ab"}, GroundingError, "invalid_argument"),
         ({"pairs": (QUARTER, "dog")}, GroundingError, "invalid_argument"),
         ({"pairs": [(QUARTER,)]}, GroundingError, "invalid_argument"),
-        ({"pairs": [(QUARTER, "dog", 5)]}, GroundingError, "invalid_argument"),
     ],
 )
-def test_arguments_of_wrong_type_are_rejected(
-    grounder: Grounder, arguments: dict[str, Any], kind: type[GroundingError], code: str, windows: Windows | None
+def test_invalid_argument_is_rejected_before_running(
+    grounder: Grounder, arguments: dict[str, Any], kind: type[GroundingError], code: str
 ) -> None:
-    arguments, grounder.windows = dict(arguments), windows
-    video, query = arguments.pop("video", QUARTER), arguments.pop("query", "dog")
-    several = arguments.pop("pairs", [(video, query)] * 2)
+    pair = {"video": QUARTER, "query": "dog", **arguments}
+    given = {"pairs": [(pair.pop("video"), pair.pop("query"))] * 2, **pair}
     with raises(kind, code):
-        grounder.ground_batch(several, **arguments)
-    if several and isinstance(several, list) and "batch_size" not in arguments and len(several) == 2:
-        with raises(kind, code):
-            grounder.ground(video, query, **arguments)
-    if kind is FeatureError:
-        with raises(kind, code):
-            grounder.encode(video)
+        grounder.ground_batch(**given)
     assert not grounder.backend.batches  # type: ignore[attr-defined]
-
-
-def test_query_of_maximum_length_is_grounded(grounder: Grounder) -> None:
-    assert grounder.ground(QUARTER, "dog " * 6)[0].start == 15
 
 
 def test_grounder_uses_pooling_and_segments_of_model(planted_backend: Any) -> None:
@@ -289,8 +262,8 @@ def test_gpu_runs_next_batch_while_decoding(planted_backend: Any, device: str) -
     assert np.concatenate(rows).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("batch_size", "apart"), [(2, True), (3, False)])
-def test_single_batch_runs_without_a_thread(planted_backend: Any, batch_size: int, apart: bool) -> None:
+@pytest.mark.parametrize(("batch_size", "uses_thread"), [(2, True), (3, False)])
+def test_single_batch_runs_without_a_thread(planted_backend: Any, batch_size: int, uses_thread: bool) -> None:
     class Watched(planted_backend):
         device = "cuda"
 
@@ -300,7 +273,7 @@ def test_single_batch_runs_without_a_thread(planted_backend: Any, batch_size: in
 
     threads: set[threading.Thread] = set()
     Grounder(Watched()).ground_batch([(QUARTER, "dog")] * 3, batch_size=batch_size)
-    assert (threads != {threading.current_thread()}) == apart
+    assert (threads != {threading.current_thread()}) == uses_thread
 
 
 def test_gpu_error_in_later_batch_is_raised_without_threads(planted_backend: Any) -> None:
@@ -328,9 +301,9 @@ class Exponential:
 
     def run(self, batch: Batch) -> Heads:
         heads = self.whole.run(batch)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             factor = np.exp(batch.segment_features.max(axis=(1, 2)))
-        heads.boundary_distances[...] *= np.inf if self.damaged else factor[:, None, None]
+            heads.boundary_distances[...] *= np.inf if self.damaged else factor[:, None, None]
         return heads
 
 

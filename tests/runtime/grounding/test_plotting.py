@@ -1,4 +1,4 @@
-"""`runtime.grounding.plotting`: a row for each moment, a legend, and frames of the video beneath."""
+"""Test `runtime.grounding.plotting`: a row for each moment, a legend, and a strip of frames."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ def texts(axes: Any) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
+def to_hex(patch: Any) -> str:
+    from matplotlib.colors import to_hex
+
+    return to_hex(patch.get_facecolor())
+
+
 def png_size(path: Path) -> tuple[int, int]:
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
@@ -63,20 +69,12 @@ def test_plot_is_png_with_height_by_query_count(tmp_path: Path) -> None:
     assert 100 < low < tall < 1200
 
 
-def test_plot_of_one_query_has_rows_for_moments_and_truth(drawn: list[Any], tmp_path: Path) -> None:
-    draw(ANSWERS[:1], tmp_path / "plot.png")
-    (axes,) = drawn[0].axes
-    assert bars(axes) == [(20.0, 30.5), (0.0, 10.0), (39.5, 40.0), (20.0, 40.0)]
-    assert rows(axes) == 4
-    assert axes.get_xlim() == (0, 40)
-    assert {"0:20.0 – 0:30.5  0.75", "0:39.5 – 0:40.0  0.06", "0:20.0 – 0:40.0  truth"} <= set(texts(axes))
-
-
 def test_plot_draws_several_ground_truths_in_one_row(drawn: list[Any], tmp_path: Path) -> None:
     draw([Answer("a", "v", 40.0, [Moment(1, 2, 0.5)], [(20.0, 22.0), (30.0, 40.0)])], tmp_path / "plot.png")
     (axes,) = drawn[0].axes
     assert rows(axes) == 2
     assert bars(axes) == [(1.0, 2.0), (20.0, 22.0), (30.0, 40.0)]
+    assert axes.get_xlim() == (0, 40)
     assert "2 moments  truth" in texts(axes)
 
 
@@ -91,7 +89,7 @@ def test_plot_of_several_queries_has_a_row_for_each_moment(drawn: list[Any], tmp
     heights = [bar.get_height() for bar in axes.patches if bar.get_gid() == "bar"]
     assert heights[0] > heights[1] == pytest.approx(heights[2])
     captions = {"0:20.0 – 0:30.5  0.75", "0:00.0 – 0:10.0  0.50", "0:39.5 – 0:40.0  0.06", "no moment found"}
-    assert captions <= set(texts(axes))
+    assert captions | {"0:20.0 – 0:40.0  truth"} <= set(texts(axes))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_plot_legend_has_the_colors_that_occur(
     assert [to_hex(patch) for legend in drawn[0].legends for patch in legend.get_patches()] == expected
 
 
-@pytest.mark.parametrize("count", [1, 3, 20])
+@pytest.mark.parametrize("count", [1, 5])
 def test_plot_of_long_videos_and_sentences_has_no_overlapping_text(
     drawn: list[Any], tmp_path: Path, count: int
 ) -> None:
@@ -130,20 +128,14 @@ def test_plot_of_long_videos_and_sentences_has_no_overlapping_text(
 
 
 def test_plot_of_many_moments_has_limited_height(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Many readers of images refuse those of more than 32,767 pixels.
+    # Many image readers reject more than 32,767 pixels.
     assert plotting.MAX_PIXELS <= 32_000
-    answer = Answer("a dog", "v", 10.0, [Moment(1, 2, 0.5)] * 120)
+    answer = Answer("a dog", "v", 10.0, [Moment(1, 2, 0.5)] * 40)
     draw([answer], tmp_path / "plot.png")
-    assert png_size(tmp_path / "plot.png")[1] > 2_000
-    monkeypatch.setattr(plotting, "MAX_PIXELS", 2_000)
+    assert png_size(tmp_path / "plot.png")[1] > 800
+    monkeypatch.setattr(plotting, "MAX_PIXELS", 600)
     draw([answer], tmp_path / "plot.png")
-    assert 1_900 < png_size(tmp_path / "plot.png")[1] <= 2_000
-
-
-def to_hex(bar: Any) -> str:
-    from matplotlib.colors import to_hex
-
-    return to_hex(bar.get_facecolor())
+    assert 550 < png_size(tmp_path / "plot.png")[1] <= 600
 
 
 def test_plot_of_shortest_edge_moment_is_visible_and_inside(drawn: list[Any], tmp_path: Path) -> None:
@@ -168,18 +160,12 @@ def test_plot_of_shortest_edge_moment_is_visible_and_inside(drawn: list[Any], tm
         "person \udce9 \x1b[31m opens",
     ],
 )
-def test_plot_keeps_query_text_within_the_figure(tmp_path: Path, drawn: list[Any], query: str) -> None:
-    draw([Answer(query, "v", 10.0, [Moment(1, 2, 0.5)])], tmp_path / "plot.png")
+def test_plot_keeps_any_text_within_the_figure(tmp_path: Path, drawn: list[Any], query: str) -> None:
+    draw([Answer(query, "caf\udce9\n\x1b", 10.0, [Moment(1, 2, 0.5)])], tmp_path / "plot.png")
     figure = drawn[0]
-    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
     assert 1 <= len([line for line in texts(figure.axes[0]) if line]) <= 5
     for text in figure.axes[0].texts:
-        assert text.get_window_extent(renderer).x1 <= figure.bbox.x1
-
-
-def test_plot_of_a_video_whose_name_is_no_utf8_is_written(tmp_path: Path) -> None:
-    draw([Answer("a dog", "caf\udce9\n\x1b", 10.0, [Moment(1, 2, 0.5)])], tmp_path / "plot.png")
-    assert png_size(tmp_path / "plot.png")
+        assert text.get_window_extent().x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize("duration", [0.04, 3.0, 18.1, 59.0, 3600.0, 86400.0 * 30, 1e8])
@@ -194,7 +180,7 @@ def test_plot_ticks_have_distinct_clock_labels(drawn: list[Any], tmp_path: Path,
 
 
 def shade(picture: np.ndarray) -> float:
-    """Return how bright the top right quarter of `scene` is: the number of the frame times seven."""
+    """Return the brightness of the top right quarter of `scene`: the number of the frame times seven."""
     height, width = picture.shape[:2]
     return float(picture[height // 8 : height * 3 // 8, width * 5 // 8 : width * 7 // 8].mean())
 
@@ -224,7 +210,7 @@ def test_frame_strip_highlights_the_best_moment(drawn: list[Any], tmp_path: Path
     assert not drawn[1].axes[1].patches
 
 
-@pytest.mark.parametrize(("size", "turned"), [((48, 64), None), ((64, 48), 90), ((16, 320), None), ((320, 16), None)])
+@pytest.mark.parametrize(("size", "turned"), [((64, 48), 90), ((16, 320), None), ((320, 16), None)])
 def test_frame_strip_keeps_aspect_ratio(
     drawn: list[Any], tmp_path: Path, size: tuple[int, int], turned: int | None
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from runtime.core.errors import AnnotationError, GroundingError, OutputError
@@ -166,22 +166,14 @@ def test_repeated_query_pools_windows_and_recalls_last_row(score: Any, caplog: p
     assert len(caplog.records) == 1
 
 
-def test_scores_that_are_not_numbers_are_sorted_by_python(score: Any) -> None:
-    rows = [predicted(1, [50, 60, 0.5], [60, 70, NAN], [0, 10, 0.9]), predicted(2, [50, 60, NAN], [0, 10, math.inf])]
-    check(score, rows, [annotated(1, [0, 10]), annotated(2, [0, 10])])
-
-
 def test_integer_times_equal_floats(score: Any) -> None:
     integers = check(score, [predicted(1, [0, 7, 1])], [annotated(1, [0, 10])])
     floats = check(score, [predicted(1, [0.0, 7.0, 1.0])], [annotated(1, [0.0, 10.0])])
     assert integers.to_dict() == floats.to_dict()
     assert integers.report.values["R@1 IoU=0.7"] == 1
-
-
-def test_touching_moments_of_equal_iou_match_in_order_of_the_evaluator(score: Any) -> None:
-    rows = [predicted(1, [0, 20, 0.9], [0, 10, 0.8], [10, 20, 0.7])]
-    check(score, rows, [annotated(1, [0, 10], [10, 20])])
-    check(score, rows, [annotated(1, *[[10 * index, 10 * index + 10] for index in range(20)])])
+    # Ranges without queries are null.
+    ranges = integers.to_dict()
+    assert (ranges["short"]["mAP"], ranges["long"]["mAP"], ranges["long"]["queries"]) == (0.5, None, 0)
 
 
 def test_length_ranges_include_their_upper_end(score: Any) -> None:
@@ -192,18 +184,18 @@ def test_length_ranges_include_their_upper_end(score: Any) -> None:
     assert result.ranges["long"].values["mAP"] == 1
 
 
-def test_range_without_queries_is_null(score: Any) -> None:
-    result = check(score, [predicted(1, [0, 10, 1])], [annotated(1, [0, 10])]).to_dict()
-    assert (result["short"]["mAP"], result["long"]["mAP"], result["long"]["queries"]) == (1, None, 0)
-
-
 TIMES = st.integers(0, 40) | st.sampled_from([0.5, 12.25, 33.3])
-SCORES = st.sampled_from([0, 0.5, 1, NAN]) | st.floats(0, 1)
+SCORES = st.sampled_from([0, 0.5, 1, NAN, math.inf]) | st.floats(0, 1)
 PREDICTED = st.lists(st.tuples(TIMES, TIMES, SCORES), max_size=12)
 ANNOTATED = st.lists(st.tuples(TIMES, TIMES), min_size=1, max_size=3)
 
 
+TOUCHING = [(0, 20, 0.9), (0, 10, 0.8), (10, 20, 0.7)]
+
+
 @given(st.lists(st.tuples(st.lists(PREDICTED, min_size=1, max_size=2), ANNOTATED), min_size=1, max_size=4))
+@example([([[(50, 60, 0.5), (60, 70, NAN), (0, 10, 0.9)]], [(0, 10)])])
+@example([([TOUCHING], [(0, 10), (10, 20)]), ([TOUCHING], [(10 * index, 10 * index + 10) for index in range(20)])])
 def test_scores_equal_plain_loops(queries: list[tuple[list, list]]) -> None:
     rows = [predicted(qid, *windows) for qid, (several, _) in enumerate(queries) for windows in several]
     truths = [annotated(qid, *moments) for qid, (_, moments) in enumerate(queries) if list(moments) != [(0, 0)]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.core.errors import GroundingError
 from runtime.core.tokenizer import Vocabulary
 from runtime.grounding.words import words
@@ -18,10 +16,9 @@ from tests.raising import check_error, quotes
 
 
 @pytest.fixture(scope="module")
-def model(tiny_manifest: Manifest, write_graph: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(write_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = {"person": 1, "opens": 2, "Open": 3, "the": 4, "door": 5}
-    manifest = dataclasses.replace(tiny_manifest, vocabulary=Vocabulary(table))
-    return write_graph(tmp_path_factory.mktemp("words") / "words.onnx", {METADATA_KEY: manifest.to_json()})
+    return write_model(tmp_path_factory.mktemp("words") / "words.onnx", vocabulary=Vocabulary(table))
 
 
 def test_words_without_prefix_lists_all_sorted(model: Path, run_command: Callable[..., Any]) -> None:
@@ -51,10 +48,9 @@ def test_words_as_json(model: Path, run_command: Callable[..., Any]) -> None:
 
 
 def test_words_rejects_models_without_table_and_other_files(
-    tmp_path: Path, tiny_manifest: Manifest, write_graph: Callable[..., Path], refused: Callable[..., GroundingError]
+    tmp_path: Path, write_model: Callable[..., Path], refused: Callable[..., GroundingError]
 ) -> None:
-    manifest = dataclasses.replace(tiny_manifest, vocabulary=Vocabulary({}))
-    empty = write_graph(tmp_path / "empty.onnx", {METADATA_KEY: manifest.to_json()})
+    empty = write_model(tmp_path / "empty.onnx", vocabulary=Vocabulary({}))
     check_error(refused(words, empty), "missing_word_table")
     (tmp_path / "words.txt").touch()
     check_error(refused(words, tmp_path / "words.txt"), "wrong_suffix", tmp_path / "words.txt")
