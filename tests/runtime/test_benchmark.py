@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 import pytest
 
 from runtime import Grounder, Vocabulary
-from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.benchmark import benchmark
 from runtime.benchmarking import runner
 from runtime.benchmarking.report import latency_table, read_report
@@ -24,11 +21,8 @@ from runtime.benchmarking.workload import dataset_workload, synthetic_workload
 from runtime.core.batch import Batch, Heads
 from runtime.core.errors import DeviceMemoryError, GroundingError, ModelFileError, QueryError, ShapeError
 from runtime.core.io.digests import sha256
-from tests.processes import heed_ctrl_c
 from tests.raising import check_error, quotes, raises, records
 from tests.runtime.artifacts.test_encoded_video import PlantedPair
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -87,31 +81,24 @@ def test_benchmark_of_one_model_writes_complete_report(
     message = caplog.records[-1].getMessage()
     assert message == f"\nNext:  python -m runtime.serve --model {tiny_model} --data DIR"
     report = json.loads(output.read_text())
-    assert report["format"] == "drn-benchmark/1"
-    assert report["interrupted"] is False
-    assert report["settings"] == {"samples": 20, "batch": 3, "device": "auto", "threads": 1}
-    assert {"python", "numpy", "onnxruntime"} <= set(report["versions"])
-    assert report["hardware"]["cpu"]
+    assert (report["format"], report["interrupted"], report["inputs"]["made_up"]) == ("drn-benchmark/1", False, True)
     assert measured(report) == {**WHOLE, ("query length", "host", "network"): [1, 2, 4, 8, 13]}
     for timing in report["timings"]:
-        assert timing["latency"]["samples"] == 20
-        assert 0 < timing["latency"]["p50_ms"] <= timing["latency"]["p95_ms"] <= timing["latency"]["max_ms"]
-        assert timing["latency"]["p99_ms"] is None
+        latency = timing["latency"]
+        assert (latency["samples"], latency["p99_ms"]) == (20, None)
+        assert 0 < latency["p50_ms"] <= latency["p95_ms"] <= latency["max_ms"]
         assert timing["queries_per_s"] > 0
         assert len(timing["warm_up"]["windows_ms"]) >= 3
     (model,) = report["models"]
-    assert model["sha256"] == sha256(tiny_model)
-    assert model["memory"]["files"] == tiny_model.stat().st_size
+    assert (model["sha256"], model["memory"]["files"]) == (sha256(tiny_model), tiny_model.stat().st_size)
     assert (model["kind"], model["device"], model["cold_start_s"]) == ("whole", "cpu", 1.25)
     assert 0 < model["open_s"] <= model["first_answer_s"]
-    assert [(row["queries"], set(row["ms"])) for row in report["phases"]] == [
-        (size, {"tokenise", "segment", "collate", "network", "decode", "NMS", "seconds"}) for size in (1, 3)
-    ]
-    assert report["peak_rss_bytes"] > 2**20
-    assert [moment["when"] for moment in report["conditions"]][:2] == ["before", "after one query"]
-    assert any("20 samples were taken" in note for note in report["notes"])
-    assert any("no times of the GPU only, because it runs on the CPU" in note for note in report["notes"])
-    assert report["inputs"]["made_up"] is True
+    phases = {"tokenise", "segment", "collate", "network", "decode", "NMS", "seconds"}
+    assert [(row["queries"], set(row["ms"])) for row in report["phases"]] == [(1, phases), (3, phases)]
+    assert [state["when"] for state in report["conditions"]][:2] == ["before", "after one query"]
+    notes = " ".join(report["notes"])
+    assert "20 samples were taken" in notes
+    assert "no times of the GPU only, because it runs on the CPU" in notes
     assert "Synthetic inputs" in outcome.out
     assert "overhead, known" in outcome.out
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -138,12 +125,6 @@ def test_benchmark_of_pair_times_video_encoding(opened: Callable[..., list[Path]
     assert measured(report) == {**WHOLE, **encode, ("query length", "host", "network"): [1, 2, 4, 6]}
     assert "encode" in report["phases"][0]["ms"]
     assert report["models"][0]["kind"] == "pair"
-
-
-def test_benchmark_uses_queries_of_data_set(tiny_model: Path, mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = benchmark(tiny_model, data=mini, samples=2, batch=1, threads=1)
-    assert report.inputs["made_up"] is False
-    assert str(mini) in capsys.readouterr().out
 
 
 # Comparisons
@@ -180,26 +161,21 @@ def test_models_are_interleaved_and_compared_with_the_first(
 
 
 def test_benchmark_reports_models_with_different_answers(
-    tiny_model: Path,
-    tiny_manifest: Manifest,
-    write_graph: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    opened: Callable[..., list[Path]], planted_backend: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
-    other = write_graph(tmp_path / "other.onnx", {METADATA_KEY: tiny_manifest.to_json()})
-    graph = onnx.load(other)
-    for tensor in graph.graph.initializer:
-        if tensor.name == "to_matching":
-            weights = onnx.numpy_helper.to_array(tensor)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(weights[:, ::-1].copy(), tensor.name))
-    onnx.save(graph, other)
-    report = benchmark(tiny_model, compare=(other,), samples=3, batch=1, threads=1)
+    class Shifted(Slower):
+        def run(self, batch: Batch) -> Heads:
+            heads = super().run(batch)
+            heads.boundary_distances[...] += 3
+            return heads
+
+    a, b = opened(a=planted_backend(), b=Shifted(planted_backend(), [], "b"))
+    report = benchmark(a, compare=(b,), samples=3, batch=1)
     (actual,) = report.agreements
     assert actual.different > 10
     assert actual.iou_min < 0.9
     assert actual.shift_max_s > 0.1
-    assert "and tiny.onnx return different moments" in capsys.readouterr().out
+    assert "and a.onnx return different moments" in capsys.readouterr().out
     assert report.models[0].sha256 != report.models[1].sha256
 
 
@@ -314,7 +290,7 @@ def stopping(backend: Any, after: int) -> Any:
     return Stopped(backend, [], "stopped")
 
 
-@pytest.mark.parametrize("after", [0, 5, 150, 400])
+@pytest.mark.parametrize("after", [0, 5, 150])
 def test_ctrl_c_keeps_measured_timings(
     opened: Callable[..., list[Path]],
     planted_backend: Any,
@@ -337,44 +313,6 @@ def test_ctrl_c_keeps_measured_timings(
     assert samples[:-1] == [120] * len(samples[:-1])
     assert all(0 < count <= 120 for count in samples)
     assert report["phases"] == []
-
-
-def test_sigint_exits_130_with_complete_report(tiny_model: Path, tmp_path: Path) -> None:
-    # The process signals itself when it measures, so that the test does not depend on the speed of the machine.
-    code = """
-import os, signal
-from runtime.benchmark import benchmark
-from runtime.benchmarking import runner, timing
-from runtime.core.cli import command
-runner.cold_start = lambda *_: 1.0
-timing.WINDOW_SECONDS = 0.0
-plain = runner.run_interleaved
-def run_interleaved(calls, rounds, samples, **options):
-    count = iter(range(10**9))
-    def on_round():
-        if next(count) == 30:
-            os.kill(os.getpid(), signal.SIGINT)
-    plain(calls, rounds, samples, **{**options, "on_round": on_round})
-runner.run_interleaved = run_interleaved
-command(benchmark)
-"""
-    output = tmp_path / "r.json"
-    words = ["--model", tiny_model, "--samples", 100000, "--threads", 1, "--output", output]
-    result = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        preexec_fn=heed_ctrl_c,
-    )
-    assert result.returncode == 130, result.stderr
-    assert "Traceback" not in result.stderr
-    report = json.loads(output.read_text())
-    assert report["interrupted"] is True
-    assert [timing["latency"]["samples"] for timing in report["timings"]] == [31]
-    assert sorted(tmp_path.iterdir()) == [output]
-    assert "The run was interrupted" in result.stdout
 
 
 # Inputs
@@ -415,8 +353,12 @@ def test_invalid_input_is_rejected_before_loading_the_model(
     assert tiny_model.read_bytes() == content
 
 
-def test_repeated_query_warns_once(tiny_model: Path, mini: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sentence = dataset_workload(mini, None, ()).pairs[0][1]
-    name = dataset_workload(mini, None, ()).pairs[0][0].name
-    benchmark(tiny_model, data=mini, video=name, query=(f"{sentence} xyzzy",), samples=5, batch=1, threads=1)
+def test_benchmark_of_data_set_warns_once_of_repeated_query(
+    tiny_model: Path, mini: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video, sentence = dataset_workload(mini, None, ()).pairs[0]
+    options: dict[str, Any] = {"samples": 5, "batch": 1, "threads": 1}
+    report = benchmark(tiny_model, data=mini, video=video.name, query=(f"{sentence} xyzzy",), **options)
+    assert report.inputs["made_up"] is False
+    assert str(mini) in capsys.readouterr().out
     assert len(records(caplog, logging.WARNING, "'xyzzy'")) == 1

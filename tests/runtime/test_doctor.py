@@ -66,13 +66,13 @@ def test_doctor_names_missing_packages_and_commands(
 def test_doctor_reports_installed_packages_as_working(
     installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed.update(
-        {"torch": "2.13.0", "onnx": "1", "onnxscript": "1", "onnxruntime": "1", "matplotlib": "3", "tensorrt": "11.4"}
+    names = (
+        *("onnx", "onnxscript", "onnxruntime", "openvino", "matplotlib", "h5py", "tensorrt", "tensorrt-rtx-cu13"),
+        *("polygraphy", "jinja2", "ray", "pyarrow", "tritonclient"),
+        *("fastapi", "uvicorn", "h11", "python-multipart", "prometheus-client"),
     )
-    installed.update({"openvino": "2026.4"})
-    installed.update(dict.fromkeys(("polygraphy", "jinja2", "ray", "pyarrow", "tritonclient"), "1"))
-    installed.update(dict.fromkeys(("fastapi", "uvicorn", "h11", "python-multipart", "prometheus-client"), "1"))
-    installed.update({"h5py": "3", "tensorrt-rtx-cu13": "1.7", "av": pytest.importorskip("av").__version__})
+    installed.update(dict.fromkeys(names, "1"))
+    installed.update({"torch": "2.13.0", "av": pytest.importorskip("av").__version__})
     monkeypatch.delitem(sys.modules, "onnxruntime")
     pytest.importorskip("onnxruntime")
     actual = findings()
@@ -98,56 +98,46 @@ def test_tensorrt_works_only_with_a_gpu(installed: dict[str, str], monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("features", "shown"),
-    [(("avx2",), "with uint8 weights"), (("avx2", "avx512_vnni"), "with int8 weights")],
+    ("features", "cpu", "int8"),
+    [
+        (("avx2",), "avx2", "with uint8 weights"),
+        (("avx2", "avx512_vnni"), "avx512_vnni", "with int8 weights"),
+        (None, "features unknown", "with uint8 weights"),
+    ],
 )
-def test_cpu_finding_shows_int8_weight_form(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], shown: str
+def test_cpu_findings_show_features_and_int8_weight_form(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...] | None, cpu: str, int8: str
 ) -> None:
-    monkeypatch.setattr(module.cpu_info, "cpu_features", lambda: features)
-    monkeypatch.setattr(exact_int8, "cpu_features", lambda: features)
+    for owner in (module.cpu_info, exact_int8):
+        monkeypatch.setattr(owner, "cpu_features", lambda: features)
     monkeypatch.setattr(exact_int8.platform, "machine", lambda: "x86_64")
-    finding = findings()["INT8 on this CPU"]
-    assert finding.works
-    assert shown in finding.details
+    actual = findings()
+    assert cpu in actual["CPU"].details
+    assert actual["INT8 on this CPU"].works
+    assert int8 in actual["INT8 on this CPU"].details
 
 
-def test_cpu_finding_without_features_says_so(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.cpu_info, "cpu_features", lambda: None)
-    assert "features unknown" in findings()["CPU"].details
-
-
-def test_extra_with_a_missing_package_does_not_work(installed: dict[str, str]) -> None:
-    installed["ray"] = "2.51"
-    finding = findings()["ground a corpus"]
-    assert not finding.works
-    assert quotes(finding.details, "pyarrow")
-    assert not quotes(finding.details, "ray")
-
-
-def test_two_onnxruntime_packages_are_reported(installed: dict[str, str]) -> None:
-    installed.update({"onnxruntime": "1", "onnxruntime-gpu": "1"})
-    finding = findings()["run .onnx models"]
-    assert not finding.works
-    assert quotes(finding.details, "onnxruntime", "onnxruntime-gpu")
-    assert finding.remedy.startswith("pip uninstall")
-
-
-def test_failing_torch_import_shows_its_last_line(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    installed["torch"] = "2.13.0"
+def test_incomplete_or_conflicting_packages_do_not_work(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.update({"ray": "2.51", "onnxruntime": "1", "onnxruntime-gpu": "1", "torch": "2.13.0"})
     answer = subprocess.CompletedProcess([], 1, "", "Traceback\nImportError: libcudart.so\n")
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
-    finding = findings()["train, run .pt models"]
-    assert not finding.works
-    assert finding.details.endswith("ImportError: libcudart.so")
+    actual = findings()
+    corpus, onnx, train = (actual[name] for name in ("ground a corpus", "run .onnx models", "train, run .pt models"))
+    assert [finding.works for finding in (corpus, onnx, train)] == [False] * 3
+    assert quotes(corpus.details, "pyarrow")
+    assert not quotes(corpus.details, "ray")
+    assert quotes(onnx.details, "onnxruntime", "onnxruntime-gpu")
+    assert onnx.remedy.startswith("pip uninstall")
+    assert train.details.endswith("ImportError: libcudart.so")
 
 
-def test_doctor_lists_every_gpu(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_lists_every_gpu_and_exits_with_0(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]
+) -> None:
     gpus = [Gpu("NVIDIA H100", "550.1", total_mib=81559, capability="9.0"), Gpu("NVIDIA T4")]
     monkeypatch.setattr(module, "list_gpus", lambda: gpus)
     shown = [finding.details for finding in doctor() if finding.subject == "NVIDIA GPU" and finding.works]
     assert shown == ["NVIDIA H100, 550.1, 81559 MiB, 9.0", "NVIDIA T4"]
-
-
-def test_doctor_exits_with_0(installed: dict[str, str], run_command: Callable[..., Any]) -> None:
     assert run_command(doctor).code == 0

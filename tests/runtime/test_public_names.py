@@ -1,4 +1,4 @@
-"""Public functions of `runtime` reject arguments of a wrong type with an error of their own."""
+"""Test that public functions of `runtime` reject arguments of a wrong type with a GroundingError."""
 
 from __future__ import annotations
 
@@ -118,29 +118,18 @@ def test_wrong_types_raise_only_grounding_errors(
     assert crashes == []
 
 
-@pytest.mark.parametrize(
-    ("name", "argument"),
-    [
-        ("open_backend", "path"),
-        ("open_backend", "threads"),
-        ("Grounder", "backend"),
-        ("Grounder.load", "path"),
-        ("Grounder.check_fits", "video"),
-        ("Grounder.warm", "lengths"),
-        ("Video.load", "path"),
-        ("Video.segments", "num_segments"),
-        ("Video.check", "clock"),
-        ("EncodedVideo", "features"),
-        ("EncodedVideo.save", "path"),
-        ("Vocabulary.encode", "sentence"),
-        ("Windows.from_dict", "value"),
+def test_invalid_argument_error_names_the_argument(calls: dict[str, Call]) -> None:
+    examples = [
+        *(("open_backend", "path"), ("open_backend", "threads"), ("Grounder", "backend"), ("Grounder.load", "path")),
+        *(("Grounder.check_fits", "video"), ("Grounder.warm", "lengths"), ("Video.load", "path")),
+        *(("Video.segments", "num_segments"), ("Video.check", "clock"), ("EncodedVideo", "features")),
+        *(("EncodedVideo.save", "path"), ("Vocabulary.encode", "sentence"), ("Windows.from_dict", "value")),
         ("temporal_iou", "a"),
-    ],
-)
-def test_invalid_argument_error_names_the_argument(calls: dict[str, Call], name: str, argument: str) -> None:
-    function, arguments = calls[name]
-    with raises(GroundingError, "invalid_argument", argument):
-        function(**{**arguments, argument: object()})
+    ]
+    for name, argument in examples:
+        function, arguments = calls[name]
+        with raises(GroundingError, "invalid_argument", argument):
+            function(**{**arguments, argument: object()})
 
 
 def test_arguments_of_right_types_are_accepted(calls: dict[str, Call]) -> None:

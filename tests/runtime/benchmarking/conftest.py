@@ -1,4 +1,4 @@
-"""Make a report by hand."""
+"""Define a benchmark report with known values."""
 
 from __future__ import annotations
 

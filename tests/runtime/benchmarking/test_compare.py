@@ -1,4 +1,4 @@
-"""Models are compared by size, speed and recall in one run."""
+"""Test `runtime.benchmarking.compare`: size, speed and recall of several models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from tests.raising import quotes, raises
 
 
 def test_comparison_of_equal_models_finds_no_difference(
-    tiny_model: Path, mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    mini: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("matplotlib", reason="plots need the extra [plot]")
+    monkeypatch.setattr("runtime.benchmarking.timing.WINDOW_SECONDS", 0.0)
     copy = tmp_path / "copy.onnx"
     copy.write_bytes(tiny_model.read_bytes())
     output, markdown, plot = (tmp_path / name for name in ("c.json", "c.md", "c.png"))

@@ -1,4 +1,4 @@
-"""Test `runtime.benchmarking.plots`: a picture of whatever was measured."""
+"""Test `runtime.benchmarking.plots`: a picture of complete and empty reports."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from runtime.benchmarking.report import Report
 
 def test_plot_is_drawn_for_partial_reports(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws the picture (pip install '.[plot]')")
-    (model, *others), timings = report.models, [dataclasses.replace(each, model="a\udce9") for each in report.timings]
-    named = dataclasses.replace(report, models=[dataclasses.replace(model, label="a\udce9"), *others], timings=timings)
+    # The name of the first model is not UTF-8.
+    label, (first, *others) = "a\udce9", report.models
+    timings = [
+        dataclasses.replace(each, model=label if each.model == first.label else each.model) for each in report.timings
+    ]
+    models = [dataclasses.replace(first, label=label), *others]
+    complete = dataclasses.replace(report, models=models, timings=timings)
     empty = dataclasses.replace(report, timings=[], models=[], interrupted=True)
-    for index, shown in enumerate((report, named, empty)):
+    for index, shown in enumerate((complete, empty)):
         draw(shown, tmp_path / f"{index}.png")
         assert (tmp_path / f"{index}.png").read_bytes().startswith(b"\x89PNG")

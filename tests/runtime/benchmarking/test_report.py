@@ -1,4 +1,4 @@
-"""`runtime.benchmarking.report`: shares, tables and sentences of a report that is made by hand."""
+"""Test `runtime.benchmarking.report`: shares, tables and sentences of a report with known values."""
 
 from __future__ import annotations
 
