@@ -1,4 +1,4 @@
-"""Fixtures of the runtime's tests: a backend with known answers, and a tiny graph."""
+"""Define fixtures for the tests of `runtime`: a backend with known moments, small graphs and model files."""
 
 from __future__ import annotations
 
@@ -28,21 +28,36 @@ WORDS = ("cat", "dog", "door", "runs", "opens", "person")
 
 
 class PlantedBackend:
-    """Finds the last word of a query in the channel of its id: its moment is where that channel is above 0.5.
+    """Return moments of known position: those where the channel of a query's last word is above 0.5.
 
-    The whole second half of the video comes second, with a score that falls with the number of words. Whatever
-    lies in the padding of a query would change the answer.
+    The second half of the video comes second, with a score that falls with the number of words. Padding of a query
+    that reached the network would change the moments.
+
+    Args:
+        before: called with each batch; may raise.
+        after: called with the heads of each batch; may change them.
     """
 
-    def __init__(self, decoding: Decoding | None = None, dim: int = 8, max_query_length: int = 6) -> None:
+    def __init__(
+        self,
+        decoding: Decoding | None = None,
+        dim: int = 8,
+        max_query_length: int = 6,
+        *,
+        device: str = "cpu",
+        before: Callable[[Batch], Any] = lambda batch: None,
+        after: Callable[[Heads], Any] = lambda heads: None,
+    ) -> None:
         words = {word: index for index, word in enumerate(WORDS, 1)}
         self.manifest = Manifest(
             Vocabulary(words), decoding or Decoding(), Features("planted", dim), max_query_length=max_query_length
         )
+        self.device, self.before, self.after = device, before, after
         self.batches: list[Batch] = []
 
     def run(self, batch: Batch) -> Heads:
         self.batches.append(batch)
+        self.before(batch)
         decoding = self.manifest.decoding
         matching = np.full((len(batch), decoding.num_locations), -9.0, np.float32)
         distances = np.zeros((len(batch), decoding.num_locations, 2), np.float32)
@@ -57,7 +72,9 @@ class PlantedBackend:
             # The last location of the coarsest level: the center of the last four segments.
             matching[row, -1] = 1 - 0.25 * length
             distances[row, -1] = decoding.num_segments / 2 - 2, 2
-        return Heads(matching, distances, iou)
+        heads = Heads(matching, distances, iou)
+        self.after(heads)
+        return heads
 
 
 @pytest.fixture(scope="session")

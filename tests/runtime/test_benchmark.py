@@ -130,28 +130,16 @@ def test_benchmark_of_pair_times_video_encoding(opened: Callable[..., list[Path]
 # Comparisons
 
 
-class Slower:
-    """A backend with the answers of another one that logs its calls."""
-
-    def __init__(self, inner: Any, log: list[str], name: str) -> None:
-        self.inner, self.log, self.name, self.manifest = inner, log, name, inner.manifest
-
-    def run(self, batch: Batch) -> Heads:
-        self.log.append(self.name)
-        return self.inner.run(batch)
-
-
 def test_models_are_interleaved_and_compared_with_the_first(
     opened: Callable[..., list[Path]], planted_backend: Any
 ) -> None:
     log: list[str] = []
-    paths = opened(**{name: Slower(planted_backend(), log, name) for name in "abc"})
+    paths = opened(**{name: planted_backend(before=lambda batch, name=name: log.append(name)) for name in "abc"})
     report = benchmark(compare=tuple(paths), samples=6, batch=1)
     assert [model.label for model in report.models] == ["a.onnx", "b.onnx", "c.onnx"]
     assert [agreement.different for agreement in report.agreements] == [0, 0]
     # In each round every model runs once before any of them runs again.
-    asked = "".join(log)
-    assert "abcbcacababcbcacab" in asked
+    assert "abcbcacababcbcacab" in "".join(log)
     for timing in report.timings:
         assert (timing.speedup is None) is (timing.model == "a.onnx")
         if timing.speedup:
@@ -163,13 +151,10 @@ def test_models_are_interleaved_and_compared_with_the_first(
 def test_benchmark_reports_models_with_different_answers(
     opened: Callable[..., list[Path]], planted_backend: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Shifted(Slower):
-        def run(self, batch: Batch) -> Heads:
-            heads = super().run(batch)
-            heads.boundary_distances[...] += 3
-            return heads
+    def shift(heads: Heads) -> None:
+        heads.boundary_distances[...] += 3
 
-    a, b = opened(a=planted_backend(), b=Shifted(planted_backend(), [], "b"))
+    a, b = opened(a=planted_backend(), b=planted_backend(after=shift))
     report = benchmark(a, compare=(b,), samples=3, batch=1)
     (actual,) = report.agreements
     assert actual.different > 10
@@ -192,19 +177,19 @@ def test_models_with_different_inputs_are_rejected(opened: Callable[..., list[Pa
 # Boundaries
 
 
-class OnGpu(Slower):
+class OnGpu:
     """A backend that reports a GPU time of 0.25 ms per query."""
 
     device = "cuda"
 
     def __init__(self, inner: Any) -> None:
-        super().__init__(inner, [], "gpu")
+        self.inner, self.manifest = inner, inner.manifest
         self.timed: list[bool] = []
         self.gpu_ms = 0.0
 
     def run(self, batch: Batch) -> Heads:
         self.gpu_ms = 0.25 * len(batch) if self.timed and self.timed[-1] else 0.0
-        return super().run(batch)
+        return self.inner.run(batch)
 
     def time_gpu(self, on: bool) -> None:
         self.timed.append(on)
@@ -232,14 +217,12 @@ def test_gpu_time_comes_from_device_events(opened: Callable[..., list[Path]], pl
 
 
 def test_unsupported_cases_are_skipped_with_a_note(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
-    class Short(Slower):
-        def run(self, batch: Batch) -> Heads:
-            if batch.query_length.max() > 5:
-                raise ShapeError("The query has 6 tokens and this engine takes 1 to 5.")
-            return super().run(batch)
+    def accept_short(batch: Batch) -> None:
+        if batch.query_length.max() > 5:
+            raise ShapeError("The query has 6 tokens and this engine takes 1 to 5.")
 
-    backend = planted_backend()
-    (path,) = opened(short=Short(backend, [], "short"))
+    backend = planted_backend(before=accept_short)
+    (path,) = opened(short=backend)
     workload = synthetic_workload([dataclasses.replace(backend.manifest, max_query_length=5)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "synthetic_workload", lambda *_: workload)
@@ -254,18 +237,12 @@ def test_unsupported_cases_are_skipped_with_a_note(opened: Callable[..., list[Pa
 def test_out_of_memory_skips_only_its_case(
     opened: Callable[..., list[Path]], planted_backend: Any, fails_after: int
 ) -> None:
-    class Full(Slower):
-        """Has room for two queries at once so many times."""
+    def fail(batch: Batch) -> None:
+        if len(batch) == 2 and sum(len(run) == 2 for run in backend.batches) > fails_after:
+            raise DeviceMemoryError("The cuda device has no memory left for this batch.")
 
-        pairs = 0
-
-        def run(self, batch: Batch) -> Heads:
-            self.pairs += len(batch) == 2
-            if len(batch) == 2 and self.pairs > fails_after:
-                raise DeviceMemoryError("The cuda device has no memory left for this batch.")
-            return super().run(batch)
-
-    (path,) = opened(full=Full(planted_backend(), [], "full"))
+    backend = planted_backend(before=fail)
+    (path,) = opened(full=backend)
     report = benchmark(path, samples=5, batch=2)
     sizes_measured = {(t.case.group, t.case.boundary, t.case.size) for t in report.timings if t.latency}
     assert {("batch size", "host", 1), ("queries per video", "end to end", 1)} <= sizes_measured
@@ -277,19 +254,6 @@ def test_out_of_memory_skips_only_its_case(
 # Interruptions
 
 
-def stopping(backend: Any, after: int) -> Any:
-    """A backend that raises KeyboardInterrupt in a given run."""
-    count = iter(range(10**9))
-
-    class Stopped(Slower):
-        def run(self, batch: Batch) -> Heads:
-            if next(count) == after:
-                raise KeyboardInterrupt
-            return super().run(batch)
-
-    return Stopped(backend, [], "stopped")
-
-
 @pytest.mark.parametrize("after", [0, 5, 150])
 def test_ctrl_c_keeps_measured_timings(
     opened: Callable[..., list[Path]],
@@ -299,7 +263,12 @@ def test_ctrl_c_keeps_measured_timings(
     run_command: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (path,) = opened(stopped=stopping(planted_backend(), after))
+    def interrupt(batch: Batch) -> None:
+        if len(backend.batches) == after + 1:
+            raise KeyboardInterrupt
+
+    backend = planted_backend(before=interrupt)
+    (path,) = opened(stopped=backend)
     output = tmp_path / "r.json"
     outcome = run_command(benchmark, "--model", path, "--samples", 120, "--batch", 1, "--output", output)
     assert outcome.code == 130

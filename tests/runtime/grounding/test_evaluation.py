@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -114,26 +115,19 @@ def test_protocol_defaults_to_the_model(planted_backend: Any, data_set: DataSet)
 
 
 def test_drn_protocol_applies_nms_per_threshold(planted_backend: Any, data_set: DataSet) -> None:
-    backend = planted_backend()
+    def propose_two(heads: Any) -> None:
+        """Propose (0.5, 1) and, with a lower score, (0.5, 0.78), whose overlap is 0.56."""
+        heads.matching_logits[:] = -9
+        heads.matching_logits[:, 18:20] = 3, 1
+        heads.boundary_distances[:, 18] = 2.5, 13.5
+        heads.boundary_distances[:, 19] = 3.5, 5.5
 
-    class Doubled:
-        """Proposes (0.5, 1) and, less surely, (0.5, 0.78), whose overlap is 0.56."""
-
-        manifest = backend.manifest
-
-        def run(self, batch: Any) -> Any:
-            heads = backend.run(batch)
-            heads.matching_logits[:] = -9
-            heads.matching_logits[:, 18:20] = 3, 1
-            heads.boundary_distances[:, 18] = 2.5, 13.5
-            heads.boundary_distances[:, 19] = 3.5, 5.5
-            return heads
-
+    grounder = Grounder(planted_backend(after=propose_two))
     annotations = data_set.annotations("test")
-    authors = evaluate(Grounder(Doubled()), data_set, annotations, protocol="drn").detections
+    authors = evaluate(grounder, data_set, annotations, protocol="drn").detections
     counts = {threshold: int((~np.isnan(rows[0, :, 0])).sum()) for threshold, rows in authors.items()}
     assert counts == {0.3: 1, 0.5: 1, 0.7: 2}
-    published = evaluate(Grounder(Doubled()), data_set, annotations, protocol="mmaction2").detections
+    published = evaluate(grounder, data_set, annotations, protocol="mmaction2").detections
     np.testing.assert_array_equal(published[0.3], published[0.7])
     assert {int((~np.isnan(rows[0, :, 0])).sum()) for rows in published.values()} == {2}
 
@@ -221,59 +215,63 @@ def test_invalid_query_fails_before_reading_videos(
 # The command
 
 
-def test_evaluate_reports_model_and_prior(
+@pytest.fixture
+def scored(
     tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
-) -> None:
-    output, rows = tmp_path / "report.json", tmp_path / "p.jsonl"
-    arguments = ("--model", tiny_model, "--data", mini, "--output", output, "--predictions", rows)
-    outcome = run_command(evaluate_command, *arguments)
-    assert outcome.code == 0
-    head, model, prior, line = outcome.out.splitlines()
+) -> Callable[..., tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """Return a function that evaluates a model, and returns the printed text, the report and the predictions."""
+    numbers = itertools.count()
+
+    def run(*options: object, model: Path = tiny_model) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+        output = tmp_path / f"{next(numbers)}.json"
+        files = ("--output", output, "--predictions", output.with_suffix(".jsonl"))
+        outcome = run_command(evaluate_command, "--model", model, "--data", mini, *files, *options)
+        assert outcome.code == 0
+        rows = [json.loads(row) for row in output.with_suffix(".jsonl").read_text().splitlines()]
+        return outcome.out, json.loads(output.read_text()), rows
+
+    return run
+
+
+def test_evaluate_reports_model_and_prior(scored: Any, tmp_path: Path) -> None:
+    text, report, rows = scored()
+    head, model, prior, line = text.splitlines()
     assert head.split()[:4] == ["R@1", "IoU=0.5", "R@1", "IoU=0.7"]
     assert model.startswith("tiny.onnx ")
     assert prior.startswith("prior (constant moments) ")
     assert line == "5 queries of test, protocol mmaction2, percent."
-    report = json.loads(output.read_text())
     assert set(METRICS) < set(report)
     assert set(report["prior"]) == {*METRICS, "queries", "protocol"}
     assert (report["queries"], report["protocol"], report["simulated_features"]) == (5, "mmaction2", False)
     assert f"{100 * report['mIoU']:.2f}" in model
     assert f"{100 * report['prior']['mIoU']:.2f}" in prior
-    videos = [json.loads(row)["vid"] for row in rows.read_text().splitlines()]
-    assert videos == ["AAAA1", "AAAA1", "BBBB2", "CCCC3", "DDDD4"]
+    assert [row["vid"] for row in rows] == ["AAAA1", "AAAA1", "BBBB2", "CCCC3", "DDDD4"]
     assert not list(tmp_path.glob(".*"))
 
 
-def test_evaluate_counts_fallback_answers(
-    write_model: Callable[..., Path], mini: Path, tmp_path: Path, run_command: Callable[..., Any]
-) -> None:
-    model = write_model(tmp_path / "never.onnx", decoding=Decoding(score_threshold=0.999))
-    outcome = run_command(evaluate_command, "--model", model, "--data", mini, "--predictions", tmp_path / "p.jsonl")
-    windows = [json.loads(row)["pred_relevant_windows"] for row in (tmp_path / "p.jsonl").read_text().splitlines()]
-    count = sum(actual[0][0] == 0 and actual[0][2] == 1 for actual in windows)
+def test_evaluate_counts_fallback_answers(scored: Any, write_model: Callable[..., Path], tmp_path: Path) -> None:
+    text, _, rows = scored(model=write_model(tmp_path / "never.onnx", decoding=Decoding(score_threshold=0.999)))
+    best = [row["pred_relevant_windows"][0] for row in rows]
+    count = sum(start == 0 and score == 1 for start, _, score in best)
     assert 0 < count < 5
-    assert f"{count} of them have no location above the threshold; their moment is the complete video." in outcome.out
+    assert f"{count} of them have no location above the threshold; their moment is the complete video." in text
 
 
 def test_evaluate_shows_published_results_of_the_checkpoint(
-    write_model: Callable[..., Path], mini: Path, tmp_path: Path, run_command: Callable[..., Any]
+    scored: Any, write_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = write_model(tmp_path / "published.onnx", sources={"renamed.pth": "ec0429a6" + "0" * 56})
-    outcome = run_command(evaluate_command, "--model", model, "--data", mini, "--output", tmp_path / "r.json")
-    assert quotes(outcome.out, "47.04", "84.57", "3720", "mmaction2")
-    assert json.loads((tmp_path / "r.json").read_text())["published"]["percent"]["R@1 IoU=0.5"] == 47.04
+    text, report, _ = scored(model=model)
+    assert quotes(text, "47.04", "84.57", "3720", "mmaction2")
+    assert report["published"]["percent"]["R@1 IoU=0.5"] == 47.04
 
 
-def test_evaluate_reports_simulated_features(
-    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
-) -> None:
+def test_evaluate_reports_simulated_features(scored: Any, mini: Path) -> None:
     (mini / "simulated.json").write_text("{}")
-    outcome = run_command(
-        evaluate_command, "--model", tiny_model, "--data", mini, "--output", tmp_path / "r.json", "--limit", 2
-    )
-    assert "features are simulated" in outcome.out
-    assert "2 queries of test" in outcome.out
-    assert json.loads((tmp_path / "r.json").read_text())["simulated_features"] is True
+    text, report, _ = scored("--limit", 2)
+    assert "features are simulated" in text
+    assert "2 queries of test" in text
+    assert report["simulated_features"] is True
 
 
 def test_evaluate_output_not_finite_names_features(overflowing: Grounder, mini: Path) -> None:
@@ -283,45 +281,33 @@ def test_evaluate_output_not_finite_names_features(overflowing: Grounder, mini: 
 
 
 def test_evaluate_sentence_of_unknown_words_is_a_miss_and_named(
-    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    scored: Any, mini: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = mini / "Charades_sta_test.txt"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0].split("##")[0] + "##zorbs frimly", *lines]) + "\n")
-    output = tmp_path / "predictions.jsonl"
-    arguments = ("--model", tiny_model, "--data", mini, "--output", tmp_path / "report.json", "--predictions", output)
-    assert run_command(evaluate_command, *arguments).code == 0
+    _, report, rows = scored()
     assert records(caplog, logging.WARNING, "zorbs frimly")
-    rows = [json.loads(row) for row in output.read_text().splitlines()]
     assert [bool(row["pred_relevant_windows"]) for row in rows] == [False] + len(lines) * [True]
-    assert json.loads((tmp_path / "report.json").read_text())["queries"] == len(lines) + 1
+    assert report["queries"] == len(lines) + 1
 
 
 def test_ablations_remove_or_shuffle_the_video(
-    tiny_model: Path,
-    mini: Path,
-    tmp_path: Path,
-    run_command: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    scored: Any, tiny_model: Path, mini: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows = {}
+    grounder, data_set = Grounder.load(tiny_model), DataSet(mini)
+    best: dict[str, list[Any]] = {}
     for ablation in ("none", "blind", "shuffled"):
-        arguments = ("--model", tiny_model, "--data", mini, "--ablation", ablation)
-        path = tmp_path / f"{ablation}.jsonl"
-        assert run_command(evaluate_command, *arguments, "--predictions", path).code == 0
-        rows = [json.loads(row) for row in path.read_text().splitlines()]
-        duration = DataSet(mini).durations
-        windows[ablation] = [
-            [value / duration[row["vid"]] for value in row["pred_relevant_windows"][0][:2]] for row in rows
-        ]
+        _, _, rows = scored("--ablation", ablation)
+        windows = [(row["pred_relevant_windows"][0], data_set.durations[row["vid"]]) for row in rows]
+        best[ablation] = [(start / duration, end / duration) for (start, end, _), duration in windows]
     # Constant features are rejected outside of the ablation.
     monkeypatch.setattr("runtime.core.video.check_varies", lambda *_: None)
-    grounder, data_set = Grounder.load(tiny_model), DataSet(mini)
     for index, annotation in enumerate(data_set.annotations("test")):
         zeros = np.zeros_like(data_set.video(annotation.video).features)
-        best = grounder.ground(Video(zeros, 900, 30.0, counted=ClipTiming()), annotation.sentence)[0]
-        assert windows["blind"][index] == pytest.approx([best.start / 30, best.end / 30])
-        assert windows["shuffled"][index] != windows["none"][index] != windows["blind"][index]
+        moment = grounder.ground(Video(zeros, 900, 30.0, counted=ClipTiming()), annotation.sentence)[0]
+        assert best["blind"][index] == pytest.approx((moment.start / 30, moment.end / 30))
+        assert best["shuffled"][index] != best["none"][index] != best["blind"][index]
 
 
 def test_evaluate_invalid_input_is_rejected(

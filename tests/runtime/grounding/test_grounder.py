@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import Grounder, Moment, Video
-from runtime.backends.base import Backend
 from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import NON_FINITE, Decoding
 from runtime.core.errors import DeviceMemoryError, FeatureError, GroundingError, ModelFileError, QueryError
@@ -74,18 +75,10 @@ def test_ground_returns_top_k_moments_best_first(grounder: Grounder) -> None:
 
 @pytest.mark.parametrize(("top_k", "count"), [(1, 1), (5, 5), (6, 6), (20, 20), (99, 56)])
 def test_top_k_may_exceed_published_six(planted_backend: Any, top_k: int, count: int) -> None:
-    backend = planted_backend()
+    def all_likely(heads: Heads) -> None:
+        heads.matching_logits[:] = np.linspace(-1, 1, 56, dtype=np.float32)
 
-    class Everywhere:
-        manifest = backend.manifest
-
-        def run(self, batch: Any) -> Any:
-            heads = backend.run(batch)
-            heads.matching_logits[:] = np.linspace(-1, 1, 56, dtype=np.float32)
-            return heads
-
-    moments = Grounder(Everywhere()).ground(QUARTER, "dog", top_k)
-    assert len(moments) == count
+    assert len(Grounder(planted_backend(after=all_likely)).ground(QUARTER, "dog", top_k)) == count
 
 
 def test_query_without_proposals_returns_full_video(grounder: Grounder) -> None:
@@ -188,8 +181,6 @@ def test_invalid_argument_is_rejected_before_running(
 
 
 def test_grounder_uses_pooling_and_segments_of_model(planted_backend: Any) -> None:
-    import dataclasses
-
     backend = planted_backend(Decoding(num_segments=64))
     Grounder(backend).ground(QUARTER, "dog")
     assert backend.batches[0].segment_features.shape == (1, 64, 8)
@@ -205,91 +196,70 @@ def test_empty_pick_rows_are_not_returned() -> None:
     assert to_moments(picks, 8.0) == [Moment(2.0, 4.0, pytest.approx(0.9))]
 
 
-FIVE = ("dog", "person dog", "cat runs", "door opens", "dog runs person")
+def limited(room: int) -> Callable[[Batch], None]:
+    """Return a function that raises for a batch of more than `room` queries."""
 
-
-class Small:
-    """A backend whose device holds so many queries at a time."""
-
-    def __init__(self, inner: Backend, room: int) -> None:
-        self.manifest, self.inner, self.room = inner.manifest, inner, room
-        self.asked: list[int] = []
-
-    def run(self, batch: Batch) -> Heads:
-        self.asked.append(len(batch))
-        if len(batch) > self.room:
+    def check(batch: Batch) -> None:
+        if len(batch) > room:
             raise DeviceMemoryError("no memory left")
-        return self.inner.run(batch)
+
+    return check
 
 
-@pytest.mark.parametrize(("room", "asked"), [(8, [5]), (3, [5, 2, 3])])
-def test_batch_out_of_memory_is_retried_in_halves(room: int, asked: list[int], grounder: Grounder) -> None:
-    pairs = [(QUARTER, query) for query in FIVE]
-    small = Small(grounder.backend, room)
-    assert Grounder(small).ground_batch(pairs) == grounder.ground_batch(pairs)
-    assert small.asked == asked
+FIVE = [(QUARTER, query) for query in ("dog", "person dog", "cat runs", "door opens", "dog runs person")]
 
 
-def test_out_of_memory_for_single_query_is_raised(grounder: Grounder) -> None:
+@pytest.mark.parametrize(("room", "sizes"), [(8, [5]), (3, [5, 2, 3])])
+def test_batch_out_of_memory_is_retried_in_halves(
+    room: int, sizes: list[int], grounder: Grounder, planted_backend: Any
+) -> None:
+    backend = planted_backend(before=limited(room))
+    assert Grounder(backend).ground_batch(FIVE) == grounder.ground_batch(FIVE)
+    assert [len(batch) for batch in backend.batches] == sizes
+
+
+def test_out_of_memory_for_single_query_is_raised(planted_backend: Any) -> None:
     with raises(DeviceMemoryError, "out_of_memory"):
-        Grounder(Small(grounder.backend, 1)).ground_batch([(QUARTER, query) for query in FIVE])
+        Grounder(planted_backend(before=limited(1))).ground_batch(FIVE)
     # One query has no halves.
-    small = Small(grounder.backend, 0)
+    backend = planted_backend(before=limited(0))
     with raises(DeviceMemoryError, "out_of_memory"):
-        Grounder(small).ground(QUARTER, FIVE[0])
-    assert small.asked == [1]
+        Grounder(backend).ground(*FIVE[0])
+    assert len(backend.batches) == 1
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_gpu_runs_next_batch_while_decoding(planted_backend: Any, device: str) -> None:
-    asked: list[threading.Event] = [threading.Event() for _ in range(3)]
-
-    class Watched(planted_backend):
-        def run(self, batch: Batch) -> Heads:
-            next(event for event in asked if not event.is_set()).set()
-            return super().run(batch)
-
-    backend = Watched()
-    backend.device = device
+    runs = [threading.Event() for _ in range(3)]
+    backend = planted_backend(device=device, before=lambda batch: next(run for run in runs if not run.is_set()).set())
     tokens = np.array([1], np.int32)
     segments = Grounder(backend).segments(QUARTER)
     answers = Grounder(backend).run([tokens] * 5, [segments] * 5, batch_size=2)
     rows = [next(answers)[0]]
-    # Whoever holds the first answers has asked for nothing more.
-    assert asked[1].wait(10 if device == "cuda" else 0) == (device == "cuda")
-    assert not asked[2].is_set()
+    # On a GPU, the second batch runs while the caller decodes the first.
+    assert runs[1].wait(10 if device == "cuda" else 0) == (device == "cuda")
+    assert not runs[2].is_set()
     rows += [row for row, _ in answers]
     assert np.concatenate(rows).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("batch_size", "uses_thread"), [(2, True), (3, False)])
 def test_single_batch_runs_without_a_thread(planted_backend: Any, batch_size: int, uses_thread: bool) -> None:
-    class Watched(planted_backend):
-        device = "cuda"
-
-        def run(self, batch: Batch) -> Heads:
-            threads.add(threading.current_thread())
-            return super().run(batch)
-
     threads: set[threading.Thread] = set()
-    Grounder(Watched()).ground_batch([(QUARTER, "dog")] * 3, batch_size=batch_size)
+    backend = planted_backend(device="cuda", before=lambda batch: threads.add(threading.current_thread()))
+    Grounder(backend).ground_batch([(QUARTER, "dog")] * 3, batch_size=batch_size)
     assert (threads != {threading.current_thread()}) == uses_thread
 
 
 def test_gpu_error_in_later_batch_is_raised_without_threads(planted_backend: Any) -> None:
-    class Failing(planted_backend):
-        device = "cuda"
-        calls = 0
+    def fail_second(batch: Batch) -> None:
+        if len(backend.batches) == 2:
+            raise FeatureError("the second batch fails")
 
-        def run(self, batch: Batch) -> Heads:
-            self.calls += 1
-            if self.calls == 2:
-                raise FeatureError("the second batch fails")
-            return super().run(batch)
-
+    backend = planted_backend(device="cuda", before=fail_second)
     before = threading.active_count()
     with raises(FeatureError, "invalid_features", "the second batch fails"):
-        Grounder(Failing()).ground_batch([(QUARTER, "dog")] * 6, batch_size=2)
+        Grounder(backend).ground_batch([(QUARTER, "dog")] * 6, batch_size=2)
     assert threading.active_count() == before
 
 
