@@ -18,7 +18,6 @@ from runtime.media.clip_writer import check_encoder, clip_names, write_clips
 from runtime.media.video_file import frames_from, probe
 from tests.films import film, joined, scene, sound_only, truncated
 from tests.raising import check_error, raises, records
-from tests.runtime.media.extractor_graphs import write_clips as write_clip_graph
 
 av: Any = pytest.importorskip("av", reason="PyAV cuts the clips of these tests")
 
@@ -62,8 +61,9 @@ def length(path: Path) -> float:
         return float(stream.duration * stream.time_base)
 
 
-@pytest.mark.parametrize("rate", [25, Fraction(30000, 1001), 10])
-@pytest.mark.parametrize("name", ["hall.mkv", "hall.mp4", "hall.ts", "hall.avi"])
+@pytest.mark.parametrize(
+    ("name", "rate"), [("hall.mkv", Fraction(30000, 1001)), ("hall.mp4", 25), ("hall.ts", 25), ("hall.avi", 10)]
+)
 def test_clip_contains_exactly_the_frames_of_the_moment(tmp_path: Path, name: str, rate: Any) -> None:
     source = film(tmp_path / name, numbered(120), rate=rate)
     step = 1 / float(rate)
@@ -135,29 +135,29 @@ def beeping(path: Path, seconds: float, beeps: list[float]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["talk.mkv", "talk.mp4"])
-def test_clip_sound_is_synchronized_with_frames(tmp_path: Path, name: str) -> None:
-    video_file = probe(beeping(tmp_path / name, 6, [1.0, 2.5, 4.0]))
-    write_clips(video_file, [(2.3, 4.6)], [tmp_path / "clip.mp4"])
+# Each part of a joined file has its seconds and the times of its tones; then the span, and its tones in the clip.
+ONE = ([(6, [1.0, 2.5, 4.0])], (2.3, 4.6), [0.2, 1.7], 0.01)
+JOINED = ([(4, [1.0]), (3, [2.0])], (5.5, 6.5), [0.5], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "span", "tones", "tolerance"),
+    [("talk.mkv", *ONE), ("talk.mp4", *ONE), ("whole.mkv", *JOINED), ("whole.ts", *JOINED)],
+)
+def test_clip_sound_is_synchronized_with_frames(
+    tmp_path: Path, name: str, parts: Any, span: tuple[float, float], tones: list[float], tolerance: float
+) -> None:
+    sources = [beeping(tmp_path / f"{number}-{name}", *part) for number, part in enumerate(parts)]
+    video_file = probe(joined(tmp_path / name, *sources))
+    assert video_file.duration == pytest.approx(sum(seconds for seconds, _ in parts), abs=0.05)
+    write_clips(video_file, [span], [tmp_path / "clip.mp4"])
     samples, rate = heard(tmp_path / "clip.mp4")
     assert rate == RATE
-    assert len(samples) / rate == pytest.approx(2.3, abs=AAC_PADDING / rate)
+    assert len(samples) / rate == pytest.approx(span[1] - span[0], abs=AAC_PADDING / rate)
+    assert length(tmp_path / "clip.mp4") == pytest.approx(span[1] - span[0], abs=0.01)
     (loud,) = np.nonzero(np.abs(samples) > 0.2)
     starts = loud[np.diff(loud, prepend=-RATE) > RATE // 4] / rate
-    assert starts == pytest.approx([0.2, 1.7], abs=0.01)
-
-
-@pytest.mark.parametrize("suffix", ["mkv", "ts"])
-def test_clip_sound_is_synchronized_in_joined_files(tmp_path: Path, suffix: str) -> None:
-    first = beeping(tmp_path / f"first.{suffix}", 4, [1.0])
-    second = beeping(tmp_path / f"second.{suffix}", 3, [2.0])
-    video_file = probe(joined(tmp_path / f"whole.{suffix}", first, second))
-    assert video_file.duration == pytest.approx(7, abs=0.05)
-    write_clips(video_file, [(5.5, 6.5)], [tmp_path / "clip.mp4"])
-    samples, rate = heard(tmp_path / "clip.mp4")
-    (loud,) = np.nonzero(np.abs(samples) > 0.2)
-    assert loud[0] / rate == pytest.approx(0.5, abs=0.1)
-    assert length(tmp_path / "clip.mp4") == pytest.approx(1, abs=0.01)
+    assert starts == pytest.approx(tones, abs=tolerance)
 
 
 def test_sound_ending_before_the_moment_is_accepted(tmp_path: Path) -> None:
@@ -239,23 +239,23 @@ def test_clip_names_contain_video_number_and_query_words() -> None:
     assert all(len(name.encode()) < 255 for name in clip_names("hall", ["\U0001d5ee" * 500]))
 
 
-@pytest.mark.parametrize("video", ["h" * 251, "\U0001d5ee" * 62, "男" * 83])
-def test_clips_of_a_video_with_a_long_name_can_be_written(tmp_path: Path, video: str) -> None:
-    video_file = probe(film(tmp_path / f"{video}.mkv", 20))
-    names = clip_names(video, ["person opens the door and leaves the house for good"])
-    write_clips(video_file, [(0.2, 0.4)], [tmp_path / "clips" / name for name in names])
-    assert [path.name for path in (tmp_path / "clips").iterdir()] == names
+def test_clips_of_a_video_with_a_long_name_can_be_written(tmp_path: Path) -> None:
+    path = film(tmp_path / "hall.mkv", 20)
+    for video in ("h" * 251, "\U0001d5ee" * 62, "男" * 83):
+        path = path.rename(tmp_path / f"{video}.mkv")
+        (name,) = clip_names(video, ["person opens the door and leaves the house for good"])
+        write_clips(probe(path), [(0.2, 0.4)], [tmp_path / "clips" / name])
+        assert (tmp_path / "clips" / name).is_file()
 
 
 def test_infer_cuts_the_best_moment_of_each_query(
     tmp_path: Path,
     tiny_model: Path,
     run_command: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
-    source, tiny = film(tmp_path / "hall.mkv", numbered(200)), write_clip_graph(tmp_path / "tiny.onnx")
+    source = film(tmp_path / "hall.mkv", numbered(200))
     queries = ("dog sits", "person opens the door")
     line = ("--model", tiny_model, "--video", source, "--extractor", tiny, "--query", *queries)
     caplog.set_level(logging.INFO, "drn")

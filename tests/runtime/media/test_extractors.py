@@ -33,25 +33,17 @@ def test_clip_extractor_gets_unchanged_clips(tmp_path: Path, clips: np.ndarray) 
     assert extractor.extract(clips[:1]) == pytest.approx(expected[:1], rel=1e-4)
 
 
-def test_image_extractor_scales_pixels_as_in_manifest(tmp_path: Path, clips: np.ndarray) -> None:
-    extractor = open_extractor(write_images(tmp_path / "clip.onnx"), "cpu")
+@pytest.mark.parametrize("white", [1.0, 255.0])
+def test_image_extractor_scales_pixels_as_in_manifest(tmp_path: Path, clips: np.ndarray, white: float) -> None:
+    mean, std = ([white * value for value in values] for values in (IMAGES.mean, IMAGES.std))
+    manifest = dataclasses.replace(IMAGES, mean=tuple(mean), std=tuple(std), white=white)
+    extractor = open_extractor(write_images(tmp_path / "clip.onnx", manifest), "cpu")
     assert isinstance(extractor, ImageExtractor)
     frames = clips[:, :1]
     pixels = (frames[:, 0] / 255 - np.array(IMAGES.mean)) / np.array(IMAGES.std)
     actual = extractor.extract(frames)
     assert actual.dtype == np.float32
     assert actual == pytest.approx(pixels.mean(axis=(1, 2)) @ mixing(), rel=1e-3, abs=1e-6)
-
-
-def test_mean_in_bytes_equals_mean_in_unit_range(tmp_path: Path, clips: np.ndarray) -> None:
-    red, green, blue = (255 * value for value in IMAGES.mean)
-    deviations = tuple(255 * value for value in IMAGES.std)
-    in_bytes = dataclasses.replace(IMAGES, mean=(red, green, blue), std=deviations, white=255.0)
-    one, other = (
-        open_extractor(write_images(tmp_path / f"{manifest.white}.onnx", manifest), "cpu").extract(clips[:, :1])
-        for manifest in (IMAGES, in_bytes)
-    )
-    assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
 
 
 def test_extractor_manifest_survives_json() -> None:
