@@ -22,6 +22,9 @@ from runtime.grounding.grounder import Grounder
 from tests.forked_commands import ForkedCommand
 from tests.raising import quotes
 
+QUESTION = {"video": "SIM00001", "query": "person opens the door"}
+KEY = "correct horse"
+
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
@@ -149,6 +152,27 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(start: Callable[..., Running], model: Path, planted: Path, extractor: Path, uploads: Path) -> Running:
     """A service of the planted data set with an extractor."""
     return start("--model", model, "--data", planted, "--extractor", extractor, "--uploads", uploads)
+
+
+@pytest.fixture(scope="session")
+def choosy(
+    start: Callable[..., Running], strict: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Running:
+    """A service of `strict` without video files and without an extractor."""
+    return start("--model", strict, "--data", planted, "--uploads", tmp_path_factory.mktemp("choosy"))
+
+
+@pytest.fixture(scope="session")
+def locked(
+    start: Callable[..., Running], model: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Running:
+    """A service with the API key `KEY` and the video file of SIM00001."""
+    from tests.films import film, scene
+
+    root = tmp_path_factory.mktemp("locked")
+    film(root / "media" / "SIM00001.webm", scene(20), rate=5)
+    words = ("--model", model, "--data", planted, "--media", root / "media", "--uploads", root / "uploads")
+    return start(*words, "--allow-host", "films.example", "--api-key", KEY)
 
 
 def form(**parts: Any) -> tuple[bytes, str]:

@@ -25,7 +25,7 @@ from runtime.grounding.grounder import Grounder
 from runtime.infer import infer
 from runtime.service.service import has_encoder, unknown_words
 from runtime.service.video_cache import VideoCatalog
-from tests.runtime.service.conftest import Running, npy
+from tests.runtime.service.conftest import QUESTION, Running, npy
 from tests.tolerances import BATCHED_SECONDS
 
 
@@ -50,25 +50,9 @@ def test_service_answer_equals_infer_output(service: Running, model: Path, plant
     assert reply.status == 200
     assert alike(reply.json, json.loads(printed.getvalue()))
     assert [len(answer["moments"]) for answer in reply.json] == [3, 3]
-
-
-def test_single_query_may_be_a_string(service: Running) -> None:
-    one = service.ask({"video": "SIM00001", "query": "person opens the door"})
-    many = service.ask({"video": "SIM00001", "query": ["person opens the door"]})
+    one, many = (service.ask({"video": name, "query": query}) for query in (sentences[0], sentences[:1]))
     assert one.status == many.status == 200
     assert one.body == many.body
-
-
-def test_concurrent_clients_get_their_own_answers(service: Running, planted: Path, offline: Grounder) -> None:
-    data = DataSet(planted)
-    asked = [(annotation.video, annotation.sentence) for annotation in data.annotations("train")[:80]]
-    videos = {name: data.video(name) for name, _ in asked}
-    expected = offline.ground_batch([(videos[name], query) for name, query in asked])
-    with concurrent.futures.ThreadPoolExecutor(16) as clients:
-        replies = list(clients.map(lambda pair: service.ask({"video": pair[0], "query": pair[1]}), asked))
-    for (name, query), reply, moments in zip(asked, replies, expected, strict=True):
-        assert reply.status == 200
-        assert alike(reply.json, [{"query": query, "video": name, "moments": [vars(moment) for moment in moments]}])
 
 
 def test_long_video_is_grounded_in_windows(
@@ -91,19 +75,21 @@ def test_long_video_is_grounded_in_windows(
     ).refused(422, "windows")
 
 
-def test_healthz_reports_model_and_digest(service: Running, model: Path) -> None:
-    reply = service.get("/healthz")
-    assert reply.status == 200
-    assert reply.json == {"status": "ready", "model": "drn.onnx", "digest": sha256(model)}
-
-
-@pytest.mark.parametrize("path", ["/", "/docs", "/page/style.css", "/healthz"])
-def test_head_request_returns_headers_without_body(service: Running, path: str) -> None:
-    complete, head = service.get(path), service.request("HEAD", path)
-    assert (head.status, head.body) == (complete.status, b"")
+def test_head_request_returns_headers_without_body(service: Running) -> None:
     # Every response has its own time and ID.
     own = {"date": "", "x-request-id": ""}
-    assert {**head.headers, **own} == {**complete.headers, **own}
+    for path in ("/", "/docs", "/page/style.css", "/healthz"):
+        complete, head = service.get(path), service.request("HEAD", path)
+        assert (head.status, head.body) == (complete.status, b"")
+        assert {**head.headers, **own} == {**complete.headers, **own}
+
+
+def test_page_files_are_cached_by_etag(service: Running) -> None:
+    for path in ("/", "/page/main.js", "/page/style.css", "/page/icon.svg"):
+        first = service.get(path)
+        assert first.status == 200
+        again = service.get(path, **{"If-None-Match": first.headers["etag"]})
+        assert (again.status, again.body) == (304, b"")
 
 
 def test_video_list_is_paginated(service: Running, planted: Path) -> None:
@@ -120,9 +106,11 @@ def test_video_list_is_paginated(service: Running, planted: Path) -> None:
     assert len(some["videos"]) == 3
 
 
-def test_model_route_describes_the_model(service: Running, model: Path, offline: Grounder) -> None:
-    described = service.get("/v1/model").json
-    assert described == {
+def test_health_and_model_routes_describe_the_model(service: Running, model: Path, offline: Grounder) -> None:
+    reply = service.get("/healthz")
+    assert reply.status == 200
+    assert reply.json == {"status": "ready", "model": "drn.onnx", "digest": sha256(model)}
+    assert service.get("/v1/model").json == {
         "model": "drn.onnx",
         "digest": sha256(model),
         "precision": "fp32",
@@ -190,19 +178,15 @@ def test_answers_can_be_files_as_infer_prints_them(service: Running, planted: Pa
     service.request("POST", "/v1/ground?format=xml", body, {"content-type": "application/json"}).refused(422, "format")
 
 
-def test_always_answer_ignores_the_no_match_threshold(
-    start: Callable[..., Running], strict: Path, service: Running, planted: Path, tmp_path: Path
-) -> None:
-    choosy = start("--model", strict, "--data", planted, "--uploads", tmp_path)
-    question = {"video": "SIM00001", "query": "person opens the door"}
+def test_always_answer_ignores_the_no_match_threshold(choosy: Running, service: Running) -> None:
     assert choosy.get("/v1/model").json["no_match_threshold"] == 1.0
-    assert choosy.ask(question).json[0]["moments"] == []
+    assert choosy.ask(QUESTION).json[0]["moments"] == []
     with concurrent.futures.ThreadPoolExecutor(8) as clients:
-        replies = list(clients.map(lambda one: choosy.ask({**question, "always_answer": one}), 8 * [True, False]))
-    expected = service.ask(question).json
+        replies = list(clients.map(lambda one: choosy.ask({**QUESTION, "always_answer": one}), 8 * [True, False]))
+    expected = service.ask(QUESTION).json
     assert all(alike(reply.json, expected) for reply in replies[::2])
     assert [reply.json[0]["moments"] for reply in replies[1::2]] == 8 * [[]]
-    assert service.ask({**question, "always_answer": True}).body == service.ask(question).body
+    assert service.ask({**QUESTION, "always_answer": True}).body == service.ask(QUESTION).body
 
 
 def test_metrics_count_requests_and_pairs(service: Running) -> None:
@@ -224,15 +208,10 @@ def test_metrics_count_requests_and_pairs(service: Running) -> None:
     assert count('drn_model_info{digest="') == 1
 
 
-QUESTION = {"video": "SIM00001", "query": "person opens the door"}
-
-
 @pytest.mark.parametrize(
     ("body", "status", "code", "values"),
     [
-        (b"", 422, "invalid", []),
         (b"{", 422, "invalid", []),
-        (b"[]", 422, "invalid", []),
         (b"\xff\xfe", 422, "invalid", []),
         ({"video": "SIM00001"}, 422, "invalid", ["query"]),
         ({**QUESTION, "qeury": 1}, 422, "invalid", ["qeury"]),
@@ -244,9 +223,7 @@ QUESTION = {"video": "SIM00001", "query": "person opens the door"}
         ({**QUESTION, "query": ["person", "zork"]}, 422, "invalid_query", [2, "'zork'"]),
         ({**QUESTION, "query": ["the zork"]}, 422, "invalid_query", ["'zork'"]),
         ({**QUESTION, "query": "person " * 21}, 422, "invalid_query", [21, 1, 20]),
-        ({**QUESTION, "top_k": 0}, 422, "invalid", ["top_k"]),
         ({**QUESTION, "top_k": 101}, 422, "invalid", ["top_k"]),
-        ({**QUESTION, "top_k": "5"}, 422, "invalid", ["top_k"]),
         (b'{"video": "SIM00001", "query": "person", "top_k": NaN}', 422, "invalid", ["top_k"]),
         (b'{"video": "SIM00001", "query": "person", "video": "SIM00002"}', 422, "invalid", ["'video'"]),
         (b'{"video": "SIM00001", "query": "person", "qu\\u0065ry": "person"}', 422, "invalid", ["'query'"]),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,34 @@ def close_to(found: Sequence[Moment], expected: Sequence[Moment]) -> bool:
     )
 
 
+@contextlib.asynccontextmanager
+async def busy(held: Held, pair: Any, **options: Any) -> AsyncIterator[Batcher]:
+    """Yield a batcher whose model runs one query until the block sets `held.let`."""
+    batcher = Batcher(held, BatchOptions(**options))
+    held.let.clear()
+    held.busy.clear()
+    first = asyncio.create_task(batcher.ground([pair], 5))
+    await asyncio.to_thread(held.busy.wait, 30)
+    held.asked.clear()
+    yield batcher
+    held.let.set()
+    assert len(await first) == 1
+    batcher.close()
+
+
+def ask(held: Held, pair: Any, *requests: tuple[Any, ...], **options: Any) -> list[Any]:
+    """Return the answers to requests that wait together while the model runs a query; an error is an answer."""
+
+    async def wait() -> list[Any]:
+        async with busy(held, pair, **options) as batcher:
+            tasks = [asyncio.create_task(batcher.ground(*request)) for request in requests]
+            await asyncio.sleep(0)
+            held.let.set()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    return asyncio.run(wait())
+
+
 def test_callers_get_answers_to_their_own_queries(held: Held, pairs: list[Any]) -> None:
     # Groups of one to four queries at once. All answers differ, so that exchanged answers are detected.
     groups = [pairs[start : start + 1 + start % 4] for start in range(0, len(pairs), 3)]
@@ -71,20 +100,7 @@ def test_callers_get_answers_to_their_own_queries(held: Held, pairs: list[Any]) 
     assert len({tuple(answer) for group in expected for answer in group}) == len(
         {(id(video), query) for group in groups for video, query in group}
     )
-    held.asked.clear()
-
-    async def ask() -> list[Any]:
-        held.let.clear()
-        batcher = Batcher(held, BatchOptions(batch_size=8))
-        tasks = [asyncio.create_task(batcher.ground(group, 5)) for group in groups]
-        await asyncio.sleep(0)
-        held.let.set()
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            batcher.close()
-
-    actual = asyncio.run(ask())
+    actual = ask(held, pairs[0], *((group, 5) for group in groups), batch_size=8)
     for group, answers in zip(expected, actual, strict=True):
         assert all(close_to(*both) for both in zip(answers, group, strict=True))
     assert max(map(len, held.asked)) == 8
@@ -92,46 +108,15 @@ def test_callers_get_answers_to_their_own_queries(held: Held, pairs: list[Any]) 
 
 def test_requests_with_different_top_k_share_a_batch(held: Held, pairs: list[Any]) -> None:
     expected = [held.ground(*pairs[0], top_k=count) for count in (1, 3, 50)]
-
-    async def ask() -> list[Any]:
-        held.let.clear()
-        held.busy.clear()
-        batcher = Batcher(held, BatchOptions())
-        first = asyncio.create_task(batcher.ground(pairs[1:2], 5))
-        await asyncio.to_thread(held.busy.wait, 30)
-        later = [asyncio.create_task(batcher.ground(pairs[:1], count)) for count in (1, 3, 50)]
-        await asyncio.sleep(0)
-        held.asked.clear()
-        held.let.set()
-        await first
-        actual = await asyncio.gather(*later)
-        batcher.close()
-        return actual
-
-    for actual, wanted in zip(asyncio.run(ask()), expected, strict=True):
-        assert close_to(actual[0], wanted)
+    answers = ask(held, pairs[1], *((pairs[:1], count) for count in (1, 3, 50)))
+    assert all(close_to(actual[0], moments) for actual, moments in zip(answers, expected, strict=True))
     assert held.asked == [[pairs[0][1]] * 3]
 
 
 def test_batch_may_mix_requests_with_and_without_threshold(held: Held, pairs: list[Any]) -> None:
     expected = held.ground(*pairs[0])
     held.manifest = dataclasses.replace(held.manifest, presence=Presence(1.0, 0.0, 1.0, 1, 1))
-
-    async def ask() -> list[Any]:
-        held.let.clear()
-        held.busy.clear()
-        batcher = Batcher(held, BatchOptions())
-        first = asyncio.create_task(batcher.ground(pairs[1:2], 5))
-        await asyncio.to_thread(held.busy.wait, 30)
-        later = [asyncio.create_task(batcher.ground(pairs[:1], 5, always)) for always in (True, False, True)]
-        await asyncio.sleep(0)
-        held.let.set()
-        await first
-        actual = await asyncio.gather(*later)
-        batcher.close()
-        return actual
-
-    always, refused, again = asyncio.run(ask())
+    always, refused, again = ask(held, pairs[1], *((pairs[:1], 5, always) for always in (True, False, True)))
     assert close_to(always[0], expected)
     assert close_to(again[0], expected)
     assert refused == [[]]
@@ -139,67 +124,43 @@ def test_batch_may_mix_requests_with_and_without_threshold(held: Held, pairs: li
 
 def test_failing_pair_does_not_fail_others_in_its_batch(offline: Grounder, pairs: list[Any]) -> None:
     held = Held(offline, fails_on=pairs[1][1])
-    held.let.clear()
-
-    async def ask() -> list[Any]:
-        batcher = Batcher(held, BatchOptions(batch_size=8))
-        tasks = [asyncio.create_task(batcher.ground([pair], 5)) for pair in pairs[:4]]
-        await asyncio.to_thread(held.busy.wait, 30)
-        held.let.set()
-        actual = await asyncio.gather(*tasks, return_exceptions=True)
-        batcher.close()
-        return actual
-
-    actual = asyncio.run(ask())
-    poisoned = [pair[1] == held.fails_on for pair in pairs[:4]]
-    assert [isinstance(answer, RuntimeError) for answer in actual] == poisoned
-    assert sum(poisoned) == 1
+    actual = ask(held, pairs[0], *(([pair], 5) for pair in pairs[:4]), batch_size=8)
+    failed = [pair[1] == held.fails_on for pair in pairs[:4]]
+    assert [isinstance(answer, RuntimeError) for answer in actual] == failed
+    assert sum(failed) == 1
     for answer, pair in zip(actual, pairs, strict=False):
         if pair[1] != held.fails_on:
             assert close_to(answer[0], offline.ground(*pair))
 
 
 def test_full_queue_returns_429_with_retry_after(held: Held, pairs: list[Any]) -> None:
-    async def ask() -> HttpError:
-        batcher = Batcher(held, BatchOptions(batch_size=2, queue_size=4))
-        await batcher.ground(pairs[:1], 5)
-        held.let.clear()
-        held.busy.clear()
-        running = asyncio.create_task(batcher.ground(pairs[:1], 5))
-        await asyncio.to_thread(held.busy.wait, 30)
-        waiting = asyncio.create_task(batcher.ground(pairs[:3], 5))
-        await asyncio.sleep(0)
-        assert batcher.depth == 3
-        with raises(HttpError, "queue_full", 3, 4, 2) as refused:
-            await batcher.ground(pairs[:2], 5)
-        held.let.set()
-        assert len(await waiting) == 3
-        assert len(await running) == 1
-        batcher.close()
-        return refused.value
+    async def fill() -> HttpError:
+        async with busy(held, pairs[0], batch_size=2, queue_size=4) as batcher:
+            waiting = asyncio.create_task(batcher.ground(pairs[:3], 5))
+            await asyncio.sleep(0)
+            assert batcher.depth == 3
+            with raises(HttpError, "queue_full", 3, 4, 2) as refused:
+                await batcher.ground(pairs[:2], 5)
+            held.let.set()
+            assert len(await waiting) == 3
+            return refused.value
 
-    refusal = asyncio.run(ask())
+    refusal = asyncio.run(fill())
     assert refusal.status == 429
     assert int(refusal.headers["retry-after"]) >= 1
 
 
 def test_canceled_request_is_not_run(held: Held, pairs: list[Any]) -> None:
-    async def ask() -> None:
-        held.let.clear()
-        batcher = Batcher(held, BatchOptions())
-        running = asyncio.create_task(batcher.ground(pairs[:1], 5))
-        await asyncio.to_thread(held.busy.wait, 30)
-        given_up = asyncio.create_task(batcher.ground(pairs[1:4], 5))
-        await asyncio.sleep(0)
-        given_up.cancel()
-        await asyncio.gather(given_up, return_exceptions=True)
-        assert batcher.depth == 0
-        held.let.set()
-        await running
-        batcher.close()
+    async def cancel() -> None:
+        async with busy(held, pairs[0]) as batcher:
+            given_up = asyncio.create_task(batcher.ground(pairs[1:4], 5))
+            await asyncio.sleep(0)
+            given_up.cancel()
+            await asyncio.gather(given_up, return_exceptions=True)
+            assert batcher.depth == 0
 
-    asyncio.run(ask())
-    assert held.asked == [[pairs[0][1]]]
+    asyncio.run(cancel())
+    assert held.asked == []
 
 
 def test_closed_batcher_finishes_accepted_requests_only(held: Held, pairs: list[Any]) -> None:
@@ -249,16 +210,16 @@ def test_concurrent_requests_are_batched_together(held: Held, pairs: list[Any]) 
     assert len(held.asked[0]) >= 2
 
 
-def test_batcher_do_runs_in_the_model_thread(held: Held) -> None:
-    async def ask() -> tuple[str, BaseException]:
+def test_batcher_run_uses_the_model_thread(held: Held) -> None:
+    async def run() -> str:
         batcher = Batcher(held, BatchOptions())
         name = await batcher.run(lambda: threading.current_thread().name)
-        with pytest.raises(ZeroDivisionError) as error:
+        with pytest.raises(ZeroDivisionError):
             await batcher.run(lambda: 1 // 0)
         batcher.close()
-        return name, error.value
+        return name
 
-    assert asyncio.run(ask())[0] == "drn-model"
+    assert asyncio.run(run()) == "drn-model"
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"wait_ms": -1.0}, {"batch_size": 9, "queue_size": 8}])

@@ -20,6 +20,7 @@ import pytest
 from runtime.core.io.digests import sha256
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
+from tests.films import film
 from tests.runtime.service.conftest import Running
 from tests.runtime.service.test_app import alike
 
@@ -91,8 +92,6 @@ def test_service_killed_under_load_restarts_correctly(
 def test_service_finishes_accepted_requests_on_signal(
     start: Callable[..., Running], model: Path, extractor: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
-    from tests.films import film
-
     ending = start("--model", model, "--extractor", extractor, "--uploads", tmp_path / "uploads")
     content = film(tmp_path / "film.mp4", 60).read_bytes()
     with concurrent.futures.ThreadPoolExecutor(1) as client:
@@ -113,57 +112,59 @@ def test_service_finishes_accepted_requests_on_signal(
         socket.create_connection(("127.0.0.1", ending.port))
 
 
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory, model: Path, planted: Path, extractor: Path) -> Path:
+    """A directory of a model, its data set, and an extractor."""
+    directory = tmp_path_factory.mktemp("copies")
+    shutil.copy(model, directory / "drn.onnx")
+    shutil.copy(extractor, directory / "tiny.onnx")
+    shutil.copytree(planted, directory / "data")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def serving(start: Callable[..., Running], copies: Path) -> Running:
+    """A service of `copies`."""
+    words = ("--model", copies / "drn.onnx", "--data", copies / "data", "--extractor", copies / "tiny.onnx")
+    return start(*words, "--uploads", copies / "uploads")
+
+
 def test_replacing_model_file_does_not_affect_service(
-    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path, questions: list[Any]
+    serving: Running, copies: Path, model: Path, questions: list[Any]
 ) -> None:
-    copied = tmp_path / "drn.onnx"
-    shutil.copy(model, copied)
-    serving = start("--model", copied, "--data", planted, "--uploads", tmp_path / "uploads")
     digest = serving.get("/healthz").json["digest"]
-    for replace in (lambda: copied.write_bytes(b"no model"), copied.unlink):
+    for replace in (lambda: (copies / "drn.onnx").write_bytes(b"no model"), (copies / "drn.onnx").unlink):
         replace()
         for question, expected in questions[:5]:
             assert alike(serving.ask(question).json, expected)
         assert serving.get("/healthz").json["digest"] == digest == sha256(model)
 
 
-def test_deleted_features_are_reported_without_path(
-    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path, questions: list[Any]
-) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(planted, data)
-    serving = start("--model", model, "--data", data, "--uploads", tmp_path / "uploads")
-    shutil.rmtree(data / "C3D_unit16_overlap0.5_merged")
-    said = serving.ask(questions[0][0]).refused(404, code="no_features")
-    assert str(tmp_path) not in said
-
-
-@pytest.mark.parametrize("how", ["rename", "in place", "rename, same time", "in place, same time", "another kind"])
+@pytest.mark.parametrize(
+    ("number", "how"),
+    enumerate(["rename", "in place", "rename, same time", "in place, same time", "another kind"]),
+)
 def test_replaced_features_are_reloaded(
-    start: Callable[..., Running], model: Path, planted: Path, offline: Grounder, tmp_path: Path, how: str
+    serving: Running, copies: Path, offline: Grounder, number: int, how: str
 ) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(planted, data)
-    name, query = sorted(DataSet(data).durations)[0], "person opens the door"
-    path = DataSet(data).feature_path(name)
+    data, name = copies / "data", f"SIM0000{number}"
+    path, question = DataSet(data).feature_path(name), {"video": name, "query": "person opens the door"}
     original = DataSet(data).video(name)
-    serving = start("--model", model, "--data", data, "--uploads", tmp_path / "uploads")
 
     def expected() -> Any:
-        moments = offline.ground(DataSet(data).video(name), query)
-        return [{"query": query, "video": name, "moments": [vars(moment) for moment in moments]}]
+        moments = offline.ground(DataSet(data).video(name), question["query"])
+        return [{**question, "moments": [vars(moment) for moment in moments]}]
 
     before = expected()
-    asked = {"video": name, "query": query}
     for _ in range(2):
-        assert alike(serving.ask(asked).json, before)
+        assert alike(serving.ask(question).json, before)
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     if how == "another kind":
         path.unlink()
         path = path.with_suffix(".npz")
         np.savez(path, original.features[::-1])
     else:
-        created = path if how.startswith("in place") else tmp_path / "made.npy"
+        created = path if how.startswith("in place") else copies / "made.npy"
         np.save(created, original.features[::-1])
         created.replace(path)
     if "same time" in how:
@@ -171,22 +172,16 @@ def test_replaced_features_are_reloaded(
     after = expected()
     assert not alike(before, after)
     for _ in range(2):
-        assert alike(serving.ask(asked).json, after)
+        assert alike(serving.ask(question).json, after)
     path.write_bytes(b"damaged")
-    serving.ask(asked).refused(404)
+    serving.ask(question).refused(404)
     path.unlink()
-    serving.ask(asked).refused(404)
+    message = serving.ask(question).refused(404, code="no_features")
+    assert str(copies) not in message
 
 
-def test_replaced_extractor_is_rejected(
-    start: Callable[..., Running], model: Path, extractor: Path, tmp_path: Path
-) -> None:
-    from tests.films import film
-
-    copied = tmp_path / "tiny.onnx"
-    shutil.copy(extractor, copied)
-    serving = start("--model", model, "--extractor", copied, "--uploads", tmp_path / "uploads")
-    video = ("film.mp4", film(tmp_path / "film.mp4", 40).read_bytes())
+def test_replaced_extractor_is_rejected(serving: Running, copies: Path, extractor: Path, tmp_path: Path) -> None:
+    copied, video = copies / "tiny.onnx", ("film.mp4", film(tmp_path / "film.mp4", 40).read_bytes())
 
     def send() -> Any:
         return serving.send("/v1/ground", video=video, query="person opens the door")
@@ -201,9 +196,7 @@ def test_replaced_extractor_is_rejected(
     content[len(content) // 2] ^= 1
     for replace in (lambda: copied.write_bytes(content), copied.unlink):
         replace()
-        refused = send()
-        refused.refused(503)
-        assert refused.json["error"]["code"] == "extractor_changed"
+        send().refused(503, code="extractor_changed")
     shutil.copy(extractor, copied)
     assert alike(send().json, before.json)
 

@@ -59,40 +59,47 @@ def test_file_swapped_for_link_while_opening_is_rejected(tmp_path: Path, monkeyp
         open_inside(media / "a.mp4", media)
 
 
-def test_service_does_not_serve_files_outside_media_dir(
-    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "secret.mp4").write_bytes(SECRET)
-    media = tmp_path / "media"
-    media.mkdir()
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of a video file of 8 s, three files that are no videos, and two links."""
+    films = pytest.importorskip("tests.films")
+    media = tmp_path_factory.mktemp("recorded") / "media"
+    films.film(media / "SIM00001.mp4", 80, rate=10)
+    (media.parent / "secret.mp4").write_bytes(SECRET)
     (media / "SIM00000.mp4").write_bytes(b"film of one")
-    (media / "SIM00001.mp4").symlink_to(tmp_path / "secret.mp4")
-    (media / "SIM00002.mp4").symlink_to("SIM00000.mp4")
+    (media / "SIM00002.webm").symlink_to("SIM00000.mp4")
     (media / "SIM00003.mp4").write_bytes(b"film of three")
-    service = start("--model", model, "--data", planted, "--media", media)
-    listed = {video["id"]: video["media"] for video in service.get("/v1/videos").json["videos"]}
-    assert [bool(listed[f"SIM0000{number}"]) for number in range(4)] == [True, False, True, True]
-    assert service.get("/v1/videos/SIM00000/media").body == b"film of one"
-    assert service.get("/v1/videos/SIM00000/media", range="bytes=0-3").body == b"film"
-    assert service.request("HEAD", "/v1/videos/SIM00000/media").status in (200, 405)
-    assert service.get("/v1/videos/SIM00002/media").body == b"film of one"
-    service.get("/v1/videos/SIM00001/media").refused(404)
+    (media / "SIM00004.mp4").symlink_to("../secret.mp4")
+    return media
+
+
+@pytest.fixture(scope="module")
+def recorded(start: Callable[..., Running], model: Path, planted: Path, media: Path) -> Running:
+    return start("--model", model, "--data", planted, "--media", media, "--uploads", media.parent / "uploads")
+
+
+def test_service_does_not_serve_files_outside_media_dir(recorded: Running, media: Path) -> None:
+    listed = {video["id"]: video["media"] for video in recorded.get("/v1/videos").json["videos"]}
+    assert [bool(listed[f"SIM0000{number}"]) for number in range(6)] == [True, True, True, True, False, False]
+    assert recorded.get("/v1/videos/SIM00000/media").body == b"film of one"
+    part = recorded.get(listed["SIM00002"], range="bytes=2-4")
+    assert (part.status, part.body, part.headers["content-range"]) == (206, b"lm ", "bytes 2-4/11")
+    assert part.headers["content-type"] == "video/webm"
+    assert recorded.request("HEAD", "/v1/videos/SIM00000/media").status in (200, 405)
+    recorded.get("/v1/videos/SIM00004/media").refused(404)
     (media / "SIM00003.mp4").unlink()
-    (media / "SIM00003.mp4").symlink_to(tmp_path / "secret.mp4")
-    service.get("/v1/videos/SIM00003/media").refused(404)
+    (media / "SIM00003.mp4").symlink_to("../secret.mp4")
+    recorded.get("/v1/videos/SIM00003/media").refused(404)
     for name in ("..%2fsecret", "%2e%2e%2fsecret.mp4", "..", "%2fetc%2fpasswd", "..%5csecret"):
-        reply = service.get(f"/v1/videos/{name}/media")
+        reply = recorded.get(f"/v1/videos/{name}/media")
         assert reply.status == 404
         assert SECRET not in reply.body
     # All file descriptors are closed.
-    links = [os.readlink(link) for link in Path(f"/proc/{service.process.pid}/fd").iterdir() if link.exists()]
+    links = [os.readlink(link) for link in Path(f"/proc/{recorded.process.pid}/fd").iterdir() if link.exists()]
     assert not [link for link in links if str(media) in link]
 
 
-def test_error_messages_are_bounded_for_any_request(
-    start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
-) -> None:
-    service = start("--model", model, "--data", planted, "--uploads", tmp_path / "uploads")
+def test_error_messages_are_bounded_for_any_request(service: Running) -> None:
     long = "x y" * 20_000
     for body in (
         {long: 1}, {"video": long, "query": "a"}, {"video": "SIM00000", "query": long},
@@ -114,18 +121,6 @@ def test_error_messages_are_bounded_for_any_request(
     assert len(service.get("/v1/videos/" + "v" * 9000).refused(404)) < 1500
 
 
-@pytest.fixture(scope="module")
-def recorded(
-    start: Callable[..., Running], model: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Running:
-    """A service with a video file of 8 s, a damaged one, and directories to look into."""
-    films = pytest.importorskip("tests.films")
-    root = tmp_path_factory.mktemp("recorded")
-    films.film(root / "media" / "SIM00001.mp4", 80, rate=10)
-    (root / "media" / "SIM00002.mp4").write_bytes(b"film of two")
-    return start("--model", model, "--data", planted, "--media", root / "media", "--uploads", root / "uploads")
-
-
 def test_clip_has_the_frames_of_its_span(recorded: Running, tmp_path: Path) -> None:
     from runtime.media.video_file import frames_at, probe
 
@@ -140,20 +135,13 @@ def test_clip_has_the_frames_of_its_span(recorded: Running, tmp_path: Path) -> N
     assert frame[6:18, 40:56].mean() == pytest.approx(20 * 7, abs=6)
 
 
-def test_invalid_clip_requests_are_rejected(recorded: Running, tmp_path: Path) -> None:
+def test_invalid_clip_requests_are_rejected(recorded: Running, choosy: Running) -> None:
     recorded.get("/v1/videos/SIM00001/clip?start=2&end=2").refused(422, 2, "120 s")
     recorded.get("/v1/videos/SIM00001/clip?start=0&end=121").refused(422, 121, "120 s")
     recorded.get("/v1/videos/SIM00001/clip?start=0").refused(422, "end")
-    recorded.get("/v1/videos/SIM00003/clip?start=0&end=1").refused(404, "SIM00003", code="no_media")
-    message = recorded.get("/v1/videos/SIM00002/clip?start=0&end=1").refused(422, code="no_clip")
+    recorded.get("/v1/videos/SIM00005/clip?start=0&end=1").refused(404, "SIM00005", code="no_media")
+    message = recorded.get("/v1/videos/SIM00000/clip?start=0&end=1").refused(422, code="no_clip")
     assert "/" not in message
-
-
-def test_service_without_video_files_writes_no_clips(service_without_media: Running) -> None:
-    assert service_without_media.get("/v1/model").json["writes_clips"] is False
-    service_without_media.get("/v1/videos/SIM00001/clip?start=0&end=1").refused(404, code="no_clips")
-
-
-@pytest.fixture
-def service_without_media(start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path) -> Running:
-    return start("--model", model, "--data", planted, "--uploads", tmp_path)
+    # A service without video files writes no clips.
+    assert choosy.get("/v1/model").json["writes_clips"] is False
+    choosy.get("/v1/videos/SIM00001/clip?start=0&end=1").refused(404, code="no_clips")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -25,10 +24,7 @@ from runtime.service.prometheus import Telemetry
 from runtime.service.server import configuration, listen
 from runtime.service.service import Service, ServiceOptions
 from runtime.service.uploads import UploadOptions
-from tests.runtime.service.conftest import Reply, Running, form
-
-QUESTION = {"video": "SIM00001", "query": "person opens the door"}
-KEY = "correct horse"
+from tests.runtime.service.conftest import KEY, QUESTION, Reply, Running, form
 
 
 def said(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:
@@ -240,18 +236,6 @@ def test_foreign_host_and_origin_are_rejected(service: Running) -> None:
     assert service.ask(QUESTION, Origin=f"http://127.0.0.1:{port}").status == 200
 
 
-@pytest.fixture(scope="module")
-def locked(
-    start: Callable[..., Running], model: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Running:
-    """A service with an API key and a video file."""
-    media = tmp_path_factory.mktemp("media")
-    (media / "SIM00001.mp4").write_bytes(b"film")
-    place = tmp_path_factory.mktemp("uploads")
-    words = ("--model", model, "--data", planted, "--media", media, "--uploads", place, "--allow-host", "films.example")
-    return start(*words, "--api-key", KEY)
-
-
 def test_requests_without_api_key_are_rejected(locked: Running) -> None:
     for shown in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer "}):
         for path in ("/v1/videos", "/v1/videos/SIM00001/media", "/metrics"):
@@ -265,7 +249,7 @@ def test_requests_without_api_key_are_rejected(locked: Running) -> None:
 
 def test_media_ticket_is_valid_for_one_video_and_time(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     place = locked.get("/v1/videos/SIM00001", Authorization=f"Bearer {KEY}").json["media"]
-    assert locked.get(place).body == b"film"
+    assert locked.get(place).headers["content-type"] == "video/webm"
     path, _, ticket = place.partition("?ticket=")
     until, _, signature = ticket.partition(".")
     other = signature[:-1] + ("1" if signature.endswith("0") else "0")
@@ -286,17 +270,12 @@ def test_media_ticket_matches_the_decoded_path() -> None:
     assert keys.authorizes({"method": "GET", "path": unquote(path), "query_string": query.encode()}, "")
 
 
-def test_disconnected_clients_free_their_connections(hurried: int, offline: Grounder) -> None:
+def test_disconnected_clients_free_their_connections(hurried: int) -> None:
     body, kind = form(query="person opens the door")
-    with socket.create_connection(("127.0.0.1", hurried)) as stream:
-        stream.sendall(asking(json.dumps(QUESTION).encode()))
-    with socket.create_connection(("127.0.0.1", hurried)) as stream:
-        stream.sendall(
-            f"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n".encode()
-            + body[:50]
-        )
-    ours = http.client.HTTPConnection("127.0.0.1", hurried, timeout=20)
-    ours.request("POST", "/v1/ground", json.dumps(QUESTION), {"content-type": "application/json"})
-    assert ours.getresponse().status == 200
-    ours.close()
+    head = f"POST /v1/ground HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    complete = asking(json.dumps(QUESTION).encode())
+    for _ in range(h11_protocol.MAX_CONNECTIONS):
+        for sent in (complete, head.encode() + body[:50]):
+            with socket.create_connection(("127.0.0.1", hurried)) as stream:
+                stream.sendall(sent)
+    assert reply(said(hurried, complete)).status == 200

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 from runtime.media.video_file import probe
 from tests.films import film, holed, scene
-from tests.runtime.service.conftest import Running, npy
+from tests.runtime.service.conftest import KEY, Running, npy
 
 # .ci/run sets the variable, so that these tests fail there instead of being skipped.
 CHROMIUM = os.environ.get("DRN_CHROMIUM") or shutil.which("chromium")
@@ -73,11 +73,13 @@ def shown(
 
 
 class Seen:
-    """A page, and the errors that occurred in it."""
+    """A page of a service, and the errors that occurred in it."""
 
     def __init__(self, page: Page, url: str) -> None:
         self.page = page
         self.url = url
+        self.query = page.get_by_label("What happens?")
+        self.answers = page.locator("#answers > li")
         self.asked: list[str] = []
         self.errors: list[str] = []
         page.on("request", lambda request: self.asked.append(request.url))
@@ -93,27 +95,41 @@ class Seen:
         self.page.get_by_role("option", name=re.compile(name)).click()
         expect(self.page.locator("#timeline")).to_be_visible()
 
-    def ask(self, sentence: str) -> None:
-        before = self.page.locator("#answers > li").count()
-        self.page.get_by_label("What happens?").fill(sentence)
+    def send(self, sentence: str) -> None:
+        self.query.fill(sentence)
         self.page.keyboard.press("Enter")
-        expect(self.page.locator("#answers > li")).to_have_count(before + 1)
-        expect(self.page.locator("#answers > li").last.locator(".moment").first).to_be_visible()
+
+    def ask(self, sentence: str) -> None:
+        before = self.answers.count()
+        self.send(sentence)
+        expect(self.answers).to_have_count(before + 1)
+        expect(self.answers.last.locator(".moment").first).to_be_visible()
+
+    def upload(self, path: Path) -> None:
+        self.page.get_by_role("button", name="Upload a video").click()
+        self.page.get_by_label("File").set_input_files(path)
+        self.page.get_by_role("button", name="Upload", exact=True).click()
 
 
-@pytest.fixture
-def seen(browser: Browser, shown: Running, request: pytest.FixtureRequest) -> Iterator[Seen]:
-    """A new page; the parameter `phone` gives it the size of a phone."""
-    phone = getattr(request, "param", None) == "phone"
+@contextlib.contextmanager
+def opened(browser: Browser, service: Running, phone: bool = False) -> Iterator[Seen]:
+    """Yield a new page of a service, in a window of a common size or of the size of a phone."""
     size = {"width": 390, "height": 844} if phone else {"width": 1280, "height": 860}
     context = browser.new_context(viewport=size, is_mobile=phone, has_touch=phone)  # type: ignore[arg-type]
     context.set_default_timeout(PATIENCE_MS)
-    seen = Seen(context.new_page(), shown.url)
+    seen = Seen(context.new_page(), service.url)
     yield seen
     context.close()
     assert [url for url in seen.asked if not url.startswith((seen.url, f"blob:{seen.url}"))] == []
     # The browser also logs rejected requests; all other errors are defects of the page.
     assert [error for error in seen.errors if "status of 4" not in error and "ERR_FAILED" not in error] == []
+
+
+@pytest.fixture
+def seen(browser: Browser, shown: Running, request: pytest.FixtureRequest) -> Iterator[Seen]:
+    """A new page; the parameter `phone` gives it the size of a phone."""
+    with opened(browser, shown, phone=getattr(request, "param", None) == "phone") as seen:
+        yield seen
 
 
 def until(page: Page, condition: str) -> None:
@@ -129,9 +145,9 @@ def time(page: Page) -> float:
     return float(page.evaluate("document.querySelector('#player').currentTime"))
 
 
-def moments(page: Page, row: int = 0) -> list[list[float]]:
+def moments(seen: Seen, row: int = 0) -> list[list[float]]:
     """Return the displayed starts and ends, best first."""
-    texts = page.locator("#answers > li").nth(row).locator(".when").all_inner_texts()
+    texts = seen.answers.nth(row).locator(".when").all_inner_texts()
     return [
         [60 * int(minutes) + float(rest) for minutes, rest in re.findall(r"(\d+):([\d.]+)", text)] for text in texts
     ]
@@ -142,7 +158,7 @@ def test_clicked_moment_plays_from_start_to_end(seen: Seen, shown: Running) -> N
     seen.choose(SHOWN)
     seen.ask("person opens the door")
     answer = shown.ask({"video": SHOWN, "query": "person opens the door"}).json[0]["moments"]
-    assert moments(page) == [[round(one["start"], 1), round(one["end"], 1)] for one in answer]
+    assert moments(seen) == [[round(one["start"], 1), round(one["end"], 1)] for one in answer]
     bars = page.locator(".track .bar")
     assert bars.count() == 5
     shortest = min(range(5), key=lambda rank: answer[rank]["end"] - answer[rank]["start"])
@@ -153,17 +169,13 @@ def test_clicked_moment_plays_from_start_to_end(seen: Seen, shown: Running) -> N
     assert time(page) == pytest.approx(answer[shortest]["end"], abs=2.0)
     assert page.locator(".bar.chosen").count() == 1
     left = page.locator(".bar.chosen").evaluate("bar => parseFloat(bar.style.left)")
-    assert left == pytest.approx(100 * answer[shortest]["start"] / shown.get(f"/v1/videos/{SHOWN}").json["duration"])
-
-
-def test_click_on_timeline_seeks_the_player(seen: Seen, shown: Running) -> None:
-    page = seen.open()
-    seen.choose(SHOWN)
+    duration = shown.get(f"/v1/videos/{SHOWN}").json["duration"]
+    assert left == pytest.approx(100 * answer[shortest]["start"] / duration)
+    # A click on the time line seeks.
     box = page.locator("#timeline").bounding_box()
     assert box is not None
-    until(page, "document.querySelector('#player').readyState >= 1")
     page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] - 4)
-    assert time(page) == pytest.approx(shown.get(f"/v1/videos/{SHOWN}").json["duration"] / 4, abs=0.2)
+    assert time(page) == pytest.approx(duration / 4, abs=0.2)
 
 
 def test_page_is_usable_with_keyboard_only(seen: Seen) -> None:
@@ -186,7 +198,7 @@ def test_page_is_usable_with_keyboard_only(seen: Seen) -> None:
         keys.press("Tab")
         if page.evaluate("document.activeElement.classList.contains('moment')"):
             break
-    places = [*moments(page, 0), *moments(page, 1)]
+    places = [*moments(seen, 0), *moments(seen, 1)]
     focused = "document.activeElement.id"
     assert page.evaluate(focused) == "moment-0-0"
     for _ in range(5):
@@ -204,19 +216,15 @@ def test_page_is_usable_with_keyboard_only(seen: Seen) -> None:
     keys.press("Delete")
     assert page.locator(".track").count() == 1
     assert page.evaluate(focused) == "moment-0-0"
-
-
-def test_space_key_toggles_playback_outside_inputs(seen: Seen) -> None:
-    page = seen.open(f"#video={SHOWN}")
-    until(page, "document.querySelector('#player').readyState >= 2")
+    # Space plays the video, except in an input.
     page.evaluate("document.activeElement.blur()")
-    page.keyboard.press("Space")
+    keys.press("Space")
     until(page, "!document.querySelector('#player').paused")
-    page.keyboard.press("Space")
+    keys.press("Space")
     until(page, "document.querySelector('#player').paused")
-    page.get_by_label("What happens?").focus()
-    page.keyboard.type("a b")
-    assert page.get_by_label("What happens?").input_value() == "a b"
+    seen.query.fill("")
+    keys.type("a b")
+    assert seen.query.input_value() == "a b"
     assert page.evaluate("document.querySelector('#player').paused")
 
 
@@ -224,15 +232,14 @@ def test_page_answers_query_sent_before_video_loaded(seen: Seen) -> None:
     held: list[Any] = []
     seen.page.route(f"**/v1/videos/{SHOWN}", lambda route: held.append(route))
     page = seen.open(f"#video={SHOWN}")
-    page.get_by_label("What happens?").fill("person opens the door")
-    page.keyboard.press("Enter")
+    seen.send("person opens the door")
     while not held:
         page.wait_for_timeout(20)
     page.wait_for_timeout(100)
     assert page.locator("#problem").is_hidden()
     held[0].continue_()
-    expect(page.locator("#answers > li .moment").first).to_be_visible()
-    assert page.locator("#answers > li").count() == 1
+    expect(seen.answers.locator(".moment").first).to_be_visible()
+    assert seen.answers.count() == 1
     assert seen.errors == []
 
 
@@ -265,14 +272,10 @@ def test_queries_are_shown_in_rows_of_distinct_color(seen: Seen) -> None:
     colours = page.locator(".track .bar").evaluate_all("bars => bars.map(bar => getComputedStyle(bar).backgroundColor)")
     assert len(colours) == len(set(colours)) == 8
     # The ninth query replaces the first, and a repeated query is listed once.
-    page.get_by_label("What happens?").fill(sentences[8])
-    page.keyboard.press("Enter")
-    expect(page.locator("#answers > li").last).to_contain_text(sentences[8])
-    expect(page.locator("#answers > li")).to_have_count(8)
-    page.get_by_label("What happens?").fill(sentences[4])
-    page.keyboard.press("Enter")
-    expect(page.locator("#answers > li").last).to_contain_text(sentences[4])
-    expect(page.locator("#answers > li")).to_have_count(8)
+    for sentence in (sentences[8], sentences[4]):
+        seen.send(sentence)
+        expect(seen.answers.last).to_contain_text(sentence)
+        expect(seen.answers).to_have_count(8)
     page.get_by_role("button", name=f"Remove “{sentences[5]}”").click()
     expect(page.locator(".track")).to_have_count(7)
     page.get_by_role("button", name="Clear all").click()
@@ -309,7 +312,7 @@ def test_example_opens_its_video_and_asks_its_sentence(seen: Seen) -> None:
     sentence = examples.first.locator(".about").inner_text().strip("“”")
     examples.first.click()
     expect(page.locator(".sentence span").first).to_have_text(sentence)
-    expect(page.locator("#answers > li .moment").first).to_be_visible()
+    expect(seen.answers.locator(".moment").first).to_be_visible()
     expect(page.locator("#examples")).to_be_hidden()
     assert page.get_by_label("Video", exact=True).input_value() == SHOWN
     page.get_by_role("link", name="When does it happen?").click()
@@ -319,27 +322,26 @@ def test_example_opens_its_video_and_asks_its_sentence(seen: Seen) -> None:
 def test_words_of_the_query_are_completed(seen: Seen, offline: Grounder) -> None:
     page = seen.open()
     keys = page.keyboard
-    field = page.get_by_label("What happens?")
     options = page.locator("#words [role=option]")
     known = sorted(word for word in offline.manifest.vocabulary.words if word.startswith("op"))
-    field.press_sequentially("person op")
+    seen.query.press_sequentially("person op")
     expect(options).to_have_text(known)
     # Without a selected word Enter sends the query.
     keys.press("ArrowDown")
     keys.press("Enter")
-    expect(field).to_have_value(f"person {known[0]} ")
+    expect(seen.query).to_have_value(f"person {known[0]} ")
     expect(page.locator("#words")).to_be_hidden()
     keys.type("the zork")
     expect(page.locator("#words")).to_contain_text("No known word")
     keys.press("Escape")
     expect(page.locator("#words")).to_be_hidden()
     # A word in the middle of the query is completed in its place.
-    field.fill("person op door")
+    seen.query.fill("person op door")
     for _ in range(len(" door")):
         keys.press("ArrowLeft")
     keys.press("ArrowDown")
     options.last.click()
-    expect(field).to_have_value(f"person {known[-1]} door")
+    expect(seen.query).to_have_value(f"person {known[-1]} door")
 
 
 def test_answers_and_clips_are_saved_as_files(seen: Seen, tmp_path: Path) -> None:
@@ -357,7 +359,7 @@ def test_answers_and_clips_are_saved_as_files(seen: Seen, tmp_path: Path) -> Non
         assert saved.value.suggested_filename.startswith(SHOWN)
     # The button of an answer saves its selected moment.
     page.locator(".moment").nth(1).click()
-    start, end = moments(page)[1]
+    start, end = moments(seen)[1]
     with page.expect_download() as saved:
         page.locator(".clip").first.click()
     saved.value.save_as(tmp_path / "clip.mp4")
@@ -369,20 +371,15 @@ def test_answers_and_clips_are_saved_as_files(seen: Seen, tmp_path: Path) -> Non
     expect(page.locator(".clip").first).to_be_enabled()
 
 
-def test_answers_below_the_threshold_are_doubtful(
-    browser: Browser, start: Callable[..., Running], strict: Path, planted: Path, tmp_path: Path
-) -> None:
-    page = browser.new_page()
-    page.set_default_timeout(PATIENCE_MS)
-    seen = Seen(page, start("--model", strict, "--data", planted, "--uploads", tmp_path).url)
-    seen.open()
-    seen.choose(UNSHOWN)
-    seen.ask("person opens the door")
-    expect(page.locator(".reason")).to_contain_text("below 1.00")
-    expect(page.locator(".moment.doubtful")).to_have_count(5)
-    expect(page.locator(".bar.doubtful")).to_have_count(5)
-    assert "doubtful" in str(page.locator(".moment").first.get_attribute("aria-label"))
-    page.close()
+def test_answers_below_the_threshold_are_doubtful(browser: Browser, choosy: Running) -> None:
+    with opened(browser, choosy) as seen:
+        page = seen.open()
+        seen.choose(UNSHOWN)
+        seen.ask("person opens the door")
+        expect(page.locator(".reason")).to_contain_text("below 1.00")
+        expect(page.locator(".moment.doubtful")).to_have_count(5)
+        expect(page.locator(".bar.doubtful")).to_have_count(5)
+        assert "doubtful" in str(page.locator(".moment").first.get_attribute("aria-label"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -416,50 +413,43 @@ def test_page_state_is_restored_from_the_url(seen: Seen) -> None:
     page.reload()
     expect(page.locator(".track .bar")).to_have_count(10)
     assert page.locator("#answers").inner_text() == shown
+    # HTML in a query is text.
+    sentence = "person opens the <img src=x onerror=alert(1)> door"
+    seen.open("?" + "#" + f"video={UNSHOWN}&q={sentence.replace('<', '%3C').replace(' ', '+')}")
+    expect(page.locator(".sentence span").first).to_have_text(sentence)
+    assert page.locator("#answers img").count() == 0
 
 
 def test_page_shows_errors_next_to_their_input(seen: Seen) -> None:
-    page = seen.open()
-    page.get_by_label("What happens?").fill("person opens the door")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_contain_text("Choose a video first")
+    page, alert = seen.open(), seen.page.get_by_role("alert")
+    seen.send("person opens the door")
+    expect(alert).to_contain_text("Choose a video first")
     page.get_by_label("Video", exact=True).fill("nobody")
     expect(page.locator("#videos")).to_contain_text("No name of a video contains this text")
     seen.choose(UNSHOWN)
-    page.get_by_label("What happens?").fill("zork")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_contain_text("'zork'")
+    seen.send("zork")
+    expect(alert).to_contain_text("'zork'")
     assert page.locator(".track").count() == 0
     seen.ask("person opens the zork")
-    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(alert).to_be_hidden()
     expect(page.locator(".reason")).to_contain_text("Unknown words, ignored: zork.")
     expect(page.locator(".reason .doubt")).to_be_visible()
     page.route("**/v1/ground", lambda route: route.abort())
-    page.get_by_label("What happens?").fill("person opens the door")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    seen.send("person opens the door")
+    expect(alert).to_contain_text("cannot be reached")
     page.unroute("**/v1/ground")
     page.route("**/v1/ground", lambda route: route.fulfill(json=[{"query": "x", "video": "y", "moments": []}]))
     page.keyboard.press("Enter")
-    expect(page.locator("#answers > li").last).to_contain_text("No moment found.")
+    expect(seen.answers.last).to_contain_text("No moment found.")
     seen.open("#video=nobody")
     page.reload()
-    expect(page.get_by_role("alert")).to_contain_text("'nobody'")
-
-
-def test_page_escapes_html_in_queries(seen: Seen) -> None:
-    sentence = "person opens the <img src=x onerror=alert(1)> door"
-    page = seen.open("?" + "#" + f"video={UNSHOWN}&q={sentence.replace('<', '%3C').replace(' ', '+')}")
-    expect(page.locator(".sentence span").first).to_have_text(sentence)
-    assert page.locator("#answers img").count() == 0
+    expect(alert).to_contain_text("'nobody'")
 
 
 def test_uploaded_features_can_be_queried_on_the_page(seen: Seen, tmp_path: Path) -> None:
     (tmp_path / "kitchen.npy").write_bytes(npy(np.random.default_rng(0).random((40, 32), np.float32)))
     page = seen.open()
-    page.get_by_role("button", name="Upload a video").click()
-    page.get_by_label("File").set_input_files(tmp_path / "kitchen.npy")
-    page.get_by_role("button", name="Upload", exact=True).click()
+    seen.upload(tmp_path / "kitchen.npy")
     assert page.evaluate("document.activeElement.id") == "duration"
     page.keyboard.type("12.5")
     page.keyboard.press("Enter")
@@ -471,16 +461,13 @@ def test_uploaded_features_can_be_queried_on_the_page(seen: Seen, tmp_path: Path
 
 def test_uploaded_video_can_be_played_and_queried(seen: Seen, tmp_path: Path) -> None:
     page = seen.open()
-    page.get_by_role("button", name="Upload a video").click()
-    page.get_by_label("File").set_input_files(film(tmp_path / "mine.webm", scene(40), rate=10))
-    page.get_by_role("button", name="Upload", exact=True).click()
+    seen.upload(film(tmp_path / "mine.webm", scene(40), rate=10))
     expect(page.locator("#sending")).to_be_hidden()
     seen.ask("person opens the door")
     expect(page.locator("#axis span").last).to_have_text("0:04.0")
     until(page, "document.querySelector('#player').readyState >= 1")
-    page.get_by_role("button", name="Upload a video").click()
     (tmp_path / "bad.npy").write_bytes(b"x")
-    page.get_by_label("File").set_input_files(tmp_path / "bad.npy")
+    seen.upload(tmp_path / "bad.npy")
     page.get_by_label("Duration").fill("3")
     page.get_by_role("button", name="Upload", exact=True).click()
     expect(page.locator("#sending-problem")).to_contain_text("NumPy")
@@ -492,15 +479,13 @@ def test_damaged_video_is_grounded_with_partial_checked(seen: Seen, tmp_path: Pa
     damaged = holed(film(tmp_path / "whole.mp4", noise), tmp_path / "hole.mp4", 30)
     page = seen.open()
     checkbox = page.get_by_label("use what can be decoded")
+    seen.upload(damaged)
+    expect(page.locator("#problem")).to_contain_text("partial")
     page.get_by_role("button", name="Upload a video").click()
     expect(checkbox).to_be_hidden()
     (tmp_path / "x.npy").write_bytes(b"x")
     page.get_by_label("File").set_input_files(tmp_path / "x.npy")
     expect(checkbox).to_be_hidden()
-    page.get_by_label("File").set_input_files(damaged)
-    page.get_by_role("button", name="Upload", exact=True).click()
-    expect(page.locator("#problem")).to_contain_text("partial")
-    page.get_by_role("button", name="Upload a video").click()
     page.get_by_label("File").set_input_files(damaged)
     expect(checkbox).not_to_be_checked()
     checkbox.check()
@@ -509,31 +494,22 @@ def test_damaged_video_is_grounded_with_partial_checked(seen: Seen, tmp_path: Pa
     seen.ask("person opens the door")
 
 
-def test_page_requests_and_remembers_the_api_key(
-    browser: Browser, start: Callable[..., Running], model: Path, planted: Path, tmp_path: Path
-) -> None:
-    media = tmp_path / "media"
-    media.mkdir()
-    film(media / f"{SHOWN}.webm", scene(20), rate=5)
-    words = ("--model", model, "--data", planted, "--media", media, "--uploads", tmp_path / "up", "--api-key", "open")
-    page = browser.new_page()
-    page.set_default_timeout(PATIENCE_MS)
-    seen = Seen(page, start(*words).url)
-    seen.open()
-    expect(page.locator("#locked-problem")).to_be_hidden()
-    page.get_by_label("Key", exact=True).fill("wrong")
-    page.keyboard.press("Enter")
-    expect(page.locator("#locked-problem")).to_be_visible()
-    page.get_by_label("Key", exact=True).fill("open")
-    page.keyboard.press("Enter")
-    expect(page.locator("#locked")).to_be_hidden()
-    expect(page.locator(".example video")).to_have_count(1)
-    seen.choose(SHOWN)
-    seen.ask("person opens the door")
-    until(page, "document.querySelector('#player').readyState >= 2")
-    page.reload()
-    expect(page.locator(".track .bar")).to_have_count(5)
-    page.close()
+def test_page_requests_and_remembers_the_api_key(browser: Browser, locked: Running) -> None:
+    with opened(browser, locked) as seen:
+        page = seen.open()
+        expect(page.locator("#locked-problem")).to_be_hidden()
+        page.get_by_label("Key", exact=True).fill("wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator("#locked-problem")).to_be_visible()
+        page.get_by_label("Key", exact=True).fill(KEY)
+        page.keyboard.press("Enter")
+        expect(page.locator("#locked")).to_be_hidden()
+        expect(page.locator(".example video")).to_have_count(1)
+        seen.choose(SHOWN)
+        seen.ask("person opens the door")
+        until(page, "document.querySelector('#player').readyState >= 2")
+        page.reload()
+        expect(page.locator(".track .bar")).to_have_count(5)
 
 
 def test_docs_page_describes_all_routes(seen: Seen) -> None:
@@ -542,30 +518,3 @@ def test_docs_page_describes_all_routes(seen: Seen) -> None:
     text = page.locator("main").inner_text()
     for words in ("/v1/ground", "/v1/videos/{video}/media", "/healthz", "multipart/form-data", "top_k", "features"):
         assert words in text
-
-
-def test_page_files_are_cached_by_etag(shown: Running) -> None:
-    for path in ("/", "/page/main.js", "/page/style.css", "/page/icon.svg"):
-        first = shown.get(path)
-        assert first.status == 200
-        again: Any = shown.get(path, **{"If-None-Match": first.headers["etag"]})
-        assert (again.status, again.body) == (304, b"")
-
-
-def test_wheel_contains_the_page_files(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    root = Path(__file__).parents[3]
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(root / name, source)
-    shutil.copytree(root / "runtime", source / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
-    build = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    page = {f"runtime/service/page/{path.name}" for path in (root / "runtime" / "service" / "page").iterdir()}
-    assert page <= names
-    assert len(page) >= 9
