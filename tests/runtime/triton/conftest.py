@@ -16,6 +16,7 @@ from runtime import Grounder, Video
 from runtime.core.sliding_windows import Windows
 from tests.export.conftest import TINY, lively, manifest
 
+BOTH = pytest.mark.parametrize("network", ["whole", "pair"])
 QUERIES = ("word1 word2 word3", "word7", "word4 word9 word2 word11 word3", "word5 word6")
 
 
@@ -35,19 +36,22 @@ def query_part(graph: Path) -> Path:
     return graph.with_name("drn.query.onnx")
 
 
-@pytest.fixture(scope="session", params=["whole", "pair"])
-def repository(
-    request: pytest.FixtureRequest, graph: Path, query_part: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Repositories of the unsplit and of the split network."""
-    model = graph if request.param == "whole" else query_part
-    return triton(model, tmp_path_factory.mktemp("served") / "repository")
-
-
 @pytest.fixture(scope="session")
-def split_repository(query_part: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository of the split network."""
-    return triton(query_part, tmp_path_factory.mktemp("split") / "repository")
+def repositories(graph: Path, query_part: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Repositories of the unsplit ("whole") and of the split ("pair") network."""
+    directory = tmp_path_factory.mktemp("served")
+    return {name: triton(model, directory / name) for name, model in (("whole", graph), ("pair", query_part))}
+
+
+@pytest.fixture
+def network() -> str:
+    """The network that is served; `BOTH` replaces it."""
+    return "pair"
+
+
+@pytest.fixture
+def repository(repositories: dict[str, Path], network: str) -> Path:
+    return repositories[network]
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 from export.triton.writer import read_config
 from runtime import Grounder
 from runtime.datasets.dataset import DataSet
-from tests.documented import ROOT, arguments, lines_run_by
+from tests.documented import ROOT, lines_run_by
+from tests.forked_commands import ForkedCommand
 from tests.tritonserver import Server
 from tests.tritonwire import Wire, over_grpc
 
@@ -22,8 +24,8 @@ WRITE, INFER, EVALUATE = (line.text for line in lines_run_by("tests/runtime/trit
 
 
 def run(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(directory)}
-    return subprocess.run(arguments(line), cwd=directory, env=environment, capture_output=True, text=True)
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(directory)}
+    return ForkedCommand(shlex.split(line, comments=True), environment, directory).finish()
 
 
 def test_documented_commands_serve_and_query_a_model(tiny_model: Path, mini: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from runtime.triton import front
 from tests import tolerances
 from tests.damage import damaged, random_bits
 from tests.raising import quotes
-from tests.runtime.triton.conftest import QUERIES, video
+from tests.runtime.triton.conftest import BOTH, QUERIES, video
 from tests.tritonserver import Refused, Server
 
 
@@ -49,14 +49,9 @@ def assert_alike(found: Sequence[Sequence[Moment]], wanted: Sequence[Sequence[Mo
         assert ours == pytest.approx(theirs, abs=tolerances.BATCHED_SECONDS)
 
 
-def files_of(repository: Path) -> list[Path]:
-    """Return the files that answers depend on: the networks and `about.json`."""
-    return sorted((*repository.rglob("model.onnx"), *repository.rglob("about.json")))
-
-
 def test_front_model_with_damaged_files_does_not_start(repository: Path) -> None:
-    files = files_of(repository)
-    assert len(files) >= 2
+    files = sorted((*repository.rglob("model.onnx"), *repository.rglob("about.json")))
+    assert len(files) == 3
     for path in files:
         for _ in damaged(path, random_bits(path.read_bytes(), 10)):
             with pytest.raises(ModelFileError):
@@ -64,12 +59,14 @@ def test_front_model_with_damaged_files_does_not_start(repository: Path) -> None
     front.Front(None, {"model_version": "1"}, repository / "drn" / "1")
 
 
+@BOTH
 def test_front_model_answer_equals_model_file(server: Server, direct: Grounder) -> None:
     subject = video(40)
     expected = direct.ground_batch([(subject, query) for query in QUERIES])
     assert_alike(moments(server.infer("drn", asked(subject))), expected)
 
 
+@BOTH
 def test_concurrent_requests_are_batched_and_separated(server: Server, direct: Grounder) -> None:
     subjects = [video(40, 1), video(23, 2), video(40, 3)]
     requests = [asked(one, QUERIES[: index + 1]) for index, one in enumerate(subjects)]
@@ -111,17 +108,14 @@ def test_long_video_windows_come_from_model_or_request(server: Server, direct: G
     assert moments(cut) != moments(uncut)
 
 
-def test_repeated_video_is_encoded_once(split_repository: Path) -> None:
-    server = Server(split_repository)
+def test_repeated_video_is_encoded_once(server: Server) -> None:
     for _ in range(3):
         server.execute("drn", [asked(video(40)), asked(video(40), ["word8"])])
     server.infer("drn", asked(video(40, 1)))
     assert [name for name, _, _ in server.calls].count("drn_video") == 2
 
 
-def test_long_video_is_encoded_once_per_window_setting(split_repository: Path, direct: Grounder) -> None:
-    server = Server(split_repository)
-
+def test_long_video_is_encoded_once_per_window_setting(server: Server, direct: Grounder) -> None:
     def encoded(**more: Any) -> int:
         server.calls.clear()
         server.infer("drn", asked(video(300), **more))
@@ -135,10 +129,9 @@ def test_long_video_is_encoded_once_per_window_setting(split_repository: Path, d
     assert (encoded(WINDOWS=shorter), encoded()) == (0, 0)
 
 
-def test_video_cache_distinguishes_single_feature_value(server: Server) -> None:
+def test_video_cache_distinguishes_single_feature_value() -> None:
     first, other = video(40), video(40)
     other.features[-1, -1] += 1
-    server.infer("drn", asked(first))
     kept = front._VideoCache(1 << 20)
     assert kept.video(first.features, 300, 9.0, "a") is kept.video(first.features.copy(), 300, 9.0, "b")
     assert kept.video(first.features, 300, 9.0, "a") is not kept.video(other.features, 300, 9.0, "a")

@@ -31,7 +31,7 @@ from runtime.core.errors import GroundingError
 from tests import tolerances
 from tests.processes import free_port
 from tests.raising import quotes, raises
-from tests.runtime.triton.conftest import QUERIES, video
+from tests.runtime.triton.conftest import BOTH, QUERIES, video
 
 ROOT = Path(__file__).parents[3]
 PLACE = Path(os.environ.get("DRN_PYTRITON", ROOT / ".venv" / "pytriton"))
@@ -126,6 +126,7 @@ def flat(answers: Any) -> np.ndarray:
     return np.array([(moment.start, moment.end, moment.score) for one in answers for moment in one])
 
 
+@BOTH
 def test_grpc_and_http_answers_equal_model_file(repository: Path, backends: Path, direct: Grounder) -> None:
     pairs = [(video(30 + 7 * seed, seed), query) for query in QUERIES for seed in range(3)]
     pairs += [(video(300), query) for query in QUERIES]

@@ -15,7 +15,7 @@ import pytest
 from runtime import Grounder, open_backend
 from runtime.backends import triton_client
 from runtime.backends.triton_client import Address
-from runtime.core.errors import DeviceError, FeatureError, GroundingError, ModelFileError, QueryError, ServerError
+from runtime.core.errors import DeviceError, FeatureError, ModelFileError, QueryError, ServerError
 from runtime.core.sliding_windows import Windows
 from runtime.evaluate import evaluate
 from runtime.infer import infer
@@ -23,7 +23,7 @@ from tests import tolerances
 from tests.export.conftest import TINY
 from tests.processes import free_port
 from tests.raising import raises, records
-from tests.runtime.triton.conftest import QUERIES, video
+from tests.runtime.triton.conftest import BOTH, QUERIES, video
 from tests.tritonserver import Server
 from tests.tritonwire import Wire, over_grpc, over_http
 
@@ -31,14 +31,14 @@ PREFIXES = {"grpc": "triton://", "http": "triton+http://"}
 
 
 @pytest.fixture(scope="module")
-def loaded(repository: Path) -> Server:
-    return Server(repository)
+def servers(repositories: dict[str, Path]) -> dict[str, Server]:
+    return {name: Server(repository) for name, repository in repositories.items()}
 
 
 @pytest.fixture
-def wire(loaded: Server) -> Wire:
-    loaded.broken = None
-    return Wire(loaded)
+def wire(servers: dict[str, Server], network: str) -> Wire:
+    servers[network].broken = None
+    return Wire(servers[network])
 
 
 @pytest.fixture(params=["grpc", "http"])
@@ -59,6 +59,7 @@ def flat(answers: Any) -> list[list[float]]:
     return [[moment.start, moment.end, moment.score] for one in answers for moment in one]
 
 
+@BOTH
 def test_served_model_equals_model_file(address: str, wire: Wire, direct: Grounder) -> None:
     served = Grounder.load(address)
     assert served.manifest.vocabulary == direct.manifest.vocabulary
@@ -96,6 +97,7 @@ def test_served_model_uses_requested_windows(here: str, direct: Grounder) -> Non
         np.testing.assert_allclose(flat(actual), flat(expected), atol=tolerances.BATCHED_SECONDS)
 
 
+@BOTH
 def test_open_backend_uses_networks_behind_the_front(address: str, wire: Wire, direct: Grounder) -> None:
     subject = video(30)
     served = Grounder(open_backend(address))
@@ -203,7 +205,7 @@ def test_infer_output_for_address_equals_model_file(
     caplog.set_level("INFO", "drn")
     np.save(tmp_path / "clip.npy", video(300).features)
     line = ("--features", tmp_path / "clip.npy", "--duration", 96, "--query", *QUERIES)
-    for more in ((), ("--window", 0, "--top-k", 2), ("--window", 30), ("--format", "srt"), ("--always-answer",)):
+    for more in ((), ("--window", 0, "--top-k", 2), ("--window", 30, "--format", "srt", "--always-answer")):
         served, file = (run_command(infer, "--model", model, *line, *more) for model in (here, graph))
         assert (served.code, served.err) == (file.code, file.err) == (0, "")
         assert served.out == file.out
@@ -248,7 +250,3 @@ def test_served_model_reports_no_match(graph: Path, tmp_path: Path, direct: Grou
             actual, known = (one.ground_batch(pairs, presence=expected) for one in (served, file))
             assert [len(one) for one in actual] == [len(one) for one in known]
             assert (0 in [len(one) for one in actual]) == expected
-
-
-def test_server_error_is_a_grounding_error() -> None:
-    assert issubclass(ServerError, GroundingError)
