@@ -14,6 +14,9 @@ from runtime.corpus.job import Result, ground
 from runtime.corpus.sharding import Settings
 
 Row = dict[str, Any]
+# The fixtures `here` and `corpus`.
+Here = Callable[..., Result]
+Corpus = Callable[[Iterable[Row]], tuple[Path, Path]]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:
@@ -40,7 +43,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def corpus(mini: Path, tmp_path: Path) -> Callable[[Iterable[Row]], tuple[Path, Path]]:
+def corpus(mini: Path, tmp_path: Path) -> Corpus:
     """Return a function that writes the mini data set and a file of queries."""
 
     def make(rows: Iterable[Row]) -> tuple[Path, Path]:
@@ -61,7 +64,7 @@ def damaged(mini: Path) -> Path:
 
 
 @pytest.fixture
-def here(tiny_model: Path, tmp_path: Path) -> Callable[..., Result]:
+def here(tiny_model: Path, tmp_path: Path) -> Here:
     """Return a function that grounds in this process: `here(features, queries, form=..., ...)`."""
 
     def run(

@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime.core.errors import GroundingError, OutputError
-from runtime.core.io.atomic_files import locked
 from runtime.corpus import job
-from runtime.corpus.job import Result
 from runtime.corpus.sharding import MANIFEST
 from runtime.corpus.worker import Worker
 from tests.raising import quotes, raises, records
-from tests.runtime.corpus.conftest import content, write_rows
-
-Here = Callable[..., Result]
-Corpus = Callable[..., tuple[Path, Path]]
+from tests.runtime.corpus.conftest import Corpus, Here, content, write_rows
 
 ROWS = [{"query": "a person opens the door."}, {"query": "xyzzy"}]
 
@@ -54,52 +48,31 @@ def test_resumed_job_produces_identical_shards(
     assert (result.grounded, result.pairs, complete.grounded) == (8, 12, 12)
     assert all((output / name).stat().st_mtime_ns == time for name, time in before.items())
     assert quotes(str(result), 4)
+    assert here(features, queries, shard_pairs=3).grounded == 0
+    assert {path.name: path.stat().st_mtime_ns for path in output.glob("shard-*")}.items() >= before.items()
 
 
-def test_finished_shards_are_not_rebuilt(here: Here, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    features, queries = corpus(ROWS)
-    here(features, queries)
-    monkeypatch.setattr(Worker, "__call__", lambda *_: pytest.fail("a finished shard was begun"))
-    assert here(features, queries).grounded == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "values"),
-    [
-        ("queries", ["queries rows", 2, 1, "queries sha256"]),
-        ("features", ["features digest"]),
-        ("model", ["model sha256"]),
-        ("settings", ["settings top_k", 5, 4]),
-    ],
-)
-def test_changed_inputs_are_rejected_by_name(
-    here: Here, corpus: Corpus, tiny_model: Path, tmp_path: Path, change: str, values: list[object]
-) -> None:
+def test_changed_inputs_are_rejected_by_name(here: Here, corpus: Corpus, tiny_model: Path, tmp_path: Path) -> None:
     features, queries = corpus(ROWS)
     model = tmp_path / "tiny.onnx"
     model.write_bytes(tiny_model.read_bytes())
-    result = here(features, queries, model=model)
-    before = content(result.output)
-    if change == "queries":
-        write_rows(queries, ROWS[:1])
-    elif change == "features":
-        table = features / "Charades_duration.json"
-        table.write_text(json.dumps({**json.loads(table.read_text()), "AAAA1": 31.0}))
-    elif change == "model":
-        model.write_bytes(tiny_model.read_bytes() + b"\0")
-    with raises(OutputError, "settings_mismatch", *values):
-        here(features, queries, model=model, **({"top_k": 4} if change == "settings" else {}))
-    assert content(result.output) == before
-
-
-def test_job_on_locked_corpus_is_rejected(here: Here, corpus: Corpus, tmp_path: Path) -> None:
-    features, queries = corpus(ROWS)
-    output = tmp_path / "corpus"
-    output.mkdir()
-    with locked(output), raises(OutputError, "output_locked"):
-        here(features, queries)
-    assert not (output / MANIFEST).exists()
-    here(features, queries)
+    output = here(features, queries, model=model).output
+    complete = content(output)
+    with raises(OutputError, "settings_mismatch", "settings top_k", 5, 4):
+        here(features, queries, model=model, top_k=4)
+    table = features / "Charades_duration.json"
+    longer = json.dumps({**json.loads(table.read_text()), "AAAA1": 31.0})
+    for path, change, values in (
+        (queries, json.dumps(ROWS[0]) + "\n", ["queries rows", 2, 1, "queries sha256"]),
+        (table, longer, ["features digest"]),
+        (model, tiny_model.read_bytes() + b"\0", ["model sha256"]),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(change.encode() if isinstance(change, str) else change)
+        with raises(OutputError, "settings_mismatch", *values):
+            here(features, queries, model=model)
+        path.write_bytes(before)
+    assert content(output) == complete
 
 
 def test_job_finished_before_lock_is_not_overwritten(

@@ -89,18 +89,6 @@ def _zigzag(number: int, length: int) -> bytes:
     return bytes([*parts[:-1], parts[-1] & 127])
 
 
-def test_damaged_page_fails_only_its_rows(tmp_path: Path) -> None:
-    features = [np.random.default_rng(row).normal(size=(40, 8)).astype(np.float32).tolist() for row in range(4)]
-    path = rows(tmp_path / "a.parquet", features, row_group_size=2, compression="zstd", use_dictionary=False)
-    content = bytearray(path.read_bytes())
-    place = columns(path)[2].data_page_offset
-    content[place : place + 40] = b"\xff" * 40
-    path.write_bytes(content)
-    actual = answers(path)
-    assert [isinstance(answer, str) for answer in actual] == [True, True, False, False]
-    assert all("\n" not in answer for answer in actual[:2])
-
-
 @pytest.mark.parametrize("damage", [b"", b"PAR1", b"PAR1PAR1", b"PAR1" + b"\xff" * 60 + b"\x20\0\0\0PAR1"])
 def test_invalid_parquet_raises_one_line_error(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "a.parquet"

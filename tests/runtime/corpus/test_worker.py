@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,12 @@ import numpy as np
 import pytest
 
 from runtime.core.errors import GroundingError
-from runtime.corpus.job import Result
 from runtime.corpus.sharding import MANIFEST
 from runtime.corpus.worker import MAX_ATTEMPTS, Worker
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 from tests.raising import quotes, raises, records
-from tests.runtime.corpus.conftest import content, read_rows, write_rows
-
-Here = Callable[..., Result]
-Corpus = Callable[..., tuple[Path, Path]]
+from tests.runtime.corpus.conftest import Corpus, Here, content, read_rows, write_rows
 
 DOOR, DOG, UNKNOWN = "a person opens the door.", "dog sits.", "xyzzy"
 
@@ -70,25 +65,18 @@ def test_contradictory_video_becomes_error_row(
 ) -> None:
     features = tmp_path / "features"
     features.mkdir()
-    rng = np.random.default_rng(0)
-    for name in ("fits", "four_times", "quarter", "milliseconds"):
-        np.save(features / f"{name}.npy", rng.random((30, 16), np.float32))
-    np.save(features / "constant.npy", np.ones((30, 16), np.float32))
-    (features / "durations.json").write_text(
-        json.dumps(
-            {
-                "fits": {"duration": 9.0, "num_frames": 248},
-                "four_times": {"duration": 3.0, "num_frames": 70},
-                "quarter": {"duration": 36.0, "num_frames": 980},
-                "milliseconds": 9000.0,
-                "constant": 9.0,
-            }
-        )
-    )
-    model = pair_files if split else tiny_model
-    result = here(
-        features, write_rows(tmp_path / "queries.jsonl", [{"query": DOOR}, {"query": "the dirigible"}]), model=model
-    )
+    durations = {
+        "fits": {"duration": 9.0, "num_frames": 248},
+        "four_times": {"duration": 3.0, "num_frames": 70},
+        "quarter": {"duration": 36.0, "num_frames": 980},
+        "milliseconds": 9000.0,
+        "constant": 9.0,
+    }
+    (features / "durations.json").write_text(json.dumps(durations))
+    for name in durations:
+        np.save(features / f"{name}.npy", np.random.default_rng(0).random((30, 16), np.float32) ** (name != "constant"))
+    queries = write_rows(tmp_path / "queries.jsonl", [{"query": DOOR}, {"query": "the dirigible"}])
+    result = here(features, queries, model=pair_files if split else tiny_model)
     errors = {(row["vid"], row["query"]): row["error"] for row in read_rows(result.output)}
     assert errors["fits", DOOR] is None
     assert quotes(errors["fits", "the dirigible"], "'dirigible'")
@@ -98,38 +86,32 @@ def test_contradictory_video_becomes_error_row(
     assert quotes(errors["constant", DOOR], "constant", 1, 30)
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["whole model", "split model"])
 def test_each_video_is_read_and_encoded_once(
-    here: Here, corpus: Corpus, pair_files: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, split: bool
+    here: Here, corpus: Corpus, pair_files: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: Counter[str] = Counter()
-    encoded: Counter[str] = Counter()
+    calls: Counter[tuple[str, str]] = Counter()
     video, encode = DataSet.video, Grounder.encode_segments
 
     def counted(self: DataSet, name: str) -> Any:
-        read[name] += 1
+        calls["read", name] += 1
         return video(self, name)
 
     def counted_encoding(self: Grounder, segments: Any, duration: float, name: str, offset: float) -> Any:
-        encoded[name] += 1
+        calls["encoded", name] += 1
         return encode(self, segments, duration, name, offset)
 
     monkeypatch.setattr(DataSet, "video", counted)
     monkeypatch.setattr(Grounder, "encode_segments", counted_encoding)
     # Queries of one video are not adjacent in the file, and exceed a batch.
     features, queries = corpus([{"query": DOOR + " door" * n, "vid": v} for n in range(7) for v in ("AAAA1", "BBBB2")])
-    result = here(features, queries, model=pair_files if split else tiny_model, batch_size=3)
-    assert result.errors == 0
-    assert read == {"AAAA1": 1, "BBBB2": 1}
-    assert encoded == (read if split else {})
-
-
-def test_split_model_writes_same_corpus_as_unsplit(
-    here: Here, corpus: Corpus, pair_files: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    features, queries = corpus([{"query": DOOR}, {"query": DOG}])
     for name, model in (("whole", tiny_model), ("split", pair_files)):
-        here(features, queries, tmp_path / name, model=model)
+        assert here(features, queries, tmp_path / name, model=model, batch_size=3).errors == 0
+    assert calls == {
+        ("read", "AAAA1"): 2,
+        ("read", "BBBB2"): 2,
+        ("encoded", "AAAA1"): 1,
+        ("encoded", "BBBB2"): 1,
+    }
     assert content(tmp_path / "whole") == content(tmp_path / "split")
 
 
