@@ -50,9 +50,9 @@ def heads(path: Path, batch: Batch | None = None) -> Callable[[], bytes]:
 
     def answer() -> bytes:
         backend = open_backend(path, "cpu", 1)
-        found = backend.run(batch)
+        outputs = backend.run(batch)
         about = json.dumps(backend.manifest.to_dict(), sort_keys=True).encode()
-        return about + b"".join(array.tobytes() for array in vars(found).values())
+        return about + b"".join(array.tobytes() for array in vars(outputs).values())
 
     return answer
 
@@ -64,12 +64,12 @@ def test_damaged_unsplit_graph_is_rejected(graph: Path) -> None:
 def test_damaged_manifest_is_rejected_or_harmless(graph: Path) -> None:
     """Vocabulary, thresholds and digest: a file that is not rejected has the same answers."""
     whole, answer = graph.read_bytes(), heads(graph)
-    wanted, refused = answer(), 0
+    expected, refused = answer(), 0
     begin = 8 * (whole.index(b"drn.manifest") - 8)
     bits = (begin + np.array(random_bits(whole[begin // 8 :], 40))).tolist()
     for bit in damaged(graph, bits):
         try:
-            assert answer() == wanted, bit
+            assert answer() == expected, bit
         except ModelFileError:
             refused += 1
     assert refused >= 38
@@ -86,8 +86,8 @@ def test_damaged_model_parts_are_rejected(exported: dict[str, onnx.ModelProto], 
         pair: Any = open_backend(query, "cpu", 1)
         encoded = pair.encode(inputs[2].numpy()[:1])[0]
         about = EncodedVideo(encoded, inputs[3].numpy()[0], 1.0)
-        found = pair.ask(inputs[0].numpy(), inputs[1].numpy(), [about], np.zeros(12, np.int32))
-        return b"".join(array.tobytes() for array in vars(found).values())
+        outputs = pair.ask(inputs[0].numpy(), inputs[1].numpy(), [about], np.zeros(12, np.int32))
+        return b"".join(array.tobytes() for array in vars(outputs).values())
 
     files = {"video": video, "query": query}
     assert count_refused(files[part], answer, ModelFileError, 10) == 10

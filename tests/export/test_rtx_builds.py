@@ -125,8 +125,8 @@ def test_int8_with_fp32_scales_builds_and_agrees(exported: dict[str, onnx.ModelP
         for model in (half, wide)
     )
     # FP16 rounds some values to another INT8 step, which has a larger effect in this small network.
-    for wanted, found in zip(before, after, strict=True):
-        assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.95
+    for expected, actual in zip(before, after, strict=True):
+        assert np.corrcoef(actual.ravel(), expected.ravel())[0, 1] > 0.95
     assert len(build_with_rtx(wide)) > 10_000
 
 

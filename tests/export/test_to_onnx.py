@@ -60,8 +60,8 @@ def run(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[np.ndarra
 
 def assert_parity(session: onnxruntime.InferenceSession, model: DRN, inputs: Inputs) -> None:
     with torch.inference_mode():
-        wanted = model(*inputs)
-    for name, ours, theirs in zip(HEAD_NAMES, run(session, inputs), wanted, strict=True):
+        expected = model(*inputs)
+    for name, ours, theirs in zip(HEAD_NAMES, run(session, inputs), expected, strict=True):
         assert relative_difference(ours, theirs.numpy()) <= tolerances.EXPORTED, name
 
 
@@ -139,12 +139,12 @@ def test_nodes_read_weights_from_initializers(exported: dict[str, onnx.ModelProt
 
 def test_node_names_identify_their_modules(exported: dict[str, onnx.ModelProto], networks: dict[str, DRN]) -> None:
     modules = {name for name, _ in networks["deep"].named_modules()}
-    told: set[str] = set()
+    named: set[str] = set()
     for node in exported["deep"].graph.node:
-        found = drn_modules(node.name)
-        assert found, node.name
-        assert set(found) <= modules, node.name
-        told |= set(found)
+        owners = drn_modules(node.name)
+        assert owners, node.name
+        assert set(owners) <= modules, node.name
+        named |= set(owners)
     with_weights = {
         *("query_encoder.biLSTM", "query_encoder.W1", "query_encoder.W2", "query_encoder.W3"),
         *(f"qInput.{level}" for level in range(3)),
@@ -156,7 +156,7 @@ def test_node_names_identify_their_modules(exported: dict[str, onnx.ModelProto],
         ),
         *("prop_fc", "position_transform"),
     }
-    assert with_weights <= told
+    assert with_weights <= named
 
 
 @pytest.mark.parametrize("name", CONFIGS)

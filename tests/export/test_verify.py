@@ -43,11 +43,11 @@ def test_equal_model_passes_and_writes_reports(
 ) -> None:
     reference, model = models / "drn.pt", models / "drn.onnx"
     report, page = tmp_path / "report.json", tmp_path / "passport.html"
-    found = verify(reference, model, planted, split="train", output=report, html=page, threads=1)
-    said = capsys.readouterr().out
-    assert quotes(said, 95, "train", "mmaction2")
+    actual = verify(reference, model, planted, split="train", output=report, html=page, threads=1)
+    printed = capsys.readouterr().out
+    assert quotes(printed, 95, "train", "mmaction2")
     # The full sentence is asserted only here.
-    assert said.splitlines()[-1] == "The accuracy check of drn.onnx against drn.pt passed."
+    assert printed.splitlines()[-1] == "The accuracy check of drn.onnx against drn.pt passed."
 
     written = json.loads(report.read_text())
     assert written["format"] == "drn-parity/1"
@@ -55,8 +55,8 @@ def test_equal_model_passes_and_writes_reports(
     assert written["simulated_features"] is True
     assert written["reference"]["sha256"] == sha256(reference)
     assert written["model"]["sources"] == {"drn.pt": sha256(reference)}
-    assert written["recall"]["other"]["mIoU"] == found.other.values["mIoU"]
-    assert written["recall"]["prior"]["mIoU"] == found.prior.values["mIoU"]
+    assert written["recall"]["other"]["mIoU"] == actual.other.values["mIoU"]
+    assert written["recall"]["prior"]["mIoU"] == actual.prior.values["mIoU"]
     assert set(written["flips"]) == {"R@1 IoU=0.5", "R@1 IoU=0.7"}
     assert written["cpu"] == cpu()
     assert set(written["heads"]) == {"matching_logits", "boundary_distances", "iou_logits"}
@@ -159,10 +159,10 @@ def test_converted_graph_of_any_precision_is_compared_on_cpu(
         converted = convert_to_half(raise_opset(graph, 22), "bf16")
     path = save_twin(converted, source, tmp_path / "converted.onnx", precision)
     caplog.set_level("INFO", "drn")
-    found = verify(source, path, planted, limit=4, max_drop=100, threads=1)
-    assert 0 < found.heads["matching_logits"].p99 < 1
+    actual = verify(source, path, planted, limit=4, max_drop=100, threads=1)
+    assert 0 < actual.heads["matching_logits"].p99 < 1
     # In INT8 one of four queries may change its best moment.
-    assert found.overlap.mean > (0.4 if precision == "int8" else 0.8)
+    assert actual.overlap.mean > (0.4 if precision == "int8" else 0.8)
     assert len(records(caplog, logging.INFO, code="rounded_to_bf16")) == (precision == "bf16")
     assert not records(caplog, logging.INFO, code="without_fusions")
     if precision == "int8":

@@ -95,7 +95,7 @@ def test_target_cpu_is_the_fastest_accurate_model(
         ({"onnxruntime": (0.7, 0.6), "openvino": (0.7, 0.7)}, "not_faster"),
     ],
 )
-def test_target_cpu_fails_if_no_int8_model_is_accurate_and_faster(
+def test_target_cpu_without_accurate_faster_int8_fails(
     model: Path, planted: Path, planned: Any, outcomes: dict[str, Outcome], code: str
 ) -> None:
     planned(outcomes)

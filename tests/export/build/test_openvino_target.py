@@ -31,7 +31,7 @@ def weights(path: Path) -> list[np.ndarray]:
 
 
 @installed
-def test_int8_build_is_a_graph_of_convolutions_within_the_exact_limit(model: Path, planted: Path, table: Path) -> None:
+def test_int8_build_has_convolutions_within_the_exact_limit(model: Path, planted: Path, table: Path) -> None:
     output = build_engine(
         model, precision="int8", target="openvino", data=planted, table=table, max_drop=LOOSE, threads=1
     )
@@ -71,7 +71,7 @@ def test_split_build_is_checked_and_run_in_openvino(
 
 
 @installed
-def test_fp32_build_needs_no_data_and_keeps_padding_in_convolutions(model: Path) -> None:
+def test_fp32_build_needs_no_data_and_fuses_padding(model: Path) -> None:
     output = build_engine(model, precision="fp32", target="openvino")
     assert output.name == "drn.fp32.openvino.onnx"
     assert Grounder.load(output).manifest.library == "openvino"

@@ -134,10 +134,10 @@ def test_borderline_accuracy_is_decided_by_more_queries(
         for name, entry in measured.ranges.items()
     }
     dataclasses.replace(measured, ranges=small).save(tmp_path / "t.json")
-    asked = {}
+    requested = {}
 
     def search(model: Any, table: Any, judge: Any, max_drop: float, *, ranker: Any, **_: Any) -> Any:
-        asked.update(judge=len(judge.annotations), ranker=len(ranker.annotations))
+        requested.update(judge=len(judge.annotations), ranker=len(ranker.annotations))
         raise CheckFailed("enough", code="enough")
 
     monkeypatch.setattr("export.build.reduced_precision.HELD_OUT", 8)
@@ -146,8 +146,8 @@ def test_borderline_accuracy_is_decided_by_more_queries(
         convert_precision(
             source, "int8", ConversionOptions(table=tmp_path / "t.json", max_drop=0.0, threads=1), data_set
         )
-    assert asked["ranker"] == 8
-    assert asked["judge"] > 8
+    assert requested["ranker"] == 8
+    assert requested["judge"] > 8
 
 
 def test_graph_without_products_keeps_nothing_in_fp32() -> None:

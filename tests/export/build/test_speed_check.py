@@ -51,7 +51,7 @@ def test_verdict_depends_on_the_intervals_of_both_ratios(
     assert _check(single, batched).verdict == verdict
 
 
-def test_check_without_measurement_has_its_reason_in_the_sentence() -> None:
+def test_sentence_of_a_missing_measurement_has_its_reason() -> None:
     check = speed_check.SpeedCheck("b.onnx", "", 1.05, reason="This machine cannot run the engine.")
     assert check.verdict == "not measured"
     assert check.reason in check.sentence()
@@ -67,9 +67,7 @@ def test_measured_ratio_is_speed_relative_to_the_reference(
     assert "3.00" in check.sentence()
 
 
-def test_measurement_runs_both_models_for_one_query_and_for_a_batch(
-    model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measurement_runs_one_query_and_a_batch(model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
     def time_once(calls: list[Any], *_: object) -> list[list[float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,37 +130,6 @@ def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tu
         create_optimization_profile=lambda: profile,
         build_serialized_network=answers.get("build", lambda network, config: b"plan"),
     )
-    loggers: list[Any] = []
-
-    def runtime(logger: Any) -> Recorder:
-        loggers.append(logger)
-        return Recorder(calls, "Runtime", deserialize_cuda_engine=load)
-
-    def load(plan: bytes) -> Recorder | None:
-        compatible = ("VERSION_COMPATIBLE",) in named(calls, "set_flag")
-        if compatible and (True,) not in named(calls, "engine_host_code_allowed"):
-            loggers[-1].log(1, HOST_CODE)
-            return None
-        return Recorder(
-            calls,
-            "ICudaEngine",
-            create_engine_inspector=lambda: Recorder(calls, "EngineInspector", get_engine_information=write),
-            create_execution_context=answers.get("context", lambda: Recorder(calls, "IExecutionContext")),
-        )
-
-    def write(form: str) -> str:
-        text: str = inspector_doubles.document(version, scenario, bound=is_bound(), profiles=len(SHAPES))
-        return text
-
-    def is_bound() -> bool:
-        """Return whether the context of the inspector has a profile and shapes of all inputs."""
-        last = max((place for place, (name, _) in enumerate(calls) if name == "execution_context"), default=-1)
-        if last < 0 or calls[last][1] == (None,):
-            return False
-        chosen = [place for place, (name, _) in enumerate(calls) if name == "set_optimization_profile_async"]
-        since = calls[chosen[-1] :] if chosen else []
-        return {arguments[0] for name, arguments in since if name == "set_input_shape"} == set(SHAPES[0].shapes)
-
     known = VERSIONS[version]
     library = SimpleNamespace(
         __version__=version,
@@ -174,13 +143,46 @@ def stand_in(version: str, scenario: str = "convolutions", **answers: Any) -> tu
         MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
         HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="ampere"),
         LayerInformationFormat=SimpleNamespace(JSON="json"),
-        Runtime=runtime,
+        Runtime=lambda logger: _runtime(calls, logger, version, scenario, answers.get("context")),
         float32="float32",
         int32="int32",
         bool="bool",
         **known.more,
     )
     return library, calls
+
+
+def _runtime(calls: Calls, logger: Any, version: str, scenario: str, context: Callable[[], Any] | None) -> Recorder:
+    """Return a double of the class Runtime, whose engines have an inspector."""
+
+    def load(plan: bytes) -> Recorder | None:
+        compatible = ("VERSION_COMPATIBLE",) in named(calls, "set_flag")
+        if compatible and (True,) not in named(calls, "engine_host_code_allowed"):
+            logger.log(1, HOST_CODE)
+            return None
+        return Recorder(
+            calls,
+            "ICudaEngine",
+            create_engine_inspector=lambda: Recorder(calls, "EngineInspector", get_engine_information=write),
+            create_execution_context=context or (lambda: Recorder(calls, "IExecutionContext")),
+        )
+
+    def write(form: str) -> str:
+        bound = _has_bound_context(calls)
+        text: str = inspector_doubles.document(version, scenario, bound=bound, profiles=len(SHAPES))
+        return text
+
+    return Recorder(calls, "Runtime", deserialize_cuda_engine=load)
+
+
+def _has_bound_context(calls: Calls) -> bool:
+    """Return whether the context of the inspector has a profile and shapes of all inputs."""
+    last = max((index for index, (name, _) in enumerate(calls) if name == "execution_context"), default=-1)
+    if last < 0 or calls[last][1] == (None,):
+        return False
+    selected = [index for index, (name, _) in enumerate(calls) if name == "set_optimization_profile_async"]
+    since = calls[selected[-1] :] if selected else []
+    return {arguments[0] for name, arguments in since if name == "set_input_shape"} == set(SHAPES[0].shapes)
 
 
 def cuts_shapes(graph: bytes) -> bool:

@@ -48,10 +48,10 @@ def test_query_length_beyond_checked_range_is_rejected() -> None:
 
 def test_query_lengths_follow_data_set_within_graph_limits() -> None:
     assert default_query_lengths(dataclasses.replace(ABOUT, max_query_length=64)) == (1, 8, 32)
-    for longest, wanted in ((96, (1, 16, 96)), (12, (1, 12, 12))):
+    for longest, expected in ((96, (1, 16, 96)), (12, (1, 12, 12))):
         about = dataclasses.replace(ABOUT, max_query_length=longest, training={"query_length": [1, 16, 96]})
-        assert default_query_lengths(about) == wanted
-        assert profiles((1, 1, 1), None, about)[0].shapes["query_tokens"] == tuple((1, length) for length in wanted)
+        assert default_query_lengths(about) == expected
+        assert profiles((1, 1, 1), None, about)[0].shapes["query_tokens"] == tuple((1, length) for length in expected)
 
 
 def lengths(longest: int, target: str = "tensorrt", requested: tuple[int, ...] = (), **training: object) -> Unrolling:

@@ -64,8 +64,8 @@ def test_without_types_removes_fp16_and_keeps_outputs(exported: dict[str, onnx.M
     casts = [node for node in plain.graph.node if node.op_type == "Cast"]
     assert not FLOATS & {onnx.helper.get_node_attr_value(node, "to") for node in casts}
     # The weights are rounded to FP16, and a CPU computes FP16 layers in FP32.
-    for wanted, found in zip(answers(half, [5, 3]), answers(plain, [5, 3]), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.02)
+    for expected, actual in zip(answers(half, [5, 3]), answers(plain, [5, 3]), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0.02, atol=0.02)
 
 
 def test_int8_graph_keeps_qdq_without_quantized_weights(int8: onnx.ModelProto) -> None:
@@ -81,8 +81,8 @@ def test_int8_graph_keeps_qdq_without_quantized_weights(int8: onnx.ModelProto) -
                 assert {*reader.input[:2]} <= written
     assert written
     # FP16 rounds some values to another INT8 step, which has a larger effect in this small network.
-    for wanted, found in zip(answers(int8, [5, 3]), answers(plain, [5, 3]), strict=True):
-        assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.95
+    for expected, actual in zip(answers(int8, [5, 3]), answers(plain, [5, 3]), strict=True):
+        assert np.corrcoef(actual.ravel(), expected.ravel())[0, 1] > 0.95
 
 
 def test_without_types_handles_parts_and_unrolled_graphs(int8: onnx.ModelProto) -> None:
@@ -109,8 +109,8 @@ def test_replaced_shape_slice_returns_same_sizes(start: int, end: int | None) ->
     onnx.checker.check_model(plain, full_check=True)
     assert not cuts_shapes(plain.SerializeToString())
     session = onnxruntime.InferenceSession(plain.SerializeToString(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": np.zeros((3, 5, 7), np.float32)})
-    assert found.tolist() == [3, 5, 7][start:end]
+    (actual,) = session.run(None, {"x": np.zeros((3, 5, 7), np.float32)})
+    assert actual.tolist() == [3, 5, 7][start:end]
 
 
 @pytest.mark.parametrize("kept", [(), KEPT, ("query_encoder.biLSTM",)])

@@ -104,27 +104,27 @@ def parity(data_set: DataSet, reference: Side, other: Side, **options: object) -
 
 
 def test_compare_model_with_itself_finds_no_difference(data_set: DataSet) -> None:
-    found = parity(data_set, RIGHT, RIGHT)
-    assert found.queries == 4
-    assert {(error.max, error.p99, error.not_finite) for error in found.heads.values()} == {(0, 0, 0)}
-    assert (found.boundaries.max, found.locations.max) == (0, 0)
-    assert (found.overlap.mean, found.overlap.min) == (1, 1)
-    assert (found.order.first, found.order.five) == (1, 1)
-    assert all(flips.gained == flips.lost == () and flips.p_value == 1 for flips in found.flips.values())
-    assert set(found.differences.values()) == {MetricDelta(0, 0, 0)}
-    assert found.worst == ()
-    assert violations(found, AccuracyBudget(0, 0)) == []
+    result = parity(data_set, RIGHT, RIGHT)
+    assert result.queries == 4
+    assert {(error.max, error.p99, error.not_finite) for error in result.heads.values()} == {(0, 0, 0)}
+    assert (result.boundaries.max, result.locations.max) == (0, 0)
+    assert (result.overlap.mean, result.overlap.min) == (1, 1)
+    assert (result.order.first, result.order.five) == (1, 1)
+    assert all(flips.gained == flips.lost == () and flips.p_value == 1 for flips in result.flips.values())
+    assert set(result.differences.values()) == {MetricDelta(0, 0, 0)}
+    assert result.worst == ()
+    assert violations(result, AccuracyBudget(0, 0)) == []
 
 
 def test_agreement_on_no_moment_is_counted_and_reported(data_set: DataSet) -> None:
-    found = parity(data_set, [[], [], *alone(*TRUTHS[2:])], [[], *alone(*TRUTHS[1:])])
-    assert found.fallbacks == found.to_dict()["answered_whole"] == 1
+    result = parity(data_set, [[], [], *alone(*TRUTHS[2:])], [[], *alone(*TRUTHS[1:])])
+    assert result.fallbacks == result.to_dict()["answered_whole"] == 1
     # The report has one more line.
     lines, without = (
         [
             line
             for table in parity_tables(
-                dataclasses.replace(found, fallbacks=whole), ("a", "b"), "test", AccuracyBudget()
+                dataclasses.replace(result, fallbacks=whole), ("a", "b"), "test", AccuracyBudget()
             )
             for line in table.text().splitlines()
         ]
@@ -137,24 +137,24 @@ def test_agreement_on_no_moment_is_counted_and_reported(data_set: DataSet) -> No
 
 def test_boundary_errors_are_in_seconds_of_the_video(data_set: DataSet) -> None:
     moved = [(0.2, 0.6), (0.0, 0.6), (0.25, 0.75), (0.45, 1.0)]
-    found = parity(data_set, RIGHT, alone(*moved))
+    result = parity(data_set, RIGHT, alone(*moved))
     # The end of the second shifts by 1 s, the start of the last by 2 s; the other six boundaries do not.
-    assert found.boundaries.max == pytest.approx(2)
-    assert found.boundaries.p50 == pytest.approx(0)
-    assert found.boundaries.p99 == pytest.approx(np.quantile([0] * 6 + [1, 2], 0.99), rel=1e-5)
-    assert found.locations.max == pytest.approx(2)
-    assert found.overlap.mean == pytest.approx((1 + 5 / 6 + 1 + 10 / 11) / 4)
-    assert found.overlap.min == pytest.approx(5 / 6)
+    assert result.boundaries.max == pytest.approx(2)
+    assert result.boundaries.p50 == pytest.approx(0)
+    assert result.boundaries.p99 == pytest.approx(np.quantile([0] * 6 + [1, 2], 0.99), rel=1e-5)
+    assert result.locations.max == pytest.approx(2)
+    assert result.overlap.mean == pytest.approx((1 + 5 / 6 + 1 + 10 / 11) / 4)
+    assert result.overlap.min == pytest.approx(5 / 6)
 
 
 def test_head_errors_match_hand_computed_values(data_set: DataSet) -> None:
     def lower(batch: Batch, heads: Heads) -> None:
         heads.iou_logits[:] -= np.arange(56, dtype=np.float32) / 100
 
-    found = parity(data_set, RIGHT, Scripted(RIGHT, lower)).heads
-    assert found["matching_logits"].max == 0
-    assert found["matching_logits"].largest == 9
-    iou = found["iou_logits"]
+    result = parity(data_set, RIGHT, Scripted(RIGHT, lower)).heads
+    assert result["matching_logits"].max == 0
+    assert result["matching_logits"].largest == 9
+    iou = result["iou_logits"]
     assert (iou.max, iou.largest) == pytest.approx((0.55, 2), rel=1e-5)
     assert iou.p99 == pytest.approx(np.quantile(np.tile(np.arange(56) / 100, 4), 0.99), rel=1e-5)
 
@@ -163,26 +163,26 @@ def test_gained_and_lost_are_annotation_line_numbers(data_set: DataSet) -> None:
     # IoU with the ground truth: reference 1, 0.6, 0.2, 1; other 1, 1, 0.6, 0.4.
     reference = [(0.2, 0.6), (0.0, 0.3), (0.65, 0.75), (0.5, 1.0)]
     other = [(0.2, 0.6), (0.0, 0.5), (0.45, 0.75), (0.5, 0.7)]
-    found = parity(data_set, alone(*reference), alone(*other))
-    half, strict = found.flips["R@1 IoU=0.5"], found.flips["R@1 IoU=0.7"]
+    result = parity(data_set, alone(*reference), alone(*other))
+    half, strict = result.flips["R@1 IoU=0.5"], result.flips["R@1 IoU=0.7"]
     assert (half.gained, half.lost) == ((3,), (4,))
     assert (strict.gained, strict.lost) == ((2,), (4,))
     assert half.p_value == strict.p_value == 1
-    assert found.differences["R@1 IoU=0.5"].mean == 0
-    assert found.differences["mIoU"].mean == pytest.approx((0 + 0.4 + 0.4 - 0.6) / 4, abs=1e-6)
-    assert [row.line for row in found.worst] == [3, 4, 2]
+    assert result.differences["R@1 IoU=0.5"].mean == 0
+    assert result.differences["mIoU"].mean == pytest.approx((0 + 0.4 + 0.4 - 0.6) / 4, abs=1e-6)
+    assert [row.line for row in result.worst] == [3, 4, 2]
 
 
 @pytest.mark.parametrize("protocol", ["mmaction2", "drn", None])
 def test_recall_equals_evaluate_for_each_model(data_set: DataSet, protocol: str | None) -> None:
     rng = np.random.default_rng(0)
     answers = [[[tuple(np.sort(rng.random(2))) for _ in range(6)] for _ in QUERIES] for _ in range(2)]
-    found = parity(data_set, *answers, protocol=protocol)
-    for side, said in zip(answers, (found.reference, found.other), strict=True):
+    result = parity(data_set, *answers, protocol=protocol)
+    for side, said in zip(answers, (result.reference, result.other), strict=True):
         alone = evaluate(Grounder(Scripted(side)), data_set, data_set.annotations("test"), protocol=protocol)
         assert said == alone.report
-    for name, difference in found.differences.items():
-        assert difference.mean == pytest.approx(found.other.values[name] - found.reference.values[name])
+    for name, difference in result.differences.items():
+        assert difference.mean == pytest.approx(result.other.values[name] - result.reference.values[name])
 
 
 def test_requested_protocol_decodes_both_models(data_set: DataSet) -> None:
@@ -197,13 +197,13 @@ def test_requested_protocol_decodes_both_models(data_set: DataSet) -> None:
 def test_order_change_below_rank_one_is_counted_separately(data_set: DataSet) -> None:
     spans = [(0.0, 0.1), (0.2, 0.3), (0.4, 0.5), (0.6, 0.7), (0.8, 0.9)]
     swapped = [spans[0], spans[2], spans[1], *spans[3:]]
-    found = parity(data_set, [spans] * 4, [spans, swapped, spans, spans])
-    assert (found.order.first, found.order.five) == (1, 0.75)
-    assert found.boundaries.max == 0
-    found = parity(data_set, [spans] * 4, [spans, spans, spans[::-1], spans[::-1]])
-    assert (found.order.first, found.order.five) == (0.5, 0.5)
-    found = parity(data_set, [spans[:3]] * 4, [spans[:2], *[spans[:3]] * 3])
-    assert (found.order.first, found.order.five) == (1, 0.75), "a missing moment is a change"
+    result = parity(data_set, [spans] * 4, [spans, swapped, spans, spans])
+    assert (result.order.first, result.order.five) == (1, 0.75)
+    assert result.boundaries.max == 0
+    result = parity(data_set, [spans] * 4, [spans, spans, spans[::-1], spans[::-1]])
+    assert (result.order.first, result.order.five) == (0.5, 0.5)
+    result = parity(data_set, [spans[:3]] * 4, [spans[:2], *[spans[:3]] * 3])
+    assert (result.order.first, result.order.five) == (1, 0.75), "a missing moment is a change"
     equal = [(0.0, 1.0), (0.0, 1.0), (0.3, 0.3)]
     assert parity(data_set, [equal] * 4, [equal] * 4).order.five == 1
 
@@ -241,18 +241,18 @@ def test_known_reference_outputs_are_not_recomputed(data_set: DataSet) -> None:
 
 
 def test_prior_is_fitted_on_training_split(data_set: DataSet) -> None:
-    found = parity(data_set, RIGHT, RIGHT)
+    result = parity(data_set, RIGHT, RIGHT)
     # The training moments are the first half of their videos, which is correct for the second query only.
-    assert found.prior.values["R@1 IoU=0.7"] == 0.25
+    assert result.prior.values["R@1 IoU=0.7"] == 0.25
     data_set.annotations_path("train").unlink()
     assert parity(data_set, RIGHT, RIGHT).prior is None
 
 
 def test_worst_queries_are_sorted_with_moments_and_truth(data_set: DataSet) -> None:
     moved = [(0.2, 0.6), (0.0, 0.6), (0.85, 0.95), (0.45, 1.0)]
-    found = parity(data_set, RIGHT, alone(*moved))
-    assert [row.line for row in found.worst] == [3, 2, 4]
-    worst = found.worst[0]
+    result = parity(data_set, RIGHT, alone(*moved))
+    assert [row.line for row in result.worst] == [3, 2, 4]
+    worst = result.worst[0]
     assert (worst.video, worst.query, worst.duration, worst.overlap) == ("OTHER", "word3.", 40, 0)
     assert worst.truth == (10, 30)
     assert (worst.reference.start, worst.reference.end) == pytest.approx((10, 30))
@@ -268,28 +268,28 @@ def test_non_finite_values_fail_but_produce_a_report(data_set: DataSet, head: st
     def overflow(batch: Batch, heads: Heads) -> None:
         getattr(heads, head)[batch.query_tokens[:, 0] == 2] = value
 
-    found = parity(data_set, RIGHT, Scripted(RIGHT, overflow))
-    assert found.heads[head].not_finite == (112 if head == "boundary_distances" else 56)
-    assert math.isfinite(found.heads[head].max)
-    assert {name for name, error in found.heads.items() if error.not_finite} == {head}
-    assert found.other.values["R@1 IoU=0.5"] == 0.75
-    assert found.flips["R@1 IoU=0.5"].lost == (2,)
-    assert found.boundaries.max == 10
-    broken = violations(found, AccuracyBudget(100, 100))
+    result = parity(data_set, RIGHT, Scripted(RIGHT, overflow))
+    assert result.heads[head].not_finite == (112 if head == "boundary_distances" else 56)
+    assert math.isfinite(result.heads[head].max)
+    assert {name for name, error in result.heads.items() if error.not_finite} == {head}
+    assert result.other.values["R@1 IoU=0.5"] == 0.75
+    assert result.flips["R@1 IoU=0.5"].lost == (2,)
+    assert result.boundaries.max == 10
+    broken = violations(result, AccuracyBudget(100, 100))
     assert len(broken) == 1
     assert head in broken[0]
-    json.dumps(found.to_dict(), allow_nan=False)
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_model_returning_only_nan_has_zero_miou(data_set: DataSet) -> None:
     def fail(batch: Batch, heads: Heads) -> None:
         heads.boundary_distances[:] = heads.iou_logits[:] = np.nan
 
-    found = parity(data_set, RIGHT, Scripted(RIGHT, fail))
-    assert found.other.values["mIoU"] == 0
-    assert found.boundaries.max == 40
-    assert {row.other for row in found.worst} == {None}
-    json.dumps(found.to_dict(), allow_nan=False)
+    result = parity(data_set, RIGHT, Scripted(RIGHT, fail))
+    assert result.other.values["mIoU"] == 0
+    assert result.boundaries.max == 40
+    assert {row.other for row in result.worst} == {None}
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_compare_reference_not_finite_names_features(data_set: DataSet) -> None:
@@ -336,9 +336,9 @@ def test_reference_protocol_is_used_for_both_models(data_set: DataSet) -> None:
 
 def test_budget_allows_a_drop_equal_to_its_limit(data_set: DataSet) -> None:
     lost = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.0, 0.1)]
-    found = parity(data_set, RIGHT, alone(*lost))
-    assert violations(found, AccuracyBudget(max_drop=25, boundary_p99=None)) == []
-    strict, mean = violations(found, AccuracyBudget(max_drop=0, boundary_p99=None))
+    result = parity(data_set, RIGHT, alone(*lost))
+    assert violations(result, AccuracyBudget(max_drop=25, boundary_p99=None)) == []
+    strict, mean = violations(result, AccuracyBudget(max_drop=0, boundary_p99=None))
     assert quotes(strict, "R@1 IoU=0.7", "25.00", "100.00", "75.00", 0)
     assert quotes(mean, "mIoU", "25.00")
     # A gain is never a violation.
@@ -347,13 +347,13 @@ def test_budget_allows_a_drop_equal_to_its_limit(data_set: DataSet) -> None:
 
 def test_budget_below_one_query_rejects_only_drops_beyond_chance(data_set: DataSet) -> None:
     one_lost = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.0, 0.1)]
-    found, budget = parity(data_set, RIGHT, alone(*one_lost)), AccuracyBudget(24.9, None)
-    assert violations(found, budget) == []
-    recall, mean = unresolved_drops(found, budget)
+    result, budget = parity(data_set, RIGHT, alone(*one_lost)), AccuracyBudget(24.9, None)
+    assert violations(result, budget) == []
+    recall, mean = unresolved_drops(result, budget)
     assert quotes(recall, "R@1 IoU=0.7", "25.00", 4, 24.9, "5 queries", "--max-drop 25")
     assert mean.startswith("mIoU")
     # Which drop counts is not asked of a budget that the queries resolve, nor of one of 0.
-    assert unresolved_drops(found, AccuracyBudget(25, None)) == unresolved_drops(found, AccuracyBudget(0, None)) == []
+    assert unresolved_drops(result, AccuracyBudget(25, None)) == unresolved_drops(result, AccuracyBudget(0, None)) == []
     all_lost = parity(data_set, RIGHT, alone(*[(0.9, 0.95)] * 3, (0.0, 0.1)))
     assert len(violations(all_lost, budget)) == 2
     assert unresolved_drops(all_lost, budget) == []
@@ -361,12 +361,12 @@ def test_budget_below_one_query_rejects_only_drops_beyond_chance(data_set: DataS
 
 def test_fp32_boundaries_must_agree_within_a_tenth_of_a_second(data_set: DataSet) -> None:
     moved = [(0.2, 0.6), (0.0, 0.5), (0.25, 0.75), (0.495, 1.0)]
-    found = parity(data_set, RIGHT, alone(*moved))
-    assert found.boundaries.p99 == pytest.approx(0.186, abs=1e-3)
+    result = parity(data_set, RIGHT, alone(*moved))
+    assert result.boundaries.p99 == pytest.approx(0.186, abs=1e-3)
     for precision, broken in (("fp32", 1), ("fp16", 1), ("bf16", 0), ("int8", 0), ("fp8", 0)):
-        assert len(violations(found, AccuracyBudget.of(precision, max_drop=5))) == broken, precision
-    assert len(violations(found, AccuracyBudget.of("int8", max_drop=5, boundary_p99=0.1))) == 1
-    assert violations(found, AccuracyBudget.of("fp16", max_drop=5, boundary_p99=0.2)) == []
+        assert len(violations(result, AccuracyBudget.of(precision, max_drop=5))) == broken, precision
+    assert len(violations(result, AccuracyBudget.of("int8", max_drop=5, boundary_p99=0.1))) == 1
+    assert violations(result, AccuracyBudget.of("fp16", max_drop=5, boundary_p99=0.2)) == []
     assert AccuracyBudget.of("fp16").max_drop == AccuracyBudget().max_drop == 0.2
 
 

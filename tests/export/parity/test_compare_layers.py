@@ -45,11 +45,11 @@ def compare_with(
 
 
 def test_compare_layers_with_itself_finds_no_difference(models: Path, batches: list[Batch]) -> None:
-    found = compare_layers(models / "drn.onnx", models / "drn.onnx", batches)
-    assert {module.worst.relative for module in found.modules} == {0}
-    assert (found.first_wrong, found.unmatched, found.queries) == (None, 0, 4)
-    assert quotes(found.sentence(), "1e-04", "0.0e+00")
-    names = [module.module for module in found.modules]
+    actual = compare_layers(models / "drn.onnx", models / "drn.onnx", batches)
+    assert {module.worst.relative for module in actual.modules} == {0}
+    assert (actual.first_wrong, actual.unmatched, actual.queries) == (None, 0, 4)
+    assert quotes(actual.sentence(), "1e-04", "0.0e+00")
+    names = [module.module for module in actual.modules]
     assert names.index("query_encoder.biLSTM") < names.index("qInput.0") < names.index("backbone_net.layers.0")
     assert {"prop_fc", "fpn.inner_blocks.1", "fcos.head.mix_fc"} < set(names)
 
@@ -60,8 +60,8 @@ def test_int8_graph_is_compared_without_channel_scales(
     ranges = CalibrationTable.load(table)
     assert any(exponent for row in ranges.gains.values() for exponent in row)
     int8 = insert_qdq(load_fp32_graph(models / "drn.onnx"), ranges, QuantizationPolicy(stored=()))
-    found = compare_with(convs_to_matmul(int8), models, tmp_path, batches)
-    errors = {module.module: module.worst.relative for module in found.modules}
+    actual = compare_with(convs_to_matmul(int8), models, tmp_path, batches)
+    errors = {module.module: module.worst.relative for module in actual.modules}
     # Gates contain the channel scales and are not quantized.
     assert max(errors[f"qInput.{level}"] for level in range(3)) < 1e-6
     assert all(map(math.isfinite, errors.values()))
@@ -80,13 +80,13 @@ def test_compare_layers_names_first_wrong_module(
 ) -> None:
     seen: list[int] = []
     other = with_changed_weights(onnx.load(models / "drn.onnx"), lambda values: values * 1.01, weight)
-    found = compare_with(other, models, tmp_path, batches, on_progress=seen.append)
-    assert found.first_wrong is not None
-    assert found.first_wrong[0] == module
-    assert quotes(found.sentence(), module, found.first_wrong[1].tensor)
-    assert untouched <= {row.module for row in found.modules if row.worst.relative == 0}
+    actual = compare_with(other, models, tmp_path, batches, on_progress=seen.append)
+    assert actual.first_wrong is not None
+    assert actual.first_wrong[0] == module
+    assert quotes(actual.sentence(), module, actual.first_wrong[1].tensor)
+    assert untouched <= {row.module for row in actual.modules if row.worst.relative == 0}
     assert seen == [1, 1]
-    assert found.to_dict()["first_wrong"] == module
+    assert actual.to_dict()["first_wrong"] == module
 
 
 def test_layer_tolerance_depends_on_precision_or_option(models: Path, batches: list[Batch], tmp_path: Path) -> None:
@@ -100,10 +100,10 @@ def test_layer_tolerance_depends_on_precision_or_option(models: Path, batches: l
 
 def test_overflow_is_wrong_at_any_tolerance(models: Path, batches: list[Batch], tmp_path: Path) -> None:
     other = with_changed_weights(onnx.load(models / "drn.onnx"), lambda values: values * np.inf, "prop_fc.bias")
-    found = compare_with(other, models, tmp_path, batches, tolerance=100)
-    assert found.first_wrong is not None
-    assert found.first_wrong[0] == "prop_fc"
-    json.dumps(found.to_dict(), allow_nan=False)
+    actual = compare_with(other, models, tmp_path, batches, tolerance=100)
+    assert actual.first_wrong is not None
+    assert actual.first_wrong[0] == "prop_fc"
+    json.dumps(actual.to_dict(), allow_nan=False)
 
 
 def test_tensors_missing_in_other_model_are_counted(models: Path, batches: list[Batch], tmp_path: Path) -> None:
@@ -112,5 +112,5 @@ def test_tensors_missing_in_other_model_are_counted(models: Path, batches: list[
     for node in other.graph.node:
         node.input[:] = ["fused" if name == renamed.output[0] else name for name in node.input]
     renamed.output[0] = "fused"
-    found = compare_with(other, models, tmp_path, batches)
-    assert (found.unmatched, found.first_wrong) == (1, None)
+    actual = compare_with(other, models, tmp_path, batches)
+    assert (actual.unmatched, actual.first_wrong) == (1, None)

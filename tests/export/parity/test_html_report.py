@@ -159,15 +159,15 @@ def test_plan_verdicts_are_in_the_terminal_and_on_the_page(report: ParityReport)
 
 def test_provenance_is_decided_by_hashes(report: ParityReport) -> None:
     reference, other = report.reference, report.model
-    known, said = provenance(reference, other)
+    known, sentence = provenance(reference, other)
     assert known
-    assert quotes(said, "drn.pt")
+    assert quotes(sentence, "drn.pt")
     strange = dataclasses.replace(other.manifest, sources={"drn.pt": "1" * 64})
-    known, said = provenance(reference, dataclasses.replace(other, manifest=strange))
+    known, sentence = provenance(reference, dataclasses.replace(other, manifest=strange))
     assert not known
-    assert quotes(said, "wrong.onnx", "drn.onnx")
+    assert quotes(sentence, "wrong.onnx", "drn.onnx")
     made = dataclasses.replace(other.manifest, sources={"some.onnx": reference.sha256})
-    known, said = provenance(reference, dataclasses.replace(other, manifest=made))
+    known, sentence = provenance(reference, dataclasses.replace(other, manifest=made))
     assert known
-    assert quotes(said, "wrong.onnx", "drn.onnx")
+    assert quotes(sentence, "wrong.onnx", "drn.onnx")
     assert provenance(reference, reference)[0]

@@ -38,12 +38,12 @@ def test_exportable_model_equals_network(networks: dict[str, DRN], graphs: dict[
 @pytest.mark.parametrize("name", CONFIGS)
 def test_test_network_outputs_depend_on_every_input(networks: dict[str, DRN], name: str) -> None:
     inputs = random_inputs(CONFIGS[name], [4, 6])
-    wanted = answers(networks[name], inputs)
-    assert all(output.std() > 0.05 for output in wanted)
+    expected = answers(networks[name], inputs)
+    assert all(output.std() > 0.05 for output in expected)
     other = random_inputs(CONFIGS[name], [4, 6], seed=1)
     for index in (0, 2, 3):
         changed = answers(networks[name], (*inputs[:index], other[index], *inputs[index + 1 :]))
-        assert all((ours - theirs).abs().max() > 0.01 for ours, theirs in zip(changed, wanted, strict=True)), index
+        assert all((ours - theirs).abs().max() > 0.01 for ours, theirs in zip(changed, expected, strict=True)), index
 
 
 def test_batch_equals_single_queries(graphs: dict[str, ExportableDRN]) -> None:
@@ -67,10 +67,10 @@ def test_batch_order_does_not_change_outputs(graphs: dict[str, ExportableDRN]) -
 def test_padding_tokens_do_not_change_outputs(graphs: dict[str, ExportableDRN], name: str) -> None:
     lengths = [3, 6, 1]
     tokens, *others = random_inputs(CONFIGS[name], lengths, longest=9)
-    wanted = answers(graphs[name], (tokens, *others))
+    expected = answers(graphs[name], (tokens, *others))
     past = torch.arange(9) >= others[0][:, None]
     rubbish = tokens.masked_fill(past, 17)
-    for ours, theirs in zip(answers(graphs[name], (rubbish, *others)), wanted, strict=True):
+    for ours, theirs in zip(answers(graphs[name], (rubbish, *others)), expected, strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -46,9 +46,9 @@ def test_onnx_extractor_equals_torch_for_any_clip_count(c3d: Path) -> None:
     for count in (1, 2, 5):
         batch = rng.integers(0, 256, (count, 16, 112, 112, 3), dtype=np.uint8)
         with torch.inference_mode():
-            wanted = model(torch.from_numpy(batch)).numpy()
-        assert wanted.max() > 3
-        assert relative_difference(extractor.extract(batch), wanted) <= tolerances.EXPORTED
+            expected = model(torch.from_numpy(batch)).numpy()
+        assert expected.max() > 3
+        assert relative_difference(extractor.extract(batch), expected) <= tolerances.EXPORTED
 
 
 def test_extractor_graph_records_inputs_and_sources(c3d: Path) -> None:
@@ -65,8 +65,8 @@ def test_extractor_graph_records_inputs_and_sources(c3d: Path) -> None:
 def test_extractor_runs_on_clips_of_a_video(tmp_path: Path, c3d: Path) -> None:
     extractor = open_extractor(c3d, "cpu", 1)
     footage = probe(film(tmp_path / "hall.mp4", 33))
-    found = [extractor.extract(clip[None]) for clip in clips(read_frames(footage, extractor.manifest.framing), 16, 8)]
-    assert [features.shape for features in found] == [(1, 32)] * 3
+    actual = [extractor.extract(clip[None]) for clip in clips(read_frames(footage, extractor.manifest.framing), 16, 8)]
+    assert [features.shape for features in actual] == [(1, 32)] * 3
 
 
 def test_graph_failing_torch_parity_is_not_saved(
