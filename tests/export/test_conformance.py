@@ -156,10 +156,16 @@ def runtime_doubles(version: str, exported: dict[str, onnx.ModelProto], path: Pa
     engine = fake_tensorrt.Engine(library, None, {"graph": str(path), "profiles": []})
     yield fake_tensorrt.Runtime(library, None)
     yield engine
-    yield fake_tensorrt.Context(engine)
+    context = fake_tensorrt.Context(engine)
+    # Properties that the source sets.
+    if library.old:
+        context.device_memory = 0
+    yield context
     if library.rtx:
-        yield engine.create_runtime_config()
-        yield engine.create_runtime_config().create_runtime_cache()
+        config = engine.create_runtime_config()
+        config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        yield config
+        yield config.create_runtime_cache()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
