@@ -78,7 +78,7 @@ test-portable: environment
 	$(OLD_CPU) $(BIN)/python -m pytest -n 2 --dist loadfile $(PORTABLE)
 	$(AVX2_CPU) $(BIN)/python -m pytest $(PORTABLE)
 
-# 500 damaged files for each reader, 21,000 in all. CASES and FIRST choose others.
+# 500 damaged files for each reader, 25,000 in all. CASES and FIRST choose others.
 CASES ?= 500
 FIRST ?= 0
 fuzz: environment

@@ -10,10 +10,8 @@ import functools
 import gzip
 import importlib.util
 import io
-import itertools
 import json
 import multiprocessing
-import tempfile
 import types
 import zipfile
 from collections.abc import Callable, Sequence
@@ -65,6 +63,26 @@ WORDS = ("cat", "dog", "door", "runs", "opens", "person")
 TABLE = {word: number for number, word in enumerate(WORDS, 1)}
 
 
+QUERIES = [{"query": "person opens the door"}, {"query": "dog runs", "vid": "v_a", "qid": 7}]
+CORPUS = {"format": CORPUS_FORMAT, "model": {"file": "drn.onnx", "sha256": ["0" * 64]}, "settings": {"top_k": 5}}
+EXTRACTOR = ExtractorManifest("CLIP", 8, 16, 8, 224, (224, 224), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2), 1.0)
+NOTE = ExtractionRecord("0" * 64, "1" * 64, 12, 104, 24.0)
+GLOVE = "".join(f"{word} {' '.join(map(str, range(8)))}\n" for word in WORDS)
+LATENCY = {"samples": 20, **dict.fromkeys(("p50_ms", "p90_ms", "p95_ms", "max_ms", "mean_ms"), 1.0), "p99_ms": None}
+CASE = {"group": "one query", "name": "network", "boundary": "host", "size": 1, "queries": 1}
+REPORT = {
+    "format": "drn-benchmark/1",
+    "date": "2026-11-29",
+    "command": "python -m runtime.benchmark",
+    "hardware": {"cpu": "EPYC", "cores": 2, "gpu": None},
+    "versions": {"numpy": "2"},
+    "settings": {"samples": 20, "threads": 1, "device": "cpu"},
+    "models": [{"label": "drn.onnx", "sha256": "0" * 64, "device": "cpu"}],
+    "timings": [{"model": "drn.onnx", "latency": LATENCY, "case": CASE, "queries_per_s": 100.0}],
+    "interrupted": False,
+}
+
+
 def available() -> list[Reader]:
     """Return the readers whose libraries are installed here."""
     groups = {
@@ -83,42 +101,59 @@ def available() -> list[Reader]:
     ]
 
 
+def written(name: str, content: object) -> Callable[[Path], list[Path]]:
+    """Return a function that writes one file: bytes, text, a list as JSON lines, or any other value as JSON."""
+    if isinstance(content, list):
+        content = "".join(json.dumps(row) + "\n" for row in content)
+    elif not isinstance(content, (str, bytes)):
+        content = json.dumps(content)
+
+    def make(directory: Path) -> list[Path]:
+        (directory / name).write_bytes(content if isinstance(content, bytes) else str(content).encode())
+        return [directory / name]
+
+    return make
+
+
+def reading(read: Callable[[Path], object]) -> Callable[[Path, Path], object]:
+    """Return the `read` of a reader from a function of the damaged file."""
+    return lambda directory, path: read(path)
+
+
 def _plain() -> list[Reader]:
     return [
         *(
-            Reader(f"features-{suffix}", functools.partial(_features, suffix=suffix), _load)
+            Reader(f"features-{suffix}", functools.partial(_features, suffix=suffix), reading(_load))
             for suffix in ("npy", "npz", "npz-stored")
         ),
         Reader("charades-sta", _charades, _data_set),
         Reader("activitynet", functools.partial(_captions, tacos=False), _data_set),
         Reader("tacos", functools.partial(_captions, tacos=True), _data_set),
         Reader("common-form", _common_form, _data_set),
-        Reader("queries", _queries, lambda directory, path: read_questions(path)),
+        Reader("queries", written("queries.jsonl", QUERIES), reading(read_questions)),
         Reader("predictions", _predictions, _score_predictions),
         Reader("corpus-directory", _corpus_directory, lambda directory, path: _all(DirectorySource(directory))),
         Reader(
             "corpus-manifest",
-            _corpus_manifest,
+            written(MANIFEST, CORPUS),
             lambda directory, path: check_same(directory, {"format": CORPUS_FORMAT}),
         ),
-        Reader("encoding", _encoding, lambda directory, path: EncodedVideo.load(path), _zip_again),
-        Reader("encoded-windows", _encoded_windows, lambda directory, path: EncodedWindows.load(path), _zip_again),
-        Reader("manifest", _manifest, _read_manifest),
-        Reader("extractor-manifest", _extractor, _read_extractor),
-        Reader("onnx-metadata", _onnx, _read_onnx),
+        Reader("encoding", _encoding, reading(EncodedVideo.load), _zip_again),
+        Reader("encoded-windows", _encoded_windows, reading(EncodedWindows.load), _zip_again),
+        Reader("manifest", written("manifest.json", manifest().to_json()), reading(_read_manifest)),
+        Reader("extractor-manifest", written("clip.onnx.json", EXTRACTOR.to_json()), reading(_read_extractor)),
+        Reader("onnx-metadata", written("drn.onnx", _onnx()), reading(_read_onnx)),
         Reader("sidecar", _sidecar, lambda directory, path: read_sidecar(directory / "drn.engine"), _seal_sidecar),
+        Reader("triton-about", written("about.json", FrontConfig(manifest(), "drn").to_json()), reading(_read_about)),
+        Reader("benchmark-report", written("report.json", REPORT), reading(read_report)),
         Reader(
-            "triton-about",
-            _about,
-            lambda directory, path: FrontConfig.from_json(path.read_text("utf-8", "replace"), str(path)),
+            "extraction-note",
+            written("note.json", {"format": NOTE_FORMAT, **dataclasses.asdict(NOTE)}),
+            reading(lambda path: read_record(read_json(path, "note on features"), path)),
         ),
-        Reader("benchmark-report", _report, lambda directory, path: read_report(path)),
-        Reader(
-            "extraction-note", _note, lambda directory, path: read_record(read_json(path, "note on features"), path)
-        ),
-        Reader("glove", _glove, _read_glove),
-        Reader("engine-layers", _layers, _read_layers),
-        Reader("triton-request", _triton_request, _read_triton_request),
+        Reader("glove", written("glove.txt", GLOVE), reading(_read_glove)),
+        Reader("engine-layers", written("layers.json", _layers()), _read_layers),
+        Reader("triton-request", written("request.json", _triton_request()), reading(_read_triton_request)),
     ]
 
 
@@ -131,7 +166,7 @@ def _features(directory: Path, suffix: str) -> list[Path]:
     return [path]
 
 
-def _load(directory: Path, path: Path) -> object:
+def _load(path: Path) -> object:
     return np.asarray(load_features(path))
 
 
@@ -193,17 +228,7 @@ def _data_set(directory: Path, path: Path) -> None:
             data_set.video(annotation.video).segments(
                 data_set.preset.num_segments, clock=data_set.preset.features.clock
             )
-            _ask(data_set.vocabulary, annotation.sentence)
-
-
-def _ask(vocabulary: Vocabulary, sentence: str) -> None:
-    vocabulary.encode(sentence)
-
-
-def _queries(directory: Path) -> list[Path]:
-    rows = [{"query": "person opens the door"}, {"query": "dog runs", "vid": "v_a", "qid": 7}]
-    (directory / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [directory / "queries.jsonl"]
+            data_set.vocabulary.encode(annotation.sentence)
 
 
 def _predictions(directory: Path) -> list[Path]:
@@ -240,12 +265,6 @@ def _all(source: Any) -> list[Any]:
     found = list(source.load(source.listing(), ClipTiming()))
     assert all("\n" not in video for video in found if isinstance(video, str))
     return found
-
-
-def _corpus_manifest(directory: Path) -> list[Path]:
-    value = {"format": CORPUS_FORMAT, "model": {"file": "drn.onnx", "sha256": ["0" * 64]}, "settings": {"top_k": 5}}
-    (directory / MANIFEST).write_text(json.dumps(value))
-    return [directory / MANIFEST]
 
 
 def _encoded() -> EncodedVideo:
@@ -293,14 +312,8 @@ def manifest() -> Manifest:
     )
 
 
-def _manifest(directory: Path) -> list[Path]:
-    (directory / "manifest.json").write_text(manifest().to_json())
-    return [directory / "manifest.json"]
-
-
-def _read_manifest(directory: Path, path: Path) -> None:
-    text = path.read_text("utf-8", "replace")
-    _use(Manifest.from_json(text, str(path)))
+def _read_manifest(path: Path) -> None:
+    _use(Manifest.from_json(path.read_text("utf-8", "replace"), str(path)))
 
 
 def _use(found: Manifest) -> None:
@@ -311,13 +324,7 @@ def _use(found: Manifest) -> None:
         found.vocabulary.encode(sentence)
 
 
-def _extractor(directory: Path) -> list[Path]:
-    value = ExtractorManifest("CLIP", 8, 16, 8, 224, (224, 224), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2), 1.0)
-    (directory / "clip.onnx.json").write_text(value.to_json())
-    return [directory / "clip.onnx.json"]
-
-
-def _read_extractor(directory: Path, path: Path) -> None:
+def _read_extractor(path: Path) -> None:
     found = ExtractorManifest.from_dict(read_json(path, "description of an extractor", ModelFileError), str(path))
     found.to_json()
     found.framing.resized(240, 320)
@@ -335,15 +342,13 @@ def _field(number: int, content: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
-def _onnx(directory: Path) -> list[Path]:
-    """Write what a model file has around its graph: version, producer, graph, opsets, metadata."""
+def _onnx() -> bytes:
+    """Return what a model file has around its graph: version, producer, graph, opsets, metadata."""
     entry = _field(1, METADATA_KEY.encode()) + _field(2, manifest().to_json().encode())
-    content = b"\x08\x0a" + _field(2, b"drn") + _field(7, b"\0" * 300) + _field(8, b"\x10\x12") + _field(14, entry)
-    (directory / "drn.onnx").write_bytes(content)
-    return [directory / "drn.onnx"]
+    return b"\x08\x0a" + _field(2, b"drn") + _field(7, b"\0" * 300) + _field(8, b"\x10\x12") + _field(14, entry)
 
 
-def _read_onnx(directory: Path, path: Path) -> None:
+def _read_onnx(path: Path) -> None:
     _use(Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path)))
 
 
@@ -367,9 +372,8 @@ def _seal_sidecar(path: Path) -> None:
     path.write_text(json.dumps(with_digest(json.loads(path.read_text()))))
 
 
-def _about(directory: Path) -> list[Path]:
-    (directory / "about.json").write_text(FrontConfig(manifest(), "drn").to_json())
-    return [directory / "about.json"]
+def _read_about(path: Path) -> object:
+    return FrontConfig.from_json(path.read_text("utf-8", "replace"), str(path))
 
 
 class _Network:
@@ -382,14 +386,13 @@ class _Network:
         return Heads(*(np.zeros((count, places, *axes), np.float32) for axes in ((), (2,), ())))
 
 
-def _layers(directory: Path) -> list[Path]:
+def _layers() -> dict[str, Any]:
     tensor = {"Name": "x", "Dimensions": [1, 8], "Format/Datatype": "Row major linear FP16"}
     layer = {"Name": "conv", "LayerType": "Convolution", "Inputs": [tensor], "Outputs": [tensor], "Metadata": "[a]"}
     layers = {"Layers": [layer]}
     profile = {"name": "default", "shapes": {"x": [[1, 8]] * 3}, "bound": layers, "reason": None}
     about = {"format": LAYERS_FORMAT, "engine": "drn.engine", "sha256": "0" * 64, "library": "tensorrt 10"}
-    (directory / "layers.json").write_text(json.dumps({**about, "unbound": layers, "profiles": [profile]}))
-    return [directory / "layers.json"]
+    return {**about, "unbound": layers, "profiles": [profile]}
 
 
 def _read_layers(directory: Path, path: Path) -> object:
@@ -410,14 +413,12 @@ TRITON_INPUTS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
 }
 
 
-def _triton_request(directory: Path) -> list[Path]:
+def _triton_request() -> dict[str, Any]:
     row = [["person opens the door", "dog runs"], CLIPS.tolist(), [30.5], [104], [3], [194.0, 43.0, 14.5], [True]]
-    values = {name: [value] for name, value in zip(TRITON_INPUTS, row, strict=True)}
-    (directory / "request.json").write_text(json.dumps(values))
-    return [directory / "request.json"]
+    return {name: [value] for name, value in zip(TRITON_INPUTS, row, strict=True)}
 
 
-def _read_triton_request(directory: Path, path: Path) -> object:
+def _read_triton_request(path: Path) -> object:
     """Answer a request of these inputs if Triton would forward it: in one batch, with the declared types and shapes."""
     inputs = {}
     try:
@@ -462,45 +463,7 @@ class _TritonError(GroundingError):
         super().__init__(message, code=kind)
 
 
-def _report(directory: Path) -> list[Path]:
-    latency = {
-        "samples": 20,
-        "p50_ms": 1.0,
-        "p90_ms": 1.0,
-        "p95_ms": 1.0,
-        "p99_ms": None,
-        "max_ms": 2.0,
-        "mean_ms": 1.0,
-    }
-    case = {"group": "one query", "name": "network", "boundary": "host", "size": 1, "queries": 1}
-    value = {
-        "format": "drn-benchmark/1",
-        "date": "2026-11-29",
-        "command": "python -m runtime.benchmark",
-        "hardware": {"cpu": "EPYC", "cores": 2, "gpu": None},
-        "versions": {"numpy": "2"},
-        "settings": {"samples": 20, "threads": 1, "device": "cpu"},
-        "models": [{"label": "drn.onnx", "sha256": "0" * 64, "device": "cpu"}],
-        "timings": [{"model": "drn.onnx", "latency": latency, "case": case, "queries_per_s": 100.0}],
-        "interrupted": False,
-    }
-    (directory / "report.json").write_text(json.dumps(value))
-    return [directory / "report.json"]
-
-
-def _note(directory: Path) -> list[Path]:
-    note = ExtractionRecord("0" * 64, "1" * 64, 12, 104, 24.0)
-    (directory / "note.json").write_text(json.dumps({"format": NOTE_FORMAT, **dataclasses.asdict(note)}))
-    return [directory / "note.json"]
-
-
-def _glove(directory: Path) -> list[Path]:
-    lines = (f"{word} {' '.join(map(str, range(8)))}\n" for word in WORDS)
-    (directory / "glove.txt").write_text("".join(lines))
-    return [directory / "glove.txt"]
-
-
-def _read_glove(directory: Path, path: Path) -> object:
+def _read_glove(path: Path) -> object:
     from train.network.glove import glove_vectors
 
     return glove_vectors(path, TABLE, 8)
@@ -617,40 +580,31 @@ def _torch() -> list[Reader]:
     # The published widths make files of 9 MB, in which damage rarely meets anything but weights.
     narrow = mock.patch.object(model, "BACKBONE_CHANNELS", (2, 2, 2))
 
-    def tensors(directory: Path, legacy: bool) -> list[Path]:
-        torch.save(torch.from_numpy(CLIPS), directory / "v.pt", _use_new_zipfile_serialization=not legacy)
-        return [directory / "v.pt"]
+    with narrow:
+        weights = DRN(config).state_dict()
+    published = {"state_dict": weights, "meta": {"epoch": 3, "cfg": "stage = 3"}}
+
+    def saved(name: str, value: object, *, legacy: bool = False) -> Callable[[Path], list[Path]]:
+        """Return a function that writes one file with torch."""
+
+        def make(directory: Path) -> list[Path]:
+            torch.save(value, directory / name, _use_new_zipfile_serialization=not legacy)
+            return [directory / name]
+
+        return make
 
     @narrow
-    def published(directory: Path) -> list[Path]:
-        state = {"state_dict": DRN(config).state_dict(), "meta": {"epoch": 3, "cfg": "stage = 3"}}
-        torch.save(state, directory / "drn.pth")
-        return [directory / "drn.pth"]
-
-    @narrow
-    def read_published(directory: Path, path: Path) -> None:
+    def read_published(path: Path) -> None:
         read_config(read(path).weights, path)
 
-    @narrow
     def checkpoint(directory: Path) -> list[Path]:
         about = manifest()
-        save_checkpoint(
-            directory / "drn.pt",
-            Checkpoint(
-                config,
-                about.features,
-                about.vocabulary,
-                about.decoding,
-                DRN(config).state_dict(),
-                about.training,
-                about.windows,
-                about.presence,
-            ),
-        )
+        values = (about.features, about.vocabulary, about.decoding, weights, about.training, about.windows)
+        save_checkpoint(directory / "drn.pt", Checkpoint(config, *values, about.presence))
         return [directory / "drn.pt"]
 
     @narrow
-    def read_checkpoint(directory: Path, path: Path) -> None:
+    def read_checkpoint(path: Path) -> None:
         is_extractor_file(path)
         _use(load_checkpoint(path).manifest())
 
@@ -675,30 +629,23 @@ def _torch() -> list[Reader]:
     c3d_config = C3DConfig((1,) * 8, 2)
 
     def c3d(directory: Path) -> list[Path]:
-        weights = C3D(c3d_config, (0.0, 0.0, 0.0)).state_dict()
-        save_extractor(
-            directory / "c3d.pt", ExtractorCheckpoint(c3d_config, (1.0, 2.0, 3.0), weights, {"c3d.pth": "0" * 64})
-        )
+        extractor = C3D(c3d_config, (0.0, 0.0, 0.0)).state_dict()
+        about = ExtractorCheckpoint(c3d_config, (1.0, 2.0, 3.0), extractor, {"c3d.pth": "0" * 64})
+        save_extractor(directory / "c3d.pt", about)
         return [directory / "c3d.pt"]
 
     def flat_i3d(directory: Path) -> list[Path]:
         np.savez(directory / "i3d.npz", **flat(pytorch_i3d()))
         return [directory / "i3d.npz"]
 
-    def read_i3d(directory: Path, path: Path) -> object:
+    def read_i3d(path: Path) -> object:
         return from_published(read(path).weights, str(path), {}).model()
 
-    def matrix(directory: Path) -> list[Path]:
-        torch.save(torch.ones(len(TABLE) + 1, 4), directory / "glove.pt")
-        return [directory / "glove.pt"]
-
     @narrow
-    def read_matrix(directory: Path, path: Path) -> object:
+    def read_matrix(path: Path) -> object:
         return load_glove(DRN(config), path, TABLE)
 
-    def state(directory: Path) -> list[Path]:
-        torch.save({"a": [1, {"b": torch.zeros(3)}], (1, 2): {3}}, directory / "a.pt")
-        return [directory / "a.pt"]
+    state = {"a": [1, {"b": torch.zeros(3)}], (1, 2): {3}}
 
     def charades(directory: Path) -> list[Path]:
         made = _charades(directory)
@@ -711,51 +658,46 @@ def _torch() -> list[Reader]:
                 csv.writer(stream).writerows(rows)
         return [*made, directory / "Charades_v1_train.csv", directory / "Charades_v1_test.csv"]
 
-    def history(directory: Path) -> list[Path]:
-        losses = {f"loss_{name}": 0.5 for name in ("matching", "boundary", "iou")}
-        rows = ({"stage": 1, "epoch": epoch, "seconds": 1.0, **losses, "mIoU": 0.4} for epoch in range(3))
-        (directory / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return [directory / "history.jsonl"]
+    losses = {f"loss_{name}": 0.5 for name in ("matching", "boundary", "iou")}
+    history = [{"stage": 1, "epoch": epoch, "seconds": 1.0, **losses, "mIoU": 0.4} for epoch in range(3)]
+    run_config = 'data: "charades"\nepochs: [3, 2, 1]\nlr: 1.0e-3\nblind: true\n'
 
-    def run_config(directory: Path) -> list[Path]:
-        (directory / "run.yaml").write_text('data: "charades"\nepochs: [3, 2, 1]\nlr: 1.0e-3\nblind: true\n')
-        return [directory / "run.yaml"]
+    def read_twice(path: Path) -> object:
+        return load(path), load(path, unknown_objects=True)
 
-    def words(directory: Path) -> list[Path]:
-        (directory / "word2id.json").write_text(json.dumps(TABLE))
-        return [directory / "word2id.json"]
-
-    def read_words(directory: Path, path: Path) -> object:
+    def read_words(path: Path) -> object:
         return load_vocabulary(read_json(path, "the word table"), config, path)
 
     return [
-        Reader("features-pt", functools.partial(tensors, legacy=False), _load, _zip_again),
-        Reader("features-pt-legacy", functools.partial(tensors, legacy=True), _load),
-        Reader("published-checkpoint", published, read_published, _zip_again),
-        Reader("checkpoint", checkpoint, read_checkpoint, _zip_again),
+        Reader("features-pt", saved("v.pt", torch.from_numpy(CLIPS)), reading(_load), _zip_again),
+        Reader("features-pt-legacy", saved("v.pt", torch.from_numpy(CLIPS), legacy=True), reading(_load)),
+        Reader("published-checkpoint", saved("drn.pth", published), reading(read_published), _zip_again),
+        Reader("checkpoint", checkpoint, reading(read_checkpoint), _zip_again),
         Reader(
             "checkpoint-content",
             functools.partial(content, make=checkpoint),
             functools.partial(read_content, name="drn.pt", loaded=lambda path: load_checkpoint(path).manifest()),
         ),
-        Reader("c3d", c3d, lambda directory, path: load_extractor(path).model(), _zip_again),
+        Reader("c3d", c3d, reading(lambda path: load_extractor(path).model()), _zip_again),
         Reader(
             "c3d-content",
             functools.partial(content, make=c3d),
             functools.partial(read_content, name="c3d.pt", loaded=lambda path: load_extractor(path).model()),
         ),
-        Reader("published-i3d", flat_i3d, read_i3d, _zip_again),
-        Reader("glove-matrix", matrix, read_matrix, _zip_again),
-        Reader("torch-load", state, lambda directory, path: (load(path), load(path, unknown_objects=True)), _zip_again),
-        Reader("run-config", run_config, lambda directory, path: with_config(["--config", str(path)])),
+        Reader("published-i3d", flat_i3d, reading(read_i3d), _zip_again),
+        Reader("glove-matrix", saved("glove.pt", torch.ones(len(TABLE) + 1, 4)), reading(read_matrix), _zip_again),
+        Reader("torch-load", saved("a.pt", state), reading(read_twice), _zip_again),
+        Reader(
+            "run-config", written("run.yaml", run_config), reading(lambda path: with_config(["--config", str(path)]))
+        ),
         Reader("charades-csv", charades, lambda directory, path: charades_plan(directory, None, 0)),
         Reader(
             "captions-plan",
             functools.partial(_captions, tacos=False),
             lambda directory, path: captions_plan(directory, 1, 0),
         ),
-        Reader("history", history, lambda directory, path: read_history(path)),
-        Reader("word-table", words, read_words),
+        Reader("history", written("history.jsonl", history), reading(read_history)),
+        Reader("word-table", written("word2id.json", TABLE), reading(read_words)),
     ]
 
 
@@ -773,12 +715,8 @@ def _calib() -> list[Reader]:
 
     key = {**dict.fromkeys(KEYS, "0" * 64), "method": "minmax", "split": "train"}
     ranked = CalibrationTable({"a": ValueRange(-1.0, 2.0)}, key, ("v",))
-
-    def ranking(directory: Path) -> list[Path]:
-        modules = [{"module": name, "share of multiply-adds": 0.5} for name in ("prop_fc", "fcos.head")]
-        value = {"format": RANKING_FORMAT, "kind": "int8", "table": ranked.digest, "all": {}, "modules": modules}
-        (directory / "ranking.json").write_text(json.dumps(value))
-        return [directory / "ranking.json"]
+    modules = [{"module": name, "share of multiply-adds": 0.5} for name in ("prop_fc", "fcos.head")]
+    ranking = {"format": RANKING_FORMAT, "kind": "int8", "table": ranked.digest, "all": {}, "modules": modules}
 
     def plan(directory: Path) -> list[Path]:
         QuantizationPlan(("prop_fc",), "int8", "1" * 64, {"graph": "2"}, {"max_drop": 0.2}).save(directory / "p.json")
@@ -786,74 +724,35 @@ def _calib() -> list[Reader]:
 
     assert issubclass(CalibrationError, GroundingError)
     return [
-        Reader("calibration-table", table, lambda directory, path: CalibrationTable.load(path)),
-        Reader("quantization-plan", plan, lambda directory, path: QuantizationPlan.load(path)),
-        Reader("layer-ranking", ranking, lambda directory, path: ranked_names(path, ranked, "int8")),
+        Reader("calibration-table", table, reading(CalibrationTable.load)),
+        Reader("quantization-plan", plan, reading(QuantizationPlan.load)),
+        Reader(
+            "layer-ranking",
+            written("ranking.json", ranking),
+            reading(lambda path: ranked_names(path, ranked, "int8")),
+        ),
     ]
 
 
 def _service() -> list[Reader]:
     from runtime.service.http_errors import HttpError
-    from runtime.service.multipart import read_form
-    from runtime.service.schemas import parse_body, request_models
     from runtime.service.uploaded_files import read_features
 
-    question, _ = request_models(8, 500)
+    def read_upload(path: Path) -> object:
+        """Read an upload; a refusal, which the service answers with, is an error as of other readers."""
+        try:
+            return read_features(path, 1 << 20, 8)
+        except HttpError as refusal:
+            if not 400 <= refusal.status < 500:
+                raise
+            raise FeatureError(refusal.message) from refusal
 
-    def refusing(read: Callable[[Path, Path], object]) -> Callable[[Path, Path], object]:
-        """Return a reader whose refusals, which the service answers with, are errors as of other readers."""
-
-        def wrapped(directory: Path, path: Path) -> object:
-            try:
-                return read(directory, path)
-            except HttpError as refusal:
-                if not 400 <= refusal.status < 500:
-                    raise
-                raise FeatureError(refusal.message) from refusal
-
-        return wrapped
-
-    def upload(directory: Path, suffix: str) -> list[Path]:
-        return _features(directory, suffix)
-
-    def read_upload(directory: Path, path: Path) -> object:
-        return read_features(path, 1 << 20, 8)
-
-    def body(directory: Path) -> list[Path]:
-        (directory / "body.json").write_text(
-            json.dumps({"video": "v_a", "query": ["person opens the door"], "top_k": 3})
-        )
-        return [directory / "body.json"]
-
-    def form(directory: Path) -> list[Path]:
-        content = io.BytesIO()
-        np.save(content, CLIPS)
-        head = '--b\r\nContent-Disposition: form-data; name="{}"{}\r\n\r\n'
-        parts = [
-            head.format("query", "").encode() + b"person opens\r\n",
-            head.format("duration", "").encode() + b"30.5\r\n",
-            head.format("features", '; filename="v.npy"').encode() + content.getvalue() + b"\r\n--b--\r\n",
-        ]
-        (directory / "form").write_bytes(b"".join(parts))
-        return [directory / "form"]
-
-    def read_body(directory: Path, path: Path) -> object:
-        content = path.read_bytes()
-
-        async def chunks() -> Any:
-            for start in range(0, len(content), 100):
-                yield content[start : start + 100]
-
-        numbers = itertools.count()
-        with tempfile.TemporaryDirectory(dir=directory) as sent:
-            return asyncio.run(
-                read_form(
-                    "multipart/form-data; boundary=b",
-                    chunks(),
-                    lambda name: Path(sent, str(next(numbers))),
-                    lambda size: None,
-                )
-            )
+    features = io.BytesIO()
+    np.save(features, CLIPS)
+    head = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    form = head % (b"query", b"", b"person opens") + head % (b"duration", b"", b"30.5")
+    form += head % (b"features", b'; filename="v.npy"', features.getvalue()) + b"--b--\r\n"
+    body = {"video": "v_a", "query": ["person opens the door"], "top_k": 3}
 
     def ask(kind: str) -> Callable[[Path, Path], object]:
         """Return a reader that sends a file as the body of a request to a service in this process."""
@@ -872,14 +771,12 @@ def _service() -> list[Reader]:
         return read
 
     return [
-        Reader("http-ground-json", body, ask("application/json")),
-        Reader("http-ground-form", form, ask("multipart/form-data; boundary=b")),
+        Reader("http-ground-json", written("body.json", body), ask("application/json")),
+        Reader("http-ground-form", written("form", form), ask("multipart/form-data; boundary=b")),
         *(
-            Reader(f"upload-{suffix}", functools.partial(upload, suffix=suffix), refusing(read_upload))
+            Reader(f"upload-{suffix}", functools.partial(_features, suffix=suffix), reading(read_upload))
             for suffix in ("npy", "npz", "npz-stored")
         ),
-        Reader("http-question", body, refusing(lambda directory, path: parse_body(question, path.read_bytes()))),
-        Reader("http-form", form, refusing(read_body)),
     ]
 
 

@@ -10,6 +10,7 @@ forked for them, so that a crash or a hang is one finding and the others go on. 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import faulthandler
 import json
@@ -36,26 +37,12 @@ MAX_GROWTH_BYTES = 1 << 30
 ADDRESS_BYTES = 4 << 30
 # Numbers that lengths, offsets and counts are likely to be compared with.
 NUMBERS = (0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
-# What stands in the place of a JSON value.
+# Values in place of a JSON value.
+NUMBER_VALUES = (0, -1, 1, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**53 + 1, 2**63, 2**64, 10**299, 10**400)
+TEXTS = ("", " ", "nan", "x" * 5000, "é" * 130, "../x", "a/b", "\0", "\n", "\u2028", "\ud800", "\U0001f600", "person")
+CONTAINERS = ([], [[]], [0], [1, 2], ["x"], [None], [[1, 2], [3]], {}, {"x": 1}, {"format": 1}, {"": []})
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**53 + 1, 2**63, 2**64, 10**299, 10**400),
-    *(
-        "",
-        " ",
-        "0",
-        "nan",
-        "x" * 5000,
-        "é" * 130,
-        "../x",
-        "a/b",
-        "\0",
-        "\n",
-        "\u2028",
-        "\ud800",
-        "\U0001f600",
-        "person",
-    ),
-    *([], [[]], [0], [1, 2], ["x"], [None], [[1, 2], [3]], {}, {"x": 1}, {"format": 1}, {"": []}),
+    *(None, True, False, *NUMBER_VALUES, *TEXTS, *CONTAINERS),
     *(float("nan"), float("inf"), float("-inf")),
 )
 
@@ -147,18 +134,7 @@ def _set_digits(content: bytearray, rng: random.Random) -> None:
 
 def _insert_text(content: bytearray, rng: random.Random) -> None:
     place = rng.randrange(len(content) + 1)
-    texts = (
-        b"\xff",
-        b"\xef\xbb\xbf",
-        b"\r",
-        b"\n\n",
-        b"\0",
-        "\u2028".encode(),
-        b"[" * 3000,
-        b'{"a":' * 3000,
-        b'"',
-        b",",
-    )
+    texts = (b"\xff", b"\xef\xbb\xbf", b"\r", b"\n\n", b"\0", b"\xe2\x80\xa8", b"[" * 3000, b'{"a":' * 3000, b'"', b",")
     content[place:place] = rng.choice(texts)
 
 
@@ -217,21 +193,28 @@ def changed_value(value: Any, rng: random.Random) -> Any:
     return rng.choice(VALUES)
 
 
-def run_case(reader: Reader, seed: int, directory: Path, targets: Sequence[Path]) -> str | None:
-    """Damage one file of a whole input, read the input, and restore the file; return what is wrong, or None."""
+def damage(reader: Reader, seed: int, directory: Path) -> Path:
+    """Write the input of a case into an empty directory, and return the damaged file."""
+    return _damage(reader, seed, reader.make(directory))[0]
+
+
+def _damage(reader: Reader, seed: int, targets: Sequence[Path]) -> tuple[Path, bytes]:
+    """Damage one of the files that a reader made, and return its path and its content before."""
     rng = random.Random(f"{reader.name} {seed}")
     target = rng.choice(list(targets))
     whole = target.read_bytes()
     target.write_bytes(mutated(whole, rng))
-    sealed = reader.seal is not None and rng.random() < 0.7
+    if reader.seal is not None and rng.random() < 0.7:
+        # A file that cannot be sealed is read as it is.
+        with contextlib.suppress(Exception):
+            reader.seal(target)
+    return target, whole
+
+
+def run_case(reader: Reader, seed: int, directory: Path, targets: Sequence[Path]) -> str | None:
+    """Damage one file of a valid input, read the input, and restore the file; return what is wrong, or None."""
+    target, whole = _damage(reader, seed, targets)
     try:
-        if sealed:
-            try:
-                assert reader.seal is not None
-                reader.seal(target)
-            # What cannot be sealed is read as it is.
-            except Exception:
-                pass
         reader.read(directory, target)
     except GroundingError as error:
         message = str(error)
@@ -378,17 +361,6 @@ def main() -> int:
             print(f"  --reader {finding.reader} --seed {finding.seed}: {finding.what}", flush=True)
     print(f"{cases} cases of {len(chosen)} readers, {failed} findings")
     return 1 if failed else 0
-
-
-def damage(reader: Reader, seed: int, directory: Path) -> Path:
-    """Write the input of a case into an empty directory, and return the damaged file."""
-    targets = reader.make(directory)
-    rng = random.Random(f"{reader.name} {seed}")
-    target = rng.choice(list(targets))
-    target.write_bytes(mutated(target.read_bytes(), rng))
-    if reader.seal is not None and rng.random() < 0.7:
-        reader.seal(target)
-    return target
 
 
 def _reproduce(reader: Reader, seed: int) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,21 +13,20 @@ import pytest
 
 from runtime.core.errors import FeatureError
 from tests import fuzzing
+from tests.forked_commands import ForkedCommand
 from tests.fuzz_readers import READERS
 from tests.fuzzing import Finding, Reader, fuzz
 
-ROOT = Path(__file__).parents[1]
-CASES = 100
+CASES = 40
 
 
 @pytest.fixture(scope="module")
 def report() -> str:
     """Output of the fuzzer over all readers.
 
-    It runs in a process of its own: a process that is forked while other tests' threads run may hang or crash.
+    It runs in a process without the threads of other tests, with which a forked process may hang or crash.
     """
-    command = [sys.executable, "-m", "tests.fuzzing", "--cases", str(CASES)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    return ForkedCommand(["python", "-m", "tests.fuzzing", "--cases", str(CASES)]).finish().stdout
 
 
 @pytest.mark.parametrize("name", [reader.name for reader in READERS])
@@ -100,8 +98,6 @@ def test_fuzz_reports_reader_that_rejects_valid_files() -> None:
 
 
 def test_fuzz_mutation_is_deterministic_per_seed() -> None:
-    import random
-
     content = bytes(range(256))
     for seed in range(50):
         assert fuzzing.mutated(content, random.Random(seed)) == fuzzing.mutated(content, random.Random(seed))
