@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shlex
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,62 +18,67 @@ import torch
 
 from export.tracing.tracer import export_model
 from runtime.artifacts.extractor_manifest import FORMAT, ExtractorManifest
+from runtime.core.command_list import MODULES
 from runtime.core.tokenizer import Vocabulary, tokenize
 from runtime.datasets.dataset import DataSet
 from runtime.extract import extract
 from runtime.infer import infer
 from runtime.media.video_file import frames_at, probe
+from tests.contract_recorder import command_function
 from tests.documented import ROOT, lines_run_by
 from tests.export.conftest import TINY, lively, manifest
 from tests.films import film
-from tests.forked_commands import ForkedCommand
+from tests.runtime.media.extractor_graphs import write_clips
+from tests.train.training.narrow import narrow_backbone
 from train.extractors.c3d import C3D, MEANS, C3DConfig
+
+__all__ = ["narrow_backbone"]
 
 PAGE = (ROOT / "docs" / "your-own-video.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where what the page starts from stands: c3d.pickle, drn.onnx, and two videos."""
-    directory = tmp_path_factory.mktemp("own")
-    known = ("person", "opens", "closes", "the", "door")
-    words = {word: number for number, word in enumerate((*known, *map(str, range(TINY.vocab_size - len(known)))), 1)}
-    told = dataclasses.replace(manifest(TINY), vocabulary=Vocabulary(words))
-    onnx.save(export_model(lively(TINY), told), directory / "drn.onnx")
-    torch.manual_seed(0)
+def write_model(path: Path, words: Sequence[str]) -> None:
+    """Write a model that knows these words, and numbers up to the size of the traced vocabulary."""
+    filled = list(dict.fromkeys([*words, *map(str, range(TINY.vocab_size))]))[: TINY.vocab_size]
+    vocabulary = Vocabulary({word: number for number, word in enumerate(filled, 1)})
+    about = dataclasses.replace(manifest(TINY), vocabulary=vocabulary, max_query_length=40)
+    onnx.save(export_model(lively(TINY), about), path)
+
+
+def test_walkthrough_commands_run_unchanged(
+    tmp_path: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "drn.onnx", ("person", "opens", "closes", "the", "door"))
     state = C3D(C3DConfig((4, 4, 8, 8, 8, 8, 8, 8), TINY.feature_dim), (0.0, 0.0, 0.0)).state_dict()
     renamed = {name.replace("v1a", "v1").replace("v2a", "v2"): value for name, value in state.items()}
-    torch.save(renamed, directory / "c3d.pickle", _use_new_zipfile_serialization=False)
-    film(directory / "clip.mp4", 100)
-    film(directory / "other.mkv", 60)
-    return directory
-
-
-def test_walkthrough_commands_run_unchanged(directory: Path) -> None:
-    environment = {**os.environ, "DRN_CACHE": str(directory / "kept")}
+    torch.save(renamed, tmp_path / "c3d.pickle", _use_new_zipfile_serialization=False)
+    film(tmp_path / "clip.mp4", 100)
+    film(tmp_path / "other.mkv", 60)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
     said = []
     for line in lines_run_by("tests/test_your_own_video_docs.py"):
-        result = ForkedCommand(shlex.split(line.text, comments=True), environment, directory).finish()
-        assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
-        assert "Next:" in result.stderr
-        said.append(result.stdout)
+        _, name, *words = shlex.split(line.text, comments=True)
+        outcome = run_command(command_function(MODULES[name]), *words)
+        assert outcome.code == 0, f"{line}\n{outcome.out}\n{outcome.err}"
+        said.append(outcome.out)
     assert "clip (0:04.0)" in said[2]
     assert "person opens the door" in said[2]
-    data = DataSet(directory / "mine")
+    data = DataSet(tmp_path / "mine")
     assert {name: len(data.video(name).features) for name in data.durations} == {"clip": 11, "other": 6}
-    # The last command asks of the stored features what the third asked of the file.
+    # The stored features give the moments of the video file.
     assert said[4].strip() in said[2]
     assert said[5].strip() == said[2].strip()
-    assert (directory / "moments.png").read_bytes()[:4] == b"\x89PNG"
-    assert sorted(path.name for path in (directory / "clips").iterdir()) == [
+    assert (tmp_path / "moments.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == [
         "clip-1-person-opens-the-door.mp4",
         "clip-2-person-closes-the-door.mp4",
     ]
-    wide, half = (DataSet(directory / name).video("clip").features for name in ("mine", "half"))
+    wide, half = (DataSet(tmp_path / name).video("clip").features for name in ("mine", "half"))
     assert half == pytest.approx(wide, rel=0.02, abs=0.01 * float(wide.max()))
 
 
-def told_of(real_data: Path, video: str) -> tuple[float, list[tuple[float, float, str]]]:
+def annotations(real_data: Path, video: str) -> tuple[float, list[tuple[float, float, str]]]:
     """Return the duration of a video of ActivityNet Captions, and its moments and sentences."""
     for split in ("train", "val"):
         table = json.loads((real_data / "activitynet" / f"{split}.json").read_text(encoding="utf-8"))
@@ -84,22 +91,19 @@ def told_of(real_data: Path, video: str) -> tuple[float, list[tuple[float, float
 
 @pytest.mark.parametrize("name", ["v_GGSY1Qvo990", "univtg_charades"])
 def test_walkthrough_on_real_video_gives_moments_and_clips(
-    directory: Path, tmp_path: Path, real_data: Path, real_videos: Path, name: str
+    tmp_path: Path, real_data: Path, real_videos: Path, name: str
 ) -> None:
-    """From the film to features, answers beside the truth, a picture and clips; the moments are of made-up weights."""
+    """Extract features of a real video, and compare the clips of its moments, of random weights, with its frames."""
     film = real_videos / f"{name}.mp4"
-    duration, told = (30.7, []) if name == "univtg_charades" else told_of(real_data, name)
-    sentences = [sentence for _, _, sentence in told] or ["A person opens the door.", "The person closes it."]
-    words = {word: number for number, word in enumerate(sorted({w for s in sentences for w in tokenize(s)}), 1)}
-    config = dataclasses.replace(TINY, vocab_size=len(words))
-    about = dataclasses.replace(manifest(config), vocabulary=Vocabulary(words), max_query_length=40)
-    onnx.save(export_model(lively(config), about), tmp_path / "drn.onnx")
-    extractor = directory / "c3d.onnx"
-    if not extractor.exists():
-        pytest.skip("the walk through the page, which exports the extractor, did not run")
+    duration, known = (30.7, []) if name == "univtg_charades" else annotations(real_data, name)
+    sentences = [sentence for _, _, sentence in known] or ["A person opens the door.", "The person closes it."]
+    frequencies = Counter(word for sentence in sentences for word in tokenize(sentence))
+    write_model(tmp_path / "drn.onnx", [word for word, _ in frequencies.most_common()])
+    extractor = tmp_path / "c3d.onnx"
+    write_clips(extractor, ExtractorManifest("C3D", TINY.feature_dim, 16, 8, (24, 32), (24, 24), (1.0, 2.0, 3.0)))
     data = extract((film,), extractor, tmp_path / "mine")
     assert DataSet(data).durations[name] == pytest.approx(duration, abs=0.1)
-    lines = [f"{name} {start} {end}##{sentence}\n" for start, end, sentence in told]
+    lines = [f"{name} {start} {end}##{sentence}\n" for start, end, sentence in known]
     if lines:
         (data / "Charades_sta_test.txt").write_text("".join(lines), encoding="utf-8")
     answers = infer(
@@ -111,7 +115,7 @@ def test_walkthrough_on_real_video_gives_moments_and_clips(
         plot=tmp_path / "moments.png",
         cut=tmp_path / "clips",
     )
-    assert [bool(answer.truths) for answer in answers] == [bool(told)] * len(sentences)
+    assert [bool(answer.truths) for answer in answers] == [bool(known)] * len(sentences)
     assert (tmp_path / "moments.png").read_bytes()[:4] == b"\x89PNG"
     clips = sorted((tmp_path / "clips").iterdir())
     assert len(clips) == len(sentences)
@@ -119,9 +123,8 @@ def test_walkthrough_on_real_video_gives_moments_and_clips(
     for answer, clip in zip(answers, clips, strict=True):
         best, made = answer.moments[0], probe(clip)
         assert made.duration == pytest.approx(best.end - best.start, abs=2 / source.frame_rate)
-        # The clip begins with what the film shows then.
-        (wanted,), (found,) = frames_at(source, [best.start], 240), frames_at(made, [0.0], 240)
-        assert np.abs(found.astype(int) - wanted).mean() < 4
+        (expected,), (actual,) = frames_at(source, [best.start], 240), frames_at(made, [0.0], 240)
+        assert np.abs(actual.astype(int) - expected).mean() < 4
 
 
 def test_documented_extractor_metadata_is_valid() -> None:
