@@ -73,15 +73,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the unpacked wheel."""
-    target = tmp_path_factory.mktemp("target")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target)
-    return target
-
-
-@pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A virtual environment with the wheel and the requirements of this Python. Uninstalling leaves no file of it."""
     root = tmp_path_factory.mktemp("environment")
@@ -98,28 +89,18 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     assert set(root.rglob("*")) == before
 
 
-def test_wheel_contains_packages_and_package_data(installed: Path) -> None:
-    packages = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
-    assert packages == {"runtime", "train", "export", "calib"}
-    for folder in (Path("runtime", "service", "page"), Path("export", "parity")):
-        data = {path.name for path in (ROOT / folder).iterdir() if path.suffix not in (".py", "")}
-        assert data
-        assert data == {path.name for path in (installed / folder).iterdir() if path.suffix not in (".py", "")}
-    sources = {path.relative_to(ROOT) for name in packages for path in (ROOT / name).rglob("*.py")}
-    assert sources == {path.relative_to(installed) for path in installed.rglob("*.py")}
-
-
-def test_installed_drn_runs_beside_modules_of_the_same_names(installed: Path, tmp_path: Path) -> None:
-    for name in ("train.py", "export.py", "runtime.py"):
-        (tmp_path / name).write_text("raise SystemExit(99)")
-    entry = next(installed.glob("*.dist-info")) / "entry_points.txt"
-    assert "drn = runtime.core.command_list:main" in entry.read_text()
-    program = "import sys; sys.argv[0] = 'drn'; from runtime.core.command_list import main; main()"
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    for words in (["doctor"], ["export", "--help"], ["train", "--help"]):
-        line = [sys.executable, "-P", "-c", program, *words]
-        result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+def test_wheel_contains_packages_and_package_data(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    sources = [path for name in ("runtime", "train", "export", "calib") for path in (ROOT / name).rglob("*.py")]
+    data = [
+        path
+        for folder in ("runtime/service/page", "export/parity")
+        for path in (ROOT / folder).iterdir()
+        if path.suffix not in (".py", "")
+    ]
+    assert names == {path.relative_to(ROOT).as_posix() for path in (*sources, *data)}
+    assert len(data) > 2
 
 
 def test_wheel_answers_in_a_folder_with_modules_of_the_same_names(environment: Path, tmp_path: Path) -> None:

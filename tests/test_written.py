@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-import torch
 
 from runtime.core import command_list
 from tests.contract_recorder import command_function
@@ -17,22 +15,14 @@ from tests.films import film
 from tests.runtime.media.extractor_graphs import CLIPS, write_clips
 from tests.train.training.narrow import narrow_backbone
 from tests.written import check_written, file_versions
-from train.extractors.c3d import C3D, C3DConfig
 
 __all__ = ["narrow_backbone"]
 
-# The words of each command that writes files. IN has the inputs; outputs are in the working directory.
+# The words of each command whose files no page names. IN has the inputs; outputs are in the working directory.
 COMMANDS = {
     "runtime.rank": "IN/drn.onnx --data IN/data --videos 3 --limit 4 --output ranks.json",
-    "runtime.ground_corpus": "IN/drn.onnx --features IN/data --queries IN/queries.jsonl --output corpus --actors 0 "
-    "--shard-pairs 9",
-    "runtime.extract": "IN/videos --extractor IN/clips.onnx --output features",
     "runtime.evaluate": "IN/drn.onnx --data IN/data --output report.json --predictions predictions.jsonl",
-    "runtime.evaluate ": "--predictions-from IN/predictions.jsonl --data IN/data --output report.json",
-    "train.convert": "IN/c3d.pickle --output c3d.pt",
-    "train.prepare": "--data IN/data --output common",
     "train.simulate": "--output simulated --videos 4 --feature-dim 8",
-    "train.fit_presence": "IN/drn.pt --data IN/data --output drn.presence.pt --mismatched 1 --held-out 0.3",
     "export.verify": "--model IN/drn.onnx --reference IN/drn.pt --data IN/data --limit 4 --output parity.json "
     "--html parity.html",
     "export.triton": "IN/drn.onnx --output repository",
@@ -42,10 +32,11 @@ COMMANDS = {
     "calib.restore": "IN/drn.onnx --data IN/data --table IN/drn.calibration.json --held-out 8 --max-drop 100 "
     "--output drn.plan.json",
 }
-# Run by `run_command` in other tests, with all of their files.
+# Run by `run_command` in test_pages.py and in other tests, with all of their files.
 ELSEWHERE = {
-    "runtime.infer", "runtime.benchmark", "runtime.benchmarking.compare", "train", "export.to_onnx",
-    "export.build_engine", "calib.rank_layers",
+    "runtime.infer", "runtime.benchmark", "runtime.benchmarking.compare", "runtime.extract", "runtime.ground_corpus",
+    "train", "train.convert", "train.prepare", "train.fit_presence", "export.to_onnx", "export.build_engine",
+    "calib.rank_layers",
 }  # fmt: skip
 WRITE_NOTHING = {"runtime.serve", "runtime.describe", "runtime.grounding.words", "runtime.doctor"}
 
@@ -54,27 +45,17 @@ WRITE_NOTHING = {"runtime.serve", "runtime.describe", "runtime.grounding.words",
 def inputs(models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the inputs of the commands."""
     from calib.calibrate import calibrate
-    from runtime.evaluate import evaluate
 
     directory = tmp_path_factory.mktemp("inputs")
     for name in ("drn.pt", "drn.onnx"):
         (directory / name).symlink_to(models / name)
     (directory / "data").symlink_to(planted)
-    (directory / "queries.jsonl").write_text(json.dumps({"query": "person opens the door"}) + "\n")
-    write_clips(directory / "clips.onnx", CLIPS)
-    (directory / "videos").mkdir()
-    for name in ("first", "second"):
-        film(directory / "videos" / f"{name}.mp4", 40)
-    state = C3D(C3DConfig((1, 1, 1, 1, 1, 1, 1, 1), 2), (0.0, 0.0, 0.0)).state_dict()
-    renamed = {name.replace("v1a", "v1").replace("v2a", "v2"): value for name, value in state.items()}
-    torch.save(renamed, directory / "c3d.pickle", _use_new_zipfile_serialization=False)
     calibrate(models / "drn.onnx", planted, directory / "drn.calibration.json", samples=32, method="minmax", threads=1)
-    evaluate(models / "drn.onnx", planted, predictions=directory / "predictions.jsonl")
     return directory
 
 
 def test_commands_that_write_files_are_tested() -> None:
-    assert {name.strip() for name in COMMANDS} | ELSEWHERE | WRITE_NOTHING == set(command_list.MODULES.values())
+    assert {*COMMANDS, *ELSEWHERE, *WRITE_NOTHING} == set(command_list.MODULES.values())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -85,12 +66,13 @@ def test_command_names_the_files_that_it_writes(
     if name == "export.seal":
         onnx.save(onnx.load(inputs / "drn.onnx"), tmp_path / "sealed.onnx")
     words = COMMANDS[name].replace("IN/", f"{inputs}/").split()
-    outcome = run_command(command_function(name.strip()), *words)
+    outcome = run_command(command_function(name), *words)
     assert outcome.code == 0, outcome.err
 
 
-def test_repeated_extraction_names_no_files(inputs: Path, tmp_path: Path, run_command: Callable[..., Any]) -> None:
-    words = [inputs / "videos", "--extractor", inputs / "clips.onnx", "--output", tmp_path / "features"]
+def test_repeated_extraction_names_no_files(tmp_path: Path, run_command: Callable[..., Any]) -> None:
+    video, extractor = film(tmp_path / "clip.mp4", 40), write_clips(tmp_path / "clips.onnx", CLIPS)
+    words = [video, "--extractor", extractor, "--output", tmp_path / "features"]
     for _ in range(2):
         assert run_command(command_function("runtime.extract"), *words).code == 0
 

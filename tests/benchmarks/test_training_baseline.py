@@ -83,15 +83,12 @@ def test_baseline_losses_and_gradients_match_trainer(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_step_changes_only_parameters_of_the_stage(
-    model: DRN, inputs: list[torch.Tensor], truth: torch.Tensor, number: int
-) -> None:
-    stage, before = RECIPES["mmaction2"].stages[number - 1], copy.deepcopy(model.state_dict())
+def test_step_changes_only_parameters_of_the_stage(model: DRN, inputs: list[torch.Tensor], truth: torch.Tensor) -> None:
+    stage, before = RECIPES["mmaction2"].stages[1], copy.deepcopy(model.state_dict())
     EagerTraining(model, stage).step(samples_of(inputs, truth))
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
-    assert "fcos.head.iou_scores.3.weight" in moved or number == 1
-    assert ("prop_fc.weight" in moved) == (number != 2)
+    assert "fcos.head.iou_scores.3.weight" in moved
+    assert "prop_fc.weight" not in moved
     assert all(stage.trains(name) for name in moved)
 
 
