@@ -1,15 +1,13 @@
-"""What tests share: goldens, the real annotations where they are at hand, and a planted data set."""
+"""Define what tests share: golden files, data that may not be distributed, a small data set, and its network."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import importlib.util
 import os
-import runpy
-import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from runtime.core import command_list
 from runtime.core.cli import command
 from runtime.core.errors import GroundingError, printable_line
 from tests.next_commands import next_commands_checked
@@ -43,13 +40,12 @@ NEEDED = {
 # Files that take longest, longest first. With these at the front, two processes end at nearly the same time.
 SLOWEST = (
     "test_build_engine.py", "test_trainer.py", "test_ray_runner.py", "test_readme.py", "test_gpu.py", "test_signals.py",
-    "test_next_commands.py", "test_quickstart.py", "test_fuzzing.py", "test_rtx_builds.py", "test_tensorrt_backend.py",
+    "test_next_commands.py", "test_fuzzing.py", "test_rtx_builds.py", "test_tensorrt_backend.py",
     "test_distributed.py", "test_pages.py",
-    "test_your_own_video_docs.py", "test_verify.py", "test_leg_tensorrt.py", "test_tools_docs.py", "test_page.py",
-    "test_scaling.py", "test_examples.py", "test_packaging.py", "test_damage.py", "test_extractor_engine.py",
-    "test_segments.py", "test_scale_docs.py",
-    "test_split_model.py", "test_warm_up.py", "test_to_onnx.py", "test_contracts.py", "test_unroll_lstm.py",
-    "test_faults.py", "test_uploads.py",
+    "test_your_own_video_docs.py", "test_verify.py", "test_page.py", "test_quickstart.py",
+    "test_packaging.py", "test_damage.py", "test_extractor_engine.py", "test_leg_tensorrt.py",
+    "test_segments.py", "test_split_model.py", "test_warm_up.py", "test_to_onnx.py", "test_contracts.py",
+    "test_unroll_lstm.py", "test_faults.py", "test_uploads.py",
 )  # fmt: skip
 
 
@@ -98,40 +94,36 @@ def recipe() -> ModuleType:
     return module
 
 
+def _external(folder: str, needed: str = "") -> Path:
+    """Return a folder of DRN_REAL_DATA (default: shared/data beside the repository); skip the test without it."""
+    root = Path(os.environ.get("DRN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (root / folder / needed).exists():
+        pytest.skip(f"{folder or 'the annotations'} may not be distributed; set DRN_REAL_DATA to a directory with it")
+    return root / folder
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """A directory of real annotations (DRN_REAL_DATA, or shared/data beside the repository); skips where absent."""
-    place = Path(os.environ.get("DRN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not (place / "charades_sta" / "Charades_sta_train.txt").is_file():
-        pytest.skip("the real annotations are not here; set DRN_REAL_DATA to a directory that holds charades_sta/")
-    return place
+    """A directory of real annotations; skips where absent."""
+    return _external("", "charades_sta/Charades_sta_train.txt")
 
 
 @pytest.fixture(scope="session")
 def real_videos() -> Path:
-    """A directory of three real videos, DRN_REAL_DATA/videos; skips where absent."""
-    place = Path(os.environ.get("DRN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "videos"
-    if not (place / "univtg_charades.mp4").is_file():
-        pytest.skip("the real videos are not here; set DRN_REAL_DATA to a directory that holds videos/")
-    return place
+    """A directory of three real videos; skips where absent."""
+    return _external("videos", "univtg_charades.mp4")
 
 
 @pytest.fixture(scope="session")
 def i3d_data() -> Path:
-    """A directory of public I3D weights and reference features, DRN_REAL_DATA/i3d; skips where absent."""
-    directory = Path(os.environ.get("DRN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "i3d"
-    if not (directory / "i3d_kinetics400.npz").is_file():
-        pytest.skip("the weights of I3D are not here; set DRN_REAL_DATA to a directory that holds i3d/")
-    return directory
+    """A directory of public I3D weights and reference features; skips where absent."""
+    return _external("i3d", "i3d_kinetics400.npz")
 
 
 @pytest.fixture(scope="session")
 def faults() -> Path:
-    """A directory of small damaged inputs, DRN_REAL_DATA/faults; skips where absent."""
-    place = Path(os.environ.get("DRN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "faults"
-    if not place.is_dir():
-        pytest.skip("the damaged inputs are not here; set DRN_REAL_DATA to a directory that holds faults/")
-    return place
+    """A directory of small damaged inputs; skips where absent."""
+    return _external("faults")
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +142,21 @@ def models(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.parity.models import write_models
 
     return build_once(run_directory(tmp_path_factory) / "models", lambda directory: write_models(directory, planted))
+
+
+@pytest.fixture(scope="session")
+def split_models(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of `models`, with the parts `drn.video.onnx` and `drn.query.onnx` beside them."""
+    import onnx
+
+    from calib.graph.split_model import split_graph, write_split_model
+
+    def split(directory: Path) -> None:
+        for name in ("drn.pt", "drn.onnx"):
+            shutil.copy(models / name, directory)
+        write_split_model(*split_graph(onnx.load(directory / "drn.onnx")), directory / "drn.onnx")
+
+    return build_once(run_directory(tmp_path_factory) / "split-models", split)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -239,28 +246,3 @@ def refused(run_command: Callable[..., Outcome]) -> Callable[..., GroundingError
         return outcome.error
 
     return run
-
-
-@pytest.fixture
-def check_parses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str], None]:
-    """Run a documented command in an empty directory: the missing files must be its only error."""
-
-    def check(line: str) -> None:
-        program, *words = shlex.split(line, comments=True)
-        name = words[program != "drn"]
-        if name in ("simulate", "train.simulate") and "--annotations" not in words:
-            words += ["--annotations", "nowhere"]
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(command_list, "_started_by_name", False)
-        monkeypatch.setattr(sys, "argv", [program, *words] if program == "drn" else words[1:])
-        module = functools.partial(runpy.run_module, name, run_name="__main__")
-        with pytest.raises(SystemExit) as ended:
-            (command_list.main if program == "drn" else module)()
-        err = capsys.readouterr().err
-        needs_no_file = name in ("doctor", "runtime.doctor", "--version", "--help")
-        assert ended.value.code == (0 if needs_no_file else 2), err
-        assert ("error: " in err) != needs_no_file
-
-    return check

@@ -31,6 +31,8 @@ PRELOADED = [
     "onnxscript", "matplotlib.figure", "nltk", "tyro", "fastapi", "uvicorn", __name__,
 ]  # fmt: skip
 TIMEOUT_S = 300
+# Changes of a process that last until it ends.
+LASTING = contextlib.ExitStack()
 
 Prepare = Callable[[Callable[[], None]], None]
 
@@ -109,6 +111,13 @@ class ForkedCommand:
 def hide_modules(names: Sequence[str], half_way: Callable[[], None]) -> None:
     """Make the import of modules fail, as if they were not installed; for `prepare`."""
     sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
+
+
+def use_narrow_backbone(half_way: Callable[[], None]) -> None:
+    """Give new networks a narrow backbone until the command ends; for `prepare`."""
+    from tests.train.training.narrow import with_narrow_backbone
+
+    LASTING.enter_context(with_narrow_backbone())
 
 
 @functools.cache

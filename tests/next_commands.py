@@ -1,4 +1,4 @@
-"""Check that the commands in "Next:" lines parse."""
+"""Check that commands parse: those of pages, and those in "Next:" lines."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from runtime.core import cli, command_list
 from runtime.core.command_help import documented
 from runtime.core.model_argument import normalized
 
-_parsed: set[tuple[str, ...]] = set()
-
 
 def split_command(words: list[str]) -> tuple[str, list[str]]:
     """Return the module and the arguments of a `drn NAME …` or `python -m MODULE …` line."""
@@ -29,10 +27,6 @@ def split_command(words: list[str]) -> tuple[str, list[str]]:
 def check_parses(words: list[str]) -> None:
     """Parse a command line as its command does; AssertionError if it is invalid."""
     module, arguments = split_command(words)
-    # Lines with the same options differ in values only.
-    form = (module, *(word for word in arguments if word.startswith("-")))
-    if form in _parsed:
-        return
     function = _command_function(module)
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     printed = io.StringIO()
@@ -41,19 +35,21 @@ def check_parses(words: list[str]) -> None:
             tyro.cli(documented(function)[0], args=normalized(function, arguments), config=config)
     except SystemExit:
         raise AssertionError(f"{' '.join(words)} does not parse: {printed.getvalue()}") from None
-    _parsed.add(form)
 
 
 @contextlib.contextmanager
 def next_commands_checked() -> Iterator[None]:
     """Call `check_parses` with every command that `suggest_next_command` prints in this process."""
-    quoted = cli.shell_words
+    quoted, parsed = cli.shell_words, set()
 
     def checked(words: list[str]) -> str:
-        module, _ = split_command(words)
+        module, arguments = split_command(words)
         assert module in command_list.MODULES.values(), words
-        if _can_import(module):
+        # Lines with the same options differ in values only.
+        form = (module, *(word for word in arguments if word.startswith("-")))
+        if form not in parsed and _can_import(module):
             check_parses(words)
+            parsed.add(form)
         return quoted(words)
 
     with pytest.MonkeyPatch.context() as patch:

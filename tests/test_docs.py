@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
 import pytest
 
-from runtime.datasets.dataset import DataSet
 from tests import documented
 from tests.documented import ROOT, shell_lines
+from tests.next_commands import check_parses
 
 PAGES = [*documented.PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/results/README.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -52,8 +50,8 @@ def test_links_file_lists_every_public_address() -> None:
 
 
 @pytest.mark.parametrize("line", MARKED)
-def test_marked_commands_parse(line: str, check_parses: Callable[[str], None]) -> None:
-    check_parses(line)
+def test_marked_commands_parse(line: str) -> None:
+    check_parses(shlex.split(line, comments=True))
 
 
 def test_benchmarks_of_pages_exist() -> None:
@@ -88,23 +86,6 @@ def test_marks_apply_to_their_line_or_to_those_below(tmp_path: Path) -> None:
         ("drn e", "needs e", "t_x.py"),
         ("make", "needs e", "t_x.py"),
     ]
-
-
-def test_own_data_page_describes_a_data_set_that_can_be_prepared(tmp_path: Path) -> None:
-    from train.prepare import prepare
-
-    (lines,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "own-data.md").read_text("utf-8"), re.DOTALL)
-    directory = tmp_path / "mine"
-    (directory / "features").mkdir(parents=True)
-    for name in ("train", "val", "test"):
-        (directory / f"{name}.jsonl").write_text(lines)
-    for row in map(json.loads, lines.splitlines()):
-        clips = int(row["duration"] * 30 - 16) // 8 + 1
-        values = np.random.default_rng(0).random((clips, 6), np.float32)
-        np.save(directory / "features" / f"{row['vid']}.npy", values)
-    data = DataSet(prepare(directory, tmp_path / "common", clock=(16, 8)))
-    windows = [(entry.sentence, list(map(list, entry.moments))) for entry in data.annotations("train")]
-    assert windows == [(row["query"], row["relevant_windows"]) for row in map(json.loads, lines.splitlines())]
 
 
 def test_site_builds_without_broken_links(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import time
@@ -19,9 +18,6 @@ from runtime.core.video import load_features
 from runtime.corpus.feature_sources import ParquetSource
 from runtime.datasets.dataset import DataSet
 from runtime.service.http_errors import HttpError
-
-FAULTS = Path(os.environ.get("DRN_REAL_DATA", "/nowhere")) / "faults"
-pytestmark = pytest.mark.skipif(not FAULTS.is_dir(), reason="the faults are not here; set DRN_REAL_DATA")
 
 
 def _all_of(root: Path) -> None:
@@ -60,9 +56,9 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_faulty_file_gives_quick_one_line_error(tmp_path: Path, name: str) -> None:
+def test_faulty_file_gives_quick_one_line_error(tmp_path: Path, faults: Path, name: str) -> None:
     fault, read = READERS[name]
-    source = FAULTS / fault
+    source = faults / fault
     path = tmp_path / fault
     (shutil.copytree if source.is_dir() else shutil.copyfile)(source, path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
