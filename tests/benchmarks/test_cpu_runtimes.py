@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import onnx
 import pytest
 import torch
 
@@ -16,15 +14,17 @@ from benchmarks import cpu_runtimes
 from benchmarks.cpu import benchmark
 from benchmarks.cpu_runtimes import COMPILED, EAGER, case_names
 from benchmarks.machine_rates import Gemm, Int8Convolution
-from calib.graph.split_model import split_graph, write_split_model
 from tests.train.training.narrow import narrow_backbone
 
 __all__ = ["narrow_backbone"]
 
 
 def test_comparison_times_every_model_and_both_forms_of_pytorch(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    split_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Gemm, "SIZES", (128, 1152, 128))
+    monkeypatch.setattr(Gemm, "READ", 1 << 22)
+    monkeypatch.setattr(Int8Convolution, "SIZES", (1, 32, 64, 16))
     compiled: list[Any] = []
 
     def compile_nothing(model: Any, dynamic: bool) -> Any:
@@ -33,10 +33,9 @@ def test_comparison_times_every_model_and_both_forms_of_pytorch(
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     threads = torch.get_num_threads()
-    file = Path(shutil.copy(models / "drn.onnx", tmp_path))
-    write_split_model(*split_graph(onnx.load(file)), file)
+    file = split_models / "drn.onnx"
     report = benchmark(
-        models / "drn.pt", file, compare=(file,), samples=2, batch=3, pairs=0, output=tmp_path / "report.json"
+        split_models / "drn.pt", file, compare=(file,), samples=2, batch=3, pairs=0, output=tmp_path / "report.json"
     )
     torch.set_num_threads(threads)
     assert [dynamic for _, dynamic in compiled] == [True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -9,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,13 +22,14 @@ import pytest
 from benchmarks import gpu
 from benchmarks.acceptance import run_config as acceptance
 from benchmarks.acceptance import targets
+from benchmarks.acceptance.leg_tensorrt import GPU_TESTS
 from benchmarks.acceptance.run_config import Job
 from benchmarks.acceptance.step_log import Found, Leg, OutOfTime, Skip, kept, markdown, read_leg, record_crash, verdict
 from runtime.core.errors import CheckFailed, GroundingError, ModelFileError
-from tests.forked_commands import ForkedCommand, hide_modules
+from tests.forked_commands import ForkedCommand, hide_modules, use_narrow_backbone
 from tests.raising import quotes, raises
+from tests.train.training.narrow import with_narrow_backbone
 
-ROOT = Path(__file__).parents[2]
 # Takes a minute, and says so when it gets Ctrl-C.
 SLOW = (
     "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('kept')\n    raise SystemExit(130)\n"
@@ -45,34 +49,50 @@ def raising(error: BaseException) -> Callable[[], Found]:
 
 
 @pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The command as it is typed, with everything tiny, on the CPU."""
-    pytest.importorskip("torch", reason="the rehearsal trains a network")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """Exit code and output of the legs `prepare` and `torch` in this process, tiny and on the CPU.
+
+    The commands that they start are forked, and networks have a narrow backbone.
+    """
     pytest.importorskip("onnxscript", reason="the rehearsal exports a network")
+    leg_torch = pytest.importorskip("benchmarks.acceptance.leg_torch", reason="the rehearsal trains a network")
     output = tmp_path_factory.mktemp("gpu") / "found"
-    words = [ROOT / "benchmarks" / "gpu.sh", "prepare", "torch", "--output", output, "--device", "cpu", "--small"]
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, capture_output=True, text=True, env=environment, cwd=output.parent), output
+
+    def forked(line: list[str], *, env: Mapping[str, str] = os.environ, timeout: float = 120, **_: Any) -> Any:
+        return ForkedCommand(["python", *line[1:]], env, prepare=use_narrow_backbone).finish(timeout)
+
+    def run_module(job: Job, leg: Leg, *words: object, **_: Any) -> str:
+        result = forked([sys.executable, "-m", *map(str, words)])
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def run_leg(job: Job, name: str, limit: float, *_: Any) -> None:
+        gpu.run_inside(job, name, limit)
+
+    replaced = SimpleNamespace(run=forked, TimeoutExpired=subprocess.TimeoutExpired)
+    small = dataclasses.replace(acceptance.SMALL, samples=3, seconds=0.01)
+    with pytest.MonkeyPatch.context() as patch, with_narrow_backbone():
+        patch.setattr(acceptance, "subprocess", replaced)
+        patch.setattr(acceptance, "SMALL", small)
+        patch.setattr(leg_torch, "run_module", run_module)
+        patch.setattr(gpu, "_run_leg", run_leg)
+        return gpu.main(["prepare", "torch", "--output", str(output), "--device", "cpu", "--small"]), output
 
 
-def test_cpu_rehearsal_passes_and_skips_gpu_steps(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    result, output = rehearsed
-    assert result.returncode == 0, result.stderr
+def test_cpu_rehearsal_passes_and_skips_gpu_steps(rehearsed: tuple[int, Path]) -> None:
+    code, output = rehearsed
+    steps = {step["name"]: step for step in read_leg(output / "torch.json")["steps"]}
     actual = outcomes(output / "torch.json")
+    assert code == 0, steps
     assert actual["losses, fp32"] == actual["answers, TF32 off"] == actual["fault: threads"] == "kept"
     assert actual["fault: GPU absent"] == actual["speed"] == "kept"
-    # A rehearsal of a GPU's faults cannot be had, and is not called a success.
+    # A CPU cannot rehearse a GPU's faults, and a skipped step is not a success.
     assert actual["fault: fork"] == actual["fault: out of memory"] == actual["speed, torch.compile"] == "skipped"
-
-
-def test_skipped_steps_record_a_reason(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    steps = read_leg(rehearsed[1] / "torch.json")["steps"]
-    reasons = [step["told"] for step in steps if step["outcome"] == "skipped"]
-    assert reasons
+    reasons = [step["told"] for step in steps.values() if step["outcome"] == "skipped"]
     assert all(reason.endswith(".") and len(reason) > 15 for reason in reasons)
 
 
-def test_cpu_rehearsal_report_is_marked_as_rehearsal(rehearsed: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+def test_cpu_rehearsal_report_is_marked_as_rehearsal(rehearsed: tuple[int, Path]) -> None:
     (report,) = rehearsed[1].glob("gpu-*-rehearsal-cpu.md")
     text = report.read_text()
     assert "**A rehearsal:" in text
@@ -82,24 +102,41 @@ def test_cpu_rehearsal_report_is_marked_as_rehearsal(rehearsed: tuple[subprocess
     assert [leg["leg"] for leg in whole["legs"]] == ["prepare", "torch"]
 
 
-def test_failed_step_fails_the_leg_and_later_steps_run(tmp_path: Path) -> None:
-    leg = Leg(tmp_path / "torch.json", "torch", SETTINGS)
-    assert leg.step("good", lambda: Found("all is well."))
-    for name, error in {"broken": CheckFailed("it moved."), "bug": ZeroDivisionError("division")}.items():
-        before = read_leg(tmp_path / "torch.json")["steps"]
-        assert not leg.step(name, raising(error))
-        assert read_leg(tmp_path / "torch.json")["steps"][:-1] == before
-    assert not leg.step("judged", lambda: Found("it ran.", broken=["too slow"]))
-    assert leg.step("last", lambda: Found("well again."))
+def test_leg_runs_in_its_own_process(tmp_path: Path) -> None:
+    assert gpu.main(["cuda", "--output", str(tmp_path), "--device", "cpu", "--small"]) in (0, 2)
+    # Skipped where CUDA has no driver.
+    assert read_leg(tmp_path / "cuda.json")["state"] in ("skipped", "finished")
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[..., Leg]:
+    """Return a function that opens the results of one leg, as each call of the command does."""
+    return lambda settings=SETTINGS, **more: Leg(tmp_path / "torch.json", "torch", settings, **more)
+
+
+def done() -> Found:
+    return Found("done.")
+
+
+def test_failed_step_fails_the_leg_and_later_steps_run(opened: Callable[..., Leg]) -> None:
+    leg = opened()
+    steps = {
+        "good": (done, "kept"),
+        "broken": (raising(CheckFailed("it moved.")), "broken"),
+        "bug": (raising(ZeroDivisionError("division")), "failed"),
+        "judged": (lambda: Found("it ran.", broken=["too slow"]), "broken"),
+        "last": (done, "kept"),
+    }
+    for name, (step, outcome) in steps.items():
+        assert leg.step(name, step) == (outcome == "kept")
+        assert outcomes(leg.path)[name] == outcome
     leg.end("finished")
-    expected = {"good": "kept", "broken": "broken", "bug": "failed", "judged": "broken", "last": "kept"}
-    assert outcomes(tmp_path / "torch.json") == expected
-    assert not kept(read_leg(tmp_path / "torch.json"))
-    assert "ZeroDivisionError: division" in read_leg(tmp_path / "torch.json")["steps"][2]["told"]
+    assert not kept(read_leg(leg.path))
+    assert "ZeroDivisionError: division" in read_leg(leg.path)["steps"][2]["told"]
 
 
-def test_leg_with_only_skipped_steps_does_not_pass(tmp_path: Path) -> None:
-    leg = Leg(tmp_path / "torch.json", "torch", SETTINGS)
+def test_leg_with_only_skipped_steps_does_not_pass(opened: Callable[..., Leg]) -> None:
+    leg = opened()
     leg.step("first", raising(Skip("It is not here.")))
     leg.end("finished")
     assert not kept(leg.content)
@@ -108,47 +145,78 @@ def test_leg_with_only_skipped_steps_does_not_pass(tmp_path: Path) -> None:
     assert verdict(leg.content) == "skipped: No GPU."
 
 
-def test_interrupted_leg_resumes_and_keeps_finished_steps(tmp_path: Path) -> None:
-    path, calls = tmp_path / "torch.json", []
-
-    def counted() -> Found:
-        calls.append(1)
-        return Found("done.")
-
-    late = Leg(path, "torch", SETTINGS, deadline=0.0)
+def test_interrupted_leg_resumes_and_keeps_finished_steps(opened: Callable[..., Leg]) -> None:
+    step, other = mock.Mock(side_effect=done), {"settings": {"device": "cuda", "small": False}}
     with pytest.raises(OutOfTime):
-        late.step("first", counted)
-    Leg(path, "torch", SETTINGS).step("first", counted)
-    Leg(path, "torch", SETTINGS).step("first", counted)
-    assert len(calls) == 1
-    # What another run found says nothing of this one.
-    Leg(path, "torch", {"settings": {"device": "cuda", "small": False}}).step("first", counted)
-    assert len(calls) == 2
-    leg = Leg(path, "torch", {"settings": {"device": "cuda", "small": False}})
+        opened(deadline=0.0).step("first", step)
+    for settings, count in ((SETTINGS, 1), (SETTINGS, 1), (other, 2)):
+        leg = opened(settings)
+        leg.step("first", step)
+        assert step.call_count == count
     leg.end("finished")
-    Leg(path, "torch", {"settings": {"device": "cuda", "small": False}}).step("first", counted)
-    assert len(calls) == 3
+    opened(other).step("first", step)
+    assert step.call_count == 3
 
 
-def test_crashed_process_fails_only_the_running_step(tmp_path: Path) -> None:
-    path = tmp_path / "torch.json"
-    leg = Leg(path, "torch", SETTINGS)
-    leg.step("first", lambda: Found("done."))
+def test_chosen_steps_run_once_and_others_on_next_run(opened: Callable[..., Leg]) -> None:
+    step = mock.Mock(side_effect=done)
+    leg = opened(chosen=["second"])
+    assert not leg.step("first", step)
+    assert leg.step("second", step)
+    leg.end("chosen")
+    assert kept(read_leg(leg.path))
+    assert "chosen" in verdict(read_leg(leg.path))
+    leg = opened()
+    assert leg.step("first", step)
+    assert leg.step("second", step)
+    assert outcomes(leg.path) == {"second": "kept", "first": "kept"}
+    assert step.call_count == 2
+
+
+def test_crashed_process_fails_only_the_running_step(opened: Callable[..., Leg]) -> None:
+    leg, step = opened(), mock.Mock()
+    leg.step("first", done)
     with pytest.raises(KeyboardInterrupt):
         leg.step("second", raising(KeyboardInterrupt()))
-    assert record_crash(path, -11)
-    leg = Leg(path, "torch", SETTINGS)
-    assert not leg.step("second", lambda: pytest.fail("it was taken again"))
-    assert leg.step("third", lambda: Found("done."))
-    assert outcomes(path) == {"first": "kept", "second": "failed", "third": "kept"}
-    assert not record_crash(path, -11)
+    assert record_crash(leg.path, -11)
+    leg = opened()
+    assert not leg.step("second", step)
+    assert leg.step("third", done)
+    assert outcomes(leg.path) == {"first": "kept", "second": "failed", "third": "kept"}
+    assert not record_crash(leg.path, -11)
+    step.assert_not_called()
 
 
-def test_step_values_nan_and_inf_are_written_as_text(tmp_path: Path) -> None:
-    leg = Leg(tmp_path / "torch.json", "torch", SETTINGS)
+def test_step_interrupted_twice_fails_without_retry(opened: Callable[..., Leg]) -> None:
+    step = mock.Mock()
+    for _ in range(2):
+        # As when its process is killed.
+        with pytest.raises(KeyboardInterrupt):
+            opened().step("hangs", raising(KeyboardInterrupt()))
+    leg = opened()
+    assert not leg.step("hangs", step)
+    assert leg.step("next", done)
+    assert outcomes(leg.path) == {"hangs": "failed", "next": "kept"}
+    assert read_leg(leg.path)["steps"][0]["told"]
+    step.assert_not_called()
+
+
+def test_step_values_nan_and_inf_are_written_as_text(opened: Callable[..., Leg]) -> None:
+    leg = opened()
     values = {"loss": float("nan"), "count": np.int64(3), "rates": (np.float32(0.5), float("inf"))}
     leg.step("losses", lambda: Found("they diverged.", values, ["they are no numbers"]))
     assert read_leg(leg.path)["steps"][0]["values"] == {"loss": "nan", "count": 3, "rates": [0.5, "inf"]}
+
+
+def test_markdown_report_contains_every_table(opened: Callable[..., Leg]) -> None:
+    leg = opened({**SETTINGS, "command": "benchmarks/gpu.sh torch"})
+    table = (("case", "p50 ms"), [["a | b", "0.1"]])
+    leg.step("speed", lambda: Found("fast.", judged=False, tables={"speed": table}))
+    leg.end("finished")
+    text = markdown({"name": "GPU", "date": "2026-01-01", "machine": {}, "legs": [leg.content]})
+    assert "| torch | passed (1 measured) |" in text
+    assert "### speed" in text
+    assert "| a \\| b | 0.1 |" in text
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, legs: dict[str, Callable[[Leg], Any]]) -> None:
@@ -235,47 +303,28 @@ def test_chosen_steps_run_without_preparing_inputs(tmp_path: Path, monkeypatch: 
     assert gpu.main(["cuda", "tensorrt", *words[1:], "builder"]) == 2
 
 
-def test_chosen_steps_run_once_and_others_on_next_run(tmp_path: Path) -> None:
-    path, calls = tmp_path / "torch.json", []
-
-    def counted() -> Found:
-        calls.append(1)
-        return Found("done.")
-
-    leg = Leg(path, "torch", SETTINGS, chosen=["second"])
-    assert not leg.step("first", counted)
-    assert leg.step("second", counted)
-    leg.end("chosen")
-    assert kept(read_leg(path))
-    assert "chosen" in verdict(read_leg(path))
-    leg = Leg(path, "torch", SETTINGS)
-    assert leg.step("first", counted)
-    assert leg.step("second", counted)
-    assert outcomes(path) == {"second": "kept", "first": "kept"}
-    assert len(calls) == 2
-
-
-def test_missing_package_is_named_before_any_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "change", "values"),
+    [
+        ((), ("NEEDED", ("numpy", "no_such_package")), ["no_such_package"]),
+        (("torch",), ("cuda_gpu", lambda: None), ["CUDA", "GPU"]),
+        (("onnx",), (), ["onnx", "prepare, cuda, torch, ort-cuda, tensorrt"]),
+    ],
+    ids=["missing package", "missing GPU", "unknown leg"],
+)
+def test_impossible_run_exits_2_without_output(
+    words: tuple[str, ...],
+    change: tuple[Any, ...],
+    values: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(gpu, "NEEDED", ("numpy", "no_such_package"))
-    assert gpu.main(["--output", str(tmp_path / "found")]) == 2
-    assert quotes(capsys.readouterr().err, "no_such_package")
+    if change:
+        monkeypatch.setattr(gpu, *change)
+    assert gpu.main([*words, "--output", str(tmp_path / "found")]) == 2
+    assert quotes(capsys.readouterr().err, *values)
     assert not (tmp_path / "found").exists()
-
-
-def test_missing_gpu_exits_2_without_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu, "cuda_gpu", lambda: None)
-    assert gpu.main(["torch", "--output", str(tmp_path / "found")]) == 2
-    assert quotes(capsys.readouterr().err, "CUDA", "GPU")
-    assert not (tmp_path / "found").exists()
-
-
-def test_unknown_leg_is_rejected_with_known_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["onnx", "--output", str(tmp_path)]) == 2
-    assert quotes(capsys.readouterr().err, "onnx", "prepare, cuda, torch, ort-cuda, tensorrt")
 
 
 def test_checkout_without_install_registers_torch_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,12 +358,12 @@ def test_latency_targets_apply_only_to_their_gpu_class() -> None:
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
-def test_unmeasured_value_misses_the_target(value: float | None, tmp_path: Path) -> None:
+def test_unmeasured_value_misses_the_target(value: float | None, opened: Callable[..., Leg]) -> None:
     entries = targets.held("NVIDIA H200", dict.fromkeys(targets.BARS, value))
     assert {entry["verdict"] for entry in entries} == {"MISSED"}
     assert len(targets.missed(entries)) == len(targets.BARS)
     # Also once it is read from the file again.
-    leg = Leg(tmp_path / "tensorrt.json", "tensorrt", SETTINGS)
+    leg = opened()
     leg.step("the bar", lambda: Found("It was.", {"bars": entries}))
     assert {row[-1] for row in targets.rows([read_leg(leg.path)])} == {"MISSED"}
 
@@ -352,9 +401,9 @@ def test_command_out_of_time_is_retried_not_failed(tmp_path: Path, monkeypatch: 
         with pytest.raises(OutOfTime):
             leg.step("late", functools.partial(start, leg))
         assert read_leg(path)["steps"] == []
-    # Half of its time is enough for what is of use as far as it came.
-    leg = Leg(path, "torch", SETTINGS, deadline=time.time() + 9)
-    assert "kept" in acceptance.run_module(job, leg, "slow", max_seconds=6, ok=(0, 130))
+    # Half of its time is enough for a command whose results so far are usable.
+    leg = Leg(path, "torch", SETTINGS, deadline=time.time() + 6.5)
+    assert "kept" in acceptance.run_module(job, leg, "slow", max_seconds=2, ok=(0, 130))
 
 
 def test_background_leg_interrupts_its_commands_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +412,7 @@ def test_background_leg_interrupts_its_commands_in_time(tmp_path: Path, monkeypa
 
     def run(job: Job, leg: Leg) -> None:
         (tmp_path / "slow.py").write_text(SLOW)
-        told.append(acceptance.run_module(job, leg, "slow", max_seconds=4, ok=(130,)))
+        told.append(acceptance.run_module(job, leg, "slow", max_seconds=1.5, ok=(130,)))
 
     told: list[str] = []
     monkeypatch.setattr(acceptance, "ROOT", tmp_path)
@@ -375,37 +424,13 @@ def test_background_leg_interrupts_its_commands_in_time(tmp_path: Path, monkeypa
     assert told[0].splitlines()[-1] == "kept"
 
 
-def test_step_interrupted_twice_fails_without_retry(tmp_path: Path) -> None:
-    path = tmp_path / "torch.json"
-    for _ in range(2):
-        leg = Leg(path, "torch", SETTINGS)
-        # As when its process is killed.
-        with pytest.raises(KeyboardInterrupt):
-            leg.step("hangs", raising(KeyboardInterrupt()))
-    leg = Leg(path, "torch", SETTINGS)
-    assert not leg.step("hangs", lambda: pytest.fail("it was taken again"))
-    assert leg.step("next", lambda: Found("done."))
-    assert outcomes(path) == {"hangs": "failed", "next": "kept"}
-    assert read_leg(path)["steps"][0]["told"]
-
-
-def test_markdown_report_contains_every_table(tmp_path: Path) -> None:
-    leg = Leg(tmp_path / "torch.json", "torch", {**SETTINGS, "command": "benchmarks/gpu.sh torch"})
-    table = (("case", "p50 ms"), [["a | b", "0.1"]])
-    leg.step("speed", lambda: Found("fast.", judged=False, tables={"speed": table}))
-    leg.end("finished")
-    text = markdown({"name": "GPU", "date": "2026-01-01", "machine": {}, "legs": [leg.content]})
-    assert "| torch | passed (1 measured) |" in text
-    assert "### speed" in text
-    assert "| a \\| b | 0.1 |" in text
-
-
 def test_gpu_tests_are_collected_without_optional_packages() -> None:
     absent = (
         "av", "fastapi", "starlette", "uvicorn", "multipart", "prometheus_client", "ray", "pyarrow", "tritonclient",
         "polygraphy", "schemathesis", "playwright", "tensorrt", "tensorrt_rtx", "h5py",
     )  # fmt: skip
     words = ["python", "-m", "pytest", "--collect-only", "-q", "-m", "gpu or trt", "-p", "no:cacheprovider"]
+    words += map(str, GPU_TESTS)
     # One of the absent ones has a plugin for pytest.
     alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     actual = ForkedCommand(words, alone, prepare=functools.partial(hide_modules, absent)).finish()

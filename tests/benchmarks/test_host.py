@@ -16,11 +16,8 @@ from tests.raising import raises
 
 
 @pytest.fixture
-def pair(models: Path, tmp_path: Path) -> Path:
-    onnx = pytest.importorskip("onnx", reason="the graph is cut")
-    from calib.graph.split_model import split_graph, write_split_model
-
-    return write_split_model(*split_graph(onnx.load(models / "drn.onnx")), tmp_path / "drn.onnx")[1]
+def pair(split_models: Path) -> Path:
+    return split_models / "drn.query.onnx"
 
 
 def test_report_has_all_figures_and_total_exceeds_parts(pair: Path, planted: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.acceptance import engines, leg_tensorrt, targets
+from benchmarks.acceptance import engines, leg_tensorrt, run_config, targets
 from benchmarks.acceptance.engines import unrolled_tokens
 from benchmarks.acceptance.fake_gpu import SEPARATE, stood_in
 from benchmarks.acceptance.run_config import Job, questions
@@ -30,18 +30,15 @@ __all__ = ["narrow_backbone"]
 
 
 @pytest.fixture(scope="module")
-def ran(models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    """The leg as it went on a GPU that is stood in for, but for what runs in processes of its own."""
-    onnx = pytest.importorskip("onnx", reason="the graphs are cut")
-    from calib.graph.split_model import split_graph, write_split_model
-
+def ran(split_models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    """The leg as it ran on a GPU and a library that are doubles, without the steps in processes of their own."""
     job = Job(tmp_path_factory.mktemp("found"), "cuda", small=True)
-    job.checkpoint.parent.mkdir()
-    job.checkpoint.symlink_to(models / "drn.pt")
-    job.graph.symlink_to(models / "drn.onnx")
+    job.checkpoint.parent.symlink_to(split_models)
     job.data.symlink_to(planted)
-    write_split_model(*split_graph(onnx.load(job.graph)), job.graph)
     with pytest.MonkeyPatch.context() as monkeypatch, stood_in(job):
+        monkeypatch.setattr(run_config, "SMALL", dataclasses.replace(run_config.SMALL, samples=4, seconds=0.01))
+        for name, runs in {"PHASE_RUNS": 4, "WARM_UP_RUNS": 1, "PROFILED_RUNS": 2}.items():
+            monkeypatch.setattr(leg_tensorrt, name, runs)
         for name in SEPARATE:
             monkeypatch.setattr(leg_tensorrt, name, lambda *_: Found("It was."))
         leg = Leg(job.results("tensorrt"), "tensorrt", {"settings": job.settings(), "command": ""})
