@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
-from calib.graph.split_model import split_graph, write_split_model
 from runtime.artifacts.extractor_manifest import ExtractorManifest
 from runtime.core import command_list
 from runtime.corpus.worker import Worker
@@ -38,6 +36,8 @@ from train.checkpoints import load_checkpoint
 __all__ = ["narrow_backbone"]
 
 h5py = pytest.importorskip("h5py", reason="h5py writes features")
+pyarrow = pytest.importorskip("pyarrow", reason="pyarrow writes features")
+parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow writes features")
 for name in ("fastapi", "matplotlib", "jinja2"):
     pytest.importorskip(name, reason="commands of the pages need all extras")
 
@@ -55,25 +55,37 @@ REPLACED = {"--videos 100": "--videos 3", "fit-presence --model RUN/drn.pt": "fi
 
 
 @pytest.fixture(scope="module")
-def inputs(models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(split_models: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with everything that the pages start from."""
     directory = tmp_path_factory.mktemp("inputs")
     shutil.copytree(planted, directory / "charades", ignore=shutil.ignore_patterns("cache"))
-    (directory / "DIR").symlink_to("charades")
-    for name in ("drn.pt", "drn.onnx"):
-        shutil.copy(models / name, directory)
-    write_split_model(*split_graph(onnx.load(models / "drn.onnx")), directory / "drn.onnx")
-    state = load_checkpoint(models / "drn.pt").model().state_dict()
+    for name in ("DIR", "data"):
+        (directory / name).symlink_to("charades")
+    for path in split_models.iterdir():
+        shutil.copy(path, directory)
+    state = load_checkpoint(directory / "drn.pt").model().state_dict()
     meta = {"cfg": "model = dict(is_first_stage=False, is_second_stage=False)"}
     published = "drn_2xb16-4096-10e_c3d-feature_20230809-ec0429a6.pth"
     torch.save({"meta": meta, "state_dict": state}, directory / published)
     write_clips(directory / "c3d.onnx", ExtractorManifest("C3D", DIM, 16, 8, (24, 32), (24, 24), (1.0, 2.0, 3.0)))
     film(directory / "clip.mp4", 60)
-    (directory / "queries.jsonl").write_text(json.dumps({"query": "person opens the door"}) + "\n")
+    write_corpus(directory, DataSet(planted))
     write_word_vectors(directory, DataSet(planted))
-    write_predictions(directory, models / "drn.onnx", DataSet(planted))
+    write_predictions(directory, directory / "drn.onnx", DataSet(planted))
     write_own_data(directory)
     return directory
+
+
+def write_corpus(directory: Path, data_set: DataSet) -> None:
+    """Write a query, and features in Parquet."""
+    (directory / "queries.jsonl").write_text(json.dumps({"query": "person opens the door"}) + "\n")
+    videos = [data_set.video(name) for name in sorted(data_set.durations)]
+    columns = {
+        "video": [video.name for video in videos],
+        "duration": [video.duration for video in videos],
+        "features": [video.features.tolist() for video in videos],
+    }
+    parquet.write_table(pyarrow.table(columns), directory / "features.parquet")
 
 
 def write_word_vectors(directory: Path, data_set: DataSet) -> None:
