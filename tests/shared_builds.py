@@ -45,9 +45,9 @@ def build_once(directory: Path, build: Callable[[Path], object]) -> Path:
 def traced_once(directory: Path) -> Iterator[None]:
     """Trace each network structure once per run, because torch takes seconds for it.
 
-    The key covers classes, attributes and the shapes of weights, the shapes of inputs, and the opset. A graph that was
-    traced with other weights gets those of the module. If torch folded weights into other constants, they must be equal
-    in both, or else the module is traced anew.
+    The key covers classes, attributes and the shapes of weights, the shapes of inputs, and the opset, but not the
+    number of words. A graph that was traced with other weights gets those of the module. If torch folded weights into
+    other constants, they must be equal in both, or else the module is traced anew.
     """
     import onnx
     import torch
@@ -79,18 +79,19 @@ def traced_once(directory: Path) -> Iterator[None]:
         yield
 
 
-def _structure(value: Any) -> Any:
-    """Return classes, attributes and shapes of weights of a module as plain values."""
+def _structure(value: Any, name: str = "") -> Any:
+    """Return classes, attributes and shapes of weights of a module as plain values, without the rows of embeddings."""
     import torch
 
     if isinstance(value, torch.nn.Module):
-        weights = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _weights(value, recurse=False)]
-        others = {name: item for name, item in vars(value).items() if name not in ("_parameters", "_buffers")}
+        first = 1 if name == "embedding" else 0
+        weights = [(key, tensor.dtype, tuple(tensor.shape)[first:]) for key, tensor in _weights(value, recurse=False)]
+        others = {key: item for key, item in vars(value).items() if key not in ("_parameters", "_buffers")}
         return type(value).__qualname__, weights, _structure(others)
     if isinstance(value, torch.Tensor):
         return value.dtype, value.tolist()
     if isinstance(value, dict):
-        return [(name, _structure(item)) for name, item in value.items()]
+        return [(key, _structure(item, key)) for key, item in value.items()]
     return [_structure(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -45,7 +45,8 @@ DIM = 32
 LINES = lines_run_by(DEFAULT_RUNNER)
 INSTALL = re.compile(r"pip install '\.\[([\w,]+)\]'( +#.*)?")
 SMALLER = {
-    "train": "--epochs 1 --batch-size 32 --hidden-dim 8 --fpn-dim 8 --iou-target all --device cpu",
+    # The sizes of `models`, whose traced graph is used again.
+    "train": "--epochs 1 --batch-size 32 --hidden-dim 16 --fpn-dim 32 --iou-target all --device cpu",
     "build-engine": "--max-drop 100",
     "compare": "--samples 2 --batch 1",
     "fit-presence": "--mismatched 1 --held-out 0.3",
@@ -166,7 +167,7 @@ def smaller(line: str) -> list[str]:
     _, name, *words = shlex.split(line, comments=True)
     extra = SMALLER.get(name, "").split()
     if name == "train" and "--glove" not in words:
-        extra += ["--embed-dim", "8"]
+        extra += ["--embed-dim", "16"]
     if "int8" in words:
         extra += ["--calib-method", "minmax", "--calib-samples", "32", "--limit", "8"]
     return [name, *words, *extra]
