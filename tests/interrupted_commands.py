@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import pathlib
@@ -10,22 +9,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_LASTING = contextlib.ExitStack()
+from tests.forked_commands import LASTING, use_narrow_backbone
 
 
 def stop_before_rename(module: str, directory: str, traces: str, half_way: Callable[[], None]) -> None:
     """Let a command stop when its first file in a directory is complete under its temporary name."""
-    if module == "runtime.benchmark":
-        # Takes half a minute, and writes nothing.
-        from runtime.benchmarking.runner import BenchmarkRun
-
-        BenchmarkRun.measure = lambda run: None  # type: ignore[method-assign]
     if module == "export.to_onnx":
         from tests.shared_builds import traced_once
-        from tests.train.training.narrow import with_narrow_backbone
 
-        _LASTING.enter_context(traced_once(pathlib.Path(traces)))
-        _LASTING.enter_context(with_narrow_backbone())
+        LASTING.enter_context(traced_once(pathlib.Path(traces)))
+        use_narrow_backbone(half_way)
     chmod = pathlib.Path.chmod
 
     def stop(path: pathlib.Path, mode: int) -> None:
