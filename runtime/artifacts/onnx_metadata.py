@@ -219,7 +219,7 @@ def _parsing(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RecursionError) as error:
-        problem = f"{path} is not an ONNX file ({error}). Export it again."
+        problem = f"{path} is not an ONNX file ({error}). Copy it again, or export or build it again."
         if Path(path).suffix != ".onnx":
             problem = f"Expected an .onnx file, got {path}. Export a checkpoint with `python -m export.to_onnx`."
         raise ModelFileError(problem, code="not_onnx") from error

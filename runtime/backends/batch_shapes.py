@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.core.batch import HEAD_NAMES, Heads
+from runtime.core.batch import DURATION, HEAD_NAMES, Heads
 from runtime.core.errors import ShapeError
 
 Shape = tuple[int, ...]
@@ -18,14 +18,17 @@ RowOutputs = tuple[np.ndarray, Mapping[str, np.ndarray]]
 # TensorRT requires the address of every tensor to be a multiple of this number of bytes.
 ALIGNMENT = 256
 MIN_PADDED_LENGTH = 4
-# The dynamic leading axes of each input, by part: a whole model, the two parts of a split one, a feature extractor.
+_WHOLE: Mapping[str, tuple[str, ...]] = {
+    "query_tokens": ("batch", "query_length"),
+    "query_length": ("batch",),
+    "segment_features": ("batch",),
+    "segment_spans": ("batch",),
+}
+# The dynamic leading axes of each input, by part: a whole model, also with decoding and NMS, the two parts of a split
+# one, a feature extractor.
 AXES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "whole": {
-        "query_tokens": ("batch", "query_length"),
-        "query_length": ("batch",),
-        "segment_features": ("batch",),
-        "segment_spans": ("batch",),
-    },
+    "whole": _WHOLE,
+    "moments": {**_WHOLE, DURATION: ("batch",)},
     "video": {"segment_features": ("video",)},
     "query": {
         "query_tokens": ("batch", "query_length"),

@@ -57,6 +57,8 @@ class Session:
         threads: int | None = None,
         part_of: tuple[Path, str] | None = None,
     ) -> None:
+        # First, because a file that cannot be parsed names no library.
+        metadata = read_metadata(path)
         library = openvino_session if raw_manifest(path).get("library") == "openvino" else onnxruntime_session
         session, device, content = library.create_session(path, device, threads)
         if part_of is not None and content.sha256 != part_of[1]:
@@ -67,7 +69,6 @@ class Session:
         self.device: Device = device
         self.uses_io_binding = device == "cuda"
         self._process = os.getpid()
-        metadata = read_metadata(path)
         if extractor_manifest.METADATA_KEY in metadata:
             raise extractor_manifest.no_model(path)
         manifest = Manifest.from_json(metadata.get(METADATA_KEY), source=str(path))
@@ -80,6 +81,7 @@ class Session:
                 path,
             )
         self._session = session
+        self._num_words = len(manifest.vocabulary)
         self._outputs = {output.name: (output.shape, output.type) for output in session.get_outputs()}
         if self.uses_io_binding:
             disable_in_forked_children(self)
@@ -105,7 +107,7 @@ class Session:
             The outputs as arrays, in the order of `outputs`.
 
         Raises:
-            ShapeError: the arrays do not fit the graph.
+            ShapeError: the arrays do not fit the graph, or contain a number out of range.
             DeviceMemoryError: the device has no memory left.
             DeviceError: this process was forked after CUDA was started.
         """
@@ -114,6 +116,7 @@ class Session:
         if not len(next(iter(feed.values()))):
             shapes_and_types = [self._outputs[name] for name in outputs]
             return [np.empty((0, *shape[1:]), _DTYPES[dtype]) for shape, dtype in shapes_and_types]
+        _check_numbers(feed, self._num_words)
         try:
             return self._run_bound(outputs, feed) if self.uses_io_binding else self._session.run(outputs, feed)
         # ONNX Runtime's exceptions have no common base class below Exception, and I/O binding raises RuntimeError.
@@ -266,6 +269,28 @@ def locate_part(query: Path, name: str, digest: str) -> Path:
         raise _other_part(path, query)
     check(path)
     return path
+
+
+def _check_numbers(feed: Mapping[str, Any], num_words: int) -> None:
+    """Raise ShapeError for indices and lengths out of range: OpenVINO accepts all of them, ONNX Runtime negative ones.
+
+    Args:
+        feed: inputs of a graph by name, with at least one row.
+        num_words: number of words of the vocabulary, whose ids start at 1; 0 if the model has none.
+    """
+    if "query_tokens" not in feed:
+        return
+    max_id = num_words or np.iinfo(np.int32).max
+    # Lengths first: without tokens, all of them are out of range.
+    limits = {"query_length": (1, feed["query_tokens"].shape[-1]), "query_tokens": (0, max_id)}
+    if VIDEO_INDEX in feed:
+        limits[VIDEO_INDEX] = (0, len(feed["segment_spans"]) - 1)
+    for name, (low, high) in limits.items():
+        array = feed[name]
+        if array.min() < low or array.max() > high:
+            raise ShapeError(
+                f"Expected {name} of {low} to {high}, got {array.min()} to {array.max()}. Correct the batch."
+            )
 
 
 def _other_part(path: Path, query: Path) -> ModelFileError:

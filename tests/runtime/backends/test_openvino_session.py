@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from calib.graph.onnx_graph import set_manifest
+from calib.graph.moments import with_moments
+from calib.graph.onnx_graph import read_manifest, set_manifest
 from calib.graph.split_model import split_graph, write_split_model
 from calib.qdq_quantizer import LARGEST, MAX_EXACT_WEIGHT
-from runtime import Grounder
+from runtime import EncodedVideo, Grounder
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.backends import open_backend
 from runtime.backends.exact_int8 import saturates
 from runtime.backends.openvino_session import OpenVinoSession
-from runtime.core.batch import Batch
+from runtime.core.batch import DURATION, Batch
 from runtime.core.cpu_info import cpu_features
 from runtime.core.errors import DeviceError, ModelFileError, ShapeError
 from tests.raising import raises
@@ -116,6 +118,51 @@ def test_input_that_does_not_fit_the_graph_is_rejected(files: Path, name: str, c
 
 
 @installed
+@pytest.mark.parametrize("library", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("name", ["drn.onnx", "drn.query.onnx"])
+def test_numbers_out_of_range_are_rejected(files: Path, name: str, library: str) -> None:
+    model = open_backend(files / name if library == "openvino" else files / "reference" / name, "cpu")
+    batch = batch_of(model.manifest, 2, 4)
+    num_words = len(model.manifest.vocabulary)
+    for field, valid, invalid in (
+        ("query_tokens", (0, num_words), (-1, num_words + 1)),
+        ("query_length", (1, 4), (-1, 0, 5)),
+    ):
+        for number in (*valid, *invalid):
+            values = getattr(batch, field).copy()
+            values[1] = number
+            changed = Batch(**{**vars(batch), field: values})
+            with raises(ShapeError, "shape_mismatch", field, *valid) if number in invalid else nullcontext():
+                model.run(changed)
+    with raises(ShapeError, "shape_mismatch", "query_length"):
+        model.run(Batch(**{**vars(batch), "query_tokens": batch.query_tokens[:, :0]}))
+
+
+@installed
+@pytest.mark.parametrize("library", ["openvino", "onnxruntime"])
+def test_index_of_a_missing_video_is_rejected(files: Path, library: str) -> None:
+    pair: Any = open_backend(files / ("" if library == "openvino" else "reference") / "drn.query.onnx", "cpu")
+    batch = batch_of(pair.manifest, 2, 4)
+    features = pair.encode(batch.segment_features)
+    videos = [EncodedVideo(encoded, spans, 1.0) for encoded, spans in zip(features, batch.segment_spans, strict=True)]
+    for index in (-1, 2):
+        with raises(ShapeError, "shape_mismatch", "video_index", 0, 1):
+            pair.ask(batch.query_tokens, batch.query_length, videos, np.array([0, index], np.int32))
+
+
+@installed
+def test_axes_of_a_graph_with_moments_must_agree(files: Path) -> None:
+    graph = with_moments(onnx.load(files / "reference" / "drn.onnx"))
+    session = OpenVinoSession(graph.SerializeToString(), 1)
+    batch = batch_of(read_manifest(onnx.load(files / "drn.onnx")), 2, 4)
+    feed = {**vars(batch), DURATION: np.ones(2, np.float32)}
+    session.run(None, feed)
+    for name in feed:
+        with raises(ShapeError, "shape_mismatch"):
+            session.run(None, {**feed, name: feed[name][:1]})
+
+
+@installed
 def test_missing_input_is_not_taken_from_the_previous_call(files: Path) -> None:
     session = OpenVinoSession(str(files / "drn.video.onnx"))
     segments = batch_of(open_backend(files / "drn.onnx").manifest, 1, 1).segment_features
@@ -142,6 +189,11 @@ def test_damaged_file_is_reported_as_damaged(files: Path, tmp_path: Path) -> Non
     (tmp_path / "drn.onnx").write_bytes(content)
     with raises(ModelFileError, "digest_mismatch"):
         open_backend(tmp_path / "drn.onnx")
+    # The manifest, which names the library, is at the end.
+    (tmp_path / "drn.onnx").write_bytes(content[:-1000])
+    with raises(ModelFileError, "not_onnx", tmp_path / "drn.onnx") as caught:
+        open_backend(tmp_path / "drn.onnx")
+    assert "ONNX Runtime" not in str(caught.value)
 
 
 @installed
