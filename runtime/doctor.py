@@ -9,6 +9,7 @@ import sys
 
 from runtime.backends.exact_int8 import saturates
 from runtime.backends.onnxruntime_session import import_onnxruntime
+from runtime.backends.openvino_session import import_openvino
 from runtime.core import cpu_info
 from runtime.core.cli import command, suggest_next_command
 from runtime.core.errors import DeviceError
@@ -41,7 +42,7 @@ def doctor() -> list[Finding]:
         _cpu_int8(),
         *gpus(),
         _onnxruntime(),
-        _packages("run .onnx models for OpenVINO", "openvino", "openvino"),
+        _openvino(),
         _torch(),
         _exporter(),
         _tensorrt(),
@@ -102,6 +103,15 @@ def _onnxruntime() -> Finding:
     import_onnxruntime(gpu=True)
     providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
     return Finding(subject, True, f"ONNX Runtime {onnxruntime.__version__} with {providers}")
+
+
+def _openvino() -> Finding:
+    subject = "run .onnx models for OpenVINO"
+    try:
+        openvino = import_openvino()
+    except DeviceError as error:
+        return Finding(subject, False, f"OpenVINO cannot be imported: {error.__cause__}", "pip install '.[openvino]'")
+    return Finding(subject, True, f"OpenVINO {openvino.__version__}")
 
 
 def _torch() -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(module, "installed_version", versions.get)
     monkeypatch.setattr("runtime.core.gpu_info.shutil.which", lambda name: None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     answer = subprocess.CompletedProcess([], 0, "False None\n", "")
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
     return versions
@@ -75,10 +77,12 @@ def test_doctor_reports_installed_packages_as_working(
     installed.update({"torch": "2.13.0", "av": pytest.importorskip("av").__version__})
     monkeypatch.delitem(sys.modules, "onnxruntime")
     pytest.importorskip("onnxruntime")
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(__version__="2026.4.1"))
     actual = findings()
     assert all(actual[subject].works for subject in actual if subject not in ("NVIDIA GPU", "TensorRT"))
     assert actual["train, run .pt models"].details == "torch 2.13.0, CPU only"
     assert "CPU" in actual["run .onnx models"].details
+    assert quotes(actual["run .onnx models for OpenVINO"].details, "2026.4.1")
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -131,6 +135,19 @@ def test_incomplete_or_conflicting_packages_do_not_work(
     assert quotes(onnx.details, "onnxruntime", "onnxruntime-gpu")
     assert onnx.remedy.startswith("pip uninstall")
     assert train.details.endswith("ImportError: libcudart.so")
+
+
+def test_broken_openvino_shows_its_error(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed["openvino"] = "2026.4"
+    (tmp_path / "openvino.py").write_text("raise ImportError('libopenvino.so: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openvino")
+    finding = findings()["run .onnx models for OpenVINO"]
+    assert not finding.works
+    assert quotes(finding.details, "libopenvino.so")
+    assert quotes(finding.remedy, "'.[openvino]'")
 
 
 def test_doctor_lists_every_gpu_and_exits_with_0(
