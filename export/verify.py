@@ -23,6 +23,7 @@ from export.parity.run_parity import (
     read_precision_stats,
     run_parity_check,
 )
+from runtime.artifacts.manifest import Manifest
 from runtime.backends.base import Device
 from runtime.benchmarking.report import latency_table, read_report
 from runtime.core.cli import command, report_written, suggest_next_command
@@ -209,7 +210,7 @@ def run(options: VerifyOptions) -> ParityResult:
         hint = " Add --layers to find the first module that differs." if both_onnx and not options.layers else ""
         raise CheckFailed(f"{report.sentence()}{hint}", code="parity_failed")
     print(report.sentence())
-    suggest_next_command(*_next_command(model, files[1].manifest.precision, options.data))
+    suggest_next_command(*_next_command(model, files[1].manifest, options.data))
     return report.parity
 
 
@@ -250,10 +251,11 @@ def _commands(options: VerifyOptions) -> tuple[str, ...]:
     )
 
 
-def _next_command(model: Path, precision: str, data: Path) -> tuple[Any, ...]:
-    if model.suffix == ".onnx" and precision == "fp32":
+def _next_command(model: Path, manifest: Manifest, data: Path) -> tuple[Any, ...]:
+    is_source = manifest.part == "whole" and manifest.moments is None
+    if model.suffix == ".onnx" and manifest.precision == "fp32" and is_source:
         return "export.build_engine", "--model", model, "--precision", "fp16", "--data", data
-    if model.suffix == ".onnx" and precision == "bf16":
+    if model.suffix == ".onnx" and manifest.precision == "bf16":
         # ONNX Runtime cannot run BF16; `doctor` lists what can.
         return ("runtime.doctor",)
     return "runtime.benchmark", "--model", model, "--data", data

@@ -18,8 +18,10 @@ import pytest
 
 from calib.calibration_table import CalibrationTable
 from calib.graph.half_precision import convert_to_half
+from calib.graph.moments import with_moments
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.opset import raise_opset
+from calib.graph.split_model import split_graph, write_split_model
 from calib.qdq_quantizer import insert_qdq
 from export.verify import verify
 from runtime import Grounder
@@ -68,6 +70,24 @@ def test_equal_model_passes_and_writes_reports(
     assert 'class="verdict passed"' in text
     assert "100.0 % in fp32" in text
     assert "--split train --max-drop 0.2" in text
+
+
+def test_next_command_accepts_the_model(
+    models: Path, planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = onnx.load(models / "drn.onnx")
+    *_, query = write_split_model(*split_graph(graph), tmp_path / "drn.onnx")
+    onnx.save(with_moments(graph), tmp_path / "drn.moments.onnx")
+    # `build-engine` converts graphs without decoding that were not split.
+    for model, command in (
+        (models / "drn.onnx", "export.build_engine"),
+        (tmp_path / "drn.moments.onnx", "runtime.benchmark"),
+        (query, "runtime.benchmark"),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "drn"):
+            verify(models / "drn.onnx", model, planted, limit=3, threads=1)
+        assert records(caplog, logging.INFO, "Next:", command), model
 
 
 def test_recorded_command_reproduces_the_report(models: Path, planted: Path, tmp_path: Path) -> None:
