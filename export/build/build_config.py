@@ -345,12 +345,14 @@ class BuildConfig:
                 "--compute-capability": options.compute_capabilities,
                 "--unroll": self.unroll,
                 "--profiles": () if profiles == 2 else (profiles,),
+                # ONNX Runtime computes with TF32 on a GPU.
+                "--tf32": options.tf32 and self.target == "openvino",
             }
             given = [flag for flag, value in flags.items() if value not in (None, False, ())]
             if given:
                 raise GroundingError(
-                    f"{', '.join(given)} applies to engines only, but the target is {self.target} "
-                    f"({reason.rstrip('.')}). Remove the option, or choose another --target.",
+                    f"{', '.join(given)} does not apply to the target {self.target} ({reason.rstrip('.')}). Remove the "
+                    "option, or choose another --target.",
                     code="inapplicable_option",
                 )
             return

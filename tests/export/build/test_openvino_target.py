@@ -90,6 +90,7 @@ def test_build_without_the_library_is_rejected_before_any_work(model: Path, monk
     [
         ({"target": "openvino", "precision": "fp16"}, "precision_unsupported", ("fp16", "openvino")),
         ({"target": "openvino", "precision": "fp32", "workspace": 1.0}, "inapplicable_option", ("--workspace",)),
+        ({"target": "openvino", "precision": "fp32", "tf32": True}, "inapplicable_option", ("--tf32",)),
     ],
 )
 def test_options_that_do_not_fit_the_target_are_rejected(
