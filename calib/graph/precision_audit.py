@@ -111,11 +111,11 @@ def _sized(model: onnx.ModelProto, query_length: int) -> onnx.ModelProto:
     graph = sized.graph
     # Described for free dimensions.
     del graph.value_info[:]
-    free = {"batch": 1, "query_length": query_length, "video": 1}
     for value in graph.input:
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
-                size.dim_value = free[size.dim_param]
+                # The others are "batch" and "video", or in foreign extractors any name for the batch.
+                size.dim_value = query_length if size.dim_param == "query_length" else 1
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")
     return sized
