@@ -241,7 +241,9 @@ def write_qdq(
     ops = {op.node: op for op in find_quantizable_ops(model, policy, kind)}
     if not ops:
         raise CalibrationError(
-            "No module remains to quantize. Name fewer modules with --keep.", code="nothing_to_quantize"
+            "No layer with a constant weight remains to quantize. Name fewer modules with --keep, or choose another "
+            "--precision.",
+            code="nothing_to_quantize",
         )
     result = with_opset(_Writer(model, ops, ranges, policy, kind).run(), opset)
     onnx.checker.check_model(result, full_check=True)

@@ -98,7 +98,18 @@ def read_extractor(path: Path) -> tuple[onnx.ModelProto, ExtractorManifest]:
         ) from error
     if manifest.precision != "fp32":
         raise _not_fp32(path, manifest.precision)
-    return inline_padding(graph), manifest
+    graph = inline_padding(graph)
+    _name_nodes(graph)
+    return graph, manifest
+
+
+def _name_nodes(model: onnx.ModelProto) -> None:
+    """Give every node a name of its own, by which conversions identify it; ONNX requires none."""
+    taken: set[str] = set()
+    for node in model.graph.node:
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}:{node.output[0]}"
+        taken.add(node.name)
 
 
 def _not_fp32(path: str | os.PathLike[str], precision: str) -> ModelFileError:

@@ -39,6 +39,7 @@ from tests.export.engine.engine_builds import EngineBuilds
 from tests.export.narrow_c3d import TINY, lively
 from tests.films import film
 from tests.raising import quotes, raises, records
+from tests.runtime.media.extractor_graphs import write_clips
 from tests.train.extractors.test_c3d import LAYOUTS
 from train.extractors.c3d import MEANS
 from train.extractors.checkpoint import load_extractor, save_extractor
@@ -255,6 +256,13 @@ def test_int8_extractor_keeps_modules_and_takes_one_method(model: Path, videos: 
 
 
 @pytest.mark.rtx
+def test_int8_extractor_needs_no_names_of_nodes(videos: tuple[Path, ...], tmp_path: Path) -> None:
+    model = write_clips(tmp_path / "tiny.onnx")
+    assert not any(node.name for node in onnx.load(model).graph.node)
+    output = build_engine(model, precision="int8", target="onnxruntime", calib_videos=videos)
+    assert audit_graph(onnx.load(output)).share("int8") == 1
+
+
 def test_int8_extractor_for_tensorrt_has_fp16_around(model: Path, videos: tuple[Path, ...]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
     build_engine(model, precision="int8", calib_videos=videos, **RTX)
