@@ -269,14 +269,11 @@ class ExecutionContexts:
         if state.graph is not None:
             self._cuda.launch(state.graph, stream)
         else:
-            self._enqueue_network(state)
+            enqueued = state.context.execute_async_v3(stream)
+            self._checker.require(enqueued, "run the network", "" if enqueued else self._run_advice())
         if self._timed:
             self._cuda.record(self._buffers.events[1], stream)
         self._buffers.copy_out(state.bytes_out)
-
-    def _enqueue_network(self, state: ExecutionState) -> None:
-        enqueued = state.context.execute_async_v3(self._buffers.stream)
-        self._checker.require(enqueued, "run", "" if enqueued else self._run_advice())
 
     def capture(self, state: ExecutionState) -> str | None:
         """Capture a CUDA graph of a state that has just run, unless an earlier capture failed.
@@ -293,7 +290,9 @@ class ExecutionContexts:
                 # Events in a graph cannot be read, so a timed graph contains the network only.
                 if not self._timed:
                     self._buffers.copy_in(state.bytes_in)
-                self._enqueue_network(state)
+                enqueued = state.context.execute_async_v3(stream)
+                # Without advice, because the caller logs a warning.
+                self._checker.require(enqueued, "capture the network", "")
                 if not self._timed:
                     self._buffers.copy_out(state.bytes_out)
             except BaseException:

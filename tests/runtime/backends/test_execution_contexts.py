@@ -209,16 +209,23 @@ def test_encoding_caches_stay_separate_when_memory_is_full(bench: Bench, monkeyp
         assert_same(pair.ask(batch.query_tokens, batch.query_length, videos, index), bench.graphs.reference(batch))
 
 
-def test_failed_hardware_compatible_engine_names_the_remedy(bench: Bench) -> None:
-    # pytorch/TensorRT#4481.
-    bench.library.failing["execute_async_v3"] = "Error Code 1: Cask (Cask convolution execution)"
+def test_failed_hardware_compatible_engine_names_the_remedy(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     for hardware_compatible in (True, False):
+        # pytorch/TensorRT#4481.
+        bench.library.failing = {"execute_async_v3": "Error Code 1: Cask (Cask convolution execution)"}
         options = {"version_compatible": False, "hardware_compatible": hardware_compatible}
         backend = bench.whole(options=options)
         with pytest.raises(DeviceError) as caught:
             backend.run(batch_of([5]))
         assert ("export.build_engine" in str(caught.value)) is hardware_compatible
         assert "--hardware-compatible" not in str(caught.value)
+        # A failed capture is only a warning.
+        caplog.clear()
+        bench.library.failing = {"capture": NOT_CAPTURABLE}
+        for _ in range(2):
+            backend.run(batch_of([5]))
+        (warning,) = caplog.messages
+        assert "hardware-compatible" not in warning
 
 
 def test_gpu_time_is_that_of_the_networks(bench: Bench) -> None:
