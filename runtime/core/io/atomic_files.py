@@ -112,7 +112,9 @@ class Staging:
     """
 
     def __init__(self) -> None:
+        # Resolved directories, to their temporary directories and to the directories as given.
         self._staged: dict[Path, _Temporary] = {}
+        self._given: dict[Path, Path] = {}
         self._created: list[Path] = []
 
     def __enter__(self) -> Staging:
@@ -137,10 +139,12 @@ class Staging:
                     self._staged[parent] = _temporary_in(parent)
             except OSError as error:
                 raise _unwritable(final, error) from error
+        if os.path.samefile(final.parent, parent):
+            self._given.setdefault(parent, final.parent)
         return self._staged[parent].path / final.name
 
     def commit(self, expected: Callable[[str], bool] = lambda name: True) -> list[Path]:
-        """Rename the written files to their final paths, in the order of their names, and return these paths.
+        """Rename the written files to their final paths, in the order of their names, and return these as given.
 
         Args:
             expected: returns whether a file of this name is renamed; others are removed.
@@ -156,7 +160,7 @@ class Staging:
                         os.replace(file, parent / file.name)
                     except OSError as error:
                         raise _unwritable(parent / file.name, error) from error
-                    written.append(parent / file.name)
+                    written.append(self._given.get(parent, parent) / file.name)
         return written
 
 

@@ -203,14 +203,16 @@ def test_failed_write_removes_created_directories(tmp_path: Path) -> None:
     assert content(tmp_path / "a" / "b") == {"report.json": "text"}
 
 
-def test_staged_files_are_committed_together(tmp_path: Path) -> None:
+def test_staged_files_are_committed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("old")
+    monkeypatch.chdir(tmp_path)
     with Staging() as staging:
         for name in ("a.txt", "b.txt", "draft.txt"):
-            staging.path(tmp_path / name).write_text("new")
+            staging.path(name).write_text("new")
         assert (tmp_path / "a.txt").read_text() == "old"
         written = staging.commit(lambda name: name != "draft.txt")
-    assert [path.name for path in written] == ["a.txt", "b.txt"]
+    # As given, for "Written:" lines.
+    assert written == [Path("a.txt"), Path("b.txt")]
     assert content(tmp_path) == {"a.txt": "new", "b.txt": "new"}
 
 
