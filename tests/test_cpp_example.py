@@ -20,6 +20,7 @@ from runtime.core.tokenizer import tokenize
 from runtime.core.video import Video
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
+from tests.raising import quotes
 from tests.train.training.narrow import narrow_backbone
 
 __all__ = ["narrow_backbone"]
@@ -112,7 +113,8 @@ def test_program_prints_the_moments_of_infer(program: Path, model: Path, planted
 def test_program_splits_sentences_like_the_tokenizer(program: Path, model: Path, tmp_path: Path, sentence: str) -> None:
     # With a list without these words, the program names every token before it rejects the sentence.
     words = tmp_path / "words.txt"
-    words.write_text("zyzzyva\n")
+    count = len(model.with_suffix(".words.txt").read_text().splitlines())
+    words.write_text("".join(f"zyzzyva{index}\n" for index in range(count)))
     command = [program, model.with_suffix(".moments.onnx"), words, "absent.npy", "1", sentence]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
@@ -156,3 +158,13 @@ def test_program_rejects_what_it_does_not_support(program: Path, model: Path, pl
         result = ground(program, model, tmp_path / file, seconds, text)
         assert (result.returncode, result.stdout) == (2, ""), (file, seconds, text)
         assert result.stderr.splitlines()[-1].startswith("error: ")
+    for frames in ("0", "1", "928.5", "nan", str(100 * video.num_frames), str(video.num_frames // 3)):
+        result = ground(program, model, tmp_path / "video.npy", video.duration, sentence, frames)
+        assert (result.returncode, result.stdout) == (2, ""), frames
+    words = model.with_suffix(".words.txt").read_text().splitlines(keepends=True)
+    for name, lines in (("short", words[:-1]), ("long", [*words, "zyzzyva\n"])):
+        (tmp_path / name).write_text("".join(lines))
+        command = [program, model.with_suffix(".moments.onnx"), tmp_path / name, tmp_path / "video.npy"]
+        result = subprocess.run([*command, str(video.duration), sentence], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout) == (2, ""), name
+        assert quotes(result.stderr, tmp_path / name, len(lines), len(words))

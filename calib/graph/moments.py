@@ -108,6 +108,7 @@ def input_description(manifest: Manifest) -> str:
         "pooling": features.pooling,
         "unknown_words": manifest.vocabulary.unknown,
         "max_query_length": manifest.max_query_length,
+        "num_words": len(manifest.vocabulary),
         # Longer videos are grounded in windows, which a graph cannot do.
         **({"max_duration": manifest.windows.longest} if manifest.windows else {}),
     }

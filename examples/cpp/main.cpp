@@ -52,7 +52,8 @@ Features read_npy(const std::string& path) {
     if (header.find("'<f4'") == std::string::npos || header.find("'fortran_order': False") == std::string::npos ||
         !std::regex_search(header, shape, std::regex("'shape': \\((\\d{1,9}), (\\d{1,9})\\)")))
         throw std::runtime_error("Expected float32 of shape (clips, D) in " + path + ", got " +
-                                 header.substr(0, header.find('}') + 1) + ".");
+                                 header.substr(0, header.find('}') + 1) +
+                                 ". Save it with numpy.save(path, features.astype(numpy.float32)).");
     Features features;
     features.num_clips = std::stoul(shape[1]);
     features.dim = std::stoul(shape[2]);
@@ -68,8 +69,8 @@ Features read_npy(const std::string& path) {
     return features;
 }
 
-// The id of a word is its line number, from 1.
-Words read_words(const std::string& path) {
+// The id of a word is its line number, from 1. Models of older versions do not record the number of words.
+Words read_words(const std::string& path, const Metadata& about) {
     std::ifstream file(path);
     Words words;
     for (std::string word; std::getline(file, word);) {
@@ -77,6 +78,9 @@ Words read_words(const std::string& path) {
         words.emplace(word, static_cast<int32_t>(words.size() + 1));
     }
     if (words.empty()) throw std::runtime_error(path + " is missing or empty.");
+    if (about.count("num_words") && words.size() != std::stoul(about.at("num_words")))
+        throw std::runtime_error("Expected the " + about.at("num_words") + " words of the model in " + path + ", got " +
+                                 std::to_string(words.size()) + ". Give the drn.words.txt of the same export.");
     return words;
 }
 
@@ -182,6 +186,28 @@ double parse_number(const std::string& text) {
     return number;
 }
 
+// The frame count as given, or estimated from the clips, up to one stride too low. The limits are those of
+// runtime/core/video.py and of `ClipTiming.contradicts` in runtime/core/pooling.py.
+int64_t count_frames(const std::string& given, size_t num_clips, double seconds, const Metadata& about) {
+    const int64_t window = std::stoll(about.at("clip_window")), stride = std::stoll(about.at("clip_stride"));
+    const auto clips = static_cast<int64_t>(num_clips);
+    const double number = given.empty() ? static_cast<double>((clips - 1) * stride + window) : parse_number(given);
+    if (!(number >= 2 && number <= 2147483647) || number != std::floor(number))
+        throw std::runtime_error("Expected a whole number of 2 frames or more, got " + std::to_string(number) + ".");
+    const auto num_frames = static_cast<int64_t>(number);
+    const double rate = number / seconds;
+    if (!(rate >= 1 && rate <= 240))
+        throw std::runtime_error("Expected 1 to 240 frames per second, got " + std::to_string(rate) +
+                                 ". Correct the duration in seconds or the frame count.");
+    const int64_t expected = num_frames < window ? 1 : (num_frames - window) / stride + 1;
+    const int64_t low = std::min(expected, clips), high = std::max(expected, clips);
+    if (2 * high > 3 * low && high - low > 2)
+        throw std::runtime_error("Expected about " + std::to_string(expected) + " clips for " +
+                                 std::to_string(num_frames) + " frames, got " + std::to_string(clips) +
+                                 ". Correct the frame count, or use features with the clip timing of the model.");
+    return num_frames;
+}
+
 // Lines of a name and a value under the metadata key "drn.moments".
 Metadata read_metadata(const Ort::Session& session) {
     Ort::AllocatorWithDefaultOptions allocator;
@@ -207,19 +233,17 @@ void ground(const std::vector<std::string>& arguments) {
     const auto shape = session.GetInputTypeInfo(2).GetTensorTypeAndShapeInfo().GetShape();
     const int64_t num_segments = shape[1], dim = shape[2];
 
-    std::vector<int32_t> tokens = encode(arguments[4], read_words(arguments[1]), about);
+    std::vector<int32_t> tokens = encode(arguments[4], read_words(arguments[1], about), about);
     const Features clips = read_npy(arguments[2]);
     if (static_cast<int64_t>(clips.dim) != dim)
-        throw std::runtime_error("Expected features of width " + std::to_string(dim) + ", got another width.");
+        throw std::runtime_error("Expected features of width " + std::to_string(dim) + " in " + arguments[2] + ", got " +
+                                 std::to_string(clips.dim) + ".");
     const double seconds = parse_number(arguments[3]);
     if (!(seconds > 0)) throw std::runtime_error("Expected a duration above 0 seconds.");
     if (about.count("max_duration") && seconds > parse_number(about.at("max_duration")))
         throw std::runtime_error("Videos above " + about.at("max_duration") + " s need windows. Use `drn infer`.");
-    // Without a frame count, that of the clips, up to one stride too low.
-    auto num_frames = (static_cast<int64_t>(clips.num_clips) - 1) * std::stoll(about.at("clip_stride")) +
-                      std::stoll(about.at("clip_window"));
-    if (arguments.size() > 5) num_frames = static_cast<int64_t>(parse_number(arguments[5]));
-    if (num_frames < 2) throw std::runtime_error("Expected a video of 2 frames or more.");
+    const int64_t num_frames =
+        count_frames(arguments.size() > 5 ? arguments[5] : "", clips.num_clips, seconds, about);
     Segments segments = pool(clips, num_frames, num_segments, about);
     std::vector<int32_t> length = {static_cast<int32_t>(tokens.size())};
     std::vector<float> duration = {static_cast<float>(seconds)};

@@ -225,6 +225,7 @@ def test_metadata_describes_the_inputs(files: Path) -> None:
         values.items()
     )
     assert values["max_query_length"] == "16"
+    assert int(values["num_words"]) == len((files / "drn.words.txt").read_text().splitlines())
     assert [value.name for value in model.graph.input][-1] == DURATION
     assert [value.name for value in model.graph.output] == [*HEAD_NAMES, MOMENTS, MOMENT_COUNT]
 
