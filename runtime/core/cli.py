@@ -17,6 +17,7 @@ from runtime.core.command_help import documented
 from runtime.core.command_list import as_typed, typed_name
 from runtime.core.errors import CheckFailed, GroundingError, OutputError, importing, one_line, printable_line
 from runtime.core.interrupts import handled, interrupted_by, uncovered
+from runtime.core.io import finished_files
 from runtime.core.model_argument import normalized
 from runtime.core.terminal import DISK_FULL, Formatter, argument, discard_output, protected_streams, shell_words
 
@@ -27,13 +28,13 @@ def command(function: Callable[..., Any], expand: Callable[[Sequence[str]], list
     """Run `function` with the arguments of the command line, and exit.
 
     Results go to stdout, the log and progress to stderr. Exit codes: 0 for success, 1 for a failed check, 2 for invalid
-    input, and 128 + N after signal N: 130 for Ctrl-C, 143 for SIGTERM.
+    input, and 128 + N after signal N: 130 for Ctrl-C, 143 for SIGTERM, after a list of the files finished by then.
 
     Args:
         expand: returns the arguments to parse, given those of the command line; for an option such as --config of
             `train`, which inserts the options of a file.
     """
-    with handled(), protected_streams() as no_colors:
+    with handled(), protected_streams() as no_colors, finished_files.recording():
         _run(functools.partial(_parsed, function, expand), no_colors)
 
 
@@ -54,6 +55,8 @@ def _run(parse: Callable[[], Callable[[], Any]], no_colors: Callable[[], None]) 
         _fail(f"error: {printable_line(str(error))}", 1)
     except KeyboardInterrupt as error:
         interrupted = interrupted_by(error)
+        for paths in finished_files.by_directory():
+            report_many_written("finished", paths)
         _fail(str(interrupted), interrupted.exit_code)
     except BrokenPipeError:
         # The reader of stdout (head, a pager) has ended. Python would print another error at exit.
@@ -103,6 +106,7 @@ def report_written(*paths: Path | None) -> None:
     for path in paths:
         if path is not None:
             log.info("Written: %s", path)
+            finished_files.forget(path)
 
 
 def report_many_written(kind: str, paths: Collection[Path]) -> None:
@@ -114,6 +118,8 @@ def report_many_written(kind: str, paths: Collection[Path]) -> None:
     """
     if len(paths) > 1:
         log.info("Written: %d %s files in %s", len(paths), kind, os.path.commonpath([path.parent for path in paths]))
+        for path in paths:
+            finished_files.forget(path)
     else:
         report_written(*paths)
 

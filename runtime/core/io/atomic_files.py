@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from runtime.core.errors import OutputError
 from runtime.core.interrupts import deferred
+from runtime.core.io import finished_files
 from runtime.core.io.input_files import is_same_file
 
 try:
@@ -64,17 +65,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OutputError: `path` cannot be written (no permission, disk full, a file instead of a directory).
     """
-    path = _resolved(path)
-    created = _missing(path.parent)
+    target = _resolved(path)
+    created = _missing(target.parent)
     temporary: _Temporary | None = None
     try:
         with deferred():
-            temporary = _temporary_in(path.parent, path.name)
+            temporary = _temporary_in(target.parent, target.name)
         yield temporary.path
         temporary.path.chmod(0o666 & ~_umask())
-        os.replace(temporary.path, path)
+        with deferred():
+            os.replace(temporary.path, target)
+            finished_files.record(Path(path))
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(target, error) from error
     finally:
         with deferred():
             if temporary is not None:
@@ -161,6 +164,7 @@ class Staging:
                     except OSError as error:
                         raise _unwritable(parent / file.name, error) from error
                     written.append(self._given.get(parent, parent) / file.name)
+                    finished_files.record(written[-1])
         return written
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from runtime.core.cli import suggest_next_command
+from runtime.core.cli import report_written, suggest_next_command
 from runtime.core.errors import CheckFailed, DeviceError, FeatureError, GroundingError
 from runtime.core.interrupts import Interrupted
+from runtime.core.io.atomic_files import Staging, write_text
 from tests.processes import heed_ctrl_c
 
 ROOT = Path(__file__).parents[3]
@@ -75,6 +76,23 @@ def test_unexpected_exception_keeps_its_traceback(run_command: Callable[..., Any
 
     with pytest.raises(ZeroDivisionError):
         run_command(broken)
+
+
+def test_interruption_lists_the_files_finished_by_then(run_command: Callable[..., Any], tmp_path: Path) -> None:
+    def stopped() -> None:
+        for name in ("one.txt", "many/two.txt", "many/three.txt"):
+            write_text(tmp_path / name, "text")
+        report_written(tmp_path / "one.txt")
+        write_text(tmp_path / "many" / "two.txt", "again")
+        with Staging() as staging:
+            write_text(staging.path(tmp_path / "four.txt"), "text")
+            staging.commit()
+            write_text(staging.path(tmp_path / "half.txt"), "text")
+            raise Interrupted(signal.SIGTERM)
+
+    # It compares the list with the files.
+    assert run_command(stopped).code == 143
+    assert {path.name for path in tmp_path.rglob("*.txt")} == {"one.txt", "two.txt", "three.txt", "four.txt"}
 
 
 def test_interrupted_import_is_no_missing_package(run_command: Callable[..., Any]) -> None:
