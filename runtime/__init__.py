@@ -15,6 +15,9 @@ import sys
 if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") == "drn":
     # While a command imports, which takes seconds with torch, Ctrl-C and missing packages must not print a traceback.
     # `runtime.core.cli` handles both afterwards. As process 1 of a container it would ignore SIGTERM without a handler.
+    from traceback import walk_tb as _walk_tb
+
+    from runtime.core.errors import one_line as _one_line
     from runtime.core.interrupts import install as _install
     from runtime.core.interrupts import interrupted_by as _interrupted_by
     from runtime.core.terminal import replace_closed_streams as _replace_closed_streams
@@ -25,15 +28,21 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") =
     # Packages that commands import at their start, with the extra that installs them.
     _extras = {"torch": "train", "onnx": "engine"}
 
+    def _failed_package(error, traceback):  # type: ignore[no-untyped-def]
+        """Return the package whose import failed, also if a library that it imports is missing; else None."""
+        frames = (frame.f_globals.get("__name__", "") for frame, _ in _walk_tb(traceback))
+        packages = (name.partition(".")[0] for name in (error.name or "", *frames))
+        return next((package for package in packages if package in _extras), None)
+
     def _quiet(kind, error, traceback):  # type: ignore[no-untyped-def]
         if issubclass(kind, KeyboardInterrupt):
             interrupted = _interrupted_by(error)
             print(interrupted, file=sys.stderr)
             sys.exit(interrupted.exit_code)
-        elif issubclass(kind, ModuleNotFoundError) and error.name in _extras:
+        elif issubclass(kind, ImportError) and (package := _failed_package(error, traceback)):
             print(
-                f"error: This command needs {error.name}, which is not installed. "
-                f"Run `pip install '.[{_extras[error.name]}]'` in the drn-deploy directory.",
+                f"error: {package} cannot be imported ({_one_line(error)}). "
+                f"Run `pip install '.[{_extras[package]}]'` in the drn-deploy directory.",
                 file=sys.stderr,
             )
             sys.exit(2)

@@ -250,13 +250,15 @@ def as_sentence(clause: str) -> str:
 def importing(library: str, extra: str, alternative: str = "") -> Iterator[None]:
     """Raise DeviceError (code `missing_library`) if an import in the block fails.
 
+    A damaged library may raise OSError, and tritonclient raises RuntimeError if grpcio is missing.
+
     Args:
         extra: extra of this package that installs the library.
         alternative: other advice, as the end of the sentence.
     """
     try:
         yield
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise DeviceError(
             f"{library} cannot be imported ({error}). Run `pip install '.[{extra}]'` in the drn-deploy directory"
             f"{alternative}.",

@@ -127,8 +127,11 @@ def test_next_command_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("command", "package", "extra"), [("train", "torch", "train"), ("export.build_engine", "onnx", "engine")]
 )
-def test_missing_package_error_names_the_extra(tmp_path: Path, command: str, package: str, extra: str) -> None:
-    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name={package!r})\n")
+@pytest.mark.parametrize("source", ["raise ModuleNotFoundError('none', name={!r})", "raise ImportError('none')"])
+def test_missing_package_error_names_the_extra(
+    tmp_path: Path, command: str, package: str, extra: str, source: str
+) -> None:
+    (tmp_path / f"{package}.py").write_text(source.format(package))
     outcome = subprocess.run(
         [sys.executable, "-m", command, "--help"],
         cwd=ROOT,
@@ -138,8 +141,7 @@ def test_missing_package_error_names_the_extra(tmp_path: Path, command: str, pac
     )
     assert outcome.returncode == 2
     assert outcome.stderr == (
-        f"error: This command needs {package}, which is not installed. "
-        f"Run `pip install '.[{extra}]'` in the drn-deploy directory.\n"
+        f"error: {package} cannot be imported (none). Run `pip install '.[{extra}]'` in the drn-deploy directory.\n"
     )
 
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from runtime.core.errors import (
     MAX_MESSAGE_LENGTH,
     MAX_VALUE_LENGTH,
+    DeviceError,
     FeatureError,
     GroundingError,
     check_option,
     excerpt,
+    importing,
     one_line,
     printable,
     reading,
@@ -47,6 +49,12 @@ def test_option_in_range_is_accepted(value: int | None, maximum: int | None) -> 
 def test_option_out_of_range_is_rejected_with_its_limits(value: float, maximum: int | None) -> None:
     with raises(FeatureError, "invalid_option", "--threads", 1, value, *([4] if maximum else [])):
         check_option("--threads", value, 1, maximum, FeatureError)
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
+def test_failed_import_names_the_extra(error: type[Exception]) -> None:
+    with raises(DeviceError, "missing_library", "none", "pip install '.[plot]'"), importing("matplotlib", "plot"):
+        raise error("none")
 
 
 HUGE = {
