@@ -27,14 +27,13 @@ from runtime.media.container import check_one_file
 from runtime.media.extraction import (
     BATCH_SIZE,
     FORMAT,
+    Extraction,
     ExtractionRecord,
     check_length,
-    extract_if_needed,
-    extractor_key,
     hash_of,
     read_record,
 )
-from runtime.media.extractors import Extractor, open_extractor
+from runtime.media.extractors import open_extractor
 from runtime.media.video_file import VideoFile, probe
 from runtime.media.video_folder import videos_in
 
@@ -86,13 +85,12 @@ def extract(
     check_option("--batch-size", batch_size, 1)
     listed = {file: path.is_dir() for path in videos for file in (videos_in(path) if path.is_dir() else [path])}
     _check_names(list(listed), output)
-    network = open_extractor(extractor, device, threads)
+    extraction = Extraction(open_extractor(extractor, device, threads), partial, batch_size, threads)
     check_writable(output / NOTES)
-    job = _Job(network, extractor_key(network), output, _records(output), partial, batch_size, threads)
-    done = _extract_all(listed, job)
-    report_many_written("feature", done.features)
-    report_written(*done.tables)
-    failed = len(listed) - done.videos
+    extracted, features, tables = _extract_all(listed, _Job(extraction, output, _records(output)))
+    report_many_written("feature", features)
+    report_written(*tables)
+    failed = len(listed) - extracted
     if failed:
         raise CheckFailed(
             f"{failed} of {len(listed)} videos cannot be extracted, as reported above; {output} contains the others. "
@@ -108,35 +106,14 @@ def extract(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """The extractor, its `extractor_key`, the output directory with its records by video, and options of `extract`."""
+    """The extraction, and the output directory with its records by video."""
 
-    network: Extractor
-    extractor_hash: str
+    extraction: Extraction
     output: Path
     records: Mapping[str, ExtractionRecord]
-    partial: bool
-    batch_size: int
-    threads: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _CheckedVideo:
-    """The SHA-256 of a video, and its open file if the video must be extracted."""
-
-    digest: str
-    file: VideoFile | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Extracted:
-    """The number of videos whose features are in the directory, and the feature files and tables that were written."""
-
-    videos: int
-    features: Sequence[Path]
-    tables: Sequence[Path]
-
-
-def _extract_all(videos: Mapping[Path, bool], job: _Job) -> _Extracted:
+def _extract_all(videos: Mapping[Path, bool], job: _Job) -> tuple[int, list[Path], list[Path]]:
     """Extract videos, and skip damaged ones of directories.
 
     Every file is checked before the first is extracted, which may take hours.
@@ -144,34 +121,39 @@ def _extract_all(videos: Mapping[Path, bool], job: _Job) -> _Extracted:
     Args:
         videos: files, and whether to skip a file that cannot be decoded.
 
+    Returns:
+        The number of videos whose features are in the directory, and the feature files and tables that were written.
+
     Raises:
         VideoFileError: a file that must not be skipped cannot be decoded, or features of another extractor would
             remain in the directory.
     """
-    _check_extractors(job.output, job.records, {path.stem for path in videos}, job.extractor_hash)
+    extraction = job.extraction
+    _check_extractors(job.output, job.records, {path.stem for path in videos}, extraction.key)
     checked = {}
     for path, skip in videos.items():
         video = _unless_damaged(skip, functools.partial(_check, path, job))
         if video is not None:
             checked[path] = video
     names = {path.stem for path in checked}
-    _check_extractors(job.output, job.records, names, job.extractor_hash)
+    _check_extractors(job.output, job.records, names, extraction.key)
     extracted = 0
     features: list[Path] = []
     tables: dict[Path, None] = {}
-    for path, video in checked.items():
-        output = job.output / FEATURE_DIRECTORY / f"{path.stem}.npy"
-        record = _unless_damaged(videos[path], functools.partial(_extract_one, path, output, video, job))
+    for path, (video_hash, video_file) in checked.items():
+        output, known = job.output / FEATURE_DIRECTORY / f"{path.stem}.npy", job.records.get(path.stem)
+        update = functools.partial(extraction.update, path, output, video_hash, known, video_file)
+        record = _unless_damaged(videos[path], update)
         if record is None:
             continue
         extracted += 1
         # Features that are still valid keep their record.
-        if record is not job.records.get(path.stem):
+        if record is not known:
             features.append(output)
         tables |= dict.fromkeys(_add_record(job.output, path.stem, record, names))
-        clips = f"{record.num_clips} clips of {job.network.manifest.dim} channels"
+        clips = f"{record.num_clips} clips of {extraction.extractor.manifest.dim} channels"
         print(f"{path.stem}  {clips}, {record.num_frames} frames, {record.duration:.2f} s")
-    return _Extracted(extracted, features, list(tables))
+    return extracted, features, list(tables)
 
 
 def _unless_damaged(skip: bool, function: Callable[[], T]) -> T | None:
@@ -185,8 +167,8 @@ def _unless_damaged(skip: bool, function: Callable[[], T]) -> T | None:
         return None
 
 
-def _check(path: Path, job: _Job) -> _CheckedVideo:
-    """Return a video after checking that it can be decoded.
+def _check(path: Path, job: _Job) -> tuple[str, VideoFile | None]:
+    """Check that a video can be decoded, and return its SHA-256, and its open file if it must be extracted.
 
     Raises:
         VideoFileError: the file cannot be decoded, or its name belongs to another video of the directory.
@@ -199,29 +181,15 @@ def _check(path: Path, job: _Job) -> _CheckedVideo:
             "another --output.",
             code="ambiguous_video_name",
         )
-    if known is not None and known.is_valid_for(video_hash, job.extractor_hash, job.partial):
+    extraction, manifest = job.extraction, job.extraction.extractor.manifest
+    if known is not None and known.is_valid_for(video_hash, extraction.key, extraction.partial):
         check_one_file(path)
-        return _CheckedVideo(video_hash, None)
+        return video_hash, None
     video_file = probe(path)
     # A truncated video may be too short, so its damage is reported first.
-    video_file.check_undamaged(job.partial)
-    check_length(video_file, ClipTiming(job.network.manifest.window, job.network.manifest.stride))
-    return _CheckedVideo(video_hash, video_file)
-
-
-def _extract_one(path: Path, output: Path, video: _CheckedVideo, job: _Job) -> ExtractionRecord:
-    return extract_if_needed(
-        path,
-        job.network,
-        output,
-        video.digest,
-        job.extractor_hash,
-        known=job.records.get(path.stem),
-        partial=job.partial,
-        batch_size=job.batch_size,
-        threads=job.threads,
-        video_file=video.file,
-    )
+    video_file.check_undamaged(extraction.partial)
+    check_length(video_file, ClipTiming(manifest.window, manifest.stride))
+    return video_hash, video_file
 
 
 def _records(directory: Path) -> dict[str, ExtractionRecord]:

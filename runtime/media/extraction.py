@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import os
@@ -45,7 +46,7 @@ class ExtractionRecord:
 
     Attributes:
         video: SHA-256 of the video file.
-        extractor: `extractor_key` of the extractor.
+        extractor: `Extraction.key`.
         whole: whether the file was checked for damage; with `partial` frames may be missing.
         features: SHA-256 of the `.npy` file; empty in records of earlier versions.
         offset: seconds from the start of the file, as players count, to the first frame.
@@ -75,11 +76,6 @@ class ExtractionRecord:
         """Return the JSON object of the record, with a `digest` of its other fields."""
         content = dataclasses.asdict(self)
         return {**content, "digest": json_digest(content)}
-
-
-def extractor_key(extractor: Extractor) -> str:
-    """Return a digest of everything but the video that determines features: the extractor and this package."""
-    return json_digest({"revision": REVISION, "extractor": extractor.identity})
 
 
 def check_length(video_file: VideoFile, clock: ClipTiming) -> None:
@@ -182,50 +178,58 @@ def _batches(windows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.stack(batch)
 
 
-def extract_if_needed(
-    path: Path,
-    extractor: Extractor,
-    output: Path,
-    video_hash: str,
-    extractor_hash: str,
-    *,
-    known: ExtractionRecord | None = None,
-    partial: bool = False,
-    batch_size: int = BATCH_SIZE,
-    threads: int | None = None,
-    video_file: VideoFile | None = None,
-) -> ExtractionRecord:
-    """Extract a video unless `output` still contains the features of an earlier extraction; see `extract`.
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """An extractor with the options of `extract`."""
 
-    Args:
-        known: record of an earlier extraction to `output`.
-        video_file: video file that `probe` returned; None probes the file if it must be extracted.
+    extractor: Extractor
+    partial: bool = False
+    batch_size: int = BATCH_SIZE
+    threads: int | None = None
 
-    Returns:
-        The record of the extraction; `known` if its features are still valid.
-    """
-    if known is not None and output.is_file() and known.is_valid_for(video_hash, extractor_hash, partial):
-        if sha256(output) == known.features:
-            log.info("%s: %s already contains the features.", path.name, output)
-            return known
-        log.warning("%s does not match its recorded digest. The features are extracted again.", output)
-    video_file = video_file or probe(path)
-    if video_file.damage and partial:
-        log.warning("%s %s. The frames that can be decoded are used.", path, video_file.damage)
-    num_clips, num_frames = extract(
-        video_file, extractor, output, partial=partial, batch_size=batch_size, threads=threads
-    )
-    return ExtractionRecord(
-        video_hash,
-        extractor_hash,
-        num_clips,
-        num_frames,
-        video_file.frame_rate,
-        not partial,
-        sha256(output),
-        video_file.offset,
-        video_file.length if num_frames >= video_file.num_frames else 0.0,
-    )
+    @functools.cached_property
+    def key(self) -> str:
+        """Digest of everything but the video that determines features: the extractor and this package."""
+        return json_digest({"revision": REVISION, "extractor": self.extractor.identity})
+
+    def update(
+        self,
+        path: Path,
+        output: Path,
+        video_hash: str,
+        known: ExtractionRecord | None = None,
+        video_file: VideoFile | None = None,
+    ) -> ExtractionRecord:
+        """Extract a video unless `output` still contains the features of an earlier extraction; see `extract`.
+
+        Args:
+            known: record of an earlier extraction to `output`.
+            video_file: video file that `probe` returned; None probes the file if it must be extracted.
+
+        Returns:
+            The record of the extraction; `known` if its features are still valid.
+        """
+        if known is not None and output.is_file() and known.is_valid_for(video_hash, self.key, self.partial):
+            if sha256(output) == known.features:
+                log.info("%s: %s already contains the features.", path.name, output)
+                return known
+            log.warning("%s does not match its recorded digest. The features are extracted again.", output)
+        video_file = video_file or probe(path)
+        if video_file.damage and self.partial:
+            log.warning("%s %s. The frames that can be decoded are used.", path, video_file.damage)
+        options: dict[str, Any] = {"partial": self.partial, "batch_size": self.batch_size, "threads": self.threads}
+        num_clips, num_frames = extract(video_file, self.extractor, output, **options)
+        return ExtractionRecord(
+            video_hash,
+            self.key,
+            num_clips,
+            num_frames,
+            video_file.frame_rate,
+            not self.partial,
+            sha256(output),
+            video_file.offset,
+            video_file.length if num_frames >= video_file.num_frames else 0.0,
+        )
 
 
 def load_or_extract(
@@ -238,24 +242,14 @@ def load_or_extract(
 ) -> Video:
     """Return the clip features of a video file, from the cache in `cache_directory` if possible; see `extract`.
 
-    Cache keys are digests of the video's content and of everything that determines the features (`extractor_key`).
+    Cache keys are digests of the video's content and of everything that determines the features (`Extraction.key`).
     Damaged entries are extracted again.
     """
-    video_hash, extractor_hash = hash_of(path), extractor_key(extractor)
-    output = cache_directory() / f"{video_hash[:24]}-{extractor_hash[:24]}.npy"
+    extraction, video_hash = Extraction(extractor, partial, threads=threads), hash_of(path)
+    output = cache_directory() / f"{video_hash[:24]}-{extraction.key[:24]}.npy"
     record_path = output.with_suffix(".json")
     known = _cached_record(record_path)
-    record = extract_if_needed(
-        path,
-        extractor,
-        output,
-        video_hash,
-        extractor_hash,
-        known=known,
-        partial=partial,
-        threads=threads,
-        video_file=video_file,
-    )
+    record = extraction.update(path, output, video_hash, known, video_file)
     if record is not known:
         report_written(output)
     if record != known:
