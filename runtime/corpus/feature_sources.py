@@ -12,7 +12,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtime.core.errors import AnnotationError, DeviceError, FeatureError, GroundingError, excerpt, one_line, reading
+from runtime.core.errors import (
+    AnnotationError,
+    DeviceError,
+    FeatureError,
+    GroundingError,
+    excerpt,
+    importing,
+    one_line,
+    reading,
+)
 from runtime.core.io.array_files import MAX_AXES, check_unfolded
 from runtime.core.io.digests import content_stamp, json_digest
 from runtime.core.io.input_files import read_json
@@ -216,14 +225,8 @@ class ParquetSource:
     kind = "Parquet"
 
     def __init__(self, files: Sequence[Path]) -> None:
-        try:
+        with importing("pyarrow, which reads Parquet,", "corpus"):
             import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise DeviceError(
-                f"pyarrow, which reads Parquet, cannot be imported ({error}). Run `pip install '.[corpus]'` in the "
-                "drn-deploy directory.",
-                code="missing_library",
-            ) from error
         check_metadata(files)
         self._files = list(files)
         self._parquet = parquet
@@ -380,7 +383,12 @@ def _features(values: dict[str, Any], name: str) -> np.ndarray:
         cell, shape = cell["data"], _plain(cell, "shape")
     try:
         numbers, clips = _numbers(cell, dtype)
-        return numbers.reshape(clips, -1) if shape is None and clips else numbers.reshape(_checked_shape(shape))
+        if shape is None and clips:
+            return numbers.reshape(clips, -1)
+        is_pair = isinstance(shape, (list, tuple)) and len(shape) == 2
+        if not is_pair or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"expected [num_clips, D] in the column shape, got {shape}")
+        return numbers.reshape(shape)
     except (TypeError, ValueError) as error:
         raise FeatureError(
             f"Expected (num_clips, D) floats as features of {excerpt(name)}: {one_line(error)}. Write the row again.",
@@ -404,12 +412,6 @@ def _items(cell: Any) -> Any:
     """Return the items of a list scalar as an array; None for other scalars, such as structs with a method `values`."""
     items = getattr(cell, "values", None)
     return None if callable(items) else items
-
-
-def _checked_shape(shape: Any) -> tuple[int, int]:
-    if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
-        raise ValueError(f"expected [num_clips, D] in the column shape, got {shape}")
-    return shape[0], shape[1]
 
 
 def _numbers(cell: Any, dtype: str | None) -> tuple[np.ndarray, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from runtime.core.errors import AnnotationError, GroundingError, excerpt
 from runtime.datasets.json_rows import Qid, malformed, read_rows
@@ -41,24 +40,20 @@ def read_questions(path: Path) -> list[Question]:
     questions: list[Question] = []
     seen: dict[Qid, int] = {}
     for number, location, row in read_rows(path):
-        question = _question(number, location, row)
-        if seen.setdefault(question.qid, number) != number:
+        if not isinstance(row.get("query"), str):
+            raise malformed(location, "a JSON object with a query", row, 'write {"query": "person opens the door"}')
+        if "video" in row and "vid" not in row:
+            # The HTTP API has the key `video`. If it were ignored, the query would be grounded in all videos.
+            raise malformed(location, "the name of the video as vid", "video", "rename the key")
+        qid = row.get("qid", number)
+        if seen.setdefault(qid, number) != number:
             raise AnnotationError(
-                f"{location}: line {seen[question.qid]} has the same qid {excerpt(question.qid)}. Use "
-                "unique qids; the default of a row without one is its line number.",
+                f"{location}: line {seen[qid]} has the same qid {excerpt(qid)}. Use unique qids; the default of a row "
+                "without one is its line number.",
                 code="duplicate_query",
             )
-        questions.append(question)
+        questions.append(Question(number, qid, row["query"], row.get("vid")))
     return questions
-
-
-def _question(number: int, location: str, row: dict[str, Any]) -> Question:
-    if not isinstance(row.get("query"), str):
-        raise malformed(location, "a JSON object with a query", row, 'write {"query": "person opens the door"}')
-    if "video" in row and "vid" not in row:
-        # The HTTP API has the key `video`. If it were ignored, the query would be grounded in all videos.
-        raise malformed(location, "the name of the video as vid", "video", "rename the key")
-    return Question(number, row.get("qid", number), row["query"], row.get("vid"))
 
 
 def check_one_kind(questions: list[Question]) -> None:

@@ -52,18 +52,20 @@ def run_on_ray(
     """
     settings = job.settings
     with _ray(address, actors, settings) as ray:
-        available = _available(ray, settings)
+        cluster = ray.cluster_resources()
+        needs_gpu = settings.device == "cuda"
+        available = int(cluster.get("GPU", 0)) if needs_gpu else int(cluster.get("CPU", 0)) // settings.threads
         requested = actors or max(1, available)
         if requested > available:
             log.warning(
                 "The cluster has resources for %d processes of %s now, and %d are requested. The others wait.",
                 available,
-                "one GPU" if settings.device == "cuda" else f"{settings.threads} CPU cores",
+                "one GPU" if needs_gpu else f"{settings.threads} CPU cores",
                 requested,
             )
         size = min(requested, len(shards))
         items = [{"shard": pickle.dumps(shard)} for shard in shards]
-        resources: dict[str, Any] = {"num_gpus": 1} if settings.device == "cuda" else {"num_cpus": settings.threads}
+        resources: dict[str, Any] = {"num_gpus": 1} if needs_gpu else {"num_cpus": settings.threads}
         # With one block per shard, only the shard of a process that ended is repeated.
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             Actor,
@@ -128,11 +130,3 @@ def _ray(address: str | None, actors: int | None, settings: Settings) -> Iterato
         if failed and address is not None:
             # The cluster ends the workers a moment later, and their files can be removed only after that.
             time.sleep(SECONDS_TO_END)
-
-
-def _available(ray: Any, settings: Settings) -> int:
-    """Return the number of processes that the resources of the cluster suffice for."""
-    resources = ray.cluster_resources()
-    if settings.device == "cuda":
-        return int(resources.get("GPU", 0))
-    return int(resources.get("CPU", 0)) // settings.threads
