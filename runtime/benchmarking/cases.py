@@ -14,7 +14,7 @@ from runtime.backends.base import PairBackend
 from runtime.benchmarking.phases import time_phases
 from runtime.benchmarking.report import BATCH_SIZE, LENGTH, ONE_QUERY, PER_VIDEO, BenchmarkCase, TimingScope
 from runtime.benchmarking.timing import Call
-from runtime.benchmarking.workload import BenchmarkedModel, Pair
+from runtime.benchmarking.workload import BenchmarkedModel, Pair, device_of
 from runtime.core.video import Video
 
 # Time limit of a sweep case for each model, after the minimum number of calls.
@@ -128,7 +128,7 @@ def _network_scopes(
     yield "host", contextlib.nullcontext(), inputs.models
     for model in inputs.models:
         if not model.reports_gpu_time:
-            reason = "it runs on the CPU" if model.device == "cpu" else "its library does not report them"
+            reason = "it runs on the CPU" if device_of(model.grounder) == "cpu" else "its library does not report them"
             inputs.note(f"{model.label} has no times of the GPU only, because {reason}.")
     on_gpu = [model for model in inputs.models if model.reports_gpu_time]
     if on_gpu:
@@ -161,12 +161,12 @@ def _ground_video(model: BenchmarkedModel, video: Video | EncodedVideo, size: in
 def _network(model: BenchmarkedModel, size: int, scope: TimingScope) -> Call:
     # At most four batches in rotation, to limit memory.
     count = max(1, min(4, len(model.pairs) // size))
-    calls = [_network_of_pairs(model, model.cached_pairs(number, size)) for number in range(count)]
+    batches = [model.cached_pairs(number, size) for number in range(count)]
+    encode = model.grounder.encode_query
+    calls = [
+        model.network_call([encode(query) for _, query in pairs], [video for video, _ in pairs]) for pairs in batches
+    ]
     return Call(lambda call: call(None), lambda number: calls[number % count], _device_seconds(model, scope))
-
-
-def _network_of_pairs(model: BenchmarkedModel, pairs: Sequence[Pair]) -> Callable[[Any], Any]:
-    return model.network_call([model.grounder.encode_query(query) for _, query in pairs], [video for video, _ in pairs])
 
 
 def _network_of_length(model: BenchmarkedModel, length: int) -> Call:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -244,10 +244,11 @@ class Report:
 
     def text(self) -> str:
         """Return the report for a terminal."""
+        groups = dict.fromkeys(timing.case.group for timing in self.timings)
         sections = [
             [f"{environment_line(self.to_dict())}.", str(self.inputs["told"])],
             [agreement.sentence(self.models[0].label) for agreement in self.agreements],
-            *(_timings(self.timings, group, len(self.models) > 1) for group in _groups(self.timings)),
+            *(_timings(self.timings, group, len(self.models) > 1) for group in groups),
             _phases(self.phases),
             *(_model_lines(model) for model in self.models),
             _machine(self),
@@ -312,10 +313,6 @@ def _dummy_timing(label: str) -> dict[str, Any]:
     latency = dataclasses.asdict(Latency(1, 1.0, 1.0, None, None, None, 1.0))
     case = dataclasses.asdict(BenchmarkCase(ONE_QUERY, "", "host"))
     return {"model": label, "latency": latency, "case": case, "queries_per_s": None}
-
-
-def _groups(timings: Iterable[Timing]) -> list[str]:
-    return list(dict.fromkeys(timing.case.group for timing in timings))
 
 
 def _row_name(case: Mapping[str, Any]) -> str:

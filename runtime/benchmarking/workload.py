@@ -217,11 +217,6 @@ class BenchmarkedModel:
         """Return whether the backend can measure the time on the GPU."""
         return hasattr(self.grounder.backend, "time_gpu")
 
-    @property
-    def device(self) -> str:
-        """Return `cpu` or `cuda`; see `device_of`."""
-        return device_of(self.grounder)
-
     @staticmethod
     def _rotate(pairs: Sequence[Any], first: int, count: int) -> list[Any]:
         return [pairs[(first * count + index) % len(pairs)] for index in range(count)]

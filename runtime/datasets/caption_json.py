@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from runtime.core.errors import AnnotationError, excerpt
 from runtime.core.io.input_files import read_json
@@ -19,26 +18,15 @@ from runtime.datasets.validation import MAX_FRAME_RATE, SPLITS, VideoTable, miss
 Entries = Mapping[str, Mapping[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Clock:
-    """The length of a video.
-
-    Attributes:
-        duration: length in seconds.
-        num_frames: length in frames; None if the annotations have none.
-        second: length of a second in the unit of the timestamps.
-    """
-
-    duration: float
-    num_frames: int | None
-    second: float
+# Seconds of a video, its frame count or None, and the length of a second in the unit of its timestamps.
+Clock = tuple[float, Optional[int], float]
 
 
 class Captions:
     """`{"VIDEO": {"timestamps": [[start, end], ...], "sentences": [...], ...}}` in `SPLIT.json`; see `DatasetFormat`.
 
     Args:
-        clock_of: returns the length of a video from its entry; raises TypeError, KeyError or ValueError if it has none.
+        clock_of: reads the entry of a video; raises TypeError, KeyError or ValueError if it has no length.
         clock: description of the keys that `clock_of` reads, for messages.
     """
 
@@ -59,15 +47,14 @@ class Captions:
             for name, entry in entries.items():
                 location = f"{self.path(split)}, video {excerpt(name)}"
                 try:
-                    result = clock_of(entry)
+                    duration, num_frames, self._second[name] = clock_of(entry)
                 except (KeyError, TypeError, ValueError, ArithmeticError):
                     raise AnnotationError(
                         f"{location}: expected {clock}, timestamps and sentences, got {excerpt(list(entry))[:80]}. "
                         "Correct the entry, or use one directory for each data set.",
                         code="missing_field",
                     ) from None
-                videos.add(name, result.duration, location, result.num_frames)
-                self._second[name] = result.second
+                videos.add(name, duration, location, num_frames)
         self.durations, self.num_frames = videos.durations, videos.num_frames
 
     def path(self, split: str) -> Path:
@@ -115,14 +102,14 @@ class Captions:
 def _clock_in_seconds(entry: Mapping[str, Any]) -> Clock:
     if "num_frames" in entry or "fps" in entry:
         raise ValueError
-    return Clock(entry["duration"], None, 1.0)
+    return entry["duration"], None, 1.0
 
 
 def _clock_in_frames(entry: Mapping[str, Any]) -> Clock:
     rate, count = entry["fps"], entry["num_frames"]
     if "duration" in entry or not is_number(rate) or not 0 < rate <= MAX_FRAME_RATE:
         raise ValueError
-    return Clock(count / rate, count, rate)
+    return count / rate, count, rate
 
 
 def activitynet(root: Path, splits: Mapping[str, Entries]) -> Captions:

@@ -35,11 +35,7 @@ class HttpError(Exception):
     """
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
         self.message = bounded(message)
         super().__init__(self.message)

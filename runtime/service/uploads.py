@@ -165,7 +165,10 @@ class Uploads:
         try:
             # Another service that starts now must not remove the new directory before it is locked.
             with locked(options.directory, wait=True):
-                self._clear_leftovers()
+                for leftover in options.directory.glob("service-*"):
+                    # The lock of a service that was killed is free.
+                    with contextlib.suppress(OutputError), locked(leftover):
+                        shutil.rmtree(leftover, ignore_errors=True)
                 self._own = options.directory / f"service-{secrets.token_hex(8)}"
                 self._own.mkdir(mode=0o700)
                 self._lock = contextlib.ExitStack()
@@ -355,12 +358,6 @@ class Uploads:
         upload.features = tables.feature_path("video").rename(upload.directory / "features.npy")
         shutil.rmtree(output, ignore_errors=True)
         self.reserve(upload, upload.features.stat().st_size)
-
-    def _clear_leftovers(self) -> None:
-        """Delete the directories of services that were killed, whose locks are free."""
-        for path in self._options.directory.glob("service-*"):
-            with contextlib.suppress(OutputError), locked(path):
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _extraction_error(exit_code: int | None, stderr: str, media: Path) -> HttpError:

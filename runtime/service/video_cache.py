@@ -295,19 +295,14 @@ def check_windows(windows: int, queries: int) -> None:
         )
 
 
-def is_inside(path: Path) -> bool:
-    """Return whether a path is a readable regular file inside its directory, after links are resolved."""
-    try:
-        os.close(open_inside(path, path.parent))
-    except OSError:
-        return False
-    return True
-
-
 def _media_files(directory: Path) -> dict[str, Path]:
     """Return the video files of a directory by the names of their videos, without links to files outside it."""
     check_directory(directory, "The directory of video files", GroundingError, "check --media")
-    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and is_inside(path))
+    files: list[Path] = []
+    for path in sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES):
+        with contextlib.suppress(OSError):
+            os.close(open_inside(path, directory))
+            files.append(path)
     order = list(MEDIA_TYPES)
     # The last of several files of one name is used: the format that browsers support best.
     files.sort(key=lambda path: -order.index(path.suffix.lower()))
