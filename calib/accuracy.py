@@ -239,11 +239,7 @@ def choose_candidate(
 
     Args:
         model: FP32 graph.
-        statistics: histograms of its tensors.
-        samples: calibration set of the statistics.
-        evaluator: evaluator on queries of other training videos.
         policy: layers to quantize; the default policy when None.
-        kind: int8 or fp8.
         methods: methods to try.
     """
     policy = policy or QuantizationPolicy()
@@ -273,8 +269,6 @@ def table_of(
 
     Args:
         model: FP32 graph.
-        statistics: histograms of its tensors.
-        samples: calibration set of the statistics.
         candidate: method, and whether channels are equalized.
         policy: policy whose `unsigned` decides how many steps a range has; the default policy when None.
         choice: how the candidate was chosen, as JSON values.

@@ -120,8 +120,6 @@ def measure_table(
         model: FP32 graph.
         drawn: queries to calibrate on, and held-out queries.
         method: how to choose a range. Methods other than auto apply channel equalization.
-        batch_size: number of queries per batch.
-        threads: number of CPU threads; ONNX Runtime's default when None.
         evaluator: evaluator on the held-out queries; created when None and needed.
         policy: layers to quantize in the comparison of methods; the default policy when None.
         kind: precision in the comparison of methods.
@@ -150,8 +148,6 @@ def measure_statistics(
     Args:
         model: FP32 graph.
         drawn: queries to measure on.
-        batch_size: number of queries per batch.
-        threads: number of CPU threads; ONNX Runtime's default when None.
     """
 
     def batches(drawn: CalibrationSet, description: str) -> Iterable[Batch]:

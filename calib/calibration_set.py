@@ -80,7 +80,6 @@ class CalibrationSet:
 
         Args:
             manifest: manifest of the model, for its vocabulary and features.
-            batch_size: maximum number of queries per batch.
 
         Raises:
             FeatureError: a video has no features, or features of another dimension.
@@ -113,7 +112,6 @@ def sample_calibration_set(
         manifest: manifest of the model, for its vocabulary and maximum query length.
         samples: number of queries to calibrate on. A smaller data set gives all it has, with a warning.
         seed: random seed of the held-out videos, and of the order of equal queries.
-        exclude: videos not to use.
         held_out: maximum number of queries of other videos, to compare methods on.
         at_most: suppress the warning about too few queries, because `samples` is a default limit.
 
@@ -162,7 +160,6 @@ def sample_held_out(
         manifest: manifest of the model, for its vocabulary and maximum query length.
         count: maximum number of queries.
         seed: random seed; with the seed of `sample_calibration_set` the videos are those that it held out.
-        exclude: videos not to use.
 
     Raises:
         CalibrationError: there are fewer than `MIN_HELD_OUT`, or training videos are in the test split.
@@ -193,7 +190,6 @@ def forbid_test_videos(data_set: DataSet, videos: Collection[str], what: str = "
 
     Args:
         data_set: data set with the test split; a warning replaces the check if it has none.
-        videos: names of the videos to check.
         what: source of the videos, the subject of the message.
     """
     if "test" not in data_set.splits:

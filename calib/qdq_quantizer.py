@@ -111,8 +111,6 @@ def find_quantizable_ops(
 
     Args:
         model: FP32 graph.
-        policy: layers to quantize.
-        kind: int8 or fp8.
 
     Raises:
         CalibrationError: a module of `policy.keep` is not in the policy.
@@ -133,8 +131,6 @@ def modules(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantDtype
 
     Args:
         model: FP32 graph.
-        policy: layers to quantize.
-        kind: int8 or fp8.
     """
     return list(dict.fromkeys(op.module for op in find_quantizable_ops(model, policy, kind)))
 
@@ -183,7 +179,6 @@ def insert_qdq(
 
     Args:
         model: FP32 graph of `python -m export.to_onnx`.
-        table: calibration table measured on this model.
         policy: layers to quantize; the default policy when None.
         kind: int8, or fp8 in the form E4M3.
         opset: opset of the result. None: that of the model, but at least 19 for FP8. FP16 around INT8 needs 19 too.
@@ -229,9 +224,7 @@ def write_qdq(
     Args:
         model: FP32 graph of DRN or of an extractor.
         ranges: range of every tensor that the operators read.
-        policy: layers to quantize.
         kind: int8, or fp8 in the form E4M3.
-        opset: opset of the result.
 
     Raises:
         CalibrationError: no module remains to quantize, or a module to keep is unknown.
@@ -291,7 +284,6 @@ def quantize_weight(
 
     Args:
         weight: values in FP32.
-        kind: int8 or fp8.
         axis: axis of the output channels, which have one scale each; None for a single scale.
         limit: largest number.
     """

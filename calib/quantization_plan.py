@@ -54,8 +54,6 @@ class QuantizationPlan:
 
         Args:
             model: FP32 graph.
-            table: calibration table of the graph.
-            kind: int8 or fp8.
             source: name of the graph, for messages.
 
         Raises:

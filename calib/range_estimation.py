@@ -160,7 +160,6 @@ def collect_statistics(
         model: the graph, without channel equalization.
         energies: tensor name to the energy of the weights that read each channel (`Histogram.add`).
         batches: calibration inputs, objects with one attribute per input of the graph.
-        threads: number of CPU threads.
         gains: exponents of the channel equalization, of tensors in `energies`.
 
     Raises:

@@ -105,10 +105,7 @@ def measure_sensitivity(
 
     Args:
         model: FP32 graph.
-        table: its calibration table.
-        evaluator: evaluator on held-out training queries.
         policy: modules to quantize; the default policy when None.
-        kind: int8 or fp8.
     """
     policy = policy or QuantizationPolicy()
     macs = count_macs(model)
@@ -145,7 +142,6 @@ def ranked_names(path: Path, table: CalibrationTable, kind: QuantDtype) -> list[
     Args:
         path: file that `python -m calib.rank_layers --output` wrote.
         table: calibration table that the ranking must belong to.
-        kind: int8 or fp8.
 
     Raises:
         CalibrationError: the file is not a ranking, or is of another table or kind.
@@ -181,7 +177,6 @@ def given_table(
         data_set: data set to calibrate on; its test split must not contain videos of the table.
         table: file of the table; None calibrates.
         seed: random seed of the calibration set.
-        threads: number of CPU threads; ONNX Runtime's default when None.
         source: name of the graph, for messages.
     """
     if table is None:

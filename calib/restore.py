@@ -98,12 +98,9 @@ def find_layers_to_restore(
 
     Args:
         model: FP32 graph.
-        table: its calibration table.
-        evaluator: evaluator on held-out training queries.
         max_drop: maximum loss of R@1 IoU=0.7 and of mIoU, in points.
         order: modules, most sensitive first; measured when None, if quantizing all modules exceeds the budget.
         policy: modules to quantize at the start; the default policy when None.
-        kind: int8 or fp8.
         ranker: evaluator that measures the order; agreement with FP32 needs fewer queries than recall. `evaluator`
             when None.
 

@@ -202,7 +202,13 @@ def run(options: VerifyOptions) -> ParityResult:
     if options.output:
         write_json(options.output, report.to_dict())
     if options.html:
-        page = render_html_report(report, read_precision_stats(model), latency, commands=_commands(options))
+        evaluated = {"model": model, "data": options.data, "split": options.split}
+        commands = (
+            options.command(),
+            command_line("runtime.evaluate", evaluated),
+            command_line("runtime.describe", {}, model),
+        )
+        page = render_html_report(report, read_precision_stats(model), latency, commands=commands)
         write_text(options.html, page)
     report_written(options.output, options.html)
     if report.violations:
@@ -239,16 +245,6 @@ def _compare_layers(
     batches = [batch for _, batch in batches_of(grounder, data_set, selected, LAYER_BATCH)]
     with tqdm(total=len(batches), desc="comparing layers", unit="batch", leave=False, disable=None) as bar:
         return compare_layers(reference, model, batches, on_progress=bar.update)
-
-
-def _commands(options: VerifyOptions) -> tuple[str, ...]:
-    """Return the commands that reproduce the report, evaluate the model and describe it."""
-    evaluate = {name: getattr(options, name) for name in ("model", "data", "split")}
-    return (
-        options.command(),
-        command_line("runtime.evaluate", evaluate),
-        command_line("runtime.describe", {}, options.model),
-    )
 
 
 def _next_command(model: Path, manifest: Manifest, data: Path) -> tuple[Any, ...]:

@@ -71,7 +71,6 @@ def open_checkpoint(path: str | os.PathLike[str], device: Device = "auto", threa
     """Open a `drn.pt`; the entry point `pt` of `drn.backends`, through which `runtime.open_backend` loads torch.
 
     Args:
-        path: the checkpoint.
         device: `auto`, `cpu` or `cuda`; `auto` selects a GPU if torch finds one.
         threads: number of CPU threads of torch in this process. Default: unchanged.
 

@@ -403,7 +403,6 @@ def load(path: str | os.PathLike[str], *, unknown_objects: bool = False) -> Any:
     """Read tensors and plain containers with torch without running code, and check the digest or the CRCs.
 
     Args:
-        path: the file.
         unknown_objects: replace objects of unknown classes by an `UnreadObject` instead of rejecting the file.
 
     Raises:

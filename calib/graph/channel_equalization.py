@@ -66,7 +66,6 @@ def measure_channel_scales(
     Args:
         model: FP32 graph.
         batches: inputs of the calibration set.
-        threads: number of CPU threads.
         share: share of the unevenness to move into the weights, 0 to 1.
     """
     from onnx import numpy_helper

@@ -41,7 +41,6 @@ def convert_to_half(model: onnx.ModelProto, kind: Half = "fp16", keep: Collectio
 
     Args:
         model: an FP32 graph of this toolkit, with or without Q/DQ. Q/DQ gets scales of the half type.
-        kind: fp16 or bf16.
         keep: DRN modules (`prop_fc`, `fcos.head.mix_fc`, ...) that stay in FP32.
 
     Raises:

@@ -165,7 +165,6 @@ class _MomentGraph:
         Args:
             rows: scores, starts and ends of the selected proposals, (B, K) each, starts and ends as fractions.
             finite: (B, 1) bool, whether all heads of a query are finite.
-            manifest: manifest of the model.
         """
         scores, starts, ends = rows
         zero = self._constant(np.float32(0))

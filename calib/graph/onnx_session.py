@@ -28,7 +28,6 @@ def open_session(model: onnx.ModelProto | Path, threads: int | None = None, opti
 
     Args:
         model: a graph, or the path of an ONNX file.
-        threads: number of CPU threads; ONNX Runtime's choice when None.
         optimized: whether ONNX Runtime may rewrite the graph, as in production (`runtime.backends.exact_int8`).
             Otherwise INT8 is computed operator by operator, as in engines; ONNX Runtime's fusions differ by up to
             2.7e-2.
@@ -48,10 +47,8 @@ def observe(
     """Run a graph over batches, and yield the values of tensors by name for each.
 
     Args:
-        model: the graph.
         tensors: names of tensors in it.
         batches: objects with one attribute per input of the graph.
-        threads: number of CPU threads; ONNX Runtime's choice when None.
 
     Raises:
         CalibrationError: the graph has no tensor of a name.

@@ -58,9 +58,7 @@ class ConvertedModel:
         """Measure the data types of a converted graph, and serialize it with manifest and digest.
 
         Args:
-            job: files and precision of the build.
-            source: file of the FP32 graph.
-            graph: the FP32 graph.
+            source, graph: file of the FP32 graph, and the graph.
             converted: the converted graph; its metadata is replaced.
         """
         stats = audit_graph(converted.graph)
@@ -96,7 +94,6 @@ def split_engine_parts(
     """Split a converted model, write both graphs, and return the sources of the two engines, the query part last.
 
     Args:
-        job: files of the build.
         model: the converted model, which was written to `job.graph_path`.
         source: the FP32 graph.
         profiles: optimization profiles of the full model.

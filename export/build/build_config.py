@@ -331,8 +331,6 @@ class BuildConfig:
         """Raise GroundingError for options that the target, its library or the GPU does not support.
 
         Args:
-            options: builder options of the engine.
-            timing_cache, profiles: options of the request.
             reason: why the target was chosen, as a sentence.
         """
         if self.library:
@@ -402,10 +400,8 @@ class BuildConfig:
         Args:
             reason: why the target was chosen, as a sentence.
             shapes: optimization profiles; None if they are not known yet.
-            options: builder options of the engines.
             samples: number of calibration queries; None with --table.
             check: checks to print if there is no --data, in place of the parity with FP32.
-            unrolling: query lengths of the engines for short queries.
         """
         lines = [
             f"model      {self.model} ({self.kind})",
@@ -442,7 +438,6 @@ def ensure_source_graph(job: BuildConfig, vocabulary: Path | None, longest: int)
     """Return the path of the FP32 graph, after exporting the model if it is a checkpoint.
 
     Args:
-        job: files of the build.
         vocabulary: word table of a published checkpoint.
         longest: query length that the graph must accept, in tokens.
 

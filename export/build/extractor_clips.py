@@ -37,7 +37,6 @@ class ExtractorClips:
         """Return the clips for a build.
 
         Args:
-            manifest: manifest of the extractor.
             videos: video files; empty for synthetic clips only.
             calibrated: whether to calibrate on every second clip of the videos and compare on the others. Otherwise,
                 features are compared on synthetic clips and on all clips of the videos.

@@ -108,8 +108,6 @@ def build_extractor(job: BuildConfig, options: BuildOptions, request: BuildReque
     """Build the engine of an extractor, or for ONNX Runtime its converted graph.
 
     Args:
-        job: files of the build.
-        options: builder options of the engine.
         request: options of the command; `keep` names layers that stay in higher precision.
 
     Returns:
@@ -132,10 +130,10 @@ def build_extractor(job: BuildConfig, options: BuildOptions, request: BuildReque
     with locked(job.output.parent, job.output.name), Staging() as staging:
         staged = dataclasses.replace(job, requested_output=staging.path(job.output))
         try:
-            converted = _convert(job, graph, clips, request)
-            part = _write_graph(staged, source, graph, converted.graph, manifest, profile)
+            converted, method = _convert(job, graph, clips, request)
+            part = _write_graph(staged, source, graph, converted, manifest, profile)
             deviations = _check_graph(staged, part, source, clips, request.threads)
-            report = _report(job, source, part, deviations, converted.method)
+            report = _report(job, source, part, deviations, method)
             if not job.library:
                 build_part(part, staged.precision, options, request.timing_cache)
                 layer_stats = read_verified(part.engine)["census"]
@@ -167,30 +165,24 @@ def _source_graph(job: BuildConfig) -> Path:
     return export_extractor(job.checkpoint, job.source)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Converted:
-    """A graph in the requested precision, and for INT8 the method that selected its ranges."""
-
-    graph: onnx.ModelProto
-    method: str = ""
-
-
-def _convert(job: BuildConfig, graph: onnx.ModelProto, clips: ExtractorClips, request: BuildRequest) -> _Converted:
-    """Convert an FP32 graph to the requested precision."""
+def _convert(
+    job: BuildConfig, graph: onnx.ModelProto, clips: ExtractorClips, request: BuildRequest
+) -> tuple[onnx.ModelProto, str]:
+    """Return the graph in the requested precision, and for INT8 the method that selected its ranges, else ""."""
     every_clip = [*clips.calibration, *itertools.chain.from_iterable(clips.compared.values())]
     if job.precision == "int8":
         policy = extractor_policy(graph, request.keep, unsigned=job.library is not None)
         opset = opset_of(graph) if job.library else OPSETS["int8"]
         quantized = quantize_extractor(graph, clips.calibration, request.calib_method, policy, opset, request.threads)
         if job.library:
-            return _Converted(quantized.graph, quantized.method)
+            return quantized.graph, quantized.method
         held = _scan_for_overflow(graph, every_clip)
-        return _Converted(convert_to_half(quantized.graph, "fp16", held), quantized.method)
+        return convert_to_half(quantized.graph, "fp16", held), quantized.method
     validate_keep_modules(graph, job.precision, request.keep)
     keep = request.keep
     if job.precision == "fp16":
         keep = (*keep, *_scan_for_overflow(graph, every_clip))
-    return _Converted(convert_precision(graph, job.precision, ConversionOptions(keep), None).graph)
+    return convert_precision(graph, job.precision, ConversionOptions(keep), None).graph, ""
 
 
 def _scan_for_overflow(graph: onnx.ModelProto, clips: Sequence[np.ndarray]) -> tuple[str, ...]:

@@ -69,8 +69,6 @@ def quantize_extractor(
         method: how to select ranges; auto takes the method with the smallest error of the features on some of the
             clips.
         policy: policy that `extractor_policy` returned.
-        opset: opset of the result.
-        threads: number of CPU threads.
 
     Raises:
         CalibrationError: there are too few clips, a value is not finite, or no module remains to quantize.

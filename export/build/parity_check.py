@@ -101,9 +101,7 @@ class ParityChecker:
 
         Args:
             report: result of the last check.
-            model: the converted model.
             engine: engine of the model; None for the graph only.
-            engines: all engines of the build.
         """
         stats = precision_table(model.precision_stats)
         if engine:

@@ -118,9 +118,6 @@ def convert_precision(
     the accuracy budget on held-out training queries, stay in higher precision.
 
     Args:
-        source: the FP32 graph.
-        precision: fp32, fp16, bf16, int8 or fp8.
-        options: options of the conversion.
         data_set: data set of which only the training split is used; None without one.
         name: name of the graph in messages.
 

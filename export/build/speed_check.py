@@ -112,12 +112,9 @@ def check_speed(
     exist, because it takes minutes to build.
 
     Args:
-        request: options of the build.
         staged: files of the build in the staging directory, with the model to time.
         name: final file name of that model.
-        options: builder options of the engine.
         source: file of the FP32 graph, and the graph.
-        model: the converted graph.
     """
     if not request.required_speed:
         return None

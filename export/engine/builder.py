@@ -159,7 +159,6 @@ def check_options(options: BuildOptions, library: Any = None) -> None:
     """Raise DeviceError if the library or the GPU does not support the precision or an option.
 
     Args:
-        options: builder options.
         library: TensorRT module; None imports that of the target.
     """
     trt = library or load_library(options.target)

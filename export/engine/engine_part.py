@@ -60,16 +60,17 @@ class EnginePart:
         """
         if not steps or self.manifest.part not in ("whole", "query"):
             return self
-        return dataclasses.replace(self, unrolled=tuple(self._unrolled(count, optional) for count in steps))
-
-    def _unrolled(self, steps: int, optional: bool) -> EnginePart:
-        return dataclasses.replace(
-            self,
-            graph=unroll_lstm(self.graph, steps),
-            engine=short_query_engine_path(self.engine, steps),
-            profiles=[with_fixed_query_length(profile, steps) for profile in self.profiles],
-            optional=optional,
+        unrolled = tuple(
+            dataclasses.replace(
+                self,
+                graph=unroll_lstm(self.graph, count),
+                engine=short_query_engine_path(self.engine, count),
+                profiles=[with_fixed_query_length(profile, count) for profile in self.profiles],
+                optional=optional,
+            )
+            for count in steps
         )
+        return dataclasses.replace(self, unrolled=unrolled)
 
 
 def short_query_engine_path(engine: Path, steps: int) -> Path:

@@ -58,9 +58,7 @@ def build_part(
     An optional engine for short queries that cannot be built is left out with a warning.
 
     Args:
-        part: graph, profiles and paths.
         precision: required precision: fp32, fp16, bf16, int8 or fp8.
-        options: builder options.
         cache: timing cache file, read if it exists, and updated.
         state: state that is shared with other parts of the same build.
 

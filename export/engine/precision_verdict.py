@@ -83,7 +83,6 @@ def engine_verdict(
     Args:
         inspection: output of the inspector; None if the plan was not opened.
         expected: precision that the engine must have, and the data types of its graph.
-        plan_bytes: size of the plan.
         not_inspected_reason: reason for a missing inspection, as a clause.
     """
     if inspection is None:

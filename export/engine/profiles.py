@@ -54,7 +54,6 @@ def profiles(batch: SizeRange, query_length: SizeRange | None, manifest: Manifes
     Args:
         batch: min, opt and max number of queries.
         query_length: min, opt and max number of tokens; None for `default_query_lengths`.
-        manifest: manifest of the model.
 
     Raises:
         ShapeError: a range is not 1 <= min <= opt <= max, or exceeds the query length of the model.
@@ -85,7 +84,6 @@ def part_profiles(
     Args:
         part: `video` or `query`.
         full: profiles of the full model, as `profiles` returns them.
-        manifest: manifest of the part.
         videos: number of encoded videos that the query part keeps in GPU memory.
         encoded_dim: number of channels D of an encoded video.
     """

@@ -78,7 +78,6 @@ def compare(
         data_set: durations, features, and the training split for the prior.
         annotations: the N queries.
         protocol: NMS and hit rule for both models; None selects that of the reference.
-        batch_size: number of queries per batch.
         known: heads of the reference from `collect_outputs`, for callers that compare several models with it.
         concurrent: run both models at the same time, one thread each; for models on the CPU.
         on_progress: called with the number of queries that one of the models has answered since the last call.
@@ -161,7 +160,6 @@ def bootstrap(differences: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, np
 
     Args:
         differences: (N, M) float, one row per query; a sample uses the same queries for all M.
-        seed: seed of the random numbers.
 
     Returns:
         Two arrays of (M,) float64.

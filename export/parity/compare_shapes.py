@@ -60,8 +60,6 @@ def check_shapes(
 
     Args:
         path: file of the model; that of an engine records its optimization profiles.
-        model: the open model.
-        data_set: data set of the queries.
         annotations: queries whose words the model knows; the first `QUERIES` are used.
 
     Returns:

@@ -38,9 +38,7 @@ def render_html_report(
     Args:
         report: the parity check; the page is about its model.
         precision: data types of the model, by module or by layer.
-        latency: measured latency of the model.
         engine: engine that was built from the model; the page is then about the engine.
-        commands: commands that reproduce the report.
         calibration: coverage of the calibration queries of the model.
 
     Raises:

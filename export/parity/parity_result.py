@@ -247,7 +247,6 @@ def exceeded_limits(parity: ParityResult, budget: AccuracyBudget, share: float =
 
     Args:
         parity: comparison on some or all queries.
-        budget: limits of the accuracy drop.
         share: fraction of all queries that was compared, 0 to 1; a point is a percent of all queries.
     """
     exceeded = [

@@ -63,9 +63,7 @@ def parity_tables(
     """Return the tables of a comparison.
 
     Args:
-        parity: result of the comparison.
         names: names of the reference and of the model.
-        split: split of the queries.
         budget: limits for the plans of an engine.
         layers: comparison of all tensors, if it was made.
     """

@@ -47,10 +47,6 @@ def run_parity_check(
     Args:
         sides: the reference and the model.
         files: files of these two models.
-        data_set: data set of the queries.
-        annotations: the queries.
-        budget: limits of the accuracy drop.
-        split: split of the queries, for the report.
         command: command that reproduces the comparison, for the report.
         protocol: protocol of NMS and hit rule, `mmaction2` or `drn`; that of the reference when None.
         batch_size: maximum number of queries in a batch; affects speed only.
@@ -113,9 +109,7 @@ def load_for_comparison(path: Path, device: Device, threads: int | None, exact: 
     On a CPU, where ONNX Runtime has no BF16 kernels, a BF16 graph is emulated by rounding every result.
 
     Args:
-        path: model file.
         device: `auto`, `cpu` or `cuda`; `auto` selects a GPU if the library supports one.
-        threads: number of CPU threads of the network; the library's default when None.
         exact: compute 8-bit graphs on the CPU without ONNX Runtime's fusions of Q/DQ, which add errors of up to 2.7e-2
             that engines do not have.
 

@@ -43,8 +43,6 @@ def export_extractor(
     """Export a `c3d.pt` or `i3d.pt` to ONNX, and check it against torch.
 
     Args:
-        checkpoint: the `c3d.pt` or `i3d.pt`.
-        output: ONNX file to write.
         opset: opset of the graph, 17 to 23.
         clock: clip length and stride in frames; None for 16 and 8.
         class_scores: whether the graph also returns class probabilities.
@@ -114,11 +112,6 @@ def trace_extractor(model: nn.Module, manifest: ExtractorManifest, *, opset: int
 
 def check_extractor(path: Path, model: nn.Module, manifest: ExtractorManifest) -> dict[str, float]:
     """Return the largest difference between an ONNX file and torch for each output, relative to its largest value.
-
-    Args:
-        path: the ONNX file.
-        model: network that it was exported from.
-        manifest: manifest of the extractor.
 
     Raises:
         CheckFailed: a difference exceeds the tolerance.

@@ -32,8 +32,6 @@ def check_moments(path: Path, config: DRNConfig, manifest: Manifest) -> None:
 
     Args:
         path: .onnx file of `calib.graph.moments.with_moments`.
-        config: configuration of the network.
-        manifest: its manifest.
 
     Raises:
         CheckFailed: the moments of more than `MAX_SHARE` of the queries differ from those of the runtime.
@@ -60,7 +58,6 @@ def decode_moments(heads: Heads, manifest: Manifest, durations: np.ndarray) -> t
 
     Args:
         heads: heads of the B queries, all finite.
-        manifest: manifest of the model.
         durations: (B,) float32 seconds.
 
     Returns:

@@ -29,11 +29,6 @@ BATCH_SIZES = (1, 2, 3, 8, 17)
 def check_against_torch(path: Path, model: DRN, max_query_length: int) -> dict[str, float]:
     """Return the largest difference between an ONNX file and torch for each output, relative as in `TOLERANCE`.
 
-    Args:
-        path: .onnx file.
-        model: the network it was exported from.
-        max_query_length: maximum number of tokens of a query.
-
     Raises:
         CheckFailed: a difference exceeds `TOLERANCE`, torch computes non-finite values, or the graph does not run.
     """
@@ -51,8 +46,6 @@ def check_pair_against_torch(
 
     Args:
         video, query: graphs of the two parts.
-        model: the network they were exported from.
-        max_query_length: maximum number of tokens of a query.
 
     Raises:
         CheckFailed: a difference exceeds `TOLERANCE`, torch computes non-finite values, or a graph does not run.

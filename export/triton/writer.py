@@ -142,7 +142,6 @@ def write(repository: Path, parts: Sequence[TritonModel], origin: Path) -> tuple
 
     Args:
         repository: directory of the repository; created if it does not exist.
-        parts: models that `build_models` returned.
         origin: model file from which the models were made.
 
     Returns:

@@ -121,7 +121,6 @@ def published_array(arrays: Mapping[str, np.ndarray], name: str, source: str, ki
 
     Args:
         arrays: state dict, name to array.
-        name: name of the array.
         source: name of the file in messages.
         kind: name of the network in messages.
 

@@ -22,7 +22,6 @@ def glove_vectors(path: Path, words: Mapping[str, int], width: int) -> dict[int,
     """Return the vectors of a GloVe text file, one word and its vector per line.
 
     Args:
-        path: the file.
         words: word to id; other words of the file are skipped.
         width: values per vector.
 

@@ -70,7 +70,6 @@ def targets(truth: Tensor, config: DRNConfig) -> tuple[Tensor, Tensor]:
 
     Args:
         truth: (B, 2) moments, start and end as fractions of the video.
-        config: sizes of the network.
 
     Returns:
         Whether a location is positive, (B, P) bool, and the distances to start and end in segments, (B, P, 2) float32.
@@ -108,7 +107,6 @@ def loss_sums(
         heads: heads of B matching pairs of a query and a video, then of any mismatched pairs. No location of a
             mismatched pair is positive, and it contributes to the matching loss only.
         truth: (B, 2) moments of the matching pairs, start and end as fractions of the video.
-        config: sizes of the network.
         with_iou: whether the IoU head is trained; its sum is 0 otherwise.
         options: deviations from the published rules.
     """
@@ -175,7 +173,6 @@ def proposal_overlap(distances: Tensor, truth: Tensor, config: DRNConfig, option
     Args:
         distances: (B, P, 2) to the start and to the end, in segments.
         truth: (B, 2) moments as fractions of the video.
-        config: sizes of the network.
         options: which proposals are clamped to the video.
     """
     center = locations(config, truth.device)

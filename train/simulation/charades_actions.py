@@ -49,7 +49,6 @@ def charades_plan(annotations: Path, videos: int | None, seed: int) -> Simulatio
     Args:
         annotations: directory of all `SOURCE_FILES`.
         videos: maximum number of videos per split, chosen by the seed; None for all.
-        seed: random seed of the choice.
 
     Raises:
         AnnotationError: a file is missing, a row is malformed, or a table lacks a video.

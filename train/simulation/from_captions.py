@@ -30,7 +30,6 @@ def captions_plan(annotations: Path, videos: int | None, seed: int) -> Simulatio
     Args:
         annotations: directory with train.json, val.json and test.json.
         videos: maximum number of videos per split, chosen by the seed; None for all.
-        seed: random seed of the choice.
 
     Raises:
         AnnotationError: the directory is of another layout, or a file is malformed.

@@ -62,11 +62,7 @@ def pool(
     its SHA-256, which is checked here.
 
     Args:
-        data_set: source of features and frame counts.
         videos: distinct names of videos.
-        num_segments: number of segments T.
-        features: width, clip timing and pooling rule.
-        cache: directory of the cache.
 
     Raises:
         FeatureError: a feature file is missing, cannot be used, or has another width.
@@ -239,12 +235,6 @@ class TrainingData:
         The order depends on `seed` only. A step takes `batch_size` times `processes` queries. As published, the
         remaining queries of an epoch are dropped.
 
-        Args:
-            batch_size: number of queries of a batch.
-            seed: random seed of the epoch.
-            rank: index of this process.
-            processes: number of processes.
-
         Returns:
             (batch_size,) int64 indices for each batch.
         """
@@ -263,9 +253,6 @@ class TrainingData:
         Args:
             epoch: the batches, as `epoch` returns them.
             count: pairs per batch, spread evenly over its queries.
-            seed: random seed of the epoch.
-            rank: index of this process.
-            processes: number of processes.
 
         Returns:
             For each batch (2, count) indices: of the query, and of a query of the other video.

@@ -96,8 +96,6 @@ def network_inputs(options: TrainingOptions, data_set: DataSet, loaded: Checkpoi
     """Return the configuration of the network, and the features and vocabulary of its inputs.
 
     Args:
-        options: options of the run.
-        data_set: source of features and words.
         loaded: checkpoint of --load, which determines the configuration; None for a new network.
 
     Raises:
@@ -138,10 +136,6 @@ def load_inputs(
     """Pool the features of all videos and encode all queries.
 
     Args:
-        options: options of the run.
-        data_set: source of features and moments.
-        split: queries of the run.
-        network: configuration and vocabulary of the network.
         processes: training processes; the main one writes the cache of the features.
 
     Raises:

@@ -47,7 +47,6 @@ def metric_logger(kind: LoggerKind | None, output: Path, config: Mapping[str, An
 
     Args:
         kind: the logger, or None for one that does nothing.
-        output: directory of the run.
         config: settings of the run, for loggers that show them.
 
     Raises:

@@ -58,7 +58,6 @@ class StageTrainer:
         """Take one optimizer step.
 
         Args:
-            inputs: inputs of the network.
             truth: (B, 2) moments as fractions of the video.
 
         Returns:

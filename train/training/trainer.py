@@ -201,7 +201,8 @@ class TrainingRun:
             synchronize_batch_norm(model)
         for index, stage in enumerate(self.settings.stages):
             if index > 0:
-                self._load_best(self.settings.stages[index - 1], model)
+                best = self._directory(self.settings.stages[index - 1]) / "best.pt"
+                model.load_state_dict(dict(load_checkpoint(best).weights))
             self._train_stage(stage, model)
         if self.processes.is_main:
             with atomic_write(self.output / "drn.pt") as temporary:
@@ -377,9 +378,6 @@ class TrainingRun:
     def _directory(self, stage: Stage) -> Path:
         return self.output / f"stage{stage.number}"
 
-    def _load_best(self, stage: Stage, model: DRN) -> None:
-        model.load_state_dict(dict(load_checkpoint(self._directory(stage) / "best.pt").weights))
-
     def _restore(self, stage: Stage, model: DRN, trainer: StageTrainer) -> StageProgress:
         """Load `last.pt` of a stage, if it exists."""
         path = self._directory(stage) / "last.pt"
@@ -433,8 +431,6 @@ def fresh_model(config: DRNConfig, seed: int, initialize: Callable[[DRN], Any] =
     """Return an untrained network, whose weights depend on `seed` only.
 
     Args:
-        config: sizes of the network.
-        seed: random seed.
         initialize: changes the initial weights, with the random state of the seed.
     """
     with torch.random.fork_rng(devices=[]):
