@@ -35,6 +35,8 @@ LARGEST = {"int8": 127.0, "fp8": 448.0}
 MAX_EXACT_WEIGHT = 64.0
 # The first opset in which Q/DQ accepts E4M3 and FP16 scales.
 FP8_OPSET = 19
+# Axis of the output channels in the weight of each operator that is quantized; of MatMul the last one.
+OUTPUT_AXES = {"Conv": 0, "Gather": 0, "MatMul": -1, "Gemm": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,6 @@ class QuantizationPolicy:
         computed: modules whose inputs and weights are 8-bit, so that engines multiply in 8 bits.
         stored: modules whose weights alone are 8-bit and are dequantized before use, which halves an FP16 file without
             a measurable error. INT8 only: E4M3 has 3 bits of mantissa.
-        op_types: operators to quantize.
-        per_channel: whether weights have one scale per output channel, or a single one.
         keep: modules to exclude, by the names of the graph or of DRN.
         unsigned: whether inputs without negative values use all 256 steps (INT8 with zero point -128). ONNX Runtime
             computes this form; TensorRT requires a zero point of 0.
@@ -67,8 +67,6 @@ class QuantizationPolicy:
         "fcos.head.iou_scores.0",
     )
     stored: tuple[str, ...] = ("qInput", "query_encoder.W2", "query_encoder.W3", "query_encoder.embedding")
-    op_types: tuple[str, ...] = ("Conv", "Gemm", "MatMul", "Gather")
-    per_channel: bool = True
     keep: tuple[str, ...] = ()
     unsigned: bool = False
     max_weight: float = LARGEST["int8"]
@@ -343,7 +341,7 @@ def _candidates(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantD
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         position = 0 if node.op_type == "Gather" else 1
-        if node.op_type not in policy.op_types or len(node.input) < 2:
+        if node.op_type not in OUTPUT_AXES or len(node.input) < 2:
             continue
         weight = constants.get(node.input[position])
         if weight is None or weight.data_type != onnx.TensorProto.FLOAT or len(weight.dims) < 2:
@@ -355,7 +353,7 @@ def _candidates(model: onnx.ModelProto, policy: QuantizationPolicy, kind: QuantD
             tensor = None
         else:
             continue
-        axis = {"Conv": 0, "Gather": 0, "MatMul": len(weight.dims) - 1, "Gemm": 1}[node.op_type]
+        axis = OUTPUT_AXES[node.op_type] % len(weight.dims)
         if node.op_type == "Gemm" and any(entry.name == "transB" and entry.i for entry in node.attribute):
             axis = 0
         yield QuantizedOp(module, node.name, weight.name, axis, tensor)
@@ -407,9 +405,6 @@ class _Writer:
                 ]
         return self._model
 
-    def _axis(self, op: QuantizedOp) -> int | None:
-        return op.axis if self._policy.per_channel else None
-
     def _weight(self, tensor: onnx.TensorProto, op: QuantizedOp) -> None:
         """Write a weight as 8-bit numbers of the same name, with scale and zero point."""
         from onnx import numpy_helper
@@ -417,7 +412,7 @@ class _Writer:
         values = numpy_helper.to_array(tensor)
         _check_finite(values, f"The weight {tensor.name}")
         limit = self._policy.max_weight if self._kind == "int8" else LARGEST[self._kind]
-        numbers, scale = quantize_weight(values, self._kind, self._axis(op), limit)
+        numbers, scale = quantize_weight(values, self._kind, op.axis, limit)
         _check_finite(scale, f"The scale of {tensor.name}")
         self._constant(tensor.name, numbers)
         self._constant(f"{tensor.name}_scale", scale)
@@ -437,9 +432,7 @@ class _Writer:
             dequantized = self._node(op.module, "DequantizeLinear", quantized, name, like=op.tensor)
             self._dequantized[op.tensor] = dequantized
         if op.weight not in self._dequantized:
-            self._dequantized[op.weight] = self._node(
-                op.module, "DequantizeLinear", op.weight, op.weight, axis=self._axis(op)
-            )
+            self._dequantized[op.weight] = self._node(op.module, "DequantizeLinear", op.weight, op.weight, axis=op.axis)
 
     def _constant(self, name: str, values: np.ndarray) -> None:
         from onnx import numpy_helper

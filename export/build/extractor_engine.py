@@ -173,11 +173,12 @@ def _convert(
     if job.precision == "int8":
         policy = extractor_policy(graph, request.keep, unsigned=job.library is not None)
         opset = opset_of(graph) if job.library else OPSETS["int8"]
-        quantized = quantize_extractor(graph, clips.calibration, request.calib_method, policy, opset, request.threads)
-        if job.library:
-            return quantized.graph, quantized.method
-        held = _scan_for_overflow(graph, every_clip)
-        return convert_to_half(quantized.graph, "fp16", held), quantized.method
+        quantized, method = quantize_extractor(
+            graph, clips.calibration, request.calib_method, policy, opset, request.threads
+        )
+        if not job.library:
+            quantized = convert_to_half(quantized, "fp16", _scan_for_overflow(graph, every_clip))
+        return quantized, method
     validate_keep_modules(graph, job.precision, request.keep)
     keep = request.keep
     if job.precision == "fp16":

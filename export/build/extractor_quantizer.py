@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -26,19 +25,6 @@ MIN_CLIPS = 2
 COMPARED_CLIPS = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class QuantizedExtractor:
-    """An extractor in INT8.
-
-    Attributes:
-        graph: the graph with Q/DQ around its convolutions and linear layers.
-        method: method that selected the ranges.
-    """
-
-    graph: onnx.ModelProto
-    method: Method
-
-
 def extractor_policy(graph: onnx.ModelProto, keep: Sequence[str] = (), *, unsigned: bool = False) -> QuantizationPolicy:
     """Return the policy that quantizes all convolutions and linear layers of an extractor.
 
@@ -60,8 +46,8 @@ def quantize_extractor(
     policy: QuantizationPolicy,
     opset: int,
     threads: int | None = None,
-) -> QuantizedExtractor:
-    """Calibrate an extractor on clips, and insert Q/DQ.
+) -> tuple[onnx.ModelProto, Method]:
+    """Calibrate an extractor on clips, and return it with Q/DQ, and the method that selected the ranges.
 
     Args:
         graph: FP32 graph of `export.to_onnx`.
@@ -85,7 +71,7 @@ def quantize_extractor(
         return write_qdq(graph, statistics.ranges(name, unsigned=policy.unsigned), policy, "int8", opset)
 
     if method != "auto":
-        return QuantizedExtractor(quantized(method), method)
+        return quantized(method), method
     compared = clips[:: max(1, len(clips) // COMPARED_CLIPS)][:COMPARED_CLIPS]
     expected = _features(graph, compared, threads)
     errors = {}
@@ -93,7 +79,7 @@ def quantize_extractor(
         errors[name] = float(((_features(quantized(name), compared, threads) - expected) ** 2).sum())
         log.info("Ranges by %s: error of the features %.2e.", name, errors[name] / float((expected**2).sum()))
     best = min(METHODS, key=errors.__getitem__)
-    return QuantizedExtractor(quantized(best), best)
+    return quantized(best), best
 
 
 def _features(graph: onnx.ModelProto, clips: Sequence[np.ndarray], threads: int | None) -> np.ndarray:
