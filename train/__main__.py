@@ -236,7 +236,7 @@ def _initialized_model(options: TrainingOptions, network: NetworkInputs) -> DRN:
     """Return an untrained network, initialized by the recipe, with the word vectors of --glove."""
 
     def initialize(model: DRN) -> None:
-        if options.preset.initialization == "drn":
+        if options.recipe == "drn":
             initialize_as_authors(model)
         if options.glove:
             load_glove(model, options.glove, network.vocabulary.words)

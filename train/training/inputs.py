@@ -103,7 +103,7 @@ def network_inputs(options: TrainingOptions, data_set: DataSet, loaded: Checkpoi
     """
     vocabulary = loaded.vocabulary if loaded and len(loaded.vocabulary) else data_set.vocabulary
     # A loaded network is trained with its own pooling rule.
-    pooling = loaded.features.pooling if loaded else options.preset.pooling
+    pooling = loaded.features.pooling if loaded else options.recipe
     features = dataclasses.replace(data_set.features(), pooling=pooling)
     if loaded is None:
         sizes: dict[str, Any] = {"num_segments": data_set.preset.num_segments, **options.sizes}
@@ -170,7 +170,7 @@ def load_inputs(
             strides=config.strides,
             # As published for 32 segments, no level drops a proposal before NMS.
             pre_nms_top_n=max(Decoding.pre_nms_top_n, config.num_segments),
-            protocol=options.preset.protocol,
+            protocol=options.recipe,
         ),
         windows=windows_of(data_set, split.training),
         record={**split.record, "query_length_quantiles": list(length_quantiles(map(len, training.queries)))},

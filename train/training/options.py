@@ -135,7 +135,7 @@ class TrainingOptions:
             stages=self.stages,
             batch_size=self.queries_per_step,
             clip_norm=self.preset.clip_norm,
-            losses=dataclasses.replace(self.preset.losses, iou_target=self.iou_target, iou_clip=clip),
+            losses=LossOptions(self.iou_target, clip),
             precision=self.precision,
             seed=self.seed,
             faithful=self.faithful,

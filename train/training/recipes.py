@@ -7,9 +7,7 @@ Source: configs/localization/drn in mmaction2; main.py and drn_train.sh in the a
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
-from train.network.losses import LossOptions
 from train.network.model import DRN
 
 IOU_HEAD = ("fcos.head.mix_fc.", "fcos.head.iou_scores.")
@@ -68,25 +66,17 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A published training recipe.
+    """A published training recipe, for the pooling of clips, the NMS and the hit rule of the same name.
 
     Attributes:
         stages: the three stages.
         batch_size: queries per process and step.
         clip_norm: maximum total gradient norm.
-        initialization: `torch` defaults, or the authors' (`initialize_as_authors`).
-        pooling: pooling rule of clips to segments.
-        protocol: NMS and hit rule of validation.
-        losses: deviations from the published loss rules.
     """
 
     stages: tuple[Stage, Stage, Stage]
     batch_size: int
     clip_norm: float
-    initialization: Literal["torch", "drn"]
-    pooling: Literal["mmaction2", "drn"]
-    protocol: Literal["mmaction2", "drn"]
-    losses: LossOptions = dataclasses.field(default_factory=LossOptions)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -95,17 +85,11 @@ RECIPES: dict[str, Recipe] = {
         # Published with two GPUs of 16 each.
         batch_size=16,
         clip_norm=5.0,
-        initialization="torch",
-        pooling="mmaction2",
-        protocol="mmaction2",
     ),
     "drn": Recipe(
         # Later stages resume the epoch counter of the checkpoint that they load, and stop at 50.
         stages=(Stage(1, 1e-3, 10), Stage(2, 1e-5, 40), Stage(3, 1e-7, 40)),
         batch_size=32,
         clip_norm=0.5,
-        initialization="drn",
-        pooling="drn",
-        protocol="drn",
     ),
 }
