@@ -251,9 +251,9 @@ def test_missing_annotation_file_is_named(annotated: Path, tmp_path: Path) -> No
         ("Charades_v1_test.csv", "actions", "deeds", "missing_columns", ("line 1", "actions")),
         ("Charades_v1_test.csv", "DDDDD", "FFFFF", "unlisted_video", ("DDDDD",)),
         ("Charades_sta_train.txt", "AAAAA 4.0", "AAAAA", "malformed_row", ("line 2",)),
-        ("Charades_sta_test.txt", "CCCCC", "../CCCCC", "malformed_row", ("line 1",)),
+        ("Charades_sta_test.txt", "CCCCC", "../CCCCC", "unlisted_video", ("line 1", "../CCCCC")),
         ("Charades_frames_info.json", '"BBBBB"', '"FFFFF"', "unlisted_video", ("BBBBB", "Charades_frames_info.json")),
-        ("Charades_frames_info.json", "500", "0", "invalid_frame_count", ("BBBBB", 0)),
+        ("Charades_frames_info.json", "500", "0", "unexpected_structure", ("BBBBB", 0)),
         ("Charades_duration.json", "{", "", "invalid_json", ()),
     ],
 )
@@ -263,8 +263,8 @@ def test_malformed_annotations_are_named(
     text = (annotated / name).read_text()
     assert old in text
     (annotated / name).write_text(text.replace(old, new))
-    # These name the video, which has no line in that file.
-    files = () if code in ("unlisted_video", "invalid_frame_count") else (annotated / name,)
+    # This error names the video, which may have no line of its own in that file.
+    files = () if code == "unlisted_video" else (annotated / name,)
     with raises(AnnotationError, code, *files, *values):
         simulate(tmp_path / "data", annotations=annotated, feature_dim=8)
     assert not (tmp_path / "data").exists()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from runtime.core.errors import AnnotationError
-from runtime.core.io.input_files import read_json
 from runtime.core.io.text_files import read_lines, read_text
+from runtime.datasets.charades_sta import CharadesSTA
+from runtime.datasets.schema import Annotation
 from train.simulation.scenario import REFERENCE_VIDEOS, Scenario, SimulationPlan, seeded_order
 
 SPLITS = ("train", "test")
@@ -34,15 +34,6 @@ class VideoLabels(NamedTuple):
     actions: tuple[tuple[str, float, float], ...]
 
 
-class AnnotationLine(NamedTuple):
-    """One line of an annotation file; start and end in seconds."""
-
-    text: str
-    video: str
-    start: float
-    end: float
-
-
 def charades_plan(annotations: Path, videos: int | None, seed: int) -> SimulationPlan:
     """Read the Charades-STA annotations of a directory into a plan; see `train.simulate.simulate`.
 
@@ -60,8 +51,7 @@ def charades_plan(annotations: Path, videos: int | None, seed: int) -> Simulatio
                 "Charades-STA, or with train.json, val.json and test.json of ActivityNet Captions or TACoS.",
                 code="missing_file",
             )
-    durations = read_json(annotations / "Charades_duration.json", "durations")
-    num_frames = read_json(annotations / "Charades_frames_info.json", "frame counts")
+    published = CharadesSTA(annotations)
     labels: dict[str, VideoLabels] = {}
     for split in SPLITS:
         labels |= _read_labels(annotations / f"Charades_v1_{split}.csv")
@@ -70,19 +60,20 @@ def charades_plan(annotations: Path, videos: int | None, seed: int) -> Simulatio
     annotated: dict[str, None] = {}
     moments, exact = {}, {}
     for split in SPLITS:
-        path = annotations / f"Charades_sta_{split}.txt"
-        lines = _read_moments(path)
-        names = list(dict.fromkeys(line.video for line in lines))
+        path = published.path(split)
+        rows = [row.annotation for row in published.rows(split)]
+        names = list(dict.fromkeys(row.video for row in rows))
         annotated.update(dict.fromkeys(names))
         selection = set(seeded_order(names, seed)[:videos])
         selected.update(dict.fromkeys(name for name in names if name in selection))
-        lines = [line for line in lines if line.video in selection]
-        texts[path.name] = (
-            read_text(path, "annotations") if videos is None else "".join(line.text + "\n" for line in lines)
-        )
-        moments[split] = len(lines)
-        exact[split] = sum(_is_action(line, labels) for line in lines)
-    scenarios = {name: _scenario(name, labels, num_frames, durations) for name in annotated}
+        rows = [row for row in rows if row.video in selection]
+        texts[path.name] = read_text(path, "annotations")
+        if videos is not None:
+            lines = read_lines(path, "annotations")
+            texts[path.name] = "".join(f"{lines[row.line - 1]}\n" for row in rows)
+        moments[split] = len(rows)
+        exact[split] = sum(_is_action(row, labels) for row in rows)
+    scenarios = {name: _scenario(name, labels, published) for name in annotated}
     classes = sorted({action for video in labels.values() for action, _, _ in video.actions})
     return SimulationPlan(
         scenarios=[scenarios[name] for name in selected],
@@ -95,51 +86,14 @@ def charades_plan(annotations: Path, videos: int | None, seed: int) -> Simulatio
     )
 
 
-def _scenario(
-    name: str, labels: Mapping[str, VideoLabels], num_frames: Mapping[str, Any], durations: Mapping[str, Any]
-) -> Scenario:
-    """Return the scenario of a video; AnnotationError if a table or the labels lack it, or its length is impossible."""
+def _scenario(name: str, labels: Mapping[str, VideoLabels], published: CharadesSTA) -> Scenario:
+    """Return the scenario of a video; AnnotationError if the labels lack it."""
     if name not in labels:
         raise AnnotationError(
             f"Video {name} is annotated but has no row in the Charades_v1 csv files. Add its row.",
             code="unlisted_video",
         )
-    try:
-        frames, duration = int(num_frames[name]), float(durations[name])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise AnnotationError(
-            f"Video {name} is annotated but has no number in Charades_frames_info.json or Charades_duration.json. Add "
-            "the number.",
-            code="unlisted_video",
-        ) from None
-    if frames < 1 or not 0 < duration < float("inf"):
-        raise AnnotationError(
-            f"Expected a positive number of frames and seconds for video {name}, got {frames} and {duration}. Correct "
-            "the tables.",
-            code="invalid_frame_count",
-        )
-    return Scenario(name, frames, duration, *labels[name])
-
-
-def _read_moments(path: Path) -> list[AnnotationLine]:
-    """Return the lines of an annotation file; times are not checked."""
-    lines = []
-    for number, line in enumerate(read_lines(path, "lines of VIDEO START END##SENTENCE"), start=1):
-        head, separator, _ = line.partition("##")
-        try:
-            video, start, end = head.split()
-            # The name of a video becomes a file name.
-            if not separator or not re.fullmatch(r"[\w-]+", video):
-                raise ValueError(line)
-            lines.append(AnnotationLine(line, video, float(start), float(end)))
-        except ValueError:
-            raise AnnotationError(
-                f'{path}, line {number}: expected "VIDEO START END##sentence.", got {line[:80]!r}. Correct the line.',
-                code="malformed_row",
-            ) from None
-    if not lines:
-        raise AnnotationError(f"{path} has no annotations. Copy the file again.", code="empty_file")
-    return lines
+    return Scenario(name, int(published.num_frames[name]), float(published.durations[name]), *labels[name])
 
 
 def _read_labels(path: Path) -> dict[str, VideoLabels]:
@@ -210,7 +164,7 @@ def _confusable_classes(classes: Sequence[str], name: str) -> list[str]:
     return [other for other in classes if 0 < abs(_class_number(other) - number) <= 2]
 
 
-def _is_action(line: AnnotationLine, labels: Mapping[str, VideoLabels]) -> bool:
+def _is_action(row: Annotation, labels: Mapping[str, VideoLabels]) -> bool:
     """Return whether a moment equals the interval of an action in its video."""
-    actions = labels[line.video].actions if line.video in labels else ()
-    return any(abs(line.start - start) < SAME_TIME_S and abs(line.end - end) < SAME_TIME_S for _, start, end in actions)
+    actions = labels[row.video].actions if row.video in labels else ()
+    return any(abs(row.start - start) < SAME_TIME_S and abs(row.end - end) < SAME_TIME_S for _, start, end in actions)
