@@ -149,20 +149,14 @@ def _tensorrt() -> Finding:
             "without access to it, use NVIDIA's container or package)"
         )
         return Finding(subject, False, "not installed", remedy)
-    return _engines(subject, version)
-
-
-def _engines(subject: str, installed: str) -> Finding:
-    """Return whether engines run here, by CUDA's driver; TensorRT itself may crash without a GPU."""
     from runtime.backends.cuda_driver import Cuda
 
     try:
+        # By CUDA's driver, because TensorRT itself may crash without a GPU.
         gpu = Cuda()
     except DeviceError as error:
-        return Finding(
-            subject, False, f"{installed} is installed, but needs a GPU to build and run engines", str(error)
-        )
-    details = f"{installed} builds and runs engines on {gpu.name} ({gpu.capability}), CUDA {gpu.driver}"
+        return Finding(subject, False, f"{version} is installed, but needs a GPU to build and run engines", str(error))
+    details = f"{version} builds and runs engines on {gpu.name} ({gpu.capability}), CUDA {gpu.driver}"
     return Finding(subject, True, details)
 
 

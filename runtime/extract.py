@@ -193,7 +193,6 @@ def _check(path: Path, job: _Job) -> tuple[str, VideoFile | None]:
 
 
 def _records(directory: Path) -> dict[str, ExtractionRecord]:
-    """Return the records of the videos in a directory."""
     path = directory / NOTES
     if not path.is_file():
         return {}
@@ -271,7 +270,9 @@ def _add_record(directory: Path, name: str, record: ExtractionRecord, names: Set
             ("Charades_fps_dict.json", f"{record.frame_rate:.6g}"),
             (FRAMES, record.num_frames),
         ):
-            if _merge(directory / table, name, value):
+            known = _table(directory / table)
+            if known.get(name) != value:
+                write_json(directory / table, {**known, name: value})
                 changed.append(directory / table)
         if records.get(name) != record:
             videos = {key: item.to_dict() for key, item in sorted({**records, name: record}.items())}
@@ -286,15 +287,6 @@ def _table(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise VideoFileError(f"{path} is not a table of videos. Choose another --output.", code="unexpected_structure")
     return table
-
-
-def _merge(path: Path, name: str, value: Any) -> bool:
-    """Write the value of a video to a table, and return whether the table changed."""
-    table = _table(path)
-    changed = table.get(name) != value
-    if changed:
-        write_json(path, {**table, name: value})
-    return changed
 
 
 if __name__ == "__main__":

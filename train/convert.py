@@ -169,7 +169,6 @@ def _convert_drn(
 
 
 def _convert_extractor(weights: Mapping[str, np.ndarray], checkpoint: Path, output: Path | None) -> ExtractorCheckpoint:
-    """Convert and write the checkpoint of an extractor."""
     converted = from_published(weights, str(checkpoint), {checkpoint.name: sha256(checkpoint)})
     config, manifest = converted.config, converted.manifest({})
     output = output or Path(f"{config.KIND.lower()}.pt")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,8 @@ def prepare(
         texts[WORDS] = json.dumps(dict(words), indent=1) + "\n"
     texts[DESCRIPTION] = json.dumps(_description(data_set, splits, location, store, clip_timing), indent=2) + "\n"
     if words and vectors:
-        texts[VECTORS] = "".join(_vector_lines(words, vectors))
+        known = {word: vectors[number] for word, number in words.items() if number in vectors}
+        texts[VECTORS] = "".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in known.items())
     _write(output, texts)
     _print_summary(data_set, splits, vocabulary, vectors if glove else None)
     report_written(*(output / name for name in texts))
@@ -148,7 +149,6 @@ def _videos(splits: Mapping[str, FilteredSplit]) -> set[str]:
 
 
 def _write(output: Path, texts: Mapping[str, str]) -> None:
-    """Write all files atomically."""
     with locked(output), Staging() as staging:
         _check_empty(output)
         for name, text in texts.items():
@@ -222,7 +222,6 @@ def _has(store: FeatureStore, video: str) -> bool:
 
 
 def _with_known_words(filtered: FilteredSplit, vocabulary: Vocabulary | None) -> FilteredSplit:
-    """Exclude the sentences without a known word."""
     known, unknown = [], []
     for annotation in filtered.annotations:
         tokens = tokenize(annotation.sentence)
@@ -250,12 +249,6 @@ def _with_vectors(
     return table, {table[word]: vectors[candidates[word]] for word in table if candidates[word] in vectors}
 
 
-def _vector_lines(words: Mapping[str, int], vectors: Mapping[int, np.ndarray]) -> Iterator[str]:
-    for word, identity in words.items():
-        if identity in vectors:
-            yield f"{word} {' '.join(map(str, vectors[identity]))}\n"
-
-
 def _rows(data_set: DataSet, annotations: Sequence[Annotation]) -> str:
     rows = (
         {
@@ -277,7 +270,6 @@ def _description(
     store: FeatureStore | None,
     clock: ClipTiming | None,
 ) -> dict[str, Any]:
-    """Return the content of `dataset.json`."""
     features = data_set.preset.features
     if store is not None:
         first = next(iter(splits.values())).annotations[0].video

@@ -196,7 +196,6 @@ def run(options: SimulationOptions) -> SimulationResult:
 
 
 def _record(options: SimulationOptions, plan: SimulationPlan, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of `simulated.json`."""
     return {
         "statement": plan.statement,
         "parameters": parameters,

@@ -87,7 +87,6 @@ def run_with_speed(request: BuildRequest) -> tuple[Path, SpeedCheck | None]:
 
 
 def _run_extractor(build: EngineBuild) -> Path:
-    """Run the build of a feature extractor; see `run`."""
     request, job = build.request, build.job
     check_ranges(request.batch, request.query_length)
     if request.dry_run:

@@ -169,7 +169,6 @@ def _tensor_errors(
     batches: Sequence[Batch],
     on_progress: Callable[[int], Any],
 ) -> Iterator[TensorDeviation]:
-    """Yield the error of each tensor in each batch."""
     from polygraphy.comparator import IterationResult, SimpleCompareFunc
 
     # Polygraphy's own verdict is not used: it compares element by element, and most tensors have values near zero.

@@ -202,7 +202,6 @@ def _write_model(directory: Path, part: TritonModel, version: int, header: str) 
 
 
 def _update_front_parameters(path: Path, part: TritonModel, header: str) -> None:
-    """Replace the parameters of the front in its configuration."""
     config = read_config(path)
     config.parameters[PARAMETER].string_value = part.config["parameters"][PARAMETER]["string_value"]
     with atomic_write(path) as temporary:
@@ -212,21 +211,18 @@ def _update_front_parameters(path: Path, part: TritonModel, header: str) -> None
 @contextlib.contextmanager
 def _staging_directory(repository: Path) -> Iterator[Path]:
     """Yield a temporary directory next to the repository, or inside it if it is a mount point."""
-    parent = repository.parent
-    created = [path for path in (repository, *repository.parents) if not path.exists()]
+    exists = repository.exists()
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        inside = repository.is_dir() and os.path.ismount(repository)
-        with staging_directory(repository if inside else parent) as staged:
+        with staging_directory(repository if os.path.ismount(repository) else repository.parent) as staged:
             yield staged
     except OSError as error:
         raise OutputError(
             f"{repository} cannot be written ({error.strerror or error}). Choose another --output."
         ) from error
     finally:
-        for path in created:
+        if not exists:
             with contextlib.suppress(OSError):
-                path.rmdir()
+                repository.rmdir()
 
 
 @contextlib.contextmanager

@@ -57,7 +57,6 @@ def application(service: Service) -> RequestGuard:
 
 
 def _routes(service: Service) -> FastAPI:
-    """Return the routes of a service."""
     app = FastAPI(
         title="drn-deploy",
         summary="When in this video does this sentence happen?",
@@ -87,7 +86,6 @@ def _routes(service: Service) -> FastAPI:
 
 
 def _add_grounding(app: FastAPI, service: Service) -> None:
-    """Serve queries about a video."""
     options = service.options
     json_model, form_model = request_models(options.max_queries, options.max_query_chars)
     schemas = {JSON: json_model.model_json_schema(), MULTIPART: form_schema(form_model)}
@@ -123,7 +121,6 @@ def _add_grounding(app: FastAPI, service: Service) -> None:
 
 
 def _add_videos(app: FastAPI, service: Service) -> None:
-    """Serve the videos of the data set and uploads."""
 
     @app.get("/v1/videos", response_model=VideoList)
     async def videos(
@@ -173,7 +170,6 @@ def _add_videos(app: FastAPI, service: Service) -> None:
 
 
 def _add_media(app: FastAPI, service: Service) -> None:
-    """Serve video files and parts of them."""
 
     @app.get("/v1/videos/{video}/media", response_class=FileResponse)
     async def media(video: str) -> Response:
@@ -197,7 +193,6 @@ def _add_media(app: FastAPI, service: Service) -> None:
 
 
 def _add_model(app: FastAPI, service: Service) -> None:
-    """Serve the description of the model and its words."""
 
     @app.get("/v1/model", response_model=ModelEntry)
     async def model() -> Response:
@@ -215,7 +210,6 @@ def _add_model(app: FastAPI, service: Service) -> None:
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
-    """Serve the health check and the metrics."""
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=Health)

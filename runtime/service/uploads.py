@@ -330,7 +330,6 @@ class Uploads:
             task.exception()
 
     async def _extract(self, upload: Upload, partial: bool) -> None:
-        """Extract the features of an upload in another process."""
         assert upload.media is not None
         output = upload.directory / "extracted"
         arguments = ["--extractor", str(self._extractor), "--output", str(output), "--device", self._device]

@@ -164,7 +164,6 @@ class TrainingRun:
             write_json(path, description)
 
     def _history(self) -> list[dict[str, Any]]:
-        """Return the records of all epochs so far."""
         path = self.output / "history.jsonl"
         return read_history(path) if path.is_file() else []
 
@@ -211,7 +210,6 @@ class TrainingRun:
         return self.output / "drn.pt"
 
     def _train_stage(self, stage: Stage, model: DRN) -> None:
-        """Train the remaining epochs of a stage."""
         trainer = StageTrainer(stage, self.settings, self.processes, model)
         progress = self._restore(stage, model, trainer)
         if progress.is_complete(stage, self.settings.patience):
@@ -244,7 +242,6 @@ class TrainingRun:
     def _save_epoch(
         self, trainer: StageTrainer, progress: StageProgress, record: dict[str, Any], improved: bool
     ) -> None:
-        """Write the checkpoints and the history after an epoch."""
         stage, model = trainer.stage, trainer.model
         directory = self._directory(stage)
         if improved:

@@ -398,7 +398,6 @@ def _missing(directory: Path) -> list[Path]:
 
 
 def _remove_empty(directories: list[Path]) -> None:
-    """Remove those of the directories that are empty."""
     for directory in directories:
         with contextlib.suppress(OSError):
             directory.rmdir()
