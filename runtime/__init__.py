@@ -16,6 +16,7 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") =
     # While a command imports, which takes seconds with torch, Ctrl-C and missing packages must not print a traceback.
     # `runtime.core.cli` handles both afterwards. As process 1 of a container it would ignore SIGTERM without a handler.
     from traceback import walk_tb as _walk_tb
+    from types import TracebackType as _TracebackType
 
     from runtime.core.errors import one_line as _one_line
     from runtime.core.interrupts import install as _install
@@ -28,7 +29,7 @@ if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") =
     # Packages that commands import at their start, with the extra that installs them.
     _extras = {"torch": "train", "onnx": "engine"}
 
-    def _failed_package(error, traceback):  # type: ignore[no-untyped-def]
+    def _failed_package(error: ImportError, traceback: _TracebackType | None) -> str | None:
         """Return the package whose import failed, also if a library that it imports is missing; else None."""
         frames = (frame.f_globals.get("__name__", "") for frame, _ in _walk_tb(traceback))
         packages = (name.partition(".")[0] for name in (error.name or "", *frames))

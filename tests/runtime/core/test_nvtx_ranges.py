@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from runtime.core.nvtx_ranges import marked
-from tests.runtime.engine_bench import Graphs
 
 ROOT = Path(__file__).parents[3]
 # nvtx 0.2 has a context manager that is also a decorator, with these keywords.
