@@ -198,6 +198,8 @@ def test_faithful_drn_recipe_accumulates_gradients(train_tiny: TrainTiny, tmp_pa
     norms = {name: history(tmp_path / name)[1]["gradient_norm"] for name in ("plain", "faithful")}
     # The norm of gradients that are never reset grows.
     assert norms["faithful"] > 2 * norms["plain"]
+    trained = load_checkpoint(tmp_path / "plain" / "drn.pt")
+    assert trained.features.pooling == trained.decoding.protocol == "drn"
 
 
 def test_single_stage_starts_from_given_checkpoint(short_run: Path, train_tiny: TrainTiny, tmp_path: Path) -> None:
