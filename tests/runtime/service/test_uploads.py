@@ -215,6 +215,7 @@ def test_form_is_parsed_from_chunks_of_any_size(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], content: bytes, step: int
 ) -> None:
     place = tmp_path_factory.getbasetemp()
+    (place / "features").unlink(missing_ok=True)
     texts = [text.encode(errors="ignore").decode() for text in texts]
     actual = parse(*form(query=texts, features=("ä.npy", content)), place, step)
     assert actual.fields.get("query", []) == texts
