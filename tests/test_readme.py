@@ -1,4 +1,4 @@
-"""Run the seven commands of the README as they are written, with a narrow backbone."""
+"""Run the seven commands of the README as they are written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from tests.documented import lines_run_by
-from tests.forked_commands import ForkedCommand, use_narrow_backbone
+from tests.forked_commands import ForkedCommand
 
 
 def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
@@ -15,8 +15,7 @@ def test_quickstart_commands_run_unchanged(tmp_path: Path) -> None:
     assert len(lines) == 7
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     for line in lines:
-        words = shlex.split(line.text, comments=True)
-        result = ForkedCommand(words, environment, tmp_path, use_narrow_backbone).finish()
+        result = ForkedCommand(shlex.split(line.text, comments=True), environment, tmp_path).finish()
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         assert "Next:" in result.stderr, line
         # What torch's exporter warns of is not the reader's concern.
