@@ -197,7 +197,7 @@ def stage_trainer(
         stages=(stage,),
         batch_size=batch_size,
         clip_norm=recipe.clip_norm,
-        losses=losses or recipe.losses,
+        losses=losses or LossOptions(),
         precision=precision,
         seed=0,
         faithful=False,

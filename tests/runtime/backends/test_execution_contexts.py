@@ -165,15 +165,15 @@ def test_full_memory_frees_caches_and_halves_the_batch(bench: Bench, monkeypatch
     for lengths in ([4], [4], [9], [9], [9, 9]):
         backend.run(batch_of(lengths))
     assert bench.driver.held()["graphs"] == 2
-    create, failing = Engine.create_execution_context, iter([True])
+    create, failing = Engine._create, iter([True])
 
-    def full_once(engine: Engine, strategy: Any) -> Any:
+    def full_once(engine: Engine) -> Any:
         if next(failing, False):
             engine._logger.log(1, "CUDA error 2: out of memory")
             return None
-        return create(engine, strategy)
+        return create(engine)
 
-    monkeypatch.setattr(Engine, "create_execution_context", full_once)
+    monkeypatch.setattr(Engine, "_create", full_once)
     bench.library.runs.clear()
     bench.check(backend, batch_of([4] * 8, 1))
     assert [run["query_length"] for run in bench.library.runs] == [(4,), (4,)]

@@ -309,6 +309,7 @@ def test_forked_process_destroys_no_tensorrt_objects(bench: Bench) -> None:
         os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     del backend, state
+    gc.collect()
     assert [reference() for reference in references] == [None, None]
 
 
