@@ -92,7 +92,9 @@ class CharadesSTA:
                 code="unexpected_structure",
             )
         for key, value in table.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            # Counts and ids start at 1.
+            if not is_number or not 0 < value < 1e15 or (name != DURATIONS and value < 1):
                 raise AnnotationError(
                     f"{self.root / name}: expected {description}, got {excerpt(key)} to {excerpt(value)}. Correct the "
                     "entry.",

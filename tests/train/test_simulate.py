@@ -253,7 +253,7 @@ def test_missing_annotation_file_is_named(annotated: Path, tmp_path: Path) -> No
         ("Charades_sta_train.txt", "AAAAA 4.0", "AAAAA", "malformed_row", ("line 2",)),
         ("Charades_sta_test.txt", "CCCCC", "../CCCCC", "unlisted_video", ("line 1", "../CCCCC")),
         ("Charades_frames_info.json", '"BBBBB"', '"FFFFF"', "unlisted_video", ("BBBBB", "Charades_frames_info.json")),
-        ("Charades_frames_info.json", "500", "0", "unexpected_structure", ("BBBBB", 0)),
+        ("Charades_frames_info.json", "500", "0.5", "unexpected_structure", ("BBBBB", 0.5)),
         ("Charades_duration.json", "{", "", "invalid_json", ()),
     ],
 )
