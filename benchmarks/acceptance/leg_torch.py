@@ -170,14 +170,13 @@ def _losses(job: Job, training: TrainingData, number: int, precision: str, devic
 
 def _trainer(number: int, precision: Any, model: DRN, device: torch.device) -> StageTrainer:
     from benchmarks.training import stage_trainer
+    from train.network.losses import LossOptions
     from train.training.recipes import RECIPES
 
-    recipe = RECIPES["mmaction2"]
-    stage = recipe.stages[number - 1]
+    stage = RECIPES["mmaction2"].stages[number - 1]
     # As at the start of a training; at the full rate, Adam amplifies every rounding.
     stage = dataclasses.replace(stage, learning_rate=stage.learning_rate_at(0))
-    losses = dataclasses.replace(recipe.losses, iou_target="all")
-    return stage_trainer(stage, model, 16, device, precision, losses)
+    return stage_trainer(stage, model, 16, device, precision, LossOptions("all"))
 
 
 def _torch_answers(job: Job, tf32: bool) -> Found:
