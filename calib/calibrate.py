@@ -131,7 +131,7 @@ def measure_table(
     evaluator = evaluator or AccuracyEvaluator(model, drawn.data_set, drawn.held_out, threads)
     best, costs = choose_candidate(model, statistics, drawn, evaluator, policy, kind)
     print(format_deltas([(f"{candidate}{' *' * (candidate == best)}", cost) for candidate, cost in costs.items()]))
-    print(f"* best agreement with FP32 on {costs[best].queries} queries of held-out training videos.")
+    print(f"* chosen by agreement with FP32 on {costs[best].queries} queries of held-out training videos.")
     choice = {
         "by": "agreement with FP32 on held-out training videos",
         "equalized": best.equalize,
