@@ -339,8 +339,8 @@ def test_checkout_without_install_registers_torch_backend(tmp_path: Path, monkey
         "-c",
         f"import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; {code}",
     ]
-    told = subprocess.run(words, capture_output=True, text=True, env={**environment, "PYTHONPATH": place}, check=True)
-    assert told.stdout.split() == ["train.backend:open_checkpoint"]
+    result = subprocess.run(words, capture_output=True, text=True, env={**environment, "PYTHONPATH": place}, check=True)
+    assert result.stdout.split() == ["train.backend:open_checkpoint"]
 
 
 def test_latency_targets_apply_only_to_their_gpu_class() -> None:
@@ -412,16 +412,16 @@ def test_background_leg_interrupts_its_commands_in_time(tmp_path: Path, monkeypa
 
     def run(job: Job, leg: Leg) -> None:
         (tmp_path / "slow.py").write_text(SLOW)
-        told.append(acceptance.run_module(job, leg, "slow", max_seconds=1.5, ok=(130,)))
+        printed.append(acceptance.run_module(job, leg, "slow", max_seconds=1.5, ok=(130,)))
 
-    told: list[str] = []
+    printed: list[str] = []
     monkeypatch.setattr(acceptance, "ROOT", tmp_path)
     monkeypatch.setattr("benchmarks.acceptance.leg_onnxruntime.run", run)
     try:
         gpu.run_inside(Job(tmp_path, "cpu", small=True), "ort-cuda", 60.0)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert told[0].splitlines()[-1] == "kept"
+    assert printed[0].splitlines()[-1] == "kept"
 
 
 def test_gpu_tests_are_collected_without_optional_packages() -> None:

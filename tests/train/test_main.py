@@ -55,7 +55,7 @@ def assert_rejected(
         assert stopped.value.code == 2
         assert "Traceback" not in err
         assert not output.exists()
-        # The parser of the command line rejects unknown arguments without an error of ours.
+        # The parser of the command line rejects unknown arguments, without a GroundingError.
         if code:
             error = stopped.value.__context__
             assert error is not None

@@ -51,7 +51,7 @@ def pair_engine(graph: Path, **content: Any) -> Path:
     return path
 
 
-def told(path: Path, serving: ServingOptions | None = None) -> dict[str, Any]:
+def described(path: Path, serving: ServingOptions | None = None) -> dict[str, Any]:
     """Return the configurations as Triton messages by model name, the front last."""
     serving = serving or ServingOptions()
     parts = build_models(read_model(path, serving), serving)
@@ -64,7 +64,7 @@ def shapes(values: Any) -> dict[str, list[int]]:
 
 
 def test_onnx_model_config_matches_graph_shapes(graph: Path) -> None:
-    network = told(graph)["drn_network"]
+    network = described(graph)["drn_network"]
     assert (network.platform, network.backend) == ("onnxruntime_onnx", "onnxruntime")
     assert network.max_batch_size == 32
     assert shapes(network.input) == {
@@ -86,7 +86,7 @@ def test_onnx_model_config_matches_graph_shapes(graph: Path) -> None:
 
 def test_serving_options_appear_in_model_config(graph: Path) -> None:
     serving = ServingOptions("charades", "cuda", batch=4, instances=3, wait_ms=2.5, threads=6)
-    parts = told(graph, serving)
+    parts = described(graph, serving)
     assert list(parts) == ["charades_network", "charades"]
     network, front = parts.values()
     assert network.instance_group[0].kind == network.instance_group[0].KIND_GPU
@@ -98,7 +98,7 @@ def test_serving_options_appear_in_model_config(graph: Path) -> None:
 
 
 def test_engine_config_lists_profiles_and_cuda_graphs(graph: Path) -> None:
-    network = told(whole_engine(graph), ServingOptions(device="auto"))["drn_network"]
+    network = described(whole_engine(graph), ServingOptions(device="auto"))["drn_network"]
     assert (network.platform, network.backend) == ("tensorrt_plan", "tensorrt")
     assert network.max_batch_size == 16
     (group,) = network.instance_group
@@ -114,12 +114,12 @@ def test_engine_config_lists_profiles_and_cuda_graphs(graph: Path) -> None:
         assert set(spec.input) == {value.name for value in network.input}
         # Triton would read memory after a smaller request as tokens.
         assert not spec.HasField("graph_lower_bound")
-    about = json.loads(told(whole_engine(graph))["drn"].parameters["drn.front"].string_value)
+    about = json.loads(described(whole_engine(graph))["drn"].parameters["drn.front"].string_value)
     assert about["manifest"]["max_query_length"] == 10
 
 
 def test_split_pair_gets_one_config_per_part(graph: Path) -> None:
-    parts = told(graph.with_name("drn.query.onnx"))
+    parts = described(graph.with_name("drn.query.onnx"))
     assert list(parts) == ["drn_video", "drn_query", "drn"]
     assert shapes(parts["drn_video"].output) == {"encoded_features": [16, 16]}
     assert parts["drn_video"].max_batch_size == 8
@@ -136,7 +136,7 @@ def test_split_pair_gets_one_config_per_part(graph: Path) -> None:
 
 
 def test_engine_pair_config_uses_engine_limits(graph: Path) -> None:
-    parts = told(pair_engine(graph))
+    parts = described(pair_engine(graph))
     about = json.loads(parts["drn"].parameters["drn.front"].string_value)
     assert (about["batch"], about["videos"], about["encoded_together"]) == (16, 20, 8)
     assert list(parts["drn_video"].instance_group[0].profile) == ["0"]
@@ -153,13 +153,13 @@ def test_encoding_type_matches_the_video_part(graph: Path) -> None:
     write_split_model(*split_graph(half), graph)
     of = {value: name for name, value in onnx.TensorProto.DataType.items()}
     assert of[onnx.load(video).graph.output[0].type.tensor_type.elem_type] == "FLOAT16"
-    config = told(pair_engine(graph))["drn_query"]
+    config = described(pair_engine(graph))["drn_query"]
     kinds = {value.name: value.data_type for value in config.input}
     names = type(config).DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_number
     assert names[kinds["encoded_features"]].name == "TYPE_FP16"
     warm = config.model_warmup[0].inputs
     assert names[warm["encoded_features"].data_type].name == "TYPE_FP16"
-    weak = told(pair_engine(graph, strongly_typed=False))["drn_query"]
+    weak = described(pair_engine(graph, strongly_typed=False))["drn_query"]
     assert names[next(v for v in weak.input if v.name == "encoded_features").data_type].name == "TYPE_FP32"
 
 
@@ -170,7 +170,7 @@ def test_query_lengths_are_padded_to_few_sizes() -> None:
 
 
 def test_front_model_allows_ragged_batches(graph: Path) -> None:
-    front = told(graph)["drn"]
+    front = described(graph)["drn"]
     assert front.backend == "python"
     assert front.HasField("dynamic_batching")
     assert all(value.allow_ragged_batch for value in front.input)
