@@ -150,6 +150,9 @@ def test_program_rejects_what_it_does_not_support(program: Path, model: Path, pl
         ("video.npy", -1, sentence),
         ("video.npy", "nan", sentence),
         ("video.npy", 1e6, sentence),
+        # Half a frame and 250 frames per second.
+        ("video.npy", 2 * video.num_frames, sentence),
+        ("video.npy", video.num_frames / 250, sentence),
         ("half.npy", video.duration, sentence),
         ("narrow.npy", video.duration, sentence),
         ("cut.npy", video.duration, sentence),
