@@ -12,7 +12,7 @@ import torch
 
 from runtime.artifacts.manifest import Manifest
 from runtime.backends.base import Device
-from runtime.core.batch import Batch, Heads
+from runtime.core.batch import Batch, Heads, check_numbers
 from runtime.core.errors import DeviceError, DeviceMemoryError, excerpt, is_out_of_memory
 from train.checkpoints import checkpoint_of, opened
 from train.network.model import DRN
@@ -30,8 +30,10 @@ class TorchBackend:
         """Return the heads of a batch, and restore the training mode of the network; see `Backend.run` for shapes.
 
         Raises:
+            ShapeError: a word id or a length is out of range.
             DeviceMemoryError: the GPU has no memory left for the batch.
         """
+        check_numbers(batch.query_tokens, batch.query_length, len(self.manifest.vocabulary))
         if not len(batch):
             # torch cannot pack an empty batch of sequences.
             locations = self.manifest.decoding.num_locations

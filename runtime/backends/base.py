@@ -41,12 +41,15 @@ class Backend(Protocol):
         """Run the network on B queries, each with the segments of its video.
 
         Args:
-            batch: `query_tokens` (B, L) int32, `query_length` (B,) int32, `segment_features` (B, T, D) float32 and
-                `segment_spans` (B, T, 2) float32 in [0, 1].
+            batch: `query_tokens` (B, L) int32 from 0 to the number of words, `query_length` (B,) int32 from 1 to L,
+                `segment_features` (B, T, D) float32 and `segment_spans` (B, T, 2) float32 in [0, 1].
 
         Returns:
             Heads of the queries in the order of the batch, float32, finest pyramid level first: `matching_logits`
             (B, P), `boundary_distances` (B, P, 2) and `iou_logits` (B, P).
+
+        Raises:
+            ShapeError: a word id or a length is out of range; see `runtime.core.batch.check_numbers`.
         """
 
 
@@ -88,6 +91,9 @@ class PairBackend(Backend, Protocol):
 
         Returns:
             Heads of the queries, as `Backend.run` returns them.
+
+        Raises:
+            ShapeError: a word id, a length or an index is out of range; see `runtime.core.batch.check_numbers`.
         """
 
 

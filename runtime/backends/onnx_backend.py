@@ -19,7 +19,16 @@ from runtime.backends import onnxruntime_session, openvino_session
 from runtime.backends.base import Device, check_answers_queries, recorded_video_part, run_pair, sibling_file
 from runtime.backends.cuda_driver import disable_in_forked_children
 from runtime.backends.exact_int8 import precision_of_file
-from runtime.core.batch import DURATION, ENCODED_FEATURES, HEAD_NAMES, INPUT_NAMES, VIDEO_INDEX, Batch, Heads
+from runtime.core.batch import (
+    DURATION,
+    ENCODED_FEATURES,
+    HEAD_NAMES,
+    INPUT_NAMES,
+    VIDEO_INDEX,
+    Batch,
+    Heads,
+    check_numbers,
+)
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError, is_out_of_memory
 from runtime.core.io.digests import sha256
 from runtime.core.lru_cache import LruCache
@@ -81,7 +90,6 @@ class Session:
                 path,
             )
         self._session = session
-        self._num_words = len(manifest.vocabulary)
         self._outputs = {output.name: (output.shape, output.type) for output in session.get_outputs()}
         if self.uses_io_binding:
             disable_in_forked_children(self)
@@ -107,7 +115,7 @@ class Session:
             The outputs as arrays, in the order of `outputs`.
 
         Raises:
-            ShapeError: the arrays do not fit the graph, or contain a number out of range.
+            ShapeError: the arrays do not fit the graph.
             DeviceMemoryError: the device has no memory left.
             DeviceError: this process was forked after CUDA was started.
         """
@@ -116,7 +124,6 @@ class Session:
         if not len(next(iter(feed.values()))):
             shapes_and_types = [self._outputs[name] for name in outputs]
             return [np.empty((0, *shape[1:]), _DTYPES[dtype]) for shape, dtype in shapes_and_types]
-        _check_numbers(feed, self._num_words)
         try:
             return self._run_bound(outputs, feed) if self.uses_io_binding else self._session.run(outputs, feed)
         # ONNX Runtime's exceptions have no common base class below Exception, and I/O binding raises RuntimeError.
@@ -169,7 +176,8 @@ class OnnxBackend:
         self._session = session
 
     def run(self, batch: Batch) -> Heads:
-        """Return the heads of a batch; see `Backend.run` for shapes, and `Session.run` for errors."""
+        """Return the heads of a batch; see `Backend.run` for shapes and ranges, and `Session.run` for other errors."""
+        check_numbers(batch.query_tokens, batch.query_length, len(self.manifest.vocabulary))
         feed = vars(batch)
         if self.manifest.moments:
             # A graph with decoding needs durations, which the heads do not depend on.
@@ -208,9 +216,10 @@ class OnnxPair:
         videos: Sequence[EncodedVideo],
         video_index: np.ndarray,
     ) -> Heads:
-        """Return the heads of B queries; see `PairBackend.ask` for shapes."""
+        """Return the heads of B queries; see `PairBackend.ask` for shapes and ranges."""
         if not len(query_length):
             return Heads(*self._query.run(HEAD_NAMES, {"query_length": query_length}))
+        check_numbers(query_tokens, query_length, len(self.manifest.vocabulary), video_index, len(videos))
         (first, *others) = videos
         features = np.stack([video.features for video in videos]) if others else self._features(first)
         spans = np.stack([video.spans for video in videos]) if others else first.spans[None]
@@ -269,28 +278,6 @@ def locate_part(query: Path, name: str, digest: str) -> Path:
         raise _other_part(path, query)
     check(path)
     return path
-
-
-def _check_numbers(feed: Mapping[str, Any], num_words: int) -> None:
-    """Raise ShapeError for indices and lengths out of range: OpenVINO accepts all of them, ONNX Runtime negative ones.
-
-    Args:
-        feed: inputs of a graph by name, with at least one row.
-        num_words: number of words of the vocabulary, whose ids start at 1; 0 if the model has none.
-    """
-    if "query_tokens" not in feed:
-        return
-    max_id = num_words or np.iinfo(np.int32).max
-    # Lengths first: without tokens, all of them are out of range.
-    limits = {"query_length": (1, feed["query_tokens"].shape[-1]), "query_tokens": (0, max_id)}
-    if VIDEO_INDEX in feed:
-        limits[VIDEO_INDEX] = (0, len(feed["segment_spans"]) - 1)
-    for name, (low, high) in limits.items():
-        array = feed[name]
-        if array.min() < low or array.max() > high:
-            raise ShapeError(
-                f"Expected {name} of {low} to {high}, got {array.min()} to {array.max()}. Correct the batch."
-            )
 
 
 def _other_part(path: Path, query: Path) -> ModelFileError:

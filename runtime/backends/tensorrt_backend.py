@@ -27,7 +27,7 @@ from runtime.backends.cuda_driver import Cuda, OutOfDeviceMemory
 from runtime.backends.encoding_cache import EncodingSlots
 from runtime.backends.tensorrt_engine import SPANS, TensorRTEngine
 from runtime.backends.tensorrt_model import PlanUse, TensorRTModel
-from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads
+from runtime.core.batch import ENCODED_FEATURES, VIDEO_INDEX, Batch, Heads, check_numbers
 from runtime.core.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.core.errors import DeviceError, DeviceMemoryError, ModelFileError, ShapeError
 from runtime.core.io.digests import json_digest
@@ -320,6 +320,7 @@ class TensorRTBackend(_QueryModel):
 
     def run(self, batch: Batch) -> Heads:
         """Return the heads of a batch, run in parts if it exceeds the largest profile."""
+        check_numbers(batch.query_tokens, batch.query_length, len(self.manifest.vocabulary))
         length = int(batch.query_length.max(initial=1))
         network = self.network_for(length)
         tokens = batch.query_tokens[:, :length]
@@ -385,6 +386,7 @@ class TensorRTPair(_QueryModel):
 
         Encodings that are not on the GPU are copied there; videos of equal `key` share one copy.
         """
+        check_numbers(query_tokens, query_length, len(self.manifest.vocabulary), video_index, len(videos))
         length = int(query_length.max(initial=1))
         network = self.network_for(length)
         tokens = query_tokens[:, :length]

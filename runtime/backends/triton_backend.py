@@ -13,7 +13,7 @@ from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import MISMATCH
 from runtime.backends.base import run_pair
 from runtime.backends.batch_shapes import as_slice, padded_length, row_slices, row_slices_by_video
-from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, VIDEO_INDEX, Batch, Heads
+from runtime.core.batch import ENCODED_FEATURES, HEAD_NAMES, VIDEO_INDEX, Batch, Heads, check_numbers
 from runtime.core.errors import ModelFileError, ShapeError, excerpt, reading
 from runtime.core.io.digests import json_digest
 from runtime.core.io.text_files import check_format, parse_json
@@ -92,9 +92,10 @@ class TritonBackend:
         """Return the heads of a batch, requested in parts of the maximum batch size; see `Backend.run` for shapes.
 
         Raises:
-            ShapeError: a query is longer than the network accepts.
+            ShapeError: a query is longer than the network accepts, or a number is out of range.
             ServerError: the server cannot be reached, or the model failed.
         """
+        check_numbers(batch.query_tokens, batch.query_length, len(self.manifest.vocabulary))
         tokens = _padded(batch.query_tokens, self.manifest.max_query_length)
         # Tensors of a batched Triton model have at least one axis besides the batch.
         lengths = batch.query_length[:, None]
@@ -130,6 +131,7 @@ class TritonPair(TritonBackend):
         video_index: np.ndarray,
     ) -> Heads:
         """Return the heads of B queries; see `PairBackend.ask` for shapes, and `TritonBackend.run` for errors."""
+        check_numbers(query_tokens, query_length, len(self.manifest.vocabulary), video_index, len(videos))
         tokens = _padded(query_tokens, self.manifest.max_query_length)
         parts = []
         for rows in row_slices_by_video(video_index, self._config.batch, self._config.videos, len(videos)):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from runtime.core.errors import ShapeError
 from runtime.core.pooling import Segments
 
 # Tensors between the two parts of a split model; see `calib.graph.split_model`.
@@ -57,6 +58,41 @@ HEAD_NAMES: tuple[str, ...] = tuple(Heads.__dataclass_fields__)
 """Output names of every exported graph, in the order of the fields of `Heads`."""
 INPUT_NAMES: tuple[str, ...] = tuple(Batch.__dataclass_fields__)
 """Input names of a graph that was not split, in the order of the fields of `Batch`."""
+
+
+def check_numbers(
+    query_tokens: np.ndarray,
+    query_length: np.ndarray,
+    num_words: int,
+    video_index: np.ndarray | None = None,
+    num_videos: int = 0,
+) -> None:
+    """Check the numbers in the inputs of a network: most libraries accept some that are out of range, and answer.
+
+    Args:
+        query_tokens: (B, L) int32 word ids.
+        query_length: (B,) int32 lengths in tokens.
+        num_words: number of words of the vocabulary, whose ids start at 1; 0 if the model has none.
+        video_index: (B,) int32 index of the video of each query, for a split model.
+        num_videos: number of videos.
+
+    Raises:
+        ShapeError: a word id, a length or an index is out of range.
+    """
+    if not len(query_length):
+        return
+    # Lengths first: without tokens, all of them are out of range.
+    ranges = [
+        ("query_length", query_length, 1, query_tokens.shape[-1]),
+        ("query_tokens", query_tokens, 0, num_words or np.iinfo(np.int32).max),
+    ]
+    if video_index is not None:
+        ranges.append((VIDEO_INDEX, video_index, 0, num_videos - 1))
+    for name, array, low, high in ranges:
+        if array.min() < low or array.max() > high:
+            raise ShapeError(
+                f"Expected {name} of {low} to {high}, got {array.min()} to {array.max()}. Correct the batch."
+            )
 
 
 def collate(queries: Sequence[np.ndarray], videos: Sequence[Segments]) -> Batch:

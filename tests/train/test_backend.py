@@ -21,6 +21,7 @@ from runtime.core.io.digests import sha256
 from runtime.core.tokenizer import Vocabulary
 from runtime.datasets.dataset import DataSet
 from tests.raising import raises
+from tests.runtime.number_checks import check_words_and_lengths
 from tests.tolerances import HEADS
 from train.backend import TorchBackend, open_checkpoint, torch_device
 from train.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
@@ -50,6 +51,10 @@ def test_empty_batch_returns_empty_heads(reference: Any, published: Path) -> Non
     for actual, some in zip(vars(backend.run(none)).values(), vars(backend.run(batch)).values(), strict=True):
         assert actual.shape == (0, *some.shape[1:])
         assert actual.dtype == some.dtype
+
+
+def test_numbers_out_of_range_are_rejected(reference: Any, published: Path) -> None:
+    check_words_and_lengths(open_backend(published, device="cpu"), as_batch(reference, "a"))
 
 
 @pytest.mark.parametrize("batch", ["a", "b", "c"])

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from calib.graph.moments import with_moments
 from calib.graph.onnx_graph import read_manifest, set_manifest
 from calib.graph.split_model import split_graph, write_split_model
 from calib.qdq_quantizer import LARGEST, MAX_EXACT_WEIGHT
-from runtime import EncodedVideo, Grounder
+from runtime import Grounder
 from runtime.artifacts.manifest import Manifest
 from runtime.artifacts.onnx_metadata import with_digest
 from runtime.backends import open_backend
@@ -34,6 +33,7 @@ from runtime.core.cpu_info import cpu_features
 from runtime.core.errors import DeviceError, ModelFileError, ShapeError
 from tests.raising import raises
 from tests.runtime.engine_bench import Graphs
+from tests.runtime.number_checks import check_video_index, check_words_and_lengths
 from tests.tolerances import HEADS
 
 installed = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
@@ -122,32 +122,14 @@ def test_input_that_does_not_fit_the_graph_is_rejected(files: Path, name: str, c
 @pytest.mark.parametrize("name", ["drn.onnx", "drn.query.onnx"])
 def test_numbers_out_of_range_are_rejected(files: Path, name: str, library: str) -> None:
     model = open_backend(files / name if library == "openvino" else files / "reference" / name, "cpu")
-    batch = batch_of(model.manifest, 2, 4)
-    num_words = len(model.manifest.vocabulary)
-    for field, valid, invalid in (
-        ("query_tokens", (0, num_words), (-1, num_words + 1)),
-        ("query_length", (1, 4), (-1, 0, 5)),
-    ):
-        for number in (*valid, *invalid):
-            values = getattr(batch, field).copy()
-            values[1] = number
-            changed = Batch(**{**vars(batch), field: values})
-            with raises(ShapeError, "shape_mismatch", field, *valid) if number in invalid else nullcontext():
-                model.run(changed)
-    with raises(ShapeError, "shape_mismatch", "query_length"):
-        model.run(Batch(**{**vars(batch), "query_tokens": batch.query_tokens[:, :0]}))
+    check_words_and_lengths(model, batch_of(model.manifest, 2, 4))
 
 
 @installed
 @pytest.mark.parametrize("library", ["openvino", "onnxruntime"])
 def test_index_of_a_missing_video_is_rejected(files: Path, library: str) -> None:
     pair: Any = open_backend(files / ("" if library == "openvino" else "reference") / "drn.query.onnx", "cpu")
-    batch = batch_of(pair.manifest, 2, 4)
-    features = pair.encode(batch.segment_features)
-    videos = [EncodedVideo(encoded, spans, 1.0) for encoded, spans in zip(features, batch.segment_spans, strict=True)]
-    for index in (-1, 2):
-        with raises(ShapeError, "shape_mismatch", "video_index", 0, 1):
-            pair.ask(batch.query_tokens, batch.query_length, videos, np.array([0, index], np.int32))
+    check_video_index(pair, batch_of(pair.manifest, 2, 4))
 
 
 @installed

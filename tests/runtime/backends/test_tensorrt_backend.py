@@ -36,6 +36,7 @@ from tests.runtime.engine_bench import (
     encode_all,
     profile,
 )
+from tests.runtime.number_checks import check_video_index, check_words_and_lengths
 from tests.tolerances import HALF
 
 
@@ -192,6 +193,12 @@ def test_query_beyond_the_engine_names_range_and_command(bench: Bench) -> None:
         backend.run(batch_of([13]))
     # Columns after the longest query are padding, which is removed.
     bench.check(backend, batch_of([4], width=30))
+
+
+def test_numbers_out_of_range_are_rejected(bench: Bench) -> None:
+    for backend in (bench.whole(), bench.pair()):
+        check_words_and_lengths(backend, batch_of([4, 4]))
+    check_video_index(bench.pair(), batch_of([4, 4]))
 
 
 def test_features_of_another_width_are_rejected(bench: Bench) -> None:

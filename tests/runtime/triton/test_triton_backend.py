@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from runtime import Grounder
+from runtime.backends import open_backend
 from runtime.backends.batch_shapes import padded_length
 from runtime.backends.triton_backend import FrontConfig, TritonBackend, open_networks
+from runtime.core.batch import Batch
 from runtime.core.errors import ModelFileError, ShapeError
 from tests.export.conftest import TINY, manifest, random_inputs
 from tests.raising import raises
+from tests.runtime.number_checks import check_video_index, check_words_and_lengths
 from tests.runtime.triton.conftest import QUERIES, video
 
 ABOUT = FrontConfig(manifest(TINY), "drn_network", batch=4)
@@ -72,10 +76,28 @@ def test_padded_and_split_batches_equal_direct_results(direct: Grounder) -> None
     assert network.shapes == [(4, 6), (4, 6), (4, 6)]
 
 
+class PairNetworks:
+    """The parts of a split network in this process, as models of Triton."""
+
+    def __init__(self, query_part: Path) -> None:
+        pair: Any = open_backend(query_part, "cpu", 1)
+        self.parts = {"drn_query": pair._query, "drn_video": pair._video}
+
+    def __call__(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
+        return self.parts[model].run(outputs, inputs)
+
+
+def test_numbers_out_of_range_are_rejected(direct: Grounder, query_part: Path) -> None:
+    about = dataclasses.replace(ABOUT, network="drn_query", video_network="drn_video")
+    pair = open_networks(about, PairNetworks(query_part))
+    batch = Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [4, 4])))
+    for backend in (open_networks(ABOUT, Network(direct)), pair):
+        check_words_and_lengths(backend, batch)
+    check_video_index(pair, batch)
+
+
 @pytest.mark.parametrize("length", [1, 3, 5, 7, 9])
 def test_padded_query_has_same_heads(direct: Grounder, length: int) -> None:
-    from runtime.core.batch import Batch
-
     batch = Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [length, max(1, length - 2)])))
     network = Network(direct)
     padded = TritonBackend(ABOUT, network).run(batch)
@@ -85,8 +107,6 @@ def test_padded_query_has_same_heads(direct: Grounder, length: int) -> None:
 
 
 def test_too_long_query_is_rejected(direct: Grounder) -> None:
-    from runtime.core.batch import Batch
-
     batch = Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [13])))
     with raises(ShapeError, "query_length_out_of_range", 13, 1, 12):
         open_networks(ABOUT, Network(direct)).run(batch)
