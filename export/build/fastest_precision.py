@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from export.build.build_config import BuildRequest
 from export.build.run_build import EngineBuild, check_faster, run, run_with_speed
 from runtime.artifacts.manifest import LIBRARIES
+from runtime.backends.openvino_session import import_openvino
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError
 
 log = logging.getLogger("drn")
@@ -74,8 +74,10 @@ def _requests(options: Mapping[str, Any]) -> list[BuildRequest]:
             code="precision_unsupported",
         )
     libraries = LIBRARIES
-    if importlib.util.find_spec("openvino") is None:
-        log.warning("OpenVINO is not compared, because it is not installed. Run `pip install '.[openvino]'` to add it.")
+    try:
+        import_openvino()
+    except DeviceError as error:
+        log.warning("OpenVINO is not compared. %s", error)
         libraries = LIBRARIES[:1]
     return [BuildRequest(**{**options, "precision": "int8", "target": library}) for library in libraries]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from export.build.speed_check import SpeedCheck
 from export.build_engine import build_engine
 from runtime.benchmarking.timing import Ratio
 from runtime.core.errors import CheckFailed, GroundingError
-from tests.raising import quotes, raises
+from runtime.doctor import doctor
+from tests.raising import quotes, raises, records
 
 installed = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
 FAILED = CheckFailed("The accuracy check failed.", code="parity_failed")
@@ -112,13 +115,29 @@ def test_accuracy_is_claimed_only_with_data(
     assert ("--max-drop" in capsys.readouterr().out) == has_data
 
 
-def test_target_cpu_without_openvino_says_so(
-    model: Path, planted: Path, planned: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("reason", ["No module named 'libopenvino'", "libopenvino.so: cannot open shared object file"])
+def test_target_cpu_names_why_openvino_is_not_compared(
+    model: Path,
+    planted: Path,
+    planned: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    reason: str,
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    planned({"onnxruntime": (1.4, 1.3)})
+    error = "ModuleNotFoundError" if reason.startswith("No module") else "OSError"
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "__init__.py").write_text(f"raise {error}({reason!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    requests = planned({"onnxruntime": (1.4, 1.3)})
     assert build_engine(model, precision="int8", target="cpu", data=planted).name == "onnxruntime.onnx"
-    assert quotes(caplog.text, "[openvino]")
+    assert [request.target for request in requests] == ["onnxruntime"]
+    assert records(caplog, logging.WARNING, reason, "[openvino]")
+    # `drn doctor` judges the same import.
+    (finding,) = (finding for finding in doctor() if "OpenVINO" in finding.subject)
+    assert not finding.works
+    assert quotes(finding.details, reason)
 
 
 @pytest.mark.parametrize(
