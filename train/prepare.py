@@ -14,8 +14,9 @@ import numpy as np
 
 from runtime.core.cli import command, report_written, suggest_next_command
 from runtime.core.errors import AnnotationError, FeatureError, MissingFeatures, OutputError, check_option, excerpt
-from runtime.core.io.atomic_files import Staging, content_names, locked
+from runtime.core.io.atomic_files import content_names, locked
 from runtime.core.io.digests import sha256
+from runtime.core.io.staging import Staging
 from runtime.core.pooling import ClipTiming
 from runtime.core.tokenizer import Vocabulary, tokenize, word_table
 from runtime.datasets.dataset import Annotation, DataSet

@@ -39,8 +39,9 @@ from runtime.artifacts.onnx_metadata import read_metadata, with_digest
 from runtime.backends.batch_shapes import MinOptMax
 from runtime.core.cli import report_written, suggest_next_command
 from runtime.core.errors import CheckFailed, GroundingError
-from runtime.core.io.atomic_files import Staging, locked, write_json
+from runtime.core.io.atomic_files import locked, write_json
 from runtime.core.io.digests import sha256
+from runtime.core.io.staging import Staging
 from runtime.media.extractors import Extractor, open_extractor
 
 log = logging.getLogger("drn")

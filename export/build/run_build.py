@@ -35,7 +35,8 @@ from runtime.backends.openvino_session import import_openvino
 from runtime.core.cli import report_written, suggest_next_command
 from runtime.core.errors import CheckFailed, DeviceError, GroundingError, ModelFileError
 from runtime.core.gpu_info import cuda_gpu
-from runtime.core.io.atomic_files import Staging, locked
+from runtime.core.io.atomic_files import locked
+from runtime.core.io.staging import Staging
 from runtime.core.repeat_filter import logged_once
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.datasets.presets import query_length_of

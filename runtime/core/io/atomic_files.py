@@ -59,13 +59,14 @@ _swept: dict[Path, tuple[float, float]] = {}
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the directory of `path`, and rename it to `path` if the block ends without an error.
 
-    The directory is created. After any exception, including Ctrl-C and SIGTERM, the temporary file is removed and
-    `path` is unchanged. After `kill -9` the next process that writes into the same directory removes the file.
+    A link is followed: its target is replaced, and the link stays. The directory is created. After any exception,
+    including Ctrl-C and SIGTERM, the temporary file is removed and `path` is unchanged. After `kill -9` the next
+    process that writes into the same directory removes the file.
 
     Raises:
         OutputError: `path` cannot be written (no permission, disk full, a file instead of a directory).
     """
-    target = _resolved(path)
+    target = resolved_output(path)
     created = _missing(target.parent)
     temporary: _Temporary | None = None
     try:
@@ -77,7 +78,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary.path, target)
             finished_files.record(Path(path))
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
     finally:
         with deferred():
             if temporary is not None:
@@ -108,79 +109,24 @@ def _create_in(directory: Path, create: Callable[[], Created]) -> Created:
     return create()
 
 
-class Staging:
-    """A context manager for files that replace their predecessors together, in `commit`.
-
-    At the end of the context all temporary files are removed.
-    """
-
-    def __init__(self) -> None:
-        # Resolved directories, to their temporary directories and to the directories as given.
-        self._staged: dict[Path, _Temporary] = {}
-        self._given: dict[Path, Path] = {}
-        self._created: list[Path] = []
-
-    def __enter__(self) -> Staging:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with deferred():
-            for temporary in self._staged.values():
-                temporary.remove()
-            _remove_empty(self._created)
-
-    def path(self, final: str | os.PathLike[str]) -> Path:
-        """Return the temporary path of the file `final`; OutputError if its directory cannot be written."""
-        final = Path(final)
-        if final.is_dir():
-            raise _is_directory(final)
-        parent = Path(os.path.realpath(final)).parent
-        if parent not in self._staged:
-            self._created += _missing(parent)
-            try:
-                with deferred():
-                    self._staged[parent] = _temporary_in(parent)
-            except OSError as error:
-                raise _unwritable(final, error) from error
-        if os.path.samefile(final.parent, parent):
-            self._given.setdefault(parent, final.parent)
-        return self._staged[parent].path / final.name
-
-    def commit(self, expected: Callable[[str], bool] = lambda name: True) -> list[Path]:
-        """Rename the written files to their final paths, in the order of their names, and return these as given.
-
-        Args:
-            expected: returns whether a file of this name is renamed; others are removed.
-        """
-        written = []
-        # A signal between two renames would leave one new and one old file.
-        with deferred():
-            for parent, temporary in self._staged.items():
-                for file in sorted(temporary.path.iterdir()):
-                    if file.name == LOCK or not expected(file.name):
-                        continue
-                    try:
-                        os.replace(file, parent / file.name)
-                    except OSError as error:
-                        raise _unwritable(parent / file.name, error) from error
-                    written.append(self._given.get(parent, parent) / file.name)
-                    finished_files.record(written[-1])
-        return written
-
-
 @contextlib.contextmanager
 def staging_directory(parent: Path) -> Iterator[Path]:
-    """Yield a temporary directory in `parent`, which must exist, and remove it at the end. Raises OSError."""
+    """Create `parent`, yield a temporary directory in it, and remove both at the end, `parent` only if empty.
+
+    Raises:
+        OSError: the directory cannot be created.
+    """
+    created = _missing(parent)
     temporary: _Temporary | None = None
     try:
         with deferred():
-            _sweep(parent)
-            temporary = _Temporary(parent)
+            temporary = _temporary_in(parent)
         yield temporary.path
     finally:
-        if temporary is not None:
-            with deferred():
+        with deferred():
+            if temporary is not None:
                 temporary.remove()
+            _remove_empty(created)
 
 
 @contextlib.contextmanager
@@ -206,7 +152,7 @@ def locked(directory: str | os.PathLike[str], file: str | None = None, *, wait: 
                 with deferred():
                     handle = _create_in(directory, functools.partial(_acquired, lock))
             except OSError as error:
-                raise _unwritable(directory, error) from error
+                raise unwritable(directory, error) from error
             if handle is None and not wait:
                 raise OutputError(
                     f"Another process is writing {directory if file is None else directory / file}. Wait for it, or "
@@ -403,8 +349,12 @@ def _remove_empty(directories: list[Path]) -> None:
             directory.rmdir()
 
 
-def _resolved(path: str | os.PathLike[str]) -> Path:
-    """Return the target of all links in a path, so that links are preserved; OutputError if it is no regular file."""
+def resolved_output(path: str | os.PathLike[str]) -> Path:
+    """Return the file that is replaced when `path` is written: links are followed, and stay.
+
+    Raises:
+        OutputError: `path` is a directory, a device or a link that leads to itself.
+    """
     try:
         resolved = Path(path).resolve()
         if resolved.is_dir():
@@ -412,7 +362,7 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
         if resolved.exists() and not resolved.is_file():
             raise OutputError(f"{path} is a device, which a file would replace. Name another file to write.")
     except OSError as error:
-        raise _unwritable(Path(path), error) from error
+        raise unwritable(Path(path), error) from error
     except RuntimeError as error:
         # Path.resolve raises it before Python 3.13 for a link that leads to itself.
         raise OutputError(f"{path} is a link that leads to itself. Name another file to write.") from error
@@ -479,7 +429,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def _unwritable(path: Path, error: OSError) -> OutputError:
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """Return the error for a file that cannot be written, with the cause and what to do."""
     if path.parent.name.startswith(TEMPORARY):
         # Messages name the final path, not the temporary one.
         path = path.parent.parent / path.name

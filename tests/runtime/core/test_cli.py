@@ -17,7 +17,8 @@ import pytest
 from runtime.core.cli import report_written, suggest_next_command
 from runtime.core.errors import CheckFailed, DeviceError, FeatureError, GroundingError
 from runtime.core.interrupts import Interrupted
-from runtime.core.io.atomic_files import Staging, write_text
+from runtime.core.io.atomic_files import write_text
+from runtime.core.io.staging import Staging
 from tests.processes import heed_ctrl_c
 
 ROOT = Path(__file__).parents[3]

@@ -21,7 +21,6 @@ from runtime.core.errors import OutputError
 from runtime.core.interrupts import Interrupted, handled
 from runtime.core.io import atomic_files
 from runtime.core.io.atomic_files import (
-    Staging,
     atomic_write,
     check_writable,
     content_names,
@@ -30,6 +29,7 @@ from runtime.core.io.atomic_files import (
     write_json,
     write_text,
 )
+from runtime.core.io.staging import Staging
 from tests.raising import quotes, raises
 from tests.runtime.core.test_interrupts import send
 
@@ -203,29 +203,6 @@ def test_failed_write_removes_created_directories(tmp_path: Path) -> None:
     assert content(tmp_path / "a" / "b") == {"report.json": "text"}
 
 
-def test_staged_files_are_committed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("old")
-    monkeypatch.chdir(tmp_path)
-    with Staging() as staging:
-        for name in ("a.txt", "b.txt", "draft.txt"):
-            staging.path(name).write_text("new")
-        assert (tmp_path / "a.txt").read_text() == "old"
-        written = staging.commit(lambda name: name != "draft.txt")
-    # As given, for "Written:" lines.
-    assert written == [Path("a.txt"), Path("b.txt")]
-    assert content(tmp_path) == {"a.txt": "new", "b.txt": "new"}
-
-
-def test_staging_error_names_the_final_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Staging() as staging:
-        with raises(OutputError, "output_is_directory", tmp_path):
-            staging.path(tmp_path)
-        waiting = staging.path(tmp_path / "a.txt")
-        monkeypatch.setattr(Path, "write_text", failing(errno.ENOSPC))
-        with raises(OutputError, "disk_full", tmp_path.resolve() / "a.txt"):
-            write_text(waiting, "a")
-
-
 def half(path: Path) -> str:
     return f"with atomic_write({str(path)!r}) as temporary:\n    temporary.write_text('half')\n    WAIT\n"
 
@@ -242,7 +219,8 @@ def writer() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 
     def begin(body: str) -> subprocess.Popen[str]:
         code = "import sys, time\nfrom pathlib import Path\n"
-        code += "from runtime.core.io.atomic_files import Staging, locked, atomic_write\n"
+        code += "from runtime.core.io.atomic_files import locked, atomic_write\n"
+        code += "from runtime.core.io.staging import Staging\n"
         code += body.replace("WAIT", "print('ready', flush=True); sys.stdin.read()")
         words = [sys.executable, "-c", code]
         process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
