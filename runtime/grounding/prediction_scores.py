@@ -217,7 +217,7 @@ def _warn(truths: Mapping[Hashable, Truth], rows: Mapping[Hashable, Sequence[Pre
     problems: dict[str, list[Hashable]] = {
         "occur several times; the last row counts in recall, all rows in mAP": repeated,
         "have windows that are not sorted by score; the first one in the file counts in R@1": [
-            row.qid for _, row in used if not (np.diff(row.windows[:, 2]) <= 0).all()
+            row.qid for _, row in used if not (row.windows[1:, 2] <= row.windows[:-1, 2]).all()
         ],
         "have windows that do not end after their start": [
             row.qid for _, row in used if not (row.windows[:, 1] > row.windows[:, 0]).all()

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,15 @@ def test_suspicious_rows_are_warned_of(score: Any, row: Row, caplog: pytest.LogC
 
 
 # Rejection
+
+
+def test_equal_infinite_scores_are_sorted(score: Any, caplog: pytest.LogCaptureFixture) -> None:
+    windows = [(0, 10, math.inf), (20, 30, math.inf), (0, 5, 0.5), (5, 9, -math.inf), (9, 12, -math.inf)]
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "drn"):
+        warnings.simplefilter("error")
+        result = check(score, [predicted(1, *windows)], [annotated(1, (0, 10))])
+    assert result.report.values["R@1 IoU=0.7"] == 1
+    assert not caplog.records
 
 
 def test_rejection_matches_hand_computed_values(score: Any) -> None:
