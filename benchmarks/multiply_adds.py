@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from runtime.core.pooling import ClipTiming
 from train.extractors.c3d import CROP, WINDOW, C3DConfig
-from train.network.model import BACKBONE_CHANNELS, DRNConfig
+from train.network import model
+from train.network.model import DRNConfig
 
 FRAMES_PER_SECOND = 30
 # Factors by which the inputs of C3D's convolutions are smaller than its clips, in time and in space; see
@@ -25,9 +26,10 @@ def drn_multiply_adds(config: DRNConfig, query_length: float) -> dict[str, float
     width, segments, pyramid, hidden = config.feature_dim, config.num_segments, config.fpn_dim, config.hidden_dim
     lengths = [segments // stride for stride in config.strides]
     locations = sum(lengths)
-    first, second, third = BACKBONE_CHANNELS
+    # Looked up at each call, because tests build networks with a narrow backbone.
+    channels = first, second, third = model.BACKBONE_CHANNELS
     backbone = 3 * first * second * lengths[1] + 3 * second * third * lengths[2]
-    lateral = sum(channels * pyramid * length for channels, length in zip(BACKBONE_CHANNELS, lengths, strict=True))
+    lateral = sum(inputs * pyramid * length for inputs, length in zip(channels, lengths, strict=True))
     towers = 2 * config.head_convs * 3 * pyramid**2 * locations
     head = (3 * 3 * pyramid + 2 * pyramid**2 + 3 * pyramid * pyramid // 2 + pyramid // 2) * locations
     words = query_length * 2 * 4 * hidden * (config.embed_dim + hidden)
