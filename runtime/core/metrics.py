@@ -37,9 +37,6 @@ def metric_names(iou_thresholds: Sequence[float]) -> tuple[str, ...]:
     )
 
 
-METRICS = metric_names(IOU_THRESHOLDS)
-
-
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Metrics over N queries.
