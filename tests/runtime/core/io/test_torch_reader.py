@@ -327,6 +327,7 @@ def test_load_imports_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tensor(offset=-1),
         tensor(offset=5, size=(2,), stride=(-1,)),
         tensor(size=(2, 3), stride=(1,)),
+        tensor(size=(0, 3), stride=(1,)),
         tensor(size=(2.0, 3)),
         tensor(size=(1,) * 99, stride=(1,) * 99),
         tensor(size=(0, 1 << 61, 1 << 61), stride=(1, 1, 1)),
@@ -351,6 +352,13 @@ def test_tensor_beyond_its_storage_is_rejected(tmp_path: Path, lie: Any) -> None
     assert torch_reader.load(zip_file(tmp_path / "honest.pt", tensor(), SIX)).shape == (2, 3)
     with pytest.raises(CheckpointError):
         torch_reader.load(zip_file(tmp_path / "f.pt", lie, SIX))
+
+
+def test_tensor_beyond_its_storage_names_the_element(tmp_path: Path) -> None:
+    # Without the missing numbers, the larger one would seem to repeat those there are (code unfolds_too_large).
+    for size in (7, 1 << 40):
+        with raises(CheckpointError, "damaged_file", size - 1, 6):
+            torch_reader.load(zip_file(tmp_path / "f.pt", tensor(size=(size,), stride=(1,)), SIX))
 
 
 def test_record_larger_than_the_file_is_rejected(tmp_path: Path) -> None:
