@@ -40,6 +40,28 @@ def test_example_writes_a_valid_video(tmp_path: Path) -> None:
     assert dawn.mean() < noon.mean() > night.mean()
 
 
+@pytest.mark.parametrize(
+    ("time", "row", "column", "color"),
+    [
+        # Before sunrise: sky at the top, a little dusk above the hills, and the hills at a quarter of their daylight.
+        (0, 0, 0, (10.5, 15, 36)),
+        (0, 168, 425, (27.1, 25, 46)),
+        (0, 239, 0, (9.5, 21, 13)),
+        # The sun on the horizon: half of day and night, darkened to 0.925, with 0.7 of the dusk.
+        (0.15 / 1.3, 168, 425, (181, 112.4, 89)),
+        # At noon: sky far from the sun, the sun, its halo at a distance of 0.2, and the hills in daylight.
+        (0.5, 0, 0, (90.4, 139.1, 180.4)),
+        (0.5, 48, 213, (255, 226, 130)),
+        (0.5, 96, 213, (129.1, 184.4, 231.1)),
+        (0.5, 239, 0, (38, 84, 52)),
+    ],
+)
+def test_film_has_the_colors_of_the_time_of_day(time: float, row: int, column: int, color: tuple[float, ...]) -> None:
+    pytest.importorskip("av", reason="PyAV writes the film")
+    # Fractions are cut off.
+    assert load("film").picture(time)[row, column].tolist() == pytest.approx(color, abs=1.01)
+
+
 def test_demo_uses_existing_commands(planted: Path) -> None:
     demo = load("demo")
     video, sentences = demo.longest_story(planted)
