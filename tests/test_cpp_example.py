@@ -12,8 +12,10 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto
 
 from export.to_onnx import to_onnx
 from runtime.core.tokenizer import tokenize
@@ -99,6 +101,34 @@ def test_program_prints_the_moments_of_infer(program: Path, model: Path, planted
         expected = grounder.ground(read, sentence)
         assert np.shape(actual) == (len(expected), 3)
         np.testing.assert_allclose(actual, [(one.start, one.end, one.score) for one in expected], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["segment_features", "moments"])
+def test_program_names_the_tensor_that_is_not_float32(
+    program: Path, model: Path, planted: Path, tmp_path: Path, name: str
+) -> None:
+    graph = onnx.load(model.with_suffix(".moments.onnx"))
+    for node in graph.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [f"{name}/float32" if other == name else other for other in names]
+    if name == "moments":
+        node = onnx.helper.make_node("Cast", [f"{name}/float32"], [name], to=TensorProto.FLOAT16)
+        graph.graph.node.append(node)
+    else:
+        node = onnx.helper.make_node("Cast", [name], [f"{name}/float32"], to=TensorProto.FLOAT)
+        graph.graph.node.insert(0, node)
+    (value,) = (one for one in (*graph.graph.input, *graph.graph.output) if one.name == name)
+    value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(graph, tmp_path / "half.moments.onnx")
+    data = DataSet(planted)
+    annotation = data.annotations("test")[0]
+    video = data.video(annotation.video)
+    np.save(tmp_path / "video.npy", video.features.astype(np.float32))
+    words = model.with_suffix(".words.txt")
+    command = [tmp_path / "half.moments.onnx", words, tmp_path / "video.npy", str(video.duration), annotation.sentence]
+    result = subprocess.run([program, *command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert quotes(result.stderr, name, "float16", "float32")
 
 
 @pytest.mark.parametrize(

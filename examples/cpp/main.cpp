@@ -225,12 +225,23 @@ Ort::Value tensor(std::vector<T>& values, const std::vector<int64_t>& shape) {
     return Ort::Value::CreateTensor<T>(memory, values.data(), values.size(), shape.data(), shape.size());
 }
 
+// ONNX Runtime does not check the type as which an output is read, and names no input of another type.
+void require_float32(ONNXTensorElementDataType type, const std::string& name) {
+    if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) return;
+    const std::string actual =
+        type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? "float16" : "ONNX data type " + std::to_string(type);
+    throw std::runtime_error("Expected float32 for " + name + " of the model, got " + actual +
+                             ". Give the file that `drn export --moments` wrote.");
+}
+
 void ground(const std::vector<std::string>& arguments) {
     Ort::Env env(ORT_LOGGING_LEVEL_ERROR, "ground");
     Ort::Session session(env, arguments[0].c_str(), Ort::SessionOptions());
     const Metadata about = read_metadata(session);
     // Inputs have the order of `inputs` below: the third is (batch, T, D).
-    const auto shape = session.GetInputTypeInfo(2).GetTensorTypeAndShapeInfo().GetShape();
+    const Ort::TypeInfo input = session.GetInputTypeInfo(2);
+    require_float32(input.GetTensorTypeAndShapeInfo().GetElementType(), "segment_features");
+    const auto shape = input.GetTensorTypeAndShapeInfo().GetShape();
     const int64_t num_segments = shape[1], dim = shape[2];
 
     std::vector<int32_t> tokens = encode(arguments[4], read_words(arguments[1], about), about);
@@ -257,6 +268,7 @@ void ground(const std::vector<std::string>& arguments) {
     values.push_back(tensor(segments.spans, {1, num_segments, 2}));
     values.push_back(tensor(duration, {1}));
     const auto results = session.Run(Ort::RunOptions(), inputs, values.data(), values.size(), outputs, 2);
+    require_float32(results[0].GetTensorTypeAndShapeInfo().GetElementType(), outputs[0]);
     const float* moments = results[0].GetTensorData<float>();
     const int32_t count = results[1].GetTensorData<int32_t>()[0];
     if (count < 0) throw std::runtime_error("The network returned values that are not finite. Check the features.");
