@@ -22,6 +22,7 @@ from runtime.core.cli import check_plots, command, report_written, suggest_next_
 from runtime.core.errors import ModelFileError, check_option, printable_line
 from runtime.core.io.atomic_files import atomic_write, check_report, write_json, write_text
 from runtime.core.io.input_files import check_file
+from runtime.core.repeat_filter import logged_once
 from runtime.core.terminal import command_line
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.evaluation import Evaluation, evaluate
@@ -159,9 +160,11 @@ def compare(
     """
     data_set = DataSet(data)
     _check(models, data_set, (samples, batch, limit), (output, markdown, plot))
-    grounders = [Grounder.load(path, device, threads) for path in models]
-    evaluations = _evaluate(grounders, models, data_set, split, limit)
-    compared = _measure(models, grounders, evaluations, data_set, samples, batch)
+    # Timed calls would repeat the warnings of unknown words, and print them within the measured time.
+    with logged_once():
+        grounders = [Grounder.load(path, device, threads) for path in models]
+        evaluations = _evaluate(grounders, models, data_set, split, limit)
+        compared = _measure(models, grounders, evaluations, data_set, samples, batch)
     scored = evaluations[0].report
     notes = [f"{scored.queries} queries of {split}, protocol {scored.protocol}; recall in percent."]
     if data_set.simulated:
@@ -233,7 +236,6 @@ def _evaluate(
                     annotations,
                     protocol=grounders[0].manifest.decoding.protocol,
                     on_progress=bar.update,
-                    warn=grounder is grounders[0],
                 )
             )
     return evaluations

@@ -16,8 +16,8 @@ from runtime.artifacts.manifest import Manifest
 from runtime.backends.base import PairBackend
 from runtime.benchmarking.timing import Call
 from runtime.core.batch import collate, pad_queries
-from runtime.core.errors import QueryError
-from runtime.core.tokenizer import tokenize
+from runtime.core.errors import QueryError, excerpt
+from runtime.core.tokenizer import MAX_NAMED, tokenize
 from runtime.core.video import Video
 from runtime.datasets.dataset import Annotation, DataSet
 from runtime.grounding.grounder import Grounder
@@ -122,28 +122,43 @@ def dataset_workload(directory: Path, video: str | None, queries: Sequence[str])
 def pairs_with_known_words(
     pairs: Sequence[tuple[Video, str]], grounders: Sequence[Grounder]
 ) -> list[tuple[Video, str]]:
-    """Return the pairs whose queries have a content word that all models know, and warn of the others.
+    """Return the pairs whose queries have a content word that all models know, without the words that some do not know.
+
+    Timed calls would otherwise warn of these words again and again. One warning names the words, another the pairs that
+    are left out.
 
     Raises:
         QueryError: no query has one, or a query is invalid for another reason.
     """
     usable: list[tuple[Video, str]] = []
+    removed: Counter[str] = Counter()
     problem: QueryError | None = None
     for video, query in pairs:
+        unknown: Counter[str] = Counter()
         try:
             for grounder in grounders:
-                grounder.encode_query(query, Counter())
+                grounder.encode_query(query, unknown)
+            known = [token for token in tokenize(query) if token not in unknown]
+            if not known:
+                raise QueryError(
+                    f"No word of {excerpt(query)} is known to all models. Compare models of one vocabulary.",
+                    code="unknown_content_words",
+                )
         except QueryError as error:
             if error.code != "unknown_content_words":
                 raise
             problem = error
         else:
-            usable.append((video, query))
+            usable.append((video, " ".join(known) if unknown else query))
+            removed.update(unknown.keys())
     if problem is not None and not usable:
         raise problem
     if problem is not None:
         skipped = len(pairs) - len(usable)
         log.warning("%d of %d sentences are skipped. The last error: %s", skipped, len(pairs), problem)
+    if removed:
+        named = ", ".join(excerpt(word) for word, _ in removed.most_common(MAX_NAMED))
+        log.warning("%d words that a model does not know are removed from the timed queries: %s.", len(removed), named)
     return usable
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from runtime.benchmarking.compare import FORMAT, SHOWN_METRICS, compare
 from runtime.core.errors import GroundingError, ModelFileError
-from tests.raising import quotes, raises
+from runtime.core.tokenizer import Vocabulary
+from tests.raising import quotes, raises, records
 
 
 def test_comparison_of_equal_models_finds_no_difference(
@@ -52,3 +55,20 @@ def test_comparison_rejects_wrong_inputs_before_models_open(tiny_model: Path, mi
         compare((tiny_model, tmp_path / "none.onnx"), data=mini)
     with raises(GroundingError, "invalid_option", "--samples", 0):
         compare((tiny_model, tiny_model), data=mini, samples=0)
+
+
+def test_unknown_words_of_each_model_are_a_warning_once(
+    tiny_model: Path,
+    write_model: Callable[..., Path],
+    mini: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("runtime.benchmarking.timing.WINDOW_SECONDS", 0.0)
+    vocabulary = Vocabulary({"person": 1, "opens": 2, "closes": 3, "dog": 4})
+    other = write_model(tmp_path / "other.onnx", vocabulary=vocabulary)
+    compare((tiny_model, other, other), data=mini, samples=3, batch=2, threads=1)
+    # Of recall, and of the timed queries.
+    assert len(records(caplog, logging.WARNING, "'door'", "'sits'")) == 2
+    assert not records(caplog, logging.WARNING, "dog sits.")
