@@ -21,6 +21,7 @@ from calib.graph.opset import opset_of
 from runtime.artifacts.manifest import Manifest, MomentOutput
 from runtime.core.batch import DURATION, HEAD_NAMES, MOMENT_COUNT, MOMENTS
 from runtime.core.decoding import ALPHA, HARD_NMS_MARGIN, HIGH_THRESHOLD, LOW_THRESHOLD, Decoding, locations
+from runtime.core.video import MAX_DURATION_S
 
 if TYPE_CHECKING:
     import onnx
@@ -31,8 +32,8 @@ COUNT = 5
 METRIC_THRESHOLD = 0.5
 # Score of locations that have no proposal, or whose proposal was selected or removed.
 NONE = -1.0
-# `moment_count` of a query whose heads are not finite.
-NOT_FINITE = -1
+# `moment_count` of a query whose heads are not finite, or whose duration is not that of a video.
+INVALID = -1
 # Reductions have their axes as an input from this opset on.
 _AXES_INPUT_SINCE = 18
 # Metadata for programs without a JSON parser: lines of a name and a value.
@@ -168,18 +169,19 @@ class _MomentGraph:
         """
         scores, starts, ends = rows
         zero = self._constant(np.float32(0))
+        duration = self._node("Unsqueeze", DURATION, self._axes(1))
+        valid = self._node("And", finite, self._is_duration(duration))
         selected = self._node("GreaterOrEqual", scores, zero)
         found = self._reduce("ReduceMax", self._cast(selected, np.float32), 1)
         # Without a likely location the answer is the complete video with score 1.
         first = self._constant(np.eye(1, COUNT, dtype=np.float32))
         fallback = self._node("Where", self._node("Greater", found, zero), zero, first)
-        duration = self._node("Unsqueeze", DURATION, self._axes(1))
         columns = [
             self._node("Mul", self._node("Where", selected, starts, zero), duration),
             self._node("Mul", self._node("Where", selected, ends, fallback), duration),
             self._node("Where", selected, scores, fallback),
         ]
-        columns = [self._node("Where", finite, column, zero) for column in columns]
+        columns = [self._node("Where", valid, column, zero) for column in columns]
         columns = [self._node("Unsqueeze", column, self._axes(2)) for column in columns]
         self._node("Concat", *columns, axis=2, output=MOMENTS)
 
@@ -190,9 +192,16 @@ class _MomentGraph:
         counts = self._node("ReduceSum", self._cast(matched, np.float32), self._axes(1), keepdims=1)
         if not manifest.presence:
             counts = self._node("Max", counts, self._constant(np.float32(1)))
-        counts = self._node("Where", finite, counts, self._constant(np.float32(NOT_FINITE)))
+        counts = self._node("Where", valid, counts, self._constant(np.float32(INVALID)))
         counts = self._node("Squeeze", counts, self._axes(1))
         self._cast(counts, np.int32, output=MOMENT_COUNT)
+
+    def _is_duration(self, seconds: str) -> str:
+        """Return (B, 1) bool: whether durations are those that `Video` accepts."""
+        longest = self._constant(np.float32(MAX_DURATION_S))
+        # A comparison with NaN is false.
+        positive = self._node("Greater", seconds, self._constant(np.float32(0)))
+        return self._node("And", positive, self._node("LessOrEqual", seconds, longest))
 
     def _finite(self, *heads: str) -> str:
         """Return (B, 1) bool: whether all values of (B, P) heads are finite."""

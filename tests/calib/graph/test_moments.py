@@ -32,6 +32,7 @@ from runtime.core.decoding import Decoding
 from runtime.core.errors import CheckFailed, ModelFileError, ShapeError
 from runtime.core.presence import Presence
 from runtime.core.tokenizer import Vocabulary
+from runtime.core.video import MAX_DURATION_S
 from runtime.datasets.dataset import DataSet
 from runtime.describe import describe
 from runtime.grounding.evaluation import batches_of
@@ -158,6 +159,16 @@ def test_query_with_a_value_that_is_not_finite_has_count_minus_one() -> None:
             assert counts.tolist() == [expected_counts[0], -1, expected_counts[2]], (head, value)
             assert not moments[1].any()
             np.testing.assert_allclose(moments[[0, 2]], expected[[0, 2]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("invalid", [0, -1, np.nan, np.inf, -np.inf, 2 * MAX_DURATION_S])
+def test_query_with_an_invalid_duration_has_count_minus_one(invalid: float) -> None:
+    about, durations = manifest(SMALL), np.array([10, invalid, MAX_DURATION_S], np.float32)
+    heads = random_heads(SMALL, 3, np.random.default_rng(0), rounded=False)
+    moments, counts = in_onnxruntime(moment_graph(about, MIN_OPSET))(heads, durations)
+    assert counts[1] == -1
+    assert not moments[1].any()
+    assert counts[[0, 2]].min() > 0
 
 
 def test_unlikely_query_returns_the_complete_video() -> None:
