@@ -151,6 +151,8 @@ def _score_file(options: Options) -> Report:
     """Score a prediction file, write and print the metrics, and return those of all queries."""
     path, data, output = _prediction_file(options), options.data, options.output
     check_option("--limit", options.limit, 1)
+    # A score may have any range, but no score is below NaN.
+    check_option("--exist-threshold", options.exist_threshold, -math.inf)
     data_set = None if data.is_file() or data.suffix == ".jsonl" else DataSet(data)
     check_report(output, path, *([data] if data_set is None else data_set.files))
     truths = read_truths(data) if data_set is None else truths_of(data_set, options.split, options.invalid)

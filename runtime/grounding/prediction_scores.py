@@ -230,6 +230,14 @@ def _warn(truths: Mapping[Hashable, Truth], rows: Mapping[Hashable, Sequence[Pre
     for problem, keys in problems.items():
         if keys:
             log.warning("Of the predictions, %s %s.", _named(keys), problem)
+    impossible = [key for key, truth in truths.items() if not (truth.windows[:, 1] > truth.windows[:, 0]).all()]
+    if impossible:
+        log.warning(
+            "Of the ground truth, %s have moments that do not end after their start; no prediction has an IoU above 0 "
+            "with them.",
+            _named(impossible),
+            extra={"code": "impossible_moment"},
+        )
 
 
 def _scored(truth: Truth, rows: Sequence[Prediction]) -> ScoredQuery:

@@ -22,7 +22,7 @@ from runtime.evaluate import evaluate
 from runtime.grounding.prediction_scores import LENGTH_RANGES, PredictionScores, score_predictions, truths_of
 from tests import public_evaluator
 from tests.annotated import write_qvhighlights
-from tests.raising import raises
+from tests.raising import raises, records
 
 Row = dict[str, Any]
 NAN = math.nan
@@ -264,6 +264,16 @@ def test_suspicious_rows_are_warned_of(score: Any, row: Row, caplog: pytest.LogC
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("window", [[4, 2], [3, 3], [-1, -1]])
+def test_ground_truth_that_no_window_can_hit_is_a_warning(
+    score: Any, window: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [predicted(1, [0, 5, 1]), predicted("two", [0, 5, 1])]
+    assert score(rows, [annotated(1, [0, 5]), annotated("two", window)]).report.values["R@1 IoU=0.5"] == 0.5
+    assert len(records(caplog, logging.WARNING, "'two'", code="impossible_moment")) == 1
+    assert len(caplog.records) == 1
+
+
 # Rejection
 
 
@@ -348,6 +358,7 @@ def test_truths_of_a_data_set_end_with_their_video(tmp_path: Path) -> None:
         ({"predictions_from": Path("p.jsonl"), "ablation": "blind"}, "inapplicable_option"),
         ({"predictions_from": Path("p.jsonl"), "predictions": Path("q.jsonl")}, "inapplicable_option"),
         ({"predictions_from": Path("p.jsonl"), "limit": 0}, "invalid_option"),
+        ({"predictions_from": Path("p.jsonl"), "exist_threshold": NAN}, "invalid_option"),
     ],
 )
 def test_evaluate_rejects_options_that_do_not_fit(tmp_path: Path, options: Row, code: str) -> None:
