@@ -21,7 +21,7 @@ from runtime.core.errors import (
     excerpt,
     reading,
 )
-from runtime.core.io.array_files import load_array, read_archive
+from runtime.core.io.array_files import in_native_order, load_array, read_archive
 from runtime.core.io.input_files import check_file
 from runtime.core.pooling import ClipTiming, Pooling, Segments, pool_segments
 
@@ -255,7 +255,7 @@ class Video:
 def load_features(path: str | os.PathLike[str]) -> np.ndarray:
     """Return the features in a `.npy`, `.npz` or `.pt` file, (num_clips, D) in the float type of the file.
 
-    A large `.npy` file is memory-mapped.
+    The byte order is that of this machine. A large `.npy` file is memory-mapped.
 
     Raises:
         FeatureError: the file is missing, empty or truncated, contains no such array, or would run code when read.
@@ -274,7 +274,7 @@ def load_features(path: str | os.PathLike[str]) -> np.ndarray:
         value = FEATURE_SUFFIXES[path.suffix](path)
         if value.ndim != 2 or value.dtype.kind != "f":
             raise _wrong_array(path, value.dtype, value.shape)
-        return value
+        return in_native_order(value)
 
 
 def _mapped_array(path: Path) -> np.ndarray:

@@ -102,7 +102,9 @@ def _is_complete(path: Path, shape: tuple[int, ...]) -> bool:
         return False
     # NumPy raises exceptions without a common base class for a damaged header.
     with contextlib.suppress(Exception):
-        if load_array(path).shape == shape and _ends_with_digest(path):
+        array = load_array(path)
+        # Earlier versions wrote wrong values in another byte order.
+        if array.shape == shape and array.dtype.isnative and _ends_with_digest(path):
             return True
     log.warning("%s is damaged and is written again.", path)
     return False

@@ -132,6 +132,11 @@ def load_array(path: str | os.PathLike[str], mapped_bytes: int = -1) -> np.ndarr
         return np.memmap(stream, header.dtype, "r", stream.tell(), header.shape, order)
 
 
+def in_native_order(array: np.ndarray) -> np.ndarray:
+    """Return an array in the byte order of this machine, as torch and raw copies of its bytes require."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
 def open_archive(stream: IO[bytes], max_directory_bytes: int = MAX_DIRECTORY_BYTES) -> zipfile.ZipFile:
     """Open a zip archive whose directory has at most `max_directory_bytes` bytes.
 

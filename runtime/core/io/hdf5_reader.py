@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from runtime.core.errors import DeviceError, FeatureError, GroundingError, MissingFeatures, excerpt, one_line, reading
-from runtime.core.io.array_files import check_unfolded
+from runtime.core.io.array_files import check_unfolded, in_native_order
 from runtime.core.io.digests import file_stamp
 from runtime.core.io.input_files import check_file
 from runtime.core.names import by_fold, near_name
@@ -67,7 +67,7 @@ class Hdf5Reader:
         """Return the features of a video, (num_clips, D) in the float type of the file."""
         reply, values = self._request({"names": names, "values": True})
         assert values is not None
-        return values.view(np.dtype(reply["dtype"])).reshape(reply["shape"])
+        return in_native_order(values.view(np.dtype(reply["dtype"])).reshape(reply["shape"]))
 
     def close(self) -> None:
         """End the process, if there is one."""

@@ -37,6 +37,7 @@ def published(tmp_path: Path) -> Path:
         file["s1-d1"] = CLIPS + 2
         file["v_only/whatever"] = CLIPS + 3
         file["v_two/x"] = file["v_two/y"] = CLIPS
+        file["v_big_endian"] = CLIPS.astype(">f4")
         file["v_words/c3d_features"] = np.ones((6, 4), np.int32)
     return tmp_path / "features.hdf5"
 
@@ -46,6 +47,8 @@ def test_hdf5_groups_and_datasets_load_by_video_name(published: Path) -> None:
     np.testing.assert_array_equal(store.load("v_a"), CLIPS)
     np.testing.assert_array_equal(store.load("s1-d1.avi"), CLIPS + 2)
     np.testing.assert_array_equal(store.load("v_only"), CLIPS + 3)
+    np.testing.assert_array_equal(store.load("v_big_endian"), CLIPS)
+    assert store.load("v_big_endian").dtype == np.float32
     assert store.num_clips("v_a") == 6
     assert store.path("v_a") == published
 

@@ -55,6 +55,14 @@ def pooling(data_set: DataSet, tmp_path: Path) -> Pooling:
     return Pooling(data_set, videos, tmp_path / "cache")
 
 
+def test_cache_of_big_endian_features_has_their_values(pooling: Pooling) -> None:
+    expected = np.array(pooling.fill().features)
+    for video in pooling.videos:
+        path = pooling.data_set.feature_path(video)
+        np.save(path, np.load(path).astype(">f2"))
+    np.testing.assert_array_equal(pooling.fill().features, expected)
+
+
 @pytest.mark.parametrize(("convention", "num_segments"), [("mmaction2", 32), ("drn", 16)])
 def test_cache_equals_pooling_of_each_video(pooling: Pooling, convention: Any, num_segments: int) -> None:
     features = dataclasses.replace(pooling.data_set.features(), pooling=convention)
