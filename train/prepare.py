@@ -117,6 +117,7 @@ def prepare(
         texts[VECTORS] = "".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in known.items())
     _write(output, texts)
     _print_summary(data_set, splits, vocabulary, vectors if glove else None)
+    _warn_of_shared_videos(splits)
     report_written(*(output / name for name in texts))
     if "train" not in splits:
         log.warning(
@@ -315,6 +316,21 @@ def _print_summary(
     if vocabulary is not None:
         with_vector = "" if vectors is None else f", {len(vectors)} of them with a vector"
         print(f"vocabulary: {len(vocabulary)} words{with_vector}")
+
+
+def _warn_of_shared_videos(splits: Mapping[str, FilteredSplit]) -> None:
+    """Warn of splits that share videos with the training split, on which recall is too high."""
+    by_split = {split: _videos({split: filtered}) for split, filtered in splits.items()}
+    training = by_split.pop("train", set())
+    for split, videos in by_split.items():
+        if shared := sorted(training & videos):
+            log.warning(
+                "%d of the %d videos of the split %s are training videos too (%s%s). Recall on them is too high: put "
+                "all queries of a video into one split.",
+                *(len(shared), len(videos), split),
+                *(", ".join(map(excerpt, shared[:NAMED])), ", …" if len(shared) > NAMED else ""),
+                extra={"code": "test_videos_used"},
+            )
 
 
 def _reasons(dropped: Mapping[str, Sequence[str]]) -> str:

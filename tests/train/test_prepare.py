@@ -92,6 +92,17 @@ def test_dropped_annotations_are_counted_and_named(tmp_path: Path, capsys: pytes
     assert (common.preset.features.dim, "waves" in common.words) == (4, True)
 
 
+def test_training_videos_in_other_splits_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_qvhighlights(tmp_path / "data")
+    prepare(data, tmp_path / "common")
+    assert not records(caplog, logging.WARNING, code="test_videos_used")
+    training, validation = (data / f"highlight_{split}_release.jsonl" for split in ("train", "val"))
+    first = {**json.loads(training.read_text().splitlines()[0]), "qid": 10**6}
+    validation.write_text(f"{validation.read_text()}{json.dumps(first)}\n")
+    prepare(data, tmp_path / "shared")
+    assert len(records(caplog, logging.WARNING, 1, "val", repr(first["vid"]), code="test_videos_used")) == 1
+
+
 def test_rare_words_are_excluded_from_the_vocabulary(tmp_path: Path) -> None:
     data = write_activitynet(tmp_path / "data")
 
