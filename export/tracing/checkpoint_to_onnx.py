@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -14,16 +15,16 @@ from calib.graph.split_model import pair_paths, split_graph, write_split_model
 from export.tracing.moment_check import check_moments
 from export.tracing.torch_check import BATCH_SIZES, check_against_torch, check_pair_against_torch, format_differences
 from export.tracing.tracer import export_model, producer
-from runtime.artifacts.onnx_metadata import with_digest
+from runtime.artifacts.manifest import METADATA_KEY, Manifest
+from runtime.artifacts.onnx_metadata import read_metadata, with_digest
 from runtime.core.cli import report_written
-from runtime.core.errors import OutputError, ShapeError, check_option, importing
+from runtime.core.errors import ModelFileError, OutputError, ShapeError, check_option, importing
 from runtime.core.io.atomic_files import atomic_write, check_writable, write_text
 from runtime.core.io.input_files import is_same_file
 
 if TYPE_CHECKING:
     import onnx
 
-    from runtime.artifacts.manifest import Manifest
     from train.network.model import DRNConfig
 
 log = logging.getLogger("drn")
@@ -133,12 +134,27 @@ def export_checkpoint(options: ExportOptions) -> Path:
     if options.split:
         log.info("%s: the two parts, checked in the same way.", " ".join(path.name for path in pair_paths(output)))
     report_written(output, *options.parts)
+    _warn_of_older_files(options, manifest)
     if not manifest.vocabulary.words:
         log.warning(
             "%s has no vocabulary, so it cannot answer sentences. Convert its checkpoint again with --vocabulary.",
             output,
         )
     return answering
+
+
+def _warn_of_older_files(options: ExportOptions, manifest: Manifest) -> None:
+    """Warn of the files of another checkpoint that look like further files of this export."""
+    for path, flag in ((pair_paths(options.output)[1], "--split"), (options.moment_files[0], "--moments")):
+        if path in options.parts or not path.is_file():
+            continue
+        with contextlib.suppress(ModelFileError):
+            if Manifest.from_json(read_metadata(path).get(METADATA_KEY), str(path)).sources == manifest.sources:
+                continue
+        log.warning(
+            "%s is not of %s, but of an earlier export. Delete it, or export again with %s.",
+            *(path, options.checkpoint, flag),
+        )
 
 
 def _write_moments(graph: onnx.ModelProto, options: ExportOptions, config: DRNConfig, manifest: Manifest) -> None:

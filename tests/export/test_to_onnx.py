@@ -301,6 +301,22 @@ def test_network_without_vocabulary_exports_with_a_warning(
     assert records(caplog, logging.WARNING, "--vocabulary")
 
 
+def test_older_files_of_another_checkpoint_are_a_warning(
+    checkpoint: Path, exported: dict[str, onnx.ModelProto], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output, query_part, moments = (tmp_path / f"drn{suffix}.onnx" for suffix in ("", ".query", ".moments"))
+    onnx.save(exported["tiny"], query_part)
+    moments.write_bytes(b"damaged")
+    to_onnx(checkpoint, output, max_query_length=2)
+    assert records(caplog, logging.WARNING, query_part, "--split")
+    assert records(caplog, logging.WARNING, moments, "--moments")
+    for path in (query_part, moments):
+        path.write_bytes(output.read_bytes())
+    caplog.clear()
+    to_onnx(checkpoint, output, max_query_length=2)
+    assert not records(caplog, logging.WARNING)
+
+
 def test_unwritable_output_is_rejected_before_tracing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
