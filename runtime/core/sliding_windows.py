@@ -89,8 +89,13 @@ def resolve_windows(own: Windows | None, length: float | None, overlap: float | 
         overlap: overlap in seconds. With None, that of the model applies, up to half of the length.
 
     Raises:
-        GroundingError: an overlap without any length (code `missing_option`).
+        GroundingError: an overlap without any length (code `missing_option`), or of videos that are not split
+            (`conflicting_options`).
     """
+    if length == 0 and overlap is not None:
+        raise GroundingError(
+            f"--window 0 turns windows off, but --overlap is {overlap:g}. Remove one.", code="conflicting_options"
+        )
     if length == 0:
         return None
     if length is not None:

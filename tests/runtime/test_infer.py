@@ -195,6 +195,7 @@ def test_missing_or_conflicting_options_are_rejected(
         ((*of_clip, "--num-frames", 100), "clip_timing_mismatch", ["--num-frames", 100]),
         ((*of_clip, "--num-frames", 10000), "frame_rate_out_of_range", [10000]),
         ((*of_clip, "--overlap", 10), "missing_option", ["--overlap", "--window"]),
+        ((*of_clip, "--window", 0, "--overlap", 5), "conflicting_options", ["--window", 0, "--overlap", 5]),
         ((*of_clip, "--window", 40, "--overlap", 21), "invalid_setting", ["40", "21"]),
         ((*of_clip, "--window", -1), "invalid_setting", ["-1"]),
     ]
