@@ -36,9 +36,7 @@ def write_qvhighlights(directory: Path, dim: int = 8) -> Path:
         for index in range(VIDEOS[split]):
             name = f"{split}{index}_0.0_150.0"
             starts = rng.integers(0, 30, 1 + index % 2)
-            moments = [
-                [float(60 * place + start), float(60 * place + start + 20)] for place, start in enumerate(starts)
-            ]
+            moments = [[float(60 * slot + start), float(60 * slot + start + 20)] for slot, start in enumerate(starts)]
             query = f"A person {DEEDS[index % len(DEEDS)]}."
             rows.append(
                 {"qid": 100 + 7 * index, "query": query, "vid": name, "duration": 150, "relevant_windows": moments}

@@ -50,8 +50,8 @@ SLOWEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {name: place for place, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(SLOWEST)))
+    ranks = {name: rank for rank, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(SLOWEST)))
 
 
 def pytest_collection() -> None:
@@ -234,7 +234,7 @@ def run_command(
 
 
 @pytest.fixture
-def refused(run_command: Callable[..., Outcome]) -> Callable[..., GroundingError]:
+def refused(run_command: Any) -> Callable[..., GroundingError]:
     """Run a command that must fail with one line on stderr, and return its error for `check_error`."""
 
     def run(function: Callable[..., Any], *arguments: object) -> GroundingError:

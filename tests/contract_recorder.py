@@ -48,7 +48,7 @@ def _function(package: str, name: str) -> Callable[..., Any]:
 
 def _parameters(function: Callable[..., Any], *, choices: bool = False) -> dict[str, Any]:
     hints = typing.get_type_hints(function, include_extras=True) if choices else {}
-    found = {}
+    recorded = {}
     for name, parameter in inspect.signature(function).parameters.items():
         default = parameter.default
         required = default is inspect.Parameter.empty
@@ -58,8 +58,8 @@ def _parameters(function: Callable[..., Any], *, choices: bool = False) -> dict[
         values = sorted(map(str, _literals(hints.get(name))))
         if values:
             entry["choices"] = values
-        found[name] = entry
-    return found
+        recorded[name] = entry
+    return recorded
 
 
 def _literals(hint: Any) -> list[Any]:
@@ -72,7 +72,7 @@ def python_interface() -> dict[str, Any]:
     """Return the names of `runtime`, with the signatures of functions and of public methods and fields of classes."""
     import runtime
 
-    found: dict[str, Any] = {}
+    interface: dict[str, Any] = {}
     for name in runtime.__all__:
         value = getattr(runtime, name)
         if inspect.isclass(value):
@@ -85,10 +85,10 @@ def python_interface() -> dict[str, Any]:
             properties = [
                 key for key in _own_members(value) if isinstance(inspect.getattr_static(value, key), property)
             ]
-            found[name] = {"methods": members, "fields": fields, "properties": sorted(properties)}
+            interface[name] = {"methods": members, "fields": fields, "properties": sorted(properties)}
         else:
-            found[name] = _parameters(value)
-    return found
+            interface[name] = _parameters(value)
+    return interface
 
 
 def _own_members(value: type) -> set[str]:
@@ -103,17 +103,17 @@ def _own_members(value: type) -> set[str]:
 
 def graphs(directory: Path) -> dict[str, Any]:
     """Return names, types and numbers of dimensions of the inputs and outputs of every ONNX file in a directory."""
-    found = {}
+    signatures = {}
     for path in sorted(directory.glob("*.onnx")):
         graph = onnx.load(path, load_external_data=False).graph
-        found[path.name] = {
+        signatures[path.name] = {
             side: {
                 value.name: [value.type.tensor_type.elem_type, len(value.type.tensor_type.shape.dim)]
                 for value in getattr(graph, side)
             }
             for side in ("input", "output")
         }
-    return found
+    return signatures
 
 
 def keys(value: Any, path: str = "") -> set[str]:
@@ -133,26 +133,26 @@ def keys(value: Any, path: str = "") -> set[str]:
 
 def formats(directory: Path) -> dict[str, list[str]]:
     """Return the key paths of each JSON, JSONL and NPZ file in a directory, and of the metadata of each ONNX file."""
-    found: dict[str, set[str]] = {}
+    key_paths: dict[str, set[str]] = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.suffix == ".json":
-            found[name] = keys(json.loads(path.read_text(encoding="utf-8")))
+            key_paths[name] = keys(json.loads(path.read_text(encoding="utf-8")))
         elif path.suffix == ".jsonl":
-            found[name] = keys([json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line])
+            key_paths[name] = keys([json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line])
         elif path.suffix == ".npz":
             with np.load(path) as arrays:
-                found[name] = {*arrays.files, *keys(json.loads(str(arrays["about"])), "about")}
+                key_paths[name] = {*arrays.files, *keys(json.loads(str(arrays["about"])), "about")}
         elif path.suffix == ".onnx":
             entries = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
-            found[name] = {
+            key_paths[name] = {
                 *(key for key in entries if key.startswith("drn.")),
                 *(inner for key in entries if key.startswith("drn.") for inner in keys(json.loads(entries[key]), key)),
             }
     data = (".vocabulary.words.", ".tensors.", ".ranges.", ".producer.", ".sources.", ".versions.", ".videos.")
     return {
         name: sorted(path for path in paths if not any(part in path for part in data))
-        for name, paths in found.items()
+        for name, paths in key_paths.items()
         if not name.startswith("data/")
     }
 

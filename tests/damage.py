@@ -24,13 +24,13 @@ def random_bits(content: bytes, count: int, seed: int = 0) -> list[int]:
 
 def damaged(path: Path, bits: list[int]) -> Iterator[int]:
     """Yield each bit while it is flipped in a file, which is whole again afterwards."""
-    whole = path.read_bytes()
+    content = path.read_bytes()
     try:
         for bit in bits:
-            path.write_bytes(flip(whole, bit))
+            path.write_bytes(flip(content, bit))
             yield bit
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(content)
 
 
 def count_refused(path: Path, answer: Callable[[], bytes], error: type[GroundingError], count: int = 40) -> int:
@@ -38,13 +38,13 @@ def count_refused(path: Path, answer: Callable[[], bytes], error: type[Grounding
 
     Fails for anything but a refusal of the right class or the same answer to the bit.
     """
-    wanted, refused = answer(), 0
+    expected, refused = answer(), 0
     for bit in damaged(path, random_bits(path.read_bytes(), count)):
         try:
-            found = answer()
+            actual = answer()
         except error:
             refused += 1
         else:
-            assert found == wanted, f"bit {bit} of {path.name} changes the answer"
-    assert answer() == wanted
+            assert actual == expected, f"bit {bit} of {path.name} changes the answer"
+    assert answer() == expected
     return refused

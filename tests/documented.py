@@ -6,10 +6,13 @@ import dataclasses
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 DRN = "from runtime.core.command_list import main; main()"
 # The test file that runs the blocks without a comment that names another.
 DEFAULT_RUNNER = "tests/test_pages.py"

@@ -29,13 +29,13 @@ def error_codes(root: Path = ROOT) -> dict[str, list[str]]:
         for target in node.targets
         if isinstance(target, ast.Name) and target.id.isupper()
     }
-    found: dict[str, list[str]] = {}
+    codes: dict[str, list[str]] = {}
     for path, tree in trees.items():
         for line, value in _codes(tree):
             where = f"{path.relative_to(root)}:{line}"
             for code in _texts(value, constants, where):
-                found.setdefault(code, []).append(where)
-    return found
+                codes.setdefault(code, []).append(where)
+    return codes
 
 
 def _codes(tree: ast.Module) -> Iterator[tuple[int, ast.expr]]:

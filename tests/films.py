@@ -86,12 +86,12 @@ def _silence(container: Any, seconds: float) -> None:
 def oriented(path: Path, matrix: Sequence[float], frames: np.ndarray | int = 40) -> Path:
     """Write an mp4 with a display matrix (a, b, c, d): a pixel at (x, y) is shown at (a x + c y, b x + d y)."""
     content = film(path, frames).read_bytes()
-    stored, wanted = (
+    stored, rotated = (
         struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
         for a, b, c, d in ((65536, 0, 0, 65536), [round(value * 65536) for value in matrix])
     )
-    place = content.index(stored, content.index(b"tkhd"))
-    path.write_bytes(content[:place] + wanted + content[place + len(wanted) :])
+    offset = content.index(stored, content.index(b"tkhd"))
+    path.write_bytes(content[:offset] + rotated + content[offset + len(rotated) :])
     return path
 
 

@@ -262,9 +262,9 @@ def _corpus_directory(directory: Path) -> list[Path]:
 def _all(source: Any) -> list[Any]:
     """Read all videos of a corpus; what cannot be had is a sentence."""
     source.digest()
-    found = list(source.load(source.listing(), ClipTiming()))
-    assert all("\n" not in video for video in found if isinstance(video, str))
-    return found
+    loaded = list(source.load(source.listing(), ClipTiming()))
+    assert all("\n" not in video for video in loaded if isinstance(video, str))
+    return loaded
 
 
 def _encoded() -> EncodedVideo:
@@ -316,18 +316,18 @@ def _read_manifest(path: Path) -> None:
     _use(Manifest.from_json(path.read_text("utf-8", "replace"), str(path)))
 
 
-def _use(found: Manifest) -> None:
+def _use(manifest: Manifest) -> None:
     """Do with a manifest what programs do, so that no value of a wrong kind is found out later."""
-    found.to_json()
-    _ = found.features.clock, found.decoding.num_locations, str(found.windows), str(found.presence)
+    manifest.to_json()
+    _ = manifest.features.clock, manifest.decoding.num_locations, str(manifest.windows), str(manifest.presence)
     for sentence in ("person opens the door", "a cat"):
-        found.vocabulary.encode(sentence)
+        manifest.vocabulary.encode(sentence)
 
 
 def _read_extractor(path: Path) -> None:
-    found = ExtractorManifest.from_dict(read_json(path, "description of an extractor", ModelFileError), str(path))
-    found.to_json()
-    found.framing.resized(240, 320)
+    manifest = ExtractorManifest.from_dict(read_json(path, "description of an extractor", ModelFileError), str(path))
+    manifest.to_json()
+    manifest.framing.resized(240, 320)
 
 
 def _varint(number: int) -> bytes:
@@ -382,8 +382,8 @@ class _Network:
     manifest = property(lambda self: manifest())
 
     def run(self, batch: Any) -> Heads:
-        count, places = len(batch), self.manifest.decoding.num_locations
-        return Heads(*(np.zeros((count, places, *axes), np.float32) for axes in ((), (2,), ())))
+        count, locations = len(batch), self.manifest.decoding.num_locations
+        return Heads(*(np.zeros((count, locations, *axes), np.float32) for axes in ((), (2,), ())))
 
 
 def _layers() -> dict[str, Any]:
@@ -610,8 +610,8 @@ def _torch() -> list[Reader]:
 
     def content(directory: Path, make: Callable[[Path], list[Path]]) -> list[Path]:
         """Write a checkpoint and, as JSON to be damaged, what it holds beside the weights."""
-        (whole,) = make(directory)
-        values = {name: value for name, value in load(whole).items() if name not in ("weights", "digest")}
+        (path,) = make(directory)
+        values = {name: value for name, value in load(path).items() if name not in ("weights", "digest")}
         (directory / "content.json").write_text(json.dumps(values))
         return [directory / "content.json"]
 
@@ -619,8 +619,8 @@ def _torch() -> list[Reader]:
     def read_content(directory: Path, path: Path, name: str, loaded: Callable[[Path], object]) -> object:
         try:
             values = json.loads(path.read_text())
-            whole = load(directory / name)
-            save(directory / "again.pt", {**values, "weights": whole["weights"]})
+            source = load(directory / name)
+            save(directory / "again.pt", {**values, "weights": source["weights"]})
         except (ValueError, TypeError, RecursionError, OverflowError):
             # Damage that leaves no table, or nothing that a checkpoint stores.
             return None
@@ -727,9 +727,7 @@ def _calib() -> list[Reader]:
         Reader("calibration-table", table, reading(CalibrationTable.load)),
         Reader("quantization-plan", plan, reading(QuantizationPlan.load)),
         Reader(
-            "layer-ranking",
-            written("ranking.json", ranking),
-            reading(lambda path: ranked_names(path, ranked, "int8")),
+            "layer-ranking", written("ranking.json", ranking), reading(lambda path: ranked_names(path, ranked, "int8"))
         ),
     ]
 

@@ -99,8 +99,8 @@ def _set_byte(content: bytearray, rng: random.Random) -> None:
 
 def _set_number(content: bytearray, rng: random.Random) -> None:
     size, order = rng.choice((2, 4, 8)), rng.choice(("little", "big"))
-    place = rng.randrange(max(1, len(content) - size))
-    content[place : place + size] = (rng.choice(NUMBERS) % (1 << 8 * size)).to_bytes(size, order)
+    offset = rng.randrange(max(1, len(content) - size))
+    content[offset : offset + size] = (rng.choice(NUMBERS) % (1 << 8 * size)).to_bytes(size, order)
 
 
 def _cut(content: bytearray, rng: random.Random) -> None:
@@ -108,13 +108,13 @@ def _cut(content: bytearray, rng: random.Random) -> None:
 
 
 def _remove(content: bytearray, rng: random.Random) -> None:
-    place = rng.randrange(len(content) + 1)
-    del content[place : place + rng.choice((1, 4, 64, 1000))]
+    offset = rng.randrange(len(content) + 1)
+    del content[offset : offset + rng.choice((1, 4, 64, 1000))]
 
 
 def _repeat(content: bytearray, rng: random.Random) -> None:
-    place, size = rng.randrange(len(content) + 1), rng.choice((1, 8, 64, 500))
-    content[place:place] = content[place : place + size] * rng.choice((1, 2, 50))
+    offset, size = rng.randrange(len(content) + 1), rng.choice((1, 8, 64, 500))
+    content[offset:offset] = content[offset : offset + size] * rng.choice((1, 2, 50))
 
 
 def _move(content: bytearray, rng: random.Random) -> None:
@@ -124,18 +124,18 @@ def _move(content: bytearray, rng: random.Random) -> None:
 
 def _set_digits(content: bytearray, rng: random.Random) -> None:
     """Put another number in the place of decimal digits."""
-    places = [place for place, byte in enumerate(content[:100_000]) if chr(byte).isdigit()]
-    if places:
-        start = end = rng.choice(places)
+    offsets = [offset for offset, byte in enumerate(content[:100_000]) if chr(byte).isdigit()]
+    if offsets:
+        start = end = rng.choice(offsets)
         while end < len(content) and chr(content[end]).isdigit():
             end += 1
         content[start:end] = rng.choice((b"0", b"-1", b"9" * 20, b"9" * 400, b"1e999", b"1.5", b"nan", b"1" * 5000))
 
 
 def _insert_text(content: bytearray, rng: random.Random) -> None:
-    place = rng.randrange(len(content) + 1)
+    offset = rng.randrange(len(content) + 1)
     texts = (b"\xff", b"\xef\xbb\xbf", b"\r", b"\n\n", b"\0", b"\xe2\x80\xa8", b"[" * 3000, b'{"a":' * 3000, b'"', b",")
-    content[place:place] = rng.choice(texts)
+    content[offset:offset] = rng.choice(texts)
 
 
 _DAMAGES = (
@@ -165,13 +165,13 @@ def _mutated_json(content: bytes, rng: random.Random) -> bytes | None:
 def changed_value(value: Any, rng: random.Random) -> Any:
     """Return a tree of lists and dicts in which one part is another, is gone, or is there twice."""
     if isinstance(value, list) and value and rng.random() < 0.95:
-        place = rng.randrange(len(value))
+        index = rng.randrange(len(value))
         how = rng.random()
         if how < 0.08:
-            return value[:place] + value[place + 1 :]
+            return value[:index] + value[index + 1 :]
         if how < 0.14:
-            return [*value, value[place]]
-        return [*value[:place], changed_value(value[place], rng), *value[place + 1 :]]
+            return [*value, value[index]]
+        return [*value[:index], changed_value(value[index], rng), *value[index + 1 :]]
     if isinstance(value, dict) and value and rng.random() < 0.95:
         name = rng.choice(list(value))
         how = rng.random()
@@ -202,18 +202,18 @@ def _damage(reader: Reader, seed: int, targets: Sequence[Path]) -> tuple[Path, b
     """Damage one of the files that a reader made, and return its path and its content before."""
     rng = random.Random(f"{reader.name} {seed}")
     target = rng.choice(list(targets))
-    whole = target.read_bytes()
-    target.write_bytes(mutated(whole, rng))
+    content = target.read_bytes()
+    target.write_bytes(mutated(content, rng))
     if reader.seal is not None and rng.random() < 0.7:
         # A file that cannot be sealed is read as it is.
         with contextlib.suppress(Exception):
             reader.seal(target)
-    return target, whole
+    return target, content
 
 
 def run_case(reader: Reader, seed: int, directory: Path, targets: Sequence[Path]) -> str | None:
     """Damage one file of a valid input, read the input, and restore the file; return what is wrong, or None."""
-    target, whole = _damage(reader, seed, targets)
+    target, content = _damage(reader, seed, targets)
     try:
         reader.read(directory, target)
     except GroundingError as error:
@@ -223,10 +223,10 @@ def run_case(reader: Reader, seed: int, directory: Path, targets: Sequence[Path]
         if not error.code:
             return f"{type(error).__name__} without a code"
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {str(error)[:200]!r} at {Path(place.filename).name}:{place.lineno}"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {str(error)[:200]!r} at {Path(frame.filename).name}:{frame.lineno}"
     finally:
-        target.write_bytes(whole)
+        target.write_bytes(content)
     return None
 
 

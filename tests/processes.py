@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import time
 
 
 def free_port() -> int:
@@ -15,3 +17,10 @@ def free_port() -> int:
 def heed_ctrl_c() -> None:
     """To be run in a child before its program: a shell's background jobs, as CI may be, have SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def send_signals(*numbers: signal.Signals) -> None:
+    """Send signals to this process, and wait until each arrives."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)

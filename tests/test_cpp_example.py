@@ -132,13 +132,7 @@ def test_program_names_the_tensor_that_is_not_float32(
 
 
 @pytest.mark.parametrize(
-    "sentence",
-    [
-        "Person opens the door.",
-        "a person's phone, then the dog's",
-        "Tony's  coat. 3 cats,cups,",
-        " , ",
-    ],
+    "sentence", ["Person opens the door.", "a person's phone, then the dog's", "Tony's  coat. 3 cats,cups,", " , "]
 )
 def test_program_splits_sentences_like_the_tokenizer(program: Path, model: Path, tmp_path: Path, sentence: str) -> None:
     # With a list without these words, the program names every token before it rejects the sentence.

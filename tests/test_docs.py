@@ -43,8 +43,8 @@ def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 def test_links_file_lists_every_public_address() -> None:
-    found = {match.rstrip(".,;:") for page in PAGES for match in ADDRESS.findall(page.read_text("utf-8"))}
-    public = {address for address in found if urlsplit(address).hostname not in ("localhost", "127.0.0.1", "HOST")}
+    addresses = {match.rstrip(".,;:") for page in PAGES for match in ADDRESS.findall(page.read_text("utf-8"))}
+    public = {address for address in addresses if urlsplit(address).hostname not in ("localhost", "127.0.0.1", "HOST")}
     listed = (ROOT / "docs" / "links.txt").read_text("utf-8").split()
     assert listed == sorted(public)
 

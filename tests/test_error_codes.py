@@ -15,11 +15,11 @@ TABLE = re.compile(r"^\| `(\w+)` \| .+ \|$", re.MULTILINE)
 
 def test_error_codes_and_documentation_match() -> None:
     documented = TABLE.findall((ROOT / "docs" / "error-codes.md").read_text())
-    found = error_codes()
+    in_source = error_codes()
     assert documented == sorted(documented), "the table is sorted"
     assert len(documented) == len(set(documented))
-    assert {code: places for code, places in found.items() if code not in documented} == {}
-    assert set(documented) - set(found) == set()
+    assert {code: locations for code, locations in in_source.items() if code not in documented} == {}
+    assert set(documented) - set(in_source) == set()
 
 
 def test_codes_are_identifiers_in_snake_case() -> None:

@@ -34,9 +34,9 @@ def test_example_writes_a_valid_video(tmp_path: Path) -> None:
     film = load("film")
     film.SECONDS = 2
     film.main(str(tmp_path / "clip.mp4"))
-    found = video_file.probe(tmp_path / "clip.mp4")
-    assert (found.num_frames, found.duration, found.damage) == (50, 2, "")
-    dawn, noon, night = video_file.frames_at(found, [0.0, 1.0, 1.96], film.HEIGHT)
+    video = video_file.probe(tmp_path / "clip.mp4")
+    assert (video.num_frames, video.duration, video.damage) == (50, 2, "")
+    dawn, noon, night = video_file.frames_at(video, [0.0, 1.0, 1.96], film.HEIGHT)
     assert dawn.mean() < noon.mean() > night.mean()
 
 

@@ -30,9 +30,9 @@ def _all_of(root: Path) -> None:
 
 def _corpus(path: Path) -> None:
     source = ParquetSource([path])
-    for found in source.load(source.listing(), ClipTiming()):
-        if isinstance(found, str):
-            raise GroundingError(found)
+    for loaded in source.load(source.listing(), ClipTiming()):
+        if isinstance(loaded, str):
+            raise GroundingError(loaded)
 
 
 def upload(path: Path) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def test_next_commands_lead_from_export_to_service(
     models: Path,
     planted: Path,
     tmp_path: Path,
-    run_command: Callable[..., Any],
+    run_command: Any,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

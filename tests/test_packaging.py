@@ -10,7 +10,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tomllib
 import urllib.request
 import venv
 import zipfile
@@ -22,9 +21,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+from tests.documented import EXTRAS, PROJECT, ROOT
+
 RUNTIMES = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"}
 OTHERS = sorted(set(EXTRAS) - set(RUNTIMES))
 
@@ -45,7 +43,9 @@ def closure(requirements: list[str]) -> set[str]:
             below = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
             continue
-        waiting += [(Requirement(text), wanted) for text in below for wanted in requirement.extras or {""}]
+        waiting += [
+            (Requirement(text), name_of_extra) for text in below for name_of_extra in requirement.extras or {""}
+        ]
     return names
 
 
@@ -103,7 +103,7 @@ def test_wheel_contains_packages_and_package_data(wheel: Path) -> None:
     assert len(data) > 2
 
 
-def test_wheel_answers_in_a_folder_with_modules_of_the_same_names(environment: Path, tmp_path: Path) -> None:
+def test_wheel_runs_beside_modules_of_the_same_names(environment: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the model")
     pytest.importorskip("fastapi", reason="the service needs the extra [serve]")
     with tarfile.open(ROOT / "tests" / "artifacts" / "v0.1.tar.xz") as archive:

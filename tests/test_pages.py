@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,9 @@ from runtime.datasets.dataset import DataSet
 from runtime.evaluate import evaluate
 from tests.annotated import write_activitynet
 from tests.contract_recorder import command_function
-from tests.documented import DEFAULT_RUNNER, ROOT, lines_run_by
+from tests.documented import DEFAULT_RUNNER, EXTRAS, ROOT, lines_run_by
 from tests.films import film
 from tests.runtime.media.extractor_graphs import write_clips
-from tests.test_packaging import EXTRAS
 from tests.train.training.narrow import narrow_backbone
 from train.checkpoints import load_checkpoint
 
@@ -182,9 +181,7 @@ def pages() -> list[str]:
 
 
 @pytest.mark.parametrize("page", pages())
-def test_commands_of_a_page_run(
-    page: str, directory: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_of_a_page_run(page: str, directory: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if page == "your-own-video":
         (directory / "runs" / "charades").mkdir(parents=True)
         shutil.copy(directory / "drn.pt", directory / "runs" / "charades")

@@ -37,7 +37,7 @@ def test_raises_fails_for_another_class_or_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value", "found"),
+    ("text", "value", "is_quoted"),
     [
         ("has 13 clips", 3, False),
         ("has 3.5 clips", 3, False),
@@ -50,8 +50,8 @@ def test_raises_fails_for_another_class_or_none() -> None:
         ("/tmp/a.npy: bad", Path("/tmp/a.npy"), True),
     ],
 )
-def test_quotes_finds_whole_words(text: str, value: object, found: bool) -> None:
-    assert quotes(text, value) is found
+def test_quotes_finds_whole_words(text: str, value: object, is_quoted: bool) -> None:
+    assert quotes(text, value) is is_quoted
 
 
 def test_records_returns_matching_records_of_one_level(caplog: pytest.LogCaptureFixture) -> None:

@@ -48,8 +48,8 @@ def commands(
     small = "--embed-dim 8 --hidden-dim 8 --fpn-dim 8 --epochs 1 --batch-size 8 --validate-on none --device cpu"
     graph, data = str(models / "drn.onnx"), str(planted)
     np.save(inputs / "film.npy", np.random.default_rng(0).random((4, 32), np.float32))
-    asked = ["--model", graph, "--features", str(inputs / "film.npy"), "--duration", "1.6", "--num-frames", "40"]
-    asked += ["--query", "person opens the door"]
+    infer_words = ["--model", graph, "--features", str(inputs / "film.npy"), "--duration", "1.6", "--num-frames", "40"]
+    infer_words += ["--query", "person opens the door"]
     corpus = ["--model", graph, "--features", data, "--queries", str(inputs / "queries.jsonl"), "--actors", "0"]
     words: dict[str, Words] = {
         "train.simulate": lambda out: ["--output", str(out / "new"), "--feature-dim", "8", "--videos", "4"],
@@ -65,8 +65,8 @@ def commands(
         "runtime.extract": lambda out: [str(video), "--extractor", str(extractor), "--output", str(out / "new")],
         "runtime.ground_corpus": lambda out: [*corpus, "--output", str(out / "new")],
         "train.prepare": lambda out: ["--data", data, "--output", str(out / "new")],
-        "runtime.infer cut": lambda out: [*asked, "--footage", str(video), "--cut", str(out / "new")],
-        "runtime.infer": lambda out: [*asked, *["person opens the door"] * 500, "--format", "json"],
+        "runtime.infer cut": lambda out: [*infer_words, "--footage", str(video), "--cut", str(out / "new")],
+        "runtime.infer": lambda out: [*infer_words, *["person opens the door"] * 500, "--format", "json"],
         "runtime.benchmark": lambda out: [
             "--model", graph, "--output", str(out / "new.json"), "--samples", "2", "--batch", "1",
         ],
@@ -132,9 +132,7 @@ def test_sigterm_while_writing_leaves_no_partial_files(name: str, start_and_stop
         ("runtime.ground_corpus", "runtime.grounding.grounder:Grounder.warm"),
     ],
 )
-def test_sigterm_during_a_long_call_leaves_no_files(
-    module: str, call: str, commands: dict[str, Words], tmp_path: Path
-) -> None:
+def test_sigterm_in_long_call_is_clean(module: str, call: str, commands: dict[str, Words], tmp_path: Path) -> None:
     words = commands[module](tmp_path)
     end_half_way(start(module, tmp_path, words, functools.partial(repeat_call, call)))
     # A corpus keeps the record of its inputs, with which the same command continues.
@@ -142,9 +140,7 @@ def test_sigterm_during_a_long_call_leaves_no_files(
 
 
 @pytest.mark.parametrize("call", ["subprocess:Popen.__enter__", "runtime.grounding.grounder:Grounder.ground"])
-def test_sigterm_while_benchmarking_writes_complete_report(
-    call: str, commands: dict[str, Words], tmp_path: Path
-) -> None:
+def test_sigterm_in_benchmark_writes_complete_report(call: str, commands: dict[str, Words], tmp_path: Path) -> None:
     words = commands["runtime.benchmark"](tmp_path)
     end_half_way(start("runtime.benchmark", tmp_path, words, functools.partial(repeat_call, call)))
     assert files(tmp_path).keys() == {"new.json"}
@@ -172,9 +168,7 @@ def test_next_run_removes_files_left_by_sigkill(
     assert not list(tmp_path.rglob(".drn-*"))
 
 
-def test_second_training_of_one_directory_is_rejected(
-    commands: dict[str, Words], start_and_stop: Start, tmp_path: Path
-) -> None:
+def test_second_training_of_directory_fails(commands: dict[str, Words], start_and_stop: Start, tmp_path: Path) -> None:
     first = start_and_stop("train")
     try:
         second = start("train", tmp_path, [*commands["train"](tmp_path), "--resume"]).finish(timeout=60)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def test_commands_that_write_files_are_tested() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command_names_the_files_that_it_writes(
-    name: str, inputs: Path, tmp_path: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    name: str, inputs: Path, tmp_path: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if name == "export.seal":
@@ -70,7 +69,7 @@ def test_command_names_the_files_that_it_writes(
     assert outcome.code == 0, outcome.err
 
 
-def test_repeated_extraction_names_no_files(tmp_path: Path, run_command: Callable[..., Any]) -> None:
+def test_repeated_extraction_names_no_files(tmp_path: Path, run_command: Any) -> None:
     video, extractor = film(tmp_path / "clip.mp4", 40), write_clips(tmp_path / "clips.onnx", CLIPS)
     words = [video, "--extractor", extractor, "--output", tmp_path / "features"]
     for _ in range(2):

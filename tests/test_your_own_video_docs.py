@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,7 @@ def write_model(path: Path, words: Sequence[str]) -> None:
     onnx.save(export_model(lively(TINY), about), path)
 
 
-def test_walkthrough_commands_run_unchanged(
-    tmp_path: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_walkthrough_commands_run_unchanged(tmp_path: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path / "drn.onnx", ("person", "opens", "closes", "the", "door"))
     state = C3D(C3DConfig((4, 4, 8, 8, 8, 8, 8, 8), TINY.feature_dim), (0.0, 0.0, 0.0)).state_dict()
     renamed = {name.replace("v1a", "v1").replace("v2a", "v2"): value for name, value in state.items()}
@@ -90,9 +88,7 @@ def annotations(real_data: Path, video: str) -> tuple[float, list[tuple[float, f
 
 
 @pytest.mark.parametrize("name", ["v_GGSY1Qvo990", "univtg_charades"])
-def test_walkthrough_on_real_video_gives_moments_and_clips(
-    tmp_path: Path, real_data: Path, real_videos: Path, name: str
-) -> None:
+def test_walkthrough_on_real_video_gives_clips(tmp_path: Path, real_data: Path, real_videos: Path, name: str) -> None:
     """Extract features of a real video, and compare the clips of its moments, of random weights, with its frames."""
     film = real_videos / f"{name}.mp4"
     duration, known = (30.7, []) if name == "univtg_charades" else annotations(real_data, name)
@@ -129,8 +125,8 @@ def test_walkthrough_on_real_video_gives_moments_and_clips(
 
 def test_documented_extractor_metadata_is_valid() -> None:
     (text,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
-    found = ExtractorManifest.from_dict(json.loads(text), "the page")
-    assert (found.dim, found.resize, found.crop, found.white) == (512, 224, (224, 224), 1.0)
+    manifest = ExtractorManifest.from_dict(json.loads(text), "the page")
+    assert (manifest.dim, manifest.resize, manifest.crop, manifest.white) == (512, 224, (224, 224), 1.0)
     assert json.loads(text)["format"] == FORMAT
 
 

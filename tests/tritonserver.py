@@ -41,16 +41,16 @@ class Model:
     def __init__(self, server: Server, directory: Path, version: int) -> None:
         self.config = read_config(directory / "config.pbtxt")
         assert self.config.name == directory.name
-        place = directory / str(version)
+        version_directory = directory / str(version)
         kind = type(self.config).DESCRIPTOR.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type
         self._kinds = {
             number: KINDS[value.name] for number, value in kind.values_by_number.items() if value.name in KINDS
         }
         if self.config.backend == "python":
-            self._run = self._python(server, place, version)
+            self._run = self._python(server, version_directory, version)
         else:
             assert (self.config.platform, self.config.backend) == ("onnxruntime_onnx", "onnxruntime")
-            self._run = self._onnx(place)
+            self._run = self._onnx(version_directory)
         for sample in self.config.model_warmup:
             self._warm(directory / "warmup", sample)
 
@@ -115,23 +115,23 @@ class Model:
         assert not isinstance(answer, Refused), answer
         assert all(np.isfinite(value).all() for value in answer.values())
 
-    def _onnx(self, place: Path) -> Any:
+    def _onnx(self, directory: Path) -> Any:
         session = onnxruntime.InferenceSession(
-            place / self.config.default_model_filename, providers=["CPUExecutionProvider"]
+            directory / self.config.default_model_filename, providers=["CPUExecutionProvider"]
         )
         scalars = {value.name for value in self.config.input if value.HasField("reshape")}
 
         def run(requests: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]) -> list[Any]:
-            wanted = list(names) or [value.name for value in self.config.output]
+            output = list(names) or [value.name for value in self.config.output]
             feeds = [{n: v.reshape(len(v)) if n in scalars else v for n, v in inputs.items()} for inputs in requests]
-            return [dict(zip(wanted, session.run(wanted, feed), strict=True)) for feed in feeds]
+            return [dict(zip(output, session.run(output, feed), strict=True)) for feed in feeds]
 
         return run
 
-    def _python(self, server: Server, place: Path, version: int) -> Any:
+    def _python(self, server: Server, directory: Path, version: int) -> Any:
         """Load model.py as the Python backend does, with its module of tools."""
         pb = tools(server)
-        spec = importlib.util.spec_from_file_location("model", place / self.config.default_model_filename)
+        spec = importlib.util.spec_from_file_location("model", directory / self.config.default_model_filename)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -144,11 +144,11 @@ class Model:
         model.initialize({"model_name": self.config.name, "model_version": str(version)})
 
         def run(requests: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]) -> list[Any]:
-            asked = [Request([pb.Tensor(name, array) for name, array in inputs.items()]) for inputs in requests]
-            responses = model.execute(asked)
+            wrapped = [Request([pb.Tensor(name, array) for name, array in inputs.items()]) for inputs in requests]
+            responses = model.execute(wrapped)
             assert len(responses) == len(requests)
             # The server's memory does not outlive the request.
-            for request in asked:
+            for request in wrapped:
                 for tensor in request.tensors:
                     if tensor.as_numpy().dtype != np.object_:
                         tensor.as_numpy().fill(0)
@@ -163,7 +163,7 @@ class Model:
 
 
 def fits(shape: Sequence[int], dims: Sequence[int]) -> bool:
-    return len(shape) == len(dims) and all(want in (-1, size) for size, want in zip(shape, dims, strict=True))
+    return len(shape) == len(dims) and all(expected in (-1, size) for size, expected in zip(shape, dims, strict=True))
 
 
 class Server:

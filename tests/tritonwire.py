@@ -32,7 +32,7 @@ class Wire:
         self.server = server
         self.unready = ""
         self.delay_s = 0.0
-        self.asked: list[tuple[str, Mapping[str, np.ndarray]]] = []
+        self.requests: list[tuple[str, Mapping[str, np.ndarray]]] = []
 
     def ready(self, name: str) -> bool:
         time.sleep(self.delay_s)
@@ -44,7 +44,7 @@ class Wire:
 
     def infer(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         time.sleep(self.delay_s)
-        self.asked.append((name, inputs))
+        self.requests.append((name, inputs))
         return self.server.infer(name, inputs)
 
 
@@ -77,13 +77,13 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             for value, raw in zip(request.inputs, request.raw_input_contents, strict=True)
         }
         try:
-            found = self.wire.infer(request.model_name, inputs)
+            outputs = self.wire.infer(request.model_name, inputs)
         except Refused as refused:
             context.abort(getattr(grpc.StatusCode, refused.status), str(refused))
         response = service_pb2.ModelInferResponse(model_name=request.model_name)
-        for wanted in request.outputs:
-            array = found[wanted.name]
-            response.outputs.add(name=wanted.name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        for output in request.outputs:
+            array = outputs[output.name]
+            response.outputs.add(name=output.name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
             response.raw_output_contents.append(raw_of(array))
         return response
 
@@ -91,8 +91,8 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 @contextlib.contextmanager
 def over_grpc(wire: Wire) -> Iterator[int]:
     """Serve over gRPC, and yield the port."""
-    whole = [("grpc.max_receive_message_length", -1)]
-    server = grpc.server(concurrent.futures.ThreadPoolExecutor(2), options=whole)
+    options = [("grpc.max_receive_message_length", -1)]
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(2), options=options)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Servicer(wire), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -124,22 +124,22 @@ def over_http(wire: Wire) -> Iterator[int]:
                 self.answer(200, json.dumps(wire.index()).encode())
                 return
             length = int(self.headers["Inference-Header-Content-Length"])
-            asked, raw = json.loads(body[:length]), body[length:]
+            requests, raw = json.loads(body[:length]), body[length:]
             inputs = {}
-            for value in asked["inputs"]:
+            for value in requests["inputs"]:
                 size = value["parameters"]["binary_data_size"]
                 inputs[value["name"]] = array_of(raw[:size], value["datatype"], value["shape"])
                 raw = raw[size:]
             try:
-                found = wire.infer(self.path.split("/")[-2], inputs)
+                results = wire.infer(self.path.split("/")[-2], inputs)
             except Refused as refused:
                 self.answer(400, json.dumps({"error": str(refused)}).encode())
                 return
             outputs, binary = [], b""
-            for wanted in asked["outputs"]:
-                array = found[wanted["name"]]
+            for output in requests["outputs"]:
+                array = results[output["name"]]
                 raw = raw_of(array)
-                about = {"name": wanted["name"], "datatype": np_to_triton_dtype(array.dtype), "shape": array.shape}
+                about = {"name": output["name"], "datatype": np_to_triton_dtype(array.dtype), "shape": array.shape}
                 outputs.append({**about, "parameters": {"binary_data_size": len(raw)}})
                 binary += raw
             header = json.dumps({"model_name": "drn", "outputs": outputs}).encode()

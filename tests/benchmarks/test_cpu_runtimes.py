@@ -49,9 +49,7 @@ def test_comparison_times_every_model_and_both_forms_of_pytorch(
     assert json.loads((tmp_path / "report.json").read_text())["times eager"] == report["times eager"]
 
 
-def test_limit_adds_arithmetic_of_each_type_and_one_pass_over_the_weights(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_limit_adds_arithmetic_and_one_pass_over_weights(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gemm, "SIZES", (10, 10, 10))
     monkeypatch.setattr(Gemm, "READ", 1 << 12)
     monkeypatch.setattr(Int8Convolution, "SIZES", (1, 8, 8, 4))

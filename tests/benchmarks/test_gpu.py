@@ -98,8 +98,8 @@ def test_cpu_rehearsal_report_is_marked_as_rehearsal(rehearsed: tuple[int, Path]
     assert "**A rehearsal:" in text
     assert "| losses, fp32 | kept |" in text
     assert "| eager PyTorch, FP32 | host | 1 |" in text
-    whole = json.loads(report.with_suffix(".json").read_text())
-    assert [leg["leg"] for leg in whole["legs"]] == ["prepare", "torch"]
+    content = json.loads(report.with_suffix(".json").read_text())
+    assert [leg["leg"] for leg in content["legs"]] == ["prepare", "torch"]
 
 
 def test_leg_runs_in_its_own_process(tmp_path: Path) -> None:
@@ -332,14 +332,16 @@ def test_checkout_without_install_registers_torch_backend(tmp_path: Path, monkey
     environment = gpu._environment(Job(tmp_path, "cpu", small=True))
     code = "import importlib.metadata as m; print(*[e.value for e in m.entry_points(group='drn.backends')])"
     # Isolated from what is installed, so that only what was written tells.
-    place = environment["PYTHONPATH"].split(os.pathsep)[1]
+    directory = environment["PYTHONPATH"].split(os.pathsep)[1]
     words = [
         sys.executable,
         "-S",
         "-c",
         f"import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; {code}",
     ]
-    result = subprocess.run(words, capture_output=True, text=True, env={**environment, "PYTHONPATH": place}, check=True)
+    result = subprocess.run(
+        words, capture_output=True, text=True, env={**environment, "PYTHONPATH": directory}, check=True
+    )
     assert result.stdout.split() == ["train.backend:open_checkpoint"]
 
 

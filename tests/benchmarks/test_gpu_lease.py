@@ -48,18 +48,18 @@ os.replace(path + ".new", path)
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Run stubs in place of the legs; return what was started and, by task, how it is to end."""
-    told: dict[str, Any] = {"tasks": [], "outcomes": {}, "seconds": {}, "environments": {}}
+    record: dict[str, Any] = {"tasks": [], "outcomes": {}, "seconds": {}, "environments": {}}
 
     def process(self: Lease, task: Task, limit_s: float) -> subprocess.Popen[bytes]:
-        told["tasks"].append(task.name)
-        told["environments"][task.name] = self._command(task)
-        outcome, seconds = told["outcomes"].get(task.name, "kept"), told["seconds"].get(task.name, 0.0)
+        record["tasks"].append(task.name)
+        record["environments"][task.name] = self._command(task)
+        outcome, seconds = record["outcomes"].get(task.name, "kept"), record["seconds"].get(task.name, 0.0)
         words = [str(self.job.results(task.leg)), task.leg, str(seconds), outcome, *task.steps]
         return subprocess.Popen([sys.executable, "-c", LEG, *words], start_new_session=True)
 
     monkeypatch.setattr(Lease, "_process", process)
     monkeypatch.setattr(lease_run, "POLL_SECONDS", 0.02)
-    return told
+    return record
 
 
 def state(output: Path) -> dict[str, Any]:
@@ -135,13 +135,13 @@ def test_each_call_adds_chunks_and_later_tasks_start(
             path.unlink()
         (store / f"chunk_{number:03d}.bin").rename(packages / TENSORRT / f"chunk_{number:03d}.bin")
         assert call(packages, output, "--more", "--results", str(results)) == 0
-    whole = state(output)
-    assert whole["plan_b"] == ""
-    assert whole["libraries"][TENSORRT]["unpacked"] == [f"chunk_{number:03d}.bin" for number in range(3)]
+    content = state(output)
+    assert content["plan_b"] == ""
+    assert content["libraries"][TENSORRT]["unpacked"] == [f"chunk_{number:03d}.bin" for number in range(3)]
     assert started["tasks"][:5] == ["prepare", "cuda", "builder", "engine", "engine answers and bar"]
     assert len(started["tasks"]) == len(set(started["tasks"]))
-    assert {entry["outcome"] for entry in whole["tasks"].values()} == {"done"}
-    assert [bool(entry["ended"]) for entry in whole["calls"]] == [True] * 3
+    assert {entry["outcome"] for entry in content["tasks"].values()} == {"done"}
+    assert [bool(entry["ended"]) for entry in content["calls"]] == [True] * 3
     # What TensorRT needs is visible to its own tasks.
     assert str(output / "libraries" / TENSORRT / "site") in started["environments"]["engine"][1]["PYTHONPATH"]
     assert str(output / "libraries" / TENSORRT) not in started["environments"]["torch speed"][1]["PYTHONPATH"]
@@ -232,9 +232,7 @@ def test_broken_engine_task_still_runs_answers_and_int8(tmp_path: Path, started:
     assert "int8" in started["tasks"]
 
 
-def test_hanging_task_is_stopped_and_fails(
-    tmp_path: Path, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_task_is_stopped(tmp_path: Path, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     short = dataclasses.replace(lease.CUDA, expected_s=0.5, max_s=1.0)
     monkeypatch.setitem(lease.TASKS, "B", (lease.WHEELS, short))
     started["seconds"]["cuda"] = 60.0

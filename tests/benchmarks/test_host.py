@@ -34,16 +34,16 @@ def test_timed_call_equals_graph_without_touching_the_gpu(pair: Path, planted: P
     reference = Grounder(open_backend(pair, "cpu", 1))
     data_set = DataSet(planted)
     known = data_set.annotations("test")[:6]
-    asked = [(reference.encode(data_set.video(entry.video)), entry.sentence) for entry in known]
-    bench = host.Bench(reference, pair, tmp_path, asked)
+    pairs = [(reference.encode(data_set.video(entry.video)), entry.sentence) for entry in known]
+    bench = host.Bench(reference, pair, tmp_path, pairs)
     calls, runs = bench.calls(), bench.library.runs
     before, computed = len(bench.driver.calls), len(runs)
-    for number, (video, sentence) in enumerate(asked):
+    for number, (video, sentence) in enumerate(pairs):
         actual = calls[host.ONE].run(calls[host.ONE].prepare(number))
         expected = reference.ground(video, sentence)
         assert [moment.start for moment in actual] == pytest.approx([moment.start for moment in expected], abs=1e-3)
     made = counted(bench.driver.calls[before:])
-    assert made["cuGraphLaunch"] == made["cuStreamSynchronize"] == len(asked)
+    assert made["cuGraphLaunch"] == made["cuStreamSynchronize"] == len(pairs)
     assert len(runs) == computed
 
 

@@ -38,14 +38,12 @@ def test_load_report_has_all_fields_and_no_errors(load: Callable[..., dict[str, 
         assert min(level["rss MiB"]) > 10
 
 
-def test_answers_to_other_queries_are_counted_wrong(
-    load: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_answers_are_counted_wrong(load: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     right = serving._questions
 
     def mixed(*arguments: Any) -> Any:
-        asked, expected = right(*arguments)
-        return asked, [*expected[1:], expected[0]]
+        questions, expected = right(*arguments)
+        return questions, [*expected[1:], expected[0]]
 
     monkeypatch.setattr(serving, "_questions", mixed)
     with raises(CheckFailed, "check_failed", [2]):

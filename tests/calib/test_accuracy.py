@@ -48,9 +48,7 @@ def test_split_int8_graph_equals_unsplit_graph(model: onnx.ModelProto, table: Ca
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
 
 
-def test_evaluator_measures_each_graph_with_its_own_encodings(
-    evaluator: AccuracyEvaluator, model: onnx.ModelProto
-) -> None:
+def test_evaluator_uses_the_encodings_of_each_graph(evaluator: AccuracyEvaluator, model: onnx.ModelProto) -> None:
     same = AccuracyDelta(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 48)
     other = altered(model, by=3)
     first = evaluator.cost(other, "other")
@@ -126,7 +124,7 @@ def test_choose_candidate_drops_equalization_only_beyond_error(
     assert best == Candidate("mse", equalize)
 
 
-def test_sensitivity_ranks_modules_by_agreement(
+def test_sensitivity_ranks_modules(
     model: onnx.ModelProto, table: CalibrationTable, evaluator: AccuracyEvaluator
 ) -> None:
     # The module whose input range is far too narrow must be first.
@@ -156,9 +154,7 @@ class ScriptedEvaluator:
 
 
 @pytest.mark.parametrize("order", [None, ["fpn.layer_blocks.1", "qInput.0", "fcos.head.towers.0", "prop_fc"]])
-def test_smallest_module_set_is_restored(
-    model: onnx.ModelProto, table: CalibrationTable, order: list[str] | None
-) -> None:
+def test_smallest_set_is_restored(model: onnx.ModelProto, table: CalibrationTable, order: list[str] | None) -> None:
     evaluator = ScriptedEvaluator("fpn.layer_blocks.1", "fcos.head.towers.0")
     plan, steps = find_layers_to_restore(model, table, evaluator, 0.2, order)
     assert set(plan.keep) == {"fpn.layer_blocks.1", "fcos.head.towers.0"}

@@ -53,9 +53,7 @@ def test_samples_exclude_sentences_of_held_out_videos(drawn: CalibrationSet, dat
     assert not videos(data_set.annotations("test")) & (videos(drawn.annotations) | videos(drawn.held_out))
 
 
-def test_samples_are_spread_over_videos_and_strata(
-    drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
-) -> None:
+def test_samples_spread_over_videos_and_strata(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
     few = sample_calibration_set(data_set, manifest, samples=50)
     # A video repeats only after all were sampled.
     assert len(videos(few.annotations)) == 50
@@ -149,9 +147,7 @@ def test_small_data_set_returns_all_samples_with_warning(
     assert records(caplog, logging.WARNING, 10000, len(drawn.annotations))
 
 
-def test_held_out_and_calibration_sets_of_a_seed_are_disjoint(
-    drawn: CalibrationSet, data_set: DataSet, manifest: Manifest
-) -> None:
+def test_held_out_and_calibration_are_disjoint(drawn: CalibrationSet, data_set: DataSet, manifest: Manifest) -> None:
     assert sample_held_out(data_set, manifest, 48, seed=0) == drawn.held_out
     # Another seed would draw calibration videos without `exclude`.
     assert videos(sample_held_out(data_set, manifest, 48, seed=3)) & set(drawn.videos)

@@ -103,9 +103,7 @@ def test_commands_convert_graph_to_int8_within_budget(
         restore(onnx_file, data_set.root, table_file, plan_file, ranking=ranking_file, threads=1)
 
 
-def test_commands_reject_table_of_test_videos(
-    onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path
-) -> None:
+def test_commands_reject_test_videos(onnx_file: Path, table_file: Path, data_set: DataSet, tmp_path: Path) -> None:
     leaked = data_set.annotations("test")[0].video
     table = tmp_path / "t.json"
     loaded = CalibrationTable.load(table_file)
@@ -165,7 +163,7 @@ def test_calibrate_rejects_invalid_inputs(onnx_file: Path, table_file: Path, dat
         calibrate(onnx_file, root, onnx_file)
 
 
-def test_quantize_rejects_invalid_inputs(
+def test_quantize_invalid_input_fails(
     model: onnx.ModelProto, onnx_file: Path, table_file: Path, tmp_path: Path
 ) -> None:
     output, checkpoint, other, extractor = (

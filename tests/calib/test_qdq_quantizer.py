@@ -220,9 +220,7 @@ def test_policy_names_single_modules_and_rejects_unknown_ones(model: onnx.ModelP
         assert bool(nodes(actual, "QuantizeLinear")) == (module in COMPUTED)
 
 
-def test_products_of_two_int8_factors_count_as_int8(
-    int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable
-) -> None:
+def test_int8_by_int8_counts_as_int8(int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable) -> None:
     assert audit_graph(int8).share("int8") >= MIN_SHARES["int8"]
     assert audit_graph(model).share("int8") == 0
     counts = {name: operator.count for name, operator in count_macs(model).items()}

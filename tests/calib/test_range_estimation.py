@@ -15,15 +15,7 @@ from calib.calibration_set import CalibrationSet
 from calib.errors import CalibrationError
 from calib.graph.channel_equalization import apply_channel_scales, equalized_name
 from calib.qdq_quantizer import channel_energies
-from calib.range_estimation import (
-    LEVELS,
-    METHODS,
-    PERCENTILE,
-    Histogram,
-    Method,
-    ValueRange,
-    collect_statistics,
-)
+from calib.range_estimation import LEVELS, METHODS, PERCENTILE, Histogram, Method, ValueRange, collect_statistics
 from runtime.artifacts.manifest import Manifest
 from runtime.core.batch import Batch
 from tests.raising import raises
@@ -150,9 +142,7 @@ def test_unsigned_range_uses_255_steps_for_values_without_sign() -> None:
         assert signed.range(method, unsigned=True) == signed.range(method)
 
 
-def test_statistics_scale_channels_of_equalized_tensors(
-    model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest
-) -> None:
+def test_statistics_scale_equalized_channels(model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest) -> None:
     name = "prop_fc/Unsqueeze"
     batches = list(drawn.batches(manifest, 32))
     gains = {name: [3 * (channel % 2) for channel in range(16)]}
@@ -185,19 +175,16 @@ def test_non_finite_values_name_their_tensor(model: onnx.ModelProto, batch: Batc
 
 def test_ranges_do_not_depend_on_batch_size(model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest) -> None:
     energies = dict(list(channel_energies(model).items())[:4])
-    whole, apart = (
+    complete, apart = (
         collect_statistics(model, energies, drawn.batches(manifest, size), threads=1).ranges("minmax")
         for size in (64, 7)
     )
     for tensor in energies:
-        assert apart[tensor].magnitude == pytest.approx(whole[tensor].magnitude, rel=1e-5)
+        assert apart[tensor].magnitude == pytest.approx(complete[tensor].magnitude, rel=1e-5)
 
 
 def test_histograms_agree_with_onnx_runtime_calibrators(
-    model: onnx.ModelProto,
-    drawn: CalibrationSet,
-    manifest: Manifest,
-    tmp_path: Path,
+    model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest, tmp_path: Path
 ) -> None:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator

@@ -130,8 +130,8 @@ def run_with(bindings: Path | None, code: str) -> str:
 @functools.cache
 def read_surface(bindings: Path | None, module: str) -> Surface:
     """Return the API of a module, see `surface_of`, read in a new process."""
-    place = json.dumps(str(Path(__file__).parent))
-    code = f"import sys; sys.path.append({place}); import bindings, json, {module} as library"
+    directory = json.dumps(str(Path(__file__).parent))
+    code = f"import sys; sys.path.append({directory}); import bindings, json, {module} as library"
     return dict(json.loads(run_with(bindings, code + "; print(json.dumps(bindings.surface_of(library)))")))
 
 
@@ -162,25 +162,25 @@ def _member(owner: Any, name: str) -> dict[str, Any]:
     values = getattr(owner, "__members__", {})
     if name in values:
         return {"value": int(values[name])}
-    thing = inspect.getattr_static(owner, name)
-    if isinstance(thing, property):
-        told = _signatures(thing.fget.__doc__ if thing.fget else None) or [[[], None]]
-        return {"type": told[0][1], "writable": thing.fset is not None}
-    thing = getattr(owner, name)
-    if callable(thing):
-        return {"signatures": _signatures(thing.__doc__)}
-    return {"type": type(thing).__name__}
+    member = inspect.getattr_static(owner, name)
+    if isinstance(member, property):
+        signatures = _signatures(member.fget.__doc__ if member.fget else None) or [[[], None]]
+        return {"type": signatures[0][1], "writable": member.fset is not None}
+    member = getattr(owner, name)
+    if callable(member):
+        return {"signatures": _signatures(member.__doc__)}
+    return {"type": type(member).__name__}
 
 
 def _signatures(doc: str | None) -> list[tuple[list[list[Any]], str | None]]:
     """Return the overloads in a docstring of pybind11, as `([[parameter, type, required], ...], returned)`."""
-    found = []
+    overloads = []
     for line in (doc or "").splitlines():
-        told = re.match(r"^(?:\d+\. )?\w*\((.*)\) -> (.+)$", line)
-        if told and told.group(1) != "*args, **kwargs":
-            parameters = [_parameter(text) for text in _split(told.group(1)) if text not in ("*", "/")]
-            found.append(([known for known in parameters if known[0] != "self"], _short(told.group(2))))
-    return found
+        match = re.match(r"^(?:\d+\. )?\w*\((.*)\) -> (.+)$", line)
+        if match and match.group(1) != "*args, **kwargs":
+            parameters = [_parameter(text) for text in _split(match.group(1)) if text not in ("*", "/")]
+            overloads.append(([known for known in parameters if known[0] != "self"], _short(match.group(2))))
+    return overloads
 
 
 def _split(text: str) -> list[str]:

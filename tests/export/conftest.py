@@ -15,10 +15,15 @@ from torch import nn
 
 from calib.calibrate import measure_table
 from calib.calibration_set import sample_calibration_set
+from calib.calibration_table import CalibrationTable, calibration_key
+from calib.graph.channel_equalization import measure_channel_scales
 from calib.graph.graph_editing import copied
 from calib.graph.onnx_graph import read_manifest
+from calib.qdq_quantizer import channel_energies
+from calib.range_estimation import collect_statistics
 from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import Features, Manifest
+from runtime.core.batch import Batch
 from runtime.core.decoding import Decoding
 from runtime.core.tokenizer import Vocabulary
 from runtime.datasets.dataset import DataSet
@@ -34,14 +39,7 @@ __all__ = ["narrow_backbone"]
 
 TINY = DRNConfig(vocab_size=20, embed_dim=8, hidden_dim=12, feature_dim=16, fpn_dim=16, num_segments=16)
 DEEP = DRNConfig(
-    vocab_size=20,
-    embed_dim=8,
-    hidden_dim=12,
-    feature_dim=16,
-    fpn_dim=16,
-    num_segments=64,
-    head_convs=2,
-    lstm_layers=2,
+    vocab_size=20, embed_dim=8, hidden_dim=12, feature_dim=16, fpn_dim=16, num_segments=64, head_convs=2, lstm_layers=2
 )
 CONFIGS = {"tiny": TINY, "deep": DEEP}
 MAX_QUERY_LENGTH = 12
@@ -194,3 +192,11 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> EngineBuilds:
     builds = EngineBuilds()
     builds.install(monkeypatch)
     return builds
+
+
+def table_for(model: onnx.ModelProto, config: DRNConfig, *, balance: bool) -> CalibrationTable:
+    """Return a calibration table of random inputs, with or without channel equalization."""
+    batches = [Batch(*(tensor.numpy() for tensor in random_inputs(config, [4, 9, 1, 12])))]
+    gains = {name: tuple(row) for name, row in measure_channel_scales(model, batches).items()} if balance else {}
+    statistics = collect_statistics(model, channel_energies(model), batches, gains=gains)
+    return CalibrationTable(statistics.ranges("minmax"), calibration_key(model, "0" * 64, "minmax"), gains=gains)

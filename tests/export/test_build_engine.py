@@ -90,12 +90,12 @@ def test_split_build_pair_equals_unsplit_model(model: Path, planted: Path, capsy
     output = build_engine(model, precision="fp16", data=planted, split=True, query_length=LENGTHS, threads=1)
     assert output == model.with_name("drn.fp16.query.onnx")
     assert quotes(capsys.readouterr().out, "drn.fp16.onnx", "fp16")
-    whole, pair = Grounder.load(model.with_name("drn.fp16.onnx")), Grounder.load(output)
+    complete, pair = Grounder.load(model.with_name("drn.fp16.onnx")), Grounder.load(output)
     assert sha256(model.with_name("drn.fp16.onnx")) in pair.manifest.sources.values()
     data_set = DataSet(planted)
     for annotation in data_set.annotations("test")[:4]:
         video = data_set.video(annotation.video)
-        expected = [moment.start for moment in whole.ground(video, annotation.sentence)]
+        expected = [moment.start for moment in complete.ground(video, annotation.sentence)]
         actual = [moment.start for moment in pair.ground(pair.encode(video), annotation.sentence)]
         assert actual == pytest.approx(expected, abs=0.05)
 
@@ -181,9 +181,7 @@ def test_network_too_narrow_for_int8_is_built_with_a_warning(
         build_engine(model, **options, keep=LARGE)
 
 
-def test_model_over_budget_is_saved_as_rejected_only(
-    model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_over_budget_is_saved_as_rejected(model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model.with_name("drn.fp16.onnx").write_text("an earlier one")
     monkeypatch.setattr("export.parity.parity_result.AccuracyBudget.boundary_p99", -1.0)
     with raises(CheckFailed, "parity_failed", "drn.fp16.rejected.onnx", "drn.onnx"):
@@ -258,9 +256,7 @@ def _narrow_operators(graph: onnx.ModelProto) -> set[str]:
     return {node.op_type for node in graph.graph.node if set(node.input[:2]) <= dequantized and len(node.input) > 1}
 
 
-def test_build_with_data_requires_jinja_before_any_work(
-    model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_with_data_requires_jinja_first(model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with raises(DeviceError, "missing_library", "jinja2"):
         build_engine(model, precision="fp16", data=planted)

@@ -125,7 +125,7 @@ def test_builder_double_takes_only_what_the_library_has(library: str, exported: 
     names = surface_of(library)["names"]
     module, calls = builder_calls(library, exported)
     # Only 8.6 has layers of its own, and its record lacks tensors.
-    offered = {(owner, name) for owner, name in calls.asked if owner != "ITensor"}
+    offered = {(owner, name) for owner, name in calls.requested if owner != "ITensor"}
     for name, thing in vars(module).items():
         if isinstance(thing, (SimpleNamespace, type)):
             offered |= {(name, member) for member in vars(thing) if not member.startswith("__")}
@@ -169,9 +169,7 @@ def runtime_doubles(version: str, exported: dict[str, onnx.ModelProto], path: Pa
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_runtime_double_takes_only_what_the_library_has(
-    library: str, exported: dict[str, onnx.ModelProto], tmp_path: Path
-) -> None:
+def test_runtime_double_takes_library_calls(library: str, exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
     names = surface_of(library)["names"]
     module = fake_tensorrt.Library(fake_tensorrt.Driver(), FAKES[library])
     enums = {name: thing for name, thing in vars(module).items() if isinstance(thing, SimpleNamespace)}

@@ -63,10 +63,10 @@ def test_damaged_unsplit_graph_is_rejected(graph: Path) -> None:
 
 def test_damaged_manifest_is_rejected_or_harmless(graph: Path) -> None:
     """Vocabulary, thresholds and digest: a file that is not rejected has the same answers."""
-    whole, answer = graph.read_bytes(), heads(graph)
+    content, answer = graph.read_bytes(), heads(graph)
     expected, refused = answer(), 0
-    begin = 8 * (whole.index(b"drn.manifest") - 8)
-    bits = (begin + np.array(random_bits(whole[begin // 8 :], 40))).tolist()
+    begin = 8 * (content.index(b"drn.manifest") - 8)
+    bits = (begin + np.array(random_bits(content[begin // 8 :], 40))).tolist()
     for bit in damaged(graph, bits):
         try:
             assert answer() == expected, bit
@@ -122,9 +122,7 @@ def test_damaged_external_data_is_rejected(graph: Path, tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp16"])
-def test_damaged_converted_graph_is_rejected(
-    models: Path, planted: Path, table: Path, tmp_path: Path, kind: str
-) -> None:
+def test_damaged_converted_graph_fails(models: Path, planted: Path, table: Path, tmp_path: Path, kind: str) -> None:
     source = load_fp32_graph(models / "drn.onnx")
     converted = insert_qdq(source, CalibrationTable.load(table)) if kind == "int8" else convert_to_half(source)
     annotations = DataSet(planted).annotations("test")[:4]
@@ -144,9 +142,7 @@ def test_every_graph_reader_rejects_damage(graph: Path, read: Callable[[Path], A
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_triton_repository_rejects_damaged_graphs(
-    exported: dict[str, onnx.ModelProto], tmp_path: Path, part: int
-) -> None:
+def test_triton_rejects_damaged_graphs(exported: dict[str, onnx.ModelProto], tmp_path: Path, part: int) -> None:
     files = write_split_model(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
     read_model(files[-1], ServingOptions())
     codes = []
@@ -207,7 +203,7 @@ def test_exported_files_contain_exactly_one_digest(checkpoint: Path, tmp_path: P
 
 
 def test_file_onnxruntime_cannot_parse_is_reported_damaged(graph: Path) -> None:
-    whole = graph.read_bytes()
-    graph.write_bytes(flip(whole, 8 * whole.index(b"Conv")))
+    content = graph.read_bytes()
+    graph.write_bytes(flip(content, 8 * content.index(b"Conv")))
     with raises(ModelFileError, "digest_mismatch", graph):
         open_backend(graph, "cpu")

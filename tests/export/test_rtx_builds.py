@@ -11,8 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from calib.calibration_table import CalibrationTable, calibration_key
-from calib.graph.channel_equalization import measure_channel_scales
+from calib.calibration_table import CalibrationTable
 from calib.graph.conv_padding import extract_padding, inline_padding
 from calib.graph.fp32_scales import has_half_scales, with_wide_scales
 from calib.graph.half_precision import OPSETS, QDQ_OPSET, convert_to_half
@@ -21,12 +20,9 @@ from calib.graph.opset import MAX_OPSET, MIN_OPSET, raise_opset
 from calib.graph.precision_audit import audit_graph
 from calib.graph.split_model import split_graph
 from calib.graph.unroll_lstm import unroll_lstm
-from calib.qdq_quantizer import QuantizationPolicy, channel_energies, insert_qdq
-from calib.range_estimation import collect_statistics
-from runtime.core.batch import Batch
-from tests.export.conftest import CONFIGS, random_inputs
+from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
+from tests.export.conftest import CONFIGS, random_inputs, table_for
 from tests.export.rtx import build_with_rtx
-from train.network.model import DRNConfig
 
 pytestmark = pytest.mark.rtx
 
@@ -35,14 +31,6 @@ KEPT = ("prop_fc", "fcos.head.mix_fc", "query_encoder.W2")
 
 Tables = dict[str, CalibrationTable]
 Make = Callable[[onnx.ModelProto, CalibrationTable], onnx.ModelProto]
-
-
-def table_for(model: onnx.ModelProto, config: DRNConfig, *, balance: bool) -> CalibrationTable:
-    """Return a calibration table of random inputs, with or without channel equalization."""
-    batches = [Batch(*(tensor.numpy() for tensor in random_inputs(config, [4, 9, 1, 12])))]
-    gains = {name: tuple(row) for name, row in measure_channel_scales(model, batches).items()} if balance else {}
-    statistics = collect_statistics(model, channel_energies(model), batches, gains=gains)
-    return CalibrationTable(statistics.ranges("minmax"), calibration_key(model, "0" * 64, "minmax"), gains=gains)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +81,7 @@ def test_every_precision_builds(form: str, network: str, exported: dict[str, onn
 
 
 @pytest.mark.parametrize("form", ["int8, modules kept", "fp8"])
-def test_unrolled_int8_graph_keeps_mac_count_and_builds(
-    form: str, exported: dict[str, onnx.ModelProto], tables: Tables
-) -> None:
+def test_unrolled_int8_graph_keeps_mac_count(form: str, exported: dict[str, onnx.ModelProto], tables: Tables) -> None:
     make, capability, precision = FORMS[form]
     _, part = split_graph(make(exported["deep"], tables["deep"]))
     written = unroll_lstm(part, 8)

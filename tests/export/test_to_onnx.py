@@ -25,18 +25,11 @@ from export.tracing.tracer import export_model
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
 from runtime.core.batch import HEAD_NAMES, INPUT_NAMES
-from runtime.core.errors import CheckFailed, CheckpointError, GroundingError, OutputError, ShapeError
+from runtime.core.errors import CheckFailed, CheckpointError, OutputError, ShapeError
 from runtime.core.io.digests import sha256
 from runtime.core.tokenizer import Vocabulary
 from tests import tolerances
-from tests.export.conftest import (
-    CONFIGS,
-    MAX_QUERY_LENGTH,
-    Inputs,
-    manifest,
-    random_inputs,
-    with_changed_weights,
-)
+from tests.export.conftest import CONFIGS, MAX_QUERY_LENGTH, Inputs, manifest, random_inputs, with_changed_weights
 from tests.export.rtx import build_with_rtx
 from tests.raising import raises, records
 from train.checkpoints import load_checkpoint, save_checkpoint
@@ -132,9 +125,9 @@ def test_nodes_read_weights_from_initializers(exported: dict[str, onnx.ModelProt
     graph = exported[name].graph
     weights = {tensor.name for tensor in graph.initializer}
     assert {"prop_fc.weight", "qInput.0.weight", "fpn.inner_blocks.2.bias", "fcos.head.mix_fc.weight"} <= weights
-    places = {"LSTM": (1, 2, 3), "Gemm": (1, 2), "Conv": (1,)}
+    paths = {"LSTM": (1, 2, 3), "Gemm": (1, 2), "Conv": (1,)}
     for node in graph.node:
-        assert all(node.input[place] in weights for place in places.get(node.op_type, ())), node.name
+        assert all(node.input[path] in weights for path in paths.get(node.op_type, ())), node.name
 
 
 def test_node_names_identify_their_modules(exported: dict[str, onnx.ModelProto], networks: dict[str, DRN]) -> None:
@@ -179,9 +172,7 @@ def test_manifest_survives_export(exported: dict[str, onnx.ModelProto]) -> None:
     assert Manifest.from_json(properties[METADATA_KEY]) == manifest(CONFIGS["tiny"])
 
 
-def test_command_writes_one_graph_that_the_runtime_runs(
-    run_command: Callable[..., Any], checkpoint: Path, tmp_path: Path
-) -> None:
+def test_command_writes_runnable_graph(run_command: Any, checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "drn.onnx"
     result = run_command(to_onnx, "--checkpoint", checkpoint, "--output", path, "--max-query-length", MAX_QUERY_LENGTH)
     assert result.code == 0, result.err
@@ -267,9 +258,7 @@ def test_check_preserves_training_mode(
     assert model.training
 
 
-def test_nan_output_raises_check_failed(
-    networks: dict[str, DRN], exported: dict[str, onnx.ModelProto], tmp_path: Path
-) -> None:
+def test_nan_output_fails_check(networks: dict[str, DRN], exported: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
     onnx.save(exported["tiny"], tmp_path / "drn.onnx")
     model = copy.deepcopy(networks["tiny"])
     with torch.no_grad():
@@ -279,7 +268,7 @@ def test_nan_output_raises_check_failed(
 
 
 def test_invalid_checkpoint_is_rejected_with_one_line(
-    exported: dict[str, onnx.ModelProto], tmp_path: Path, refused: Callable[..., GroundingError]
+    exported: dict[str, onnx.ModelProto], tmp_path: Path, refused: Any
 ) -> None:
     (tmp_path / "drn.pt").write_text("not a checkpoint")
     refused(to_onnx, "--checkpoint", tmp_path / "drn.pt", "--output", tmp_path / "drn.onnx")
@@ -293,9 +282,7 @@ def test_invalid_checkpoint_is_rejected_with_one_line(
         to_onnx(tmp_path / "graph.onnx", tmp_path / "drn.onnx")
 
 
-def test_network_without_vocabulary_exports_with_a_warning(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_network_without_vocabulary_warns(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_checkpoint(tmp_path / "drn.pt", dataclasses.replace(load_checkpoint(checkpoint), vocabulary=Vocabulary({})))
     to_onnx(tmp_path / "drn.pt", tmp_path / "drn.onnx", max_query_length=2)
     assert records(caplog, logging.WARNING, "--vocabulary")
@@ -317,9 +304,7 @@ def test_older_files_of_another_checkpoint_are_a_warning(
     assert not records(caplog, logging.WARNING)
 
 
-def test_unwritable_output_is_rejected_before_tracing(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_output_is_rejected_first(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "export.tracing.checkpoint_to_onnx.export_model", lambda *_, **__: pytest.fail("traced all the same")
     )
@@ -352,9 +337,7 @@ def test_invalid_options_are_rejected(
         to_onnx(checkpoint, tmp_path / "drn.onnx", **options)
 
 
-def test_network_in_training_mode_exports_identically(
-    networks: dict[str, DRN], exported: dict[str, onnx.ModelProto]
-) -> None:
+def test_training_mode_exports_identically(networks: dict[str, DRN], exported: dict[str, onnx.ModelProto]) -> None:
     model = copy.deepcopy(networks["tiny"]).train()
     again = export_model(model, manifest(model.config))
     assert model.training

@@ -9,7 +9,6 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +71,7 @@ def test_equal_model_passes_and_writes_reports(
     assert "--split train --max-drop 0.2" in text
 
 
-def test_next_command_accepts_the_model(
-    models: Path, planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_next_command_runs_model(models: Path, planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     graph = onnx.load(models / "drn.onnx")
     *_, query = write_split_model(*split_graph(graph), tmp_path / "drn.onnx")
     onnx.save(with_moments(graph), tmp_path / "drn.moments.onnx")
@@ -105,7 +102,7 @@ def test_recorded_command_reproduces_the_report(models: Path, planted: Path, tmp
 
 
 def test_model_over_budget_fails_but_gets_a_report(
-    models: Path, wrong: Path, planted: Path, tmp_path: Path, run_command: Callable[..., Any]
+    models: Path, wrong: Path, planted: Path, tmp_path: Path, run_command: Any
 ) -> None:
     report, page = tmp_path / "report.json", tmp_path / "passport.html"
     arguments = ("--reference", models / "drn.onnx", "--model", wrong, "--data", planted, "--split", "train")
@@ -207,8 +204,8 @@ def latency_report(path: Path, model: Path) -> Path:
     about = ModelInfo(model.name, sha256(model), {}, "fp32", "whole", "cpu", 0.1, 0.2, 1.0, Memory(1))
     hardware = {"cpu": "A CPU", "cores": 2, "gpu": None, "gpu_driver": None}
     settings = {"samples": 500, "batch": 32, "device": "auto", "threads": 1}
-    told = ("2026-11-23", "command", hardware, {"numpy": "2"}, settings, {"told": "", "made_up": True})
-    write_json(path, Report(*told, [about], [], [timing], [], 1, [], [], interrupted=False).to_dict())
+    values = ("2026-11-23", "command", hardware, {"numpy": "2"}, settings, {"told": "", "made_up": True})
+    write_json(path, Report(*values, [about], [], [timing], [], 1, [], [], interrupted=False).to_dict())
     return path
 
 

@@ -13,74 +13,13 @@ import pytest
 from hypothesis import settings
 
 from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
-from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import Decoding
 from runtime.core.io.digests import sha256
-from runtime.core.tokenizer import Vocabulary
 from tests.runtime.engine_bench import Graphs
 
 # No deadline: a test must not fail because its machine is busy.
 settings.register_profile("house", deadline=None, max_examples=50)
 settings.load_profile("house")
-
-# The words of the planted model, in the order of their ids.
-WORDS = ("cat", "dog", "door", "runs", "opens", "person")
-
-
-class PlantedBackend:
-    """Return moments of known position: those where the channel of a query's last word is above 0.5.
-
-    The second half of the video comes second, with a score that falls with the number of words. Padding of a query
-    that reached the network would change the moments.
-
-    Args:
-        before: called with each batch; may raise.
-        after: called with the heads of each batch; may change them.
-    """
-
-    def __init__(
-        self,
-        decoding: Decoding | None = None,
-        dim: int = 8,
-        max_query_length: int = 6,
-        *,
-        device: str = "cpu",
-        before: Callable[[Batch], Any] = lambda batch: None,
-        after: Callable[[Heads], Any] = lambda heads: None,
-    ) -> None:
-        words = {word: index for index, word in enumerate(WORDS, 1)}
-        self.manifest = Manifest(
-            Vocabulary(words), decoding or Decoding(), Features("planted", dim), max_query_length=max_query_length
-        )
-        self.device, self.before, self.after = device, before, after
-        self.batches: list[Batch] = []
-
-    def run(self, batch: Batch) -> Heads:
-        self.batches.append(batch)
-        self.before(batch)
-        decoding = self.manifest.decoding
-        matching = np.full((len(batch), decoding.num_locations), -9.0, np.float32)
-        distances = np.zeros((len(batch), decoding.num_locations, 2), np.float32)
-        iou = np.full(matching.shape, 4.0, np.float32)
-        for row, length in enumerate(batch.query_length):
-            channel = batch.query_tokens[row, :length][-1]
-            (on,) = np.nonzero(batch.segment_features[row, :, channel] > 0.5)
-            if len(on):
-                middle = (on[0] + on[-1]) // 2
-                matching[row, middle] = 4
-                distances[row, middle] = middle + 0.5 - on[0], on[-1] + 1 - (middle + 0.5)
-            # The last location of the coarsest level: the center of the last four segments.
-            matching[row, -1] = 1 - 0.25 * length
-            distances[row, -1] = decoding.num_segments / 2 - 2, 2
-        heads = Heads(matching, distances, iou)
-        self.after(heads)
-        return heads
-
-
-@pytest.fixture(scope="session")
-def planted_backend() -> type[PlantedBackend]:
-    """The class of a backend, so that tests choose its decoding."""
-    return PlantedBackend
 
 
 @pytest.fixture(scope="session")
@@ -117,11 +56,7 @@ def write_graph() -> Callable[..., Path]:
             "segment_features": (kinds.FLOAT, ["B", 32, dim]),
             "segment_spans": (kinds.FLOAT, ["B", 32, 2]),
         }
-        shapes = {
-            "matching_logits": ["B", 56],
-            "boundary_distances": ["B", 56, 2],
-            "iou_logits": ["B", 56],
-        }
+        shapes = {"matching_logits": ["B", 56], "boundary_distances": ["B", 56, 2], "iou_logits": ["B", 56]}
         graph = helper.make_graph(
             nodes,
             "tiny",

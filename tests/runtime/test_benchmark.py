@@ -19,10 +19,10 @@ from runtime.benchmarking import runner
 from runtime.benchmarking.report import latency_table, read_report
 from runtime.benchmarking.workload import dataset_workload, synthetic_workload
 from runtime.core.batch import Batch, Heads
-from runtime.core.errors import DeviceMemoryError, GroundingError, ModelFileError, QueryError, ShapeError
+from runtime.core.errors import DeviceMemoryError, ModelFileError, QueryError, ShapeError
 from runtime.core.io.digests import sha256
 from tests.raising import check_error, quotes, raises, records
-from tests.runtime.artifacts.test_encoded_video import PlantedPair
+from tests.runtime.planted import PlantedBackend, PlantedPair
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ WHOLE = {
 
 
 def test_benchmark_of_one_model_writes_complete_report(
-    tiny_model: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    tiny_model: Path, tmp_path: Path, run_command: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     output, plot = tmp_path / "r.json", tmp_path / "r.png"
     arguments = ("--model", tiny_model, "--samples", 20, "--batch", 3, "--threads", 1, "--output", output)
@@ -106,9 +106,9 @@ def test_benchmark_of_one_model_writes_complete_report(
 
 
 def test_recorded_command_repeats_the_benchmark(
-    opened: Callable[..., list[Path]], planted_backend: Any, run_command: Callable[..., Any], tmp_path: Path
+    opened: Callable[..., list[Path]], run_command: Any, tmp_path: Path
 ) -> None:
-    a, b = opened(a=planted_backend(), b=planted_backend())
+    a, b = opened(a=PlantedBackend(), b=PlantedBackend())
     first = benchmark(a, compare=(b,), samples=2, batch=2, threads=1)
     assert first.command == (
         f"python -m runtime.benchmark --model {a} --compare {b} --samples 2 --batch 2 --device auto --threads 1"
@@ -118,8 +118,8 @@ def test_recorded_command_repeats_the_benchmark(
     assert json.loads((tmp_path / "r.json").read_text())["command"] == first.command
 
 
-def test_benchmark_of_pair_times_video_encoding(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
-    (path,) = opened(pair=PlantedPair(planted_backend()))
+def test_benchmark_of_pair_times_video_encoding(opened: Callable[..., list[Path]]) -> None:
+    (path,) = opened(pair=PlantedPair(PlantedBackend()))
     report = benchmark(path, samples=4, batch=3).to_dict()
     encode = {("one query", "host", "encode a video"): [1]}
     assert measured(report) == {**WHOLE, **encode, ("query length", "host", "network"): [1, 2, 4, 6]}
@@ -130,11 +130,9 @@ def test_benchmark_of_pair_times_video_encoding(opened: Callable[..., list[Path]
 # Comparisons
 
 
-def test_models_are_interleaved_and_compared_with_the_first(
-    opened: Callable[..., list[Path]], planted_backend: Any
-) -> None:
+def test_models_are_interleaved_and_compared_with_the_first(opened: Callable[..., list[Path]]) -> None:
     log: list[str] = []
-    paths = opened(**{name: planted_backend(before=lambda batch, name=name: log.append(name)) for name in "abc"})
+    paths = opened(**{name: PlantedBackend(before=lambda batch, name=name: log.append(name)) for name in "abc"})
     report = benchmark(compare=tuple(paths), samples=6, batch=1)
     assert [model.label for model in report.models] == ["a.onnx", "b.onnx", "c.onnx"]
     assert [agreement.different for agreement in report.agreements] == [0, 0]
@@ -149,12 +147,12 @@ def test_models_are_interleaved_and_compared_with_the_first(
 
 
 def test_benchmark_reports_models_with_different_answers(
-    opened: Callable[..., list[Path]], planted_backend: Any, capsys: pytest.CaptureFixture[str]
+    opened: Callable[..., list[Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def shift(heads: Heads) -> None:
         heads.boundary_distances[...] += 3
 
-    a, b = opened(a=planted_backend(), b=planted_backend(after=shift))
+    a, b = opened(a=PlantedBackend(), b=PlantedBackend(after=shift))
     report = benchmark(a, compare=(b,), samples=3, batch=1)
     (actual,) = report.agreements
     assert actual.different > 10
@@ -164,11 +162,11 @@ def test_benchmark_reports_models_with_different_answers(
     assert report.models[0].sha256 != report.models[1].sha256
 
 
-def test_models_with_different_inputs_are_rejected(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
-    a, b = opened(a=planted_backend(), b=planted_backend(dim=16))
+def test_models_with_different_inputs_are_rejected(opened: Callable[..., list[Path]]) -> None:
+    a, b = opened(a=PlantedBackend(), b=PlantedBackend(dim=16))
     with raises(ModelFileError, "models_differ", "a.onnx", 8, "b.onnx", 16):
         benchmark(a, compare=(b,), samples=1)
-    manifest = planted_backend().manifest
+    manifest = PlantedBackend().manifest
     foreign = dataclasses.replace(manifest, vocabulary=Vocabulary({"zebra": 1}))
     with raises(QueryError, "models_differ", "--data"):
         synthetic_workload([manifest, foreign])
@@ -198,8 +196,8 @@ class OnGpu:
         return SimpleNamespace(plan=10, device=20, pinned=30, free=1, total=2)
 
 
-def test_gpu_time_comes_from_device_events(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
-    backend = OnGpu(planted_backend())
+def test_gpu_time_comes_from_device_events(opened: Callable[..., list[Path]]) -> None:
+    backend = OnGpu(PlantedBackend())
     (path,) = opened(gpu=backend)
     report = benchmark(path, samples=3, batch=2)
     on_gpu = {
@@ -216,12 +214,12 @@ def test_gpu_time_comes_from_device_events(opened: Callable[..., list[Path]], pl
     assert not any("no times of the GPU" in note for note in report.notes)
 
 
-def test_unsupported_cases_are_skipped_with_a_note(opened: Callable[..., list[Path]], planted_backend: Any) -> None:
+def test_unsupported_cases_are_skipped_with_a_note(opened: Callable[..., list[Path]]) -> None:
     def accept_short(batch: Batch) -> None:
         if batch.query_length.max() > 5:
             raise ShapeError("The query has 6 tokens and this engine takes 1 to 5.")
 
-    backend = planted_backend(before=accept_short)
+    backend = PlantedBackend(before=accept_short)
     (path,) = opened(short=backend)
     workload = synthetic_workload([dataclasses.replace(backend.manifest, max_query_length=5)])
     with pytest.MonkeyPatch.context() as patch:
@@ -234,14 +232,12 @@ def test_unsupported_cases_are_skipped_with_a_note(opened: Callable[..., list[Pa
 
 
 @pytest.mark.parametrize("fails_after", [2, 6])
-def test_out_of_memory_skips_only_its_case(
-    opened: Callable[..., list[Path]], planted_backend: Any, fails_after: int
-) -> None:
+def test_out_of_memory_skips_only_its_case(opened: Callable[..., list[Path]], fails_after: int) -> None:
     def fail(batch: Batch) -> None:
         if len(batch) == 2 and sum(len(run) == 2 for run in backend.batches) > fails_after:
             raise DeviceMemoryError("The cuda device has no memory left for this batch.")
 
-    backend = planted_backend(before=fail)
+    backend = PlantedBackend(before=fail)
     (path,) = opened(full=backend)
     report = benchmark(path, samples=5, batch=2)
     sizes_measured = {(t.case.group, t.case.boundary, t.case.size) for t in report.timings if t.latency}
@@ -256,18 +252,13 @@ def test_out_of_memory_skips_only_its_case(
 
 @pytest.mark.parametrize("after", [0, 5, 150])
 def test_ctrl_c_keeps_measured_timings(
-    opened: Callable[..., list[Path]],
-    planted_backend: Any,
-    tmp_path: Path,
-    after: int,
-    run_command: Callable[..., Any],
-    caplog: pytest.LogCaptureFixture,
+    opened: Callable[..., list[Path]], tmp_path: Path, after: int, run_command: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     def interrupt(batch: Batch) -> None:
         if len(backend.batches) == after + 1:
             raise KeyboardInterrupt
 
-    backend = planted_backend(before=interrupt)
+    backend = PlantedBackend(before=interrupt)
     (path,) = opened(stopped=backend)
     output = tmp_path / "r.json"
     outcome = run_command(benchmark, "--model", path, "--samples", 120, "--batch", 1, "--output", output)
@@ -288,11 +279,7 @@ def test_ctrl_c_keeps_measured_timings(
 
 
 def test_invalid_input_is_rejected_before_loading_the_model(
-    tiny_model: Path,
-    mini: Path,
-    tmp_path: Path,
-    refused: Callable[..., GroundingError],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path, mini: Path, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
     model = ("--model", tiny_model)

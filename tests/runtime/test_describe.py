@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from runtime.artifacts.manifest import Manifest
-from runtime.core.errors import GroundingError
 from runtime.describe import describe
 from tests.raising import check_error
 
 
-def test_describe_prints_model_facts(tiny_model: Path, run_command: Callable[..., Any]) -> None:
+def test_describe_prints_model_facts(tiny_model: Path, run_command: Any) -> None:
     outcome = run_command(describe, tiny_model)
     assert outcome.code == 0
     rows = dict(line.split("  ", 1) for line in outcome.out.splitlines())
@@ -29,9 +28,7 @@ def test_describe_prints_model_facts(tiny_model: Path, run_command: Callable[...
     assert rows["source drn.pt"] == "0" * 64
 
 
-def test_describe_json_is_the_full_manifest(
-    tiny_model: Path, tiny_manifest: Manifest, run_command: Callable[..., Any]
-) -> None:
+def test_describe_prints_manifest(tiny_model: Path, tiny_manifest: Manifest, run_command: Any) -> None:
     outcome = run_command(describe, tiny_model, "--json")
     assert outcome.code == 0
     assert Manifest.from_json(outcome.out) == tiny_manifest
@@ -39,14 +36,12 @@ def test_describe_json_is_the_full_manifest(
 
 
 def test_describe_ignores_a_validation_that_is_no_table(
-    tmp_path: Path, write_model: Callable[..., Path], run_command: Callable[..., Any]
+    tmp_path: Path, write_model: Callable[..., Path], run_command: Any
 ) -> None:
     assert run_command(describe, write_model(tmp_path / "a.onnx", training={"validation": "none"})).code == 0
 
 
-def test_describe_reads_image_encoder_metadata_file(
-    tmp_path: Path, run_command: Callable[..., Any], refused: Callable[..., GroundingError]
-) -> None:
+def test_describe_reads_image_encoder_metadata_file(tmp_path: Path, run_command: Any, refused: Any) -> None:
     graphs = pytest.importorskip("tests.runtime.media.extractor_graphs")
     outcome = run_command(describe, graphs.write_images(tmp_path / "clip.onnx"))
     assert outcome.code == 0
@@ -56,7 +51,7 @@ def test_describe_reads_image_encoder_metadata_file(
     check_error(refused(describe, tmp_path / "clip.onnx"), "invalid_json", tmp_path / "clip.onnx.json")
 
 
-def test_describe_rejects_files_that_are_not_models(tmp_path: Path, refused: Callable[..., GroundingError]) -> None:
+def test_describe_rejects_files_that_are_not_models(tmp_path: Path, refused: Any) -> None:
     (tmp_path / "text.onnx").write_text("a text")
     check_error(refused(describe, tmp_path / "text.onnx"), "not_onnx", tmp_path / "text.onnx")
     check_error(refused(describe, tmp_path / "gone.onnx"), "missing_file", tmp_path / "gone.onnx")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,9 +35,7 @@ def findings() -> dict[str, module.Finding]:
     return {finding.subject: finding for finding in doctor()}
 
 
-def test_doctor_names_missing_packages_and_commands(
-    installed: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_names_missing_packages(installed: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     actual = findings()
     remedies = {
         "run .onnx models": "pip install '.[cpu]'",
@@ -65,9 +62,7 @@ def test_doctor_names_missing_packages_and_commands(
     assert [line[:3] for line in out.splitlines() if "->" not in line].count("no ") == len(remedies) + 1
 
 
-def test_doctor_reports_installed_packages_as_working(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_reports_working_packages(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     names = (
         *("onnx", "onnxscript", "onnxruntime", "openvino", "matplotlib", "h5py", "tensorrt", "tensorrt-rtx-cu13"),
         *("polygraphy", "jinja2", "ray", "pyarrow", "tritonclient"),
@@ -121,9 +116,7 @@ def test_cpu_findings_show_features_and_int8_weight_form(
     assert int8 in actual["INT8 on this CPU"].details
 
 
-def test_incomplete_or_conflicting_packages_do_not_work(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_incomplete_or_conflicting_packages_fail(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     installed.update({"ray": "2.51", "onnxruntime": "1", "onnxruntime-gpu": "1", "torch": "2.13.0"})
     answer = subprocess.CompletedProcess([], 1, "", "Traceback\nImportError: libcudart.so\n")
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: answer)
@@ -137,9 +130,7 @@ def test_incomplete_or_conflicting_packages_do_not_work(
     assert train.details.endswith("ImportError: libcudart.so")
 
 
-def test_broken_openvino_shows_its_error(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_broken_openvino_is_shown(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     installed["openvino"] = "2026.4"
     (tmp_path / "openvino.py").write_text("raise ImportError('libopenvino.so: cannot open shared object file')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -151,7 +142,7 @@ def test_broken_openvino_shows_its_error(
 
 
 def test_doctor_lists_every_gpu_and_exits_with_0(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, run_command: Any
 ) -> None:
     gpus = [Gpu("NVIDIA H100", "550.1", total_mib=81559, capability="9.0"), Gpu("NVIDIA T4")]
     monkeypatch.setattr(module, "list_gpus", lambda: gpus)

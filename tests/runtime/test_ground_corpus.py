@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runtime.core.errors import GroundingError
 from runtime.ground_corpus import ground_corpus
 from tests.raising import check_error
 
@@ -24,7 +22,7 @@ def words(tiny_model: Path, mini: Path, tmp_path: Path) -> list[object]:
 
 
 def test_ground_corpus_writes_shards_and_prints_pair_count(
-    run_command: Callable[..., Any], words: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run_command: Any, words: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     outcome = run_command(ground_corpus, *words, "--actors", 0, "--shard-pairs", 4)
     assert outcome.code == 0
@@ -35,18 +33,13 @@ def test_ground_corpus_writes_shards_and_prints_pair_count(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("--actors", -1), ("--threads", 0), ("--shard-pairs", 0), ("--top-k", 0), ("--batch-size", 0)],
+    ("option", "value"), [("--actors", -1), ("--threads", 0), ("--shard-pairs", 0), ("--top-k", 0), ("--batch-size", 0)]
 )
-def test_invalid_option_is_named(
-    refused: Callable[..., GroundingError], words: list[object], option: str, value: int
-) -> None:
+def test_invalid_option_is_named(refused: Any, words: list[object], option: str, value: int) -> None:
     check_error(refused(ground_corpus, *words, option, value), "invalid_option", option, value)
 
 
-def test_missing_ray_error_names_the_extra(
-    refused: Callable[..., GroundingError], words: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_ray_error_names_the_extra(refused: Any, words: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     error = refused(ground_corpus, *words)
     check_error(error, "missing_library", "pip install '.[corpus]'", "--actors 0")

@@ -19,7 +19,6 @@ import pytest
 
 from runtime import Grounder
 from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
-from runtime.core.errors import GroundingError
 from runtime.datasets.dataset import DataSet
 from runtime.infer import infer
 from tests.raising import check_error, records
@@ -42,7 +41,7 @@ def of_clip(tiny_model: Path, clip: Path) -> tuple[Any, ...]:
 
 
 def test_json_output_equals_grounder_moments(
-    of_clip: tuple[Any, ...], tiny_model: Path, golden: Path, run_command: Callable[..., Any]
+    of_clip: tuple[Any, ...], tiny_model: Path, golden: Path, run_command: Any
 ) -> None:
     data = ("--data", golden / "mini", "--video", "AAAA1")
     queries = ("--query", "person opens the door", "dog sits")
@@ -61,9 +60,7 @@ def test_json_output_equals_grounder_moments(
         assert all(0 <= moment["start"] <= moment["end"] <= 30 for moment in expected)
 
 
-def test_feature_file_gives_text_and_a_png_plot(
-    of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any]
-) -> None:
+def test_feature_file_gives_answers(of_clip: tuple[Any, ...], tmp_path: Path, run_command: Any) -> None:
     pytest.importorskip("matplotlib")
     outcome = run_command(infer, *of_clip, "--query", "person opens the door", "--plot", tmp_path / "plot.png")
     assert outcome.code == 0
@@ -73,7 +70,7 @@ def test_feature_file_gives_text_and_a_png_plot(
 
 
 def test_all_truths_are_shown_for_any_query_spacing(
-    tiny_model: Path, tmp_path: Path, run_command: Callable[..., Any], golden: Path
+    tiny_model: Path, tmp_path: Path, run_command: Any, golden: Path
 ) -> None:
     data = shutil.copytree(golden / "mini", tmp_path / "data")
     with open(data / "Charades_sta_train.txt", "a") as stream:
@@ -88,7 +85,7 @@ def test_all_truths_are_shown_for_any_query_spacing(
 
 
 def test_video_file_of_other_length_than_features_is_rejected(
-    of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any], refused: Callable[..., GroundingError]
+    of_clip: tuple[Any, ...], tmp_path: Path, run_command: Any, refused: Any
 ) -> None:
     films = pytest.importorskip("tests.films")
     pytest.importorskip("matplotlib")
@@ -103,7 +100,7 @@ def test_video_file_of_other_length_than_features_is_rejected(
 
 
 def test_plot_is_checked_before_opening_model(
-    of_clip: tuple[Any, ...], tmp_path: Path, refused: Callable[..., GroundingError], monkeypatch: pytest.MonkeyPatch
+    of_clip: tuple[Any, ...], tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Grounder, "load", lambda *_: pytest.fail("a model was opened"))
     for name in ("plot.jpg", "plot"):
@@ -123,9 +120,7 @@ class Attack:
         return exec, (f"open({str(self.path)!r}, 'w')",)
 
 
-def test_bad_feature_file_is_one_error_without_output(
-    tiny_model: Path, tmp_path: Path, refused: Callable[..., GroundingError]
-) -> None:
+def test_bad_feature_file_is_one_error_without_output(tiny_model: Path, tmp_path: Path, refused: Any) -> None:
     np.save(tmp_path / "wide.npy", np.ones((9, 17), np.float32))
     np.save(tmp_path / "objects.npy", np.array([Attack(tmp_path / "ran")], object))
     (tmp_path / "attack.pt").write_bytes(pickle.dumps(Attack(tmp_path / "ran")))
@@ -145,7 +140,7 @@ def test_bad_feature_file_is_one_error_without_output(
 
 
 def test_frame_count_is_derived_by_clip_timing_of_model(
-    write_model: Callable[..., Path], clip: Path, tmp_path: Path, run_command: Callable[..., Any]
+    write_model: Callable[..., Path], clip: Path, tmp_path: Path, run_command: Any
 ) -> None:
     model = write_model(tmp_path / "i3d.onnx", features=Features("I3D", 16, window=64, stride=4))
     arguments = ("--model", model, "--features", clip, "--duration", 20, "--query", "dog sits", "--format", "json")
@@ -155,7 +150,7 @@ def test_frame_count_is_derived_by_clip_timing_of_model(
 
 
 def test_unusual_frame_count_gives_warning(
-    of_clip: tuple[Any, ...], run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    of_clip: tuple[Any, ...], run_command: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = (*of_clip, "--query", "dog sits", "--num-frames")
     run_command(infer, *arguments, 248)
@@ -165,7 +160,7 @@ def test_unusual_frame_count_gives_warning(
 
 
 def test_infer_unquoted_query_gives_warning_with_quotes(
-    of_clip: tuple[Any, ...], run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    of_clip: tuple[Any, ...], run_command: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_command(infer, *of_clip, "--query", "person", "opens", "the", "door")
     assert records(caplog, logging.WARNING, '--query "person opens the door"')
@@ -175,9 +170,7 @@ def test_infer_unquoted_query_gives_warning_with_quotes(
     assert "--query" not in "".join(record.message for record in caplog.records if record.levelname == "WARNING")
 
 
-def test_missing_or_conflicting_options_are_rejected(
-    tiny_model: Path, clip: Path, golden: Path, refused: Callable[..., GroundingError]
-) -> None:
+def test_missing_or_conflicting_options_are_rejected(tiny_model: Path, clip: Path, golden: Path, refused: Any) -> None:
     model, query, mini = ("--model", tiny_model), ("--query", "dog sits"), golden / "mini"
     of_one, gone = ("--features", clip, "--duration", 1), clip.parent / "gone"
     of_clip = ("--features", clip, "--duration", 20)
@@ -206,11 +199,7 @@ def test_missing_or_conflicting_options_are_rejected(
 
 
 def test_infer_rejects_files_that_are_not_models(
-    write_graph: Callable[..., Path],
-    tiny_manifest: Manifest,
-    clip: Path,
-    tmp_path: Path,
-    refused: Callable[..., GroundingError],
+    write_graph: Callable[..., Path], tiny_manifest: Manifest, clip: Path, tmp_path: Path, refused: Any
 ) -> None:
     about = {METADATA_KEY: tiny_manifest.to_json()}
     files = {
@@ -232,7 +221,7 @@ def test_infer_rejects_files_that_are_not_models(
 
 
 def test_plot_on_full_disk_fails_without_file(
-    of_clip: tuple[Any, ...], tmp_path: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    of_clip: tuple[Any, ...], tmp_path: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
 
@@ -257,19 +246,19 @@ def test_shell_stdout_contains_only_results(of_clip: tuple[Any, ...]) -> None:
 
 
 def test_long_video_uses_and_reports_requested_windows(
-    tiny_model: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    tiny_model: Path, tmp_path: Path, run_command: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "drn")
     np.save(tmp_path / "hall.npy", np.random.default_rng(0).random((900, 16)).astype(np.float32))
     of_hall = ("--model", tiny_model, "--features", tmp_path / "hall.npy", "--duration", 300, "--format", "json")
-    asked = (*of_hall, "--query", "person opens the door")
-    complete = run_command(infer, *asked)
+    arguments = (*of_hall, "--query", "person opens the door")
+    complete = run_command(infer, *arguments)
     assert not records(caplog, logging.INFO, "300.0")
-    cut = run_command(infer, *asked, "--window", 43, "--overlap", 14.5)
+    cut = run_command(infer, *arguments, "--window", 43, "--overlap", 14.5)
     assert len(records(caplog, logging.INFO, "hall", "300.0", 11, "43.0", "15.0")) == 1
     (answer,) = json.loads(cut.out)
     assert set(answer) == {"query", "video", "moments"}
     assert all(moment["end"] - moment["start"] <= 43.1 for moment in answer["moments"])
-    assert run_command(infer, *asked, "--window", 0).out == complete.out
-    run_command(infer, *asked, "--window", 43)
+    assert run_command(infer, *arguments, "--window", 0).out == complete.out
+    run_command(infer, *arguments, "--window", 43)
     assert len(records(caplog, logging.INFO, "hall", "22.0")) == 1

@@ -99,9 +99,7 @@ def calls(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPathF
     }
 
 
-def test_wrong_types_raise_only_grounding_errors(
-    calls: dict[str, Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_types_raise_our_errors(calls: dict[str, Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A path such as "x" is one that may be written.
     monkeypatch.chdir(tmp_path)
     crashes = []

@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime.core.errors import GroundingError
 from runtime.serve import serve
 from tests.raising import check_error, records
 
@@ -20,7 +18,7 @@ pytest.importorskip("fastapi", reason="the service needs the extra [serve]")
 
 
 def test_missing_packages_error_names_the_extra(
-    refused: Callable[..., GroundingError], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else known(name))
@@ -28,7 +26,7 @@ def test_missing_packages_error_names_the_extra(
     check_error(error, "missing_library", "uvicorn", "pip install '.[serve]'")
 
 
-def test_public_host_requires_api_key(refused: Callable[..., GroundingError], tiny_model: Path) -> None:
+def test_public_host_requires_api_key(refused: Any, tiny_model: Path) -> None:
     error = refused(serve, "--model", tiny_model, "--host", "0.0.0.0")
     check_error(error, "missing_option", "0.0.0.0", "--api-key")
 
@@ -37,13 +35,11 @@ def test_public_host_requires_api_key(refused: Callable[..., GroundingError], ti
     ("option", "value"),
     [("--port", 70000), ("--batch-size", 0), ("--wait-ms", -1), ("--queue-size", 8), ("--timeout", 0), ("--grace", -1)],
 )
-def test_invalid_option_is_named(
-    refused: Callable[..., GroundingError], tiny_model: Path, option: str, value: Any
-) -> None:
+def test_invalid_option_is_named(refused: Any, tiny_model: Path, option: str, value: Any) -> None:
     check_error(refused(serve, "--model", tiny_model, option, value), "invalid_option", option, value)
 
 
-def test_port_in_use_is_named(refused: Callable[..., GroundingError], tiny_model: Path) -> None:
+def test_port_in_use_is_named(refused: Any, tiny_model: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -52,7 +48,7 @@ def test_port_in_use_is_named(refused: Callable[..., GroundingError], tiny_model
     check_error(error, "address_unavailable", f"127.0.0.1:{port}", "--port")
 
 
-def test_missing_files_are_named(refused: Callable[..., GroundingError], tiny_model: Path, tmp_path: Path) -> None:
+def test_missing_files_are_named(refused: Any, tiny_model: Path, tmp_path: Path) -> None:
     none, model = tmp_path / "none", ("--model", tiny_model)
     check_error(refused(serve, "--model", tmp_path / "none.onnx"), "missing_file", tmp_path / "none.onnx")
     check_error(refused(serve, *model, "--data", none), "missing_file", none)
@@ -60,20 +56,16 @@ def test_missing_files_are_named(refused: Callable[..., GroundingError], tiny_mo
 
 
 def test_serve_rejects_wrong_width_and_reports_missing_files(
-    refused: Callable[..., GroundingError],
-    tiny_model: Path,
-    mini: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    refused: Any, tiny_model: Path, mini: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = mini / "C3D_unit16_overlap0.5_merged"
-    files = sorted(place.iterdir())
+    directory = mini / "C3D_unit16_overlap0.5_merged"
+    files = sorted(directory.iterdir())
     files[0].unlink()
     for file in files[1:]:
         file.unlink()
         np.save(file.with_suffix(".npy"), np.ones((30, 8), np.float32))
     check_error(refused(serve, "--model", tiny_model, "--data", mini), "feature_width_mismatch", 8, 16)
-    for file in place.iterdir():
+    for file in directory.iterdir():
         file.unlink()
     # The warning comes before the error that ends the command.
     error = refused(serve, "--model", tiny_model, "--data", mini, "--media", tmp_path / "none")

@@ -133,9 +133,7 @@ def test_decoding_after_stage_1_ignores_iou_scores(short_run: Path) -> None:
     assert dataclasses.replace(stages[0].decoding, use_iou_scores=True) == stages[2].decoding
 
 
-def test_only_out_of_memory_raises_device_memory_error(
-    reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_is_device_memory_error(reference: Any, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = open_checkpoint(published, device="cpu")
     for error in (
         torch.OutOfMemoryError("CUDA out of memory"),

@@ -187,9 +187,7 @@ def test_resume_state_is_not_read_as_published_checkpoint(short_run: Path) -> No
         load_checkpoint(path)
 
 
-def test_interrupted_save_keeps_previous_file(
-    checkpoint: Checkpoint, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_save_keeps_old_file(checkpoint: Checkpoint, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
 
     def interrupted(content: Any, path: Path) -> None:

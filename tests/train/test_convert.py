@@ -20,7 +20,7 @@ import torch
 
 from runtime.artifacts.manifest import Features
 from runtime.core.decoding import Decoding
-from runtime.core.errors import CheckpointError, GroundingError
+from runtime.core.errors import CheckpointError
 from runtime.core.tokenizer import Vocabulary
 from tests.raising import quotes, raises, records
 from train.checkpoints import Checkpoint, load_checkpoint
@@ -167,9 +167,7 @@ def test_stage_option_overrides_detected_stage(tmp_path: Path, state: State) -> 
 
 
 @pytest.mark.parametrize("layout", ["published.pth", "model_best.pth.tar"])
-def test_network_sizes_are_inferred_from_tensor_shapes(
-    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_network_sizes_follow_tensor_shapes(tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = DRNConfig(vocab_size=7, embed_dim=4, feature_dim=8, fpn_dim=10, head_convs=3, lstm_layers=2)
     source = FILES[layout](DRN(config).state_dict(), tmp_path / layout)
     convert(source, tmp_path / "drn.pt")
@@ -194,7 +192,7 @@ def test_published_size_is_recognized(tmp_path: Path, recipe: types.ModuleType, 
     assert quotes(printed, "39,214,288", 120, "4,096")
 
 
-def test_bare_legacy_state_dict_in_half_precision_becomes_float32(tmp_path: Path, state: State) -> None:
+def test_bare_half_precision_state_dict_becomes_float32(tmp_path: Path, state: State) -> None:
     half = OrderedDict((name, t.half() if t.is_floating_point() else t) for name, t in state.items())
     torch.save(half, tmp_path / "f.pth", _use_new_zipfile_serialization=False)
     checkpoint = convert(tmp_path / "f.pth", tmp_path / "drn.pt")
@@ -202,9 +200,7 @@ def test_bare_legacy_state_dict_in_half_precision_becomes_float32(tmp_path: Path
     assert torch.equal(checkpoint.weights["prop_fc.weight"], state["prop_fc.weight"].half().float())
 
 
-def test_missing_vocabulary_gives_warning_and_next_command(
-    tmp_path: Path, state: State, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_vocabulary_warns_with_command(tmp_path: Path, state: State, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="drn"):
         convert(published(state, tmp_path / "f.pth"), tmp_path / "drn.pt")
     assert records(caplog, logging.WARNING, "--vocabulary", 1301)
@@ -272,7 +268,7 @@ def test_many_missing_tensors_are_counted(tmp_path: Path, state: State) -> None:
     ],
     ids=["nan", "integers", "overflow", "list", "twice"],
 )
-def test_invalid_weights_are_named(
+def test_invalid_weights_fail(
     tmp_path: Path, state: State, change: State, code: str, values: tuple[object, ...]
 ) -> None:
     assert_rejected(published(OrderedDict(state, **change), tmp_path / "f.pth"), code, tmp_path / "f.pth", *values)
@@ -350,7 +346,7 @@ def test_code_in_the_pickle_is_not_run(tmp_path: Path, state: State) -> None:
         ("{", "invalid_json", ()),
     ],
 )
-def test_mismatched_word_table_is_rejected(
+def test_wrong_word_table_fails(
     tmp_path: Path, state: State, table: Any, code: str, values: tuple[object, ...]
 ) -> None:
     path = tmp_path / "words.json"
@@ -359,12 +355,7 @@ def test_mismatched_word_table_is_rejected(
 
 
 def test_convert_command_succeeds_or_fails_with_one_line(
-    tmp_path: Path,
-    state: State,
-    word_table: Path,
-    run_command: Callable[..., Any],
-    refused: Callable[..., GroundingError],
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, state: State, word_table: Path, run_command: Any, refused: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "drn")
     source = published(state, tmp_path / "f.pth")

@@ -186,9 +186,7 @@ def test_output_that_is_a_file_is_rejected(planted: Path, tmp_path: Path) -> Non
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_checkpoint_that_does_not_fit_is_rejected(
-    assert_rejected: Any, short_run: Path, data: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_of_other_size_fails(assert_rejected: Any, short_run: Path, data: Path, tmp_path: Path) -> None:
     arguments = ["--data", data, "--load", short_run / "drn.pt"]
     (tmp_path / "glove.txt").write_text("door 1 2\n")
     conflict = ("--glove", "--load")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +270,7 @@ def test_malformed_annotations_are_named(
 
 
 def test_simulate_command_prints_statement_and_next_command(
-    tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, run_command: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "drn")
     done = run_command(simulate, "--output", tmp_path / "data", "--feature-dim", "8", "--videos", "5")

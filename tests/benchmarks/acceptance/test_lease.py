@@ -126,8 +126,10 @@ class Machine:
         elif isinstance(action, Verify):
             assert self.library is not None
             self.now += draw.draw(st.floats(0.1, min(action.limit_s, 30.0)))
-            whole = draw.draw(st.integers(0, 8)) > 0
-            self.library = dataclasses.replace(self.library, verified=whole, failed="" if whole else "a file differs")
+            verified = draw.draw(st.integers(0, 8)) > 0
+            self.library = dataclasses.replace(
+                self.library, verified=verified, failed="" if verified else "a file differs"
+            )
         elif isinstance(action, Start):
             task = action.task
             assert all(self.outcomes.get(name) == "done" for name in task.after)
@@ -147,9 +149,7 @@ class Machine:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.floats(2, 15), st.floats(1, 10), st.none() | st.integers(1, 9))
-def test_simulated_lease_follows_all_rules(
-    draw: st.DataObject, minutes: float, call_minutes: float, chunks: int | None
-) -> None:
+def test_lease_obeys_all_rules(draw: st.DataObject, minutes: float, call_minutes: float, chunks: int | None) -> None:
     machine = Machine(draw, Limits(60 * minutes, 60 * call_minutes), chunks)
     events = machine.run()
     check_times(events, machine.limits)

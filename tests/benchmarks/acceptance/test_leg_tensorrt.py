@@ -47,7 +47,7 @@ def ran(split_models: Path, planted: Path, tmp_path_factory: pytest.TempPathFact
         yield job
 
 
-def told(job: Job, name: str) -> dict[str, Any]:
+def read_step(job: Job, name: str) -> dict[str, Any]:
     (step,) = [step for step in read_leg(job.results("tensorrt"))["steps"] if step["name"] == name]
     return step
 
@@ -89,7 +89,7 @@ def test_report_lists_every_target_with_verdict(ran: Job) -> None:
 
 
 def test_both_lstm_forms_are_timed_at_engine_query_lengths(ran: Job) -> None:
-    step = told(ran, "the LSTM as a loop and written out")
+    step = read_step(ran, "the LSTM as a loop and written out")
     steps = unrolled_tokens(ran)
     assert steps
     assert {(entry["case"], entry["queries"]) for entry in step["values"]["timings"]} == {
@@ -163,7 +163,7 @@ def test_baseline_from_another_run_is_marked() -> None:
 
 
 def test_target_values_come_from_recorded_timings(ran: Job) -> None:
-    values = told(ran, "the bar")["values"]
+    values = read_step(ran, "the bar")["values"]
     timings = {entry["case"]: entry for entry in values["timings"] if "times as fast" in entry}
     assert {"CUDA graphs, FP32", "CUDA graphs, FP32, encoded videos"} < timings.keys()
     (bar,) = [entry for entry in values["bars"] if entry["bar"] == targets.GRAPHS]
@@ -172,9 +172,9 @@ def test_target_values_come_from_recorded_timings(ran: Job) -> None:
     actual = {entry["bar"]: entry["found"] for entry in values["bars"]}
     assert actual[targets.GPU_PART] == pytest.approx(3.0)
     rates = {entry["queries"]: entry["queries_per_s"] for entry in values["timings"] if entry["boundary"] != "gpu"}
-    most = leg_tensorrt.BULK_BATCHES * ran.sizes.batches[-1]
-    assert rates.keys() == {1, ran.sizes.batches[-1], most}
-    assert actual[targets.RATE] == rates[most]
+    max_queries = leg_tensorrt.BULK_BATCHES * ran.sizes.batches[-1]
+    assert rates.keys() == {1, ran.sizes.batches[-1], max_queries}
+    assert actual[targets.RATE] == rates[max_queries]
 
 
 def test_rejected_engines_are_timed_and_their_layers_listed(ran: Job, tmp_path: Path) -> None:

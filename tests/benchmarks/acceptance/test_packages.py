@@ -72,7 +72,7 @@ def manifest(text: str) -> Callable[[bytes], bytes]:
         (MANIFEST, manifest('{"chunks": {"../other.bin": {"sha256": "0"}}, "use": ""}'), "invalid_manifest"),
     ],
 )
-def test_check_whole_raises_one_line_error_per_fault(
+def test_check_library_raises_one_line_error_per_fault(
     name: str, changed: Callable[[bytes], bytes | None], code: str, tmp_path: Path
 ) -> None:
     packages = write_packages(tmp_path / "packages", chunks=3)
@@ -140,8 +140,8 @@ def test_chunks_of_the_real_packer_are_unpacked(tmp_path: Path, monkeypatch: pyt
     variables, python = environment(library, tmp_path / "to")
     assert python == ""
     line = [sys.executable, "-c", "import made_up_library.part_2 as p; print(p.VALUE)"]
-    told = subprocess.run(line, env={**os.environ, **variables}, capture_output=True, text=True, check=True)
-    assert told.stdout == "2\n"
+    result = subprocess.run(line, env={**os.environ, **variables}, capture_output=True, text=True, check=True)
+    assert result.stdout == "2\n"
 
 
 def test_library_environment_uses_bundled_python(tmp_path: Path) -> None:
@@ -204,18 +204,18 @@ def test_collect_fetches_only_needed_and_absent_wheels(tmp_path: Path) -> None:
         "second": ("First", "fifth; sys_platform == 'win32'"),
         "third": (),
     }
-    asked: list[str] = []
+    requested: list[str] = []
 
     def fetch(requirement: str) -> Path:
-        asked.append(requirement)
+        requested.append(requirement)
         name = requirement.split(">")[0]
         return write_wheel(tmp_path, name, {}, needs[name])
 
     gpu_packages.collect(["first"], ["numpy"], "3.12", fetch)
-    assert asked == ["first", "second>=2"]
-    asked.clear()
+    assert requested == ["first", "second>=2"]
+    requested.clear()
     gpu_packages.collect(["first"], ["numpy"], "3.9", fetch)
-    assert asked == ["first", "second>=2", "third"]
+    assert requested == ["first", "second>=2", "third"]
 
 
 def test_pins_match_installed_versions() -> None:

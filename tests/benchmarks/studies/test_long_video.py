@@ -32,8 +32,8 @@ def tiny(models: Path, tmp_path: Path) -> Path:
     from runtime.artifacts.manifest import METADATA_KEY, Manifest
 
     model = onnx.load(models / "drn.onnx")
-    (told,) = (entry.value for entry in model.metadata_props if entry.key == METADATA_KEY)
-    without = dataclasses.replace(Manifest.from_json(told), windows=None)
+    (metadata,) = (entry.value for entry in model.metadata_props if entry.key == METADATA_KEY)
+    without = dataclasses.replace(Manifest.from_json(metadata), windows=None)
     onnx.helper.set_model_props(model, {METADATA_KEY: without.to_json()})
     onnx.save(model, tmp_path / "tiny.onnx")
     return tmp_path / "tiny.onnx"

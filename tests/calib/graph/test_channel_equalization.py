@@ -83,9 +83,7 @@ def test_small_weight_absorbs_more_of_the_scale_than_large_one() -> None:
     assert light < heavy
 
 
-def test_default_equalization_share_is_three_quarters(
-    model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest
-) -> None:
+def test_default_equalization_share_is_0_75(model: onnx.ModelProto, drawn: CalibrationSet, manifest: Manifest) -> None:
     assert exponents(np.array([16.0, 1.0]), np.ones(2)).tolist() == [0, 3]
     assert exponents(np.array([1.0, 1.0]), np.array([16.0, 1.0])).tolist() == [0, -1]
     batches = list(drawn.batches(manifest, 32))[:1]

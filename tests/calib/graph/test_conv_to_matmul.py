@@ -171,9 +171,7 @@ def test_in_memory_backend_equals_saved_graph(rows: onnx.ModelProto, batch: Batc
         np.testing.assert_allclose(getattr(actual, name), getattr(expected, name), rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_onnx_runtime_computes_every_product_in_int8(
-    rows: onnx.ModelProto, narrowed: onnx.ModelProto, tmp_path: Path
-) -> None:
+def test_onnx_runtime_multiplies_in_int8(rows: onnx.ModelProto, narrowed: onnx.ModelProto, tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3

@@ -156,9 +156,7 @@ def test_module_above_a_quarter_of_fp16_max_stays_fp32() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_model_not_finite_in_fp32_is_rejected_naming_the_module(
-    exported: dict[str, onnx.ModelProto], value: float
-) -> None:
+def test_model_not_finite_in_fp32_is_rejected_by_module(exported: dict[str, onnx.ModelProto], value: float) -> None:
     spoilt = batch("tiny")
     spoilt.segment_features[1, 3, 2] = value
     with raises(ModelFileError, "non_finite_output", "fpn.layer_blocks.1"):

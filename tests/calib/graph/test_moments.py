@@ -147,7 +147,7 @@ def small_graph(name: str) -> Run:
     return in_onnxruntime(moment_graph(manifest(DECODINGS[name]), MIN_OPSET))
 
 
-def test_query_with_a_value_that_is_not_finite_has_count_minus_one() -> None:
+def test_query_with_non_finite_value_has_count_minus_one() -> None:
     about, durations = manifest(SMALL), np.array([10, 20, 30], np.float32)
     run = in_onnxruntime(moment_graph(about, MIN_OPSET))
     for head in HEAD_NAMES:
@@ -280,9 +280,7 @@ def test_openvino_has_the_answers_of_infer(files: Path, planted: Path) -> None:
     assert answers_of(run, grounder, DataSet(planted))[1] == 0
 
 
-def test_commands_read_the_heads_of_a_graph_with_moments(
-    files: Path, planted: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_read_heads_beside_moments(files: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = DataSet(planted)
     annotation = data.annotations("test")[0]
     video = data.video(annotation.video)
@@ -308,11 +306,7 @@ def test_conversions_reject_a_graph_with_moments(files: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_moments_are_not_saved(
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_wrong_moments_are_not_saved(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calib.graph.moments.ALPHA", 0.8)
     monkeypatch.setattr("calib.graph.moments.LOW_THRESHOLD", 0.1)
     with raises(CheckFailed, "parity_failed"):

@@ -49,9 +49,7 @@ def signature(values: object) -> dict[str, tuple[int, list[object]]]:
 
 
 @pytest.mark.parametrize(("name", "videos"), [("tiny", [0]), ("tiny", [2, 0, 2, 1]), ("deep", [4, 3, 2, 1, 0])])
-def test_split_pair_equals_unsplit_graph(
-    exported: dict[str, onnx.ModelProto], tmp_path: Path, name: str, videos: list[int]
-) -> None:
+def test_split_is_exact(exported: dict[str, onnx.ModelProto], tmp_path: Path, name: str, videos: list[int]) -> None:
     path = written(exported[name], tmp_path)
     tokens, lengths, *_ = (values.numpy() for values in random_inputs(CONFIGS[name], [5, 1, 9, 3, 9][: len(videos)]))
     *_, features, spans = (values.numpy() for values in random_inputs(CONFIGS[name], [1] * (max(videos) + 1), seed=1))
@@ -163,9 +161,7 @@ def test_split_with_spans_in_encoding_is_rejected(exported: dict[str, onnx.Model
         split_graph(other)
 
 
-def test_to_onnx_with_split_writes_all_parts(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_to_onnx_split_writes_all_parts(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     # --prepare is an option of version 0.1 without effect.
     output = to_onnx(checkpoint, tmp_path / "drn.onnx", split=True, prepare=True, max_query_length=3)
     assert len(records(caplog, logging.WARNING, "--prepare")) == 1
@@ -196,9 +192,7 @@ def test_split_pair_failing_torch_parity_is_deleted(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unwritable_part_is_rejected_before_splitting(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_part_is_rejected_first(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced = "export.tracing.checkpoint_to_onnx.export_model"
     monkeypatch.setattr(traced, lambda *_, **__: pytest.fail("traced"))
     (tmp_path / "drn.query.onnx").mkdir()

@@ -54,9 +54,7 @@ def test_unrolled_lstm_equals_lstm(network: str, steps: int, exported: dict[str,
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, LONGEST), min_size=1, max_size=5), st.integers(0, 100))
-def test_unrolled_lstm_ignores_padding_tokens(
-    exported: dict[str, onnx.ModelProto], lengths: list[int], seed: int
-) -> None:
+def test_unrolled_lstm_ignores_padding(exported: dict[str, onnx.ModelProto], lengths: list[int], seed: int) -> None:
     model = unroll_lstm(exported["tiny"], LONGEST)
     actual = heads(model, "tiny", lengths, LONGEST, seed)
     # The LSTM gets the tokens of the longest query.
@@ -103,9 +101,7 @@ def test_graph_without_supported_lstm_is_rejected(exported: dict[str, onnx.Model
 
 
 @pytest.mark.parametrize(("precision", "network"), [("fp32", "tiny"), ("fp16", "deep"), ("bf16", "tiny")])
-def test_unrolled_graph_builds_in_tensorrt_rtx(
-    precision: str, network: str, exported: dict[str, onnx.ModelProto]
-) -> None:
+def test_unrolled_graph_builds_in_rtx(precision: str, network: str, exported: dict[str, onnx.ModelProto]) -> None:
     model = exported[network]
     if precision != "fp32":
         model = convert_to_half(raise_opset(model, 22 if precision == "bf16" else 17), precision)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ from tests.export.narrow_c3d import TINY, lively
 from tests.films import film
 from tests.raising import quotes, raises, records
 from tests.runtime.media.extractor_graphs import write_clips
-from tests.train.extractors.test_c3d import LAYOUTS
+from tests.train.extractors.c3d_layouts import LAYOUTS
 from train.extractors.c3d import MEANS
 from train.extractors.checkpoint import load_extractor, save_extractor
 from train.extractors.published import ExtractorCheckpoint

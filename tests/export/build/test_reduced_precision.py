@@ -41,9 +41,7 @@ def scaled(graph: onnx.ModelProto, **factors: float) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("library", [None, "onnxruntime", "openvino"])
-def test_only_graphs_for_a_cpu_have_unsigned_activations(
-    source: onnx.ModelProto, table: Path, library: Library | None
-) -> None:
+def test_only_cpu_has_unsigned_activations(source: onnx.ModelProto, table: Path, library: Library | None) -> None:
     options = ConversionOptions(table=table, library=library)
     graph = convert_precision(source, "int8", options, None).graph.graph
     points = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if "zero_point" in tensor.name}
@@ -53,15 +51,10 @@ def test_only_graphs_for_a_cpu_have_unsigned_activations(
 
 def test_overflow_prone_module_stays_fp32_and_is_reported(source: onnx.ModelProto, data_set: DataSet) -> None:
     # The product of both factors is unchanged, but values between the two layers exceed FP16.
-    loud = scaled(
-        source,
-        prop_fc__weight=2.0**18,
-        prop_fc__bias=2.0**18,
-        backbone_net__layers__0__weight=2.0**-18,
-    )
-    twin = convert_precision(loud, "fp16", ConversionOptions(threads=1), data_set)
-    assert "prop_fc" in twin.facts["held back in FP32"]
-    assert audit_graph(twin.graph).macs["prop_fc"].keys() == {"fp32"}
+    loud = scaled(source, prop_fc__weight=2.0**18, prop_fc__bias=2.0**18, backbone_net__layers__0__weight=2.0**-18)
+    converted = convert_precision(loud, "fp16", ConversionOptions(threads=1), data_set)
+    assert "prop_fc" in converted.facts["held back in FP32"]
+    assert audit_graph(converted.graph).macs["prop_fc"].keys() == {"fp32"}
     untouched = convert_precision(source, "fp16", ConversionOptions(threads=1), data_set)
     assert untouched.facts["held back in FP32"] == []
     # On some CPUs rounding restores a module of the head, but none that could overflow.
@@ -78,29 +71,25 @@ def test_module_losing_accuracy_in_fp16_is_restored(source: onnx.ModelProto, dat
 
 
 def test_fewest_modules_are_restored_and_the_plan_repeats_it(
-    source: onnx.ModelProto,
-    data_set: DataSet,
-    table: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    source: onnx.ModelProto, data_set: DataSet, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured = CalibrationTable.load(table)
     small = dict(measured.ranges)
     small["prop_fc/Unsqueeze"] = dataclasses.replace(small["prop_fc/Unsqueeze"], high=0.01)
     path = tmp_path / "spoilt.calibration.json"
     dataclasses.replace(measured, ranges=small).save(path)
-    wishes = ConversionOptions(table=path, max_drop=4.0, threads=1, plan_output=tmp_path / "plan.json")
-    twin = convert_precision(source, "int8", wishes, data_set)
-    kept = twin.facts["kept out of 8 bits"]
+    options = ConversionOptions(table=path, max_drop=4.0, threads=1, plan_output=tmp_path / "plan.json")
+    converted = convert_precision(source, "int8", options, data_set)
+    kept = converted.facts["kept out of 8 bits"]
     # With other rounding (two threads) a borderline query can restore up to two more modules.
     assert "prop_fc" in kept
     assert len(kept) <= 3
     assert quotes(capsys.readouterr().out, "prop_fc")
     assert json.loads((tmp_path / "plan.json").read_text())["keep"] == kept
     again = convert_precision(
-        source, "int8", dataclasses.replace(wishes, plan=tmp_path / "plan.json", plan_output=None), None
+        source, "int8", dataclasses.replace(options, plan=tmp_path / "plan.json", plan_output=None), None
     )
-    assert again.graph.SerializeToString() == twin.graph.SerializeToString()
+    assert again.graph.SerializeToString() == converted.graph.SerializeToString()
 
 
 def test_unreachable_budget_raises_budget_exceeded(

@@ -57,9 +57,7 @@ def test_sentence_of_a_missing_measurement_has_its_reason() -> None:
     assert check.reason in check.sentence()
 
 
-def test_measured_ratio_is_speed_relative_to_the_reference(
-    model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measured_ratio_is_relative_to_reference(model: Path, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_check, "time_interleaved", lambda calls, *_: [[0.3] * 20, [0.1] * 20])
     check = MEASURE_SPEED(("a.onnx", "b.onnx"), lambda: [Grounder.load(model, "cpu", 1)] * 2, 1.05, planted)
     assert check.single is not None
@@ -124,9 +122,7 @@ def test_slower_int8_model_is_written_and_the_build_fails(
     ("precision", "given", "required"),
     [("int8", None, 1.05), ("fp8", None, 1.05), ("fp16", None, 0), ("fp16", 1.2, 1.2), ("int8", 0.0, 0)],
 )
-def test_required_speed_has_a_default_for_8_bit_precisions(
-    precision: Any, given: float | None, required: float
-) -> None:
+def test_required_speed_has_default_for_8_bits(precision: Any, given: float | None, required: float) -> None:
     assert BuildRequest(Path("drn.onnx"), precision, min_speedup=given).required_speed == required
 
 

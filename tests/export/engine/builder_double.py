@@ -24,14 +24,14 @@ class Calls(list[tuple[str, tuple[Any, ...]]]):
     """Calls with their arguments, in order. `tests/export/test_conformance.py` checks the sets against the real API.
 
     Attributes:
-        asked: class and name of every use.
+        requested: class and name of every use.
         made: class, name and number of arguments of every call.
         written: class and name of every property that was set.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: set[tuple[str, str]] = set()
+        self.requested: set[tuple[str, str]] = set()
         self.made: set[tuple[str, str, int]] = set()
         self.written: set[tuple[str, str]] = set()
 
@@ -43,10 +43,10 @@ class Recorder:
         object.__setattr__(self, "_calls", calls)
         object.__setattr__(self, "_of", of)
         object.__setattr__(self, "_answers", answers)
-        calls.asked |= {(of, name) for name in answers}
+        calls.requested |= {(of, name) for name in answers}
 
     def __getattr__(self, name: str) -> Any:
-        self._calls.asked.add((self._of, name))
+        self._calls.requested.add((self._of, name))
         if name in self._answers and not callable(self._answers[name]):
             return self._answers[name]
 
@@ -59,7 +59,7 @@ class Recorder:
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._calls.written.add((self._of, name))
-        self._calls.asked.add((self._of, name))
+        self._calls.requested.add((self._of, name))
         self._calls.append((name, (value,)))
 
 

@@ -117,17 +117,17 @@ def layers(writer: Writer, scenario: str) -> list[Any]:
     if scenario == "names":
         return [f"{node}" for node in CONVOLUTIONS]
     if scenario == "convolutions":
-        found = [writer.convolution(node, "fp16") for node in CONVOLUTIONS]
+        layer_list = [writer.convolution(node, "fp16") for node in CONVOLUTIONS]
     elif scenario == "generated":
-        found = [writer.generated(node, "fp16") for node in (*CONVOLUTIONS, *PRODUCTS)]
+        layer_list = [writer.generated(node, "fp16") for node in (*CONVOLUTIONS, *PRODUCTS)]
     elif scenario == "foreign":
         return [writer.foreign("query_encoder/Gather", "fcos.head/Exp")]
     elif scenario == "mixed":
-        found = [writer.convolution(node, "fp16") for node in CONVOLUTIONS]
-        found.append(writer.foreign("query_encoder.biLSTM/LSTM", "query_encoder.W1/MatMul"))
+        layer_list = [writer.convolution(node, "fp16") for node in CONVOLUTIONS]
+        layer_list.append(writer.foreign("query_encoder.biLSTM/LSTM", "query_encoder.W1/MatMul"))
     elif scenario == "int8":
-        found = [writer.convolution(node, "int8", "fp16") for node in CONVOLUTIONS]
-        found += [
+        layer_list = [writer.convolution(node, "int8", "fp16") for node in CONVOLUTIONS]
+        layer_list += [
             writer.layer(
                 node, "MatrixMultiply", "fp16", "fp16", TacticName="ampere_h16816gemm_256x128_ldg8_stages_32x3_nn_v1"
             )
@@ -135,9 +135,9 @@ def layers(writer: Writer, scenario: str) -> list[Any]:
         ]
     else:
         assert scenario == "wide", scenario
-        found = [writer.convolution(f"backbone_net.layers.{index % 3}/Conv", "fp32") for index in range(30)]
-        return [*found, writer.copy(CONVOLUTIONS[0], "fp32", "fp16")]
-    return [*writer.around(), *found]
+        layer_list = [writer.convolution(f"backbone_net.layers.{index % 3}/Conv", "fp32") for index in range(30)]
+        return [*layer_list, writer.copy(CONVOLUTIONS[0], "fp32", "fp16")]
+    return [*writer.around(), *layer_list]
 
 
 def document(version: str, scenario: str, *, bound: bool, profiles: int = 2, hides: bool = False) -> str:
@@ -151,10 +151,10 @@ def document(version: str, scenario: str, *, bound: bool, profiles: int = 2, hid
         hides: whether types are hidden in any case.
     """
     writer = Writer(version, bound, hides)
-    found = layers(writer, scenario)
+    layer_list = layers(writer, scenario)
     if writer.old:
-        found = [_of_profile(layer, index) for index in range(profiles) for layer in found]
-    text = json.dumps({"Layers": found, "Bindings": ["query_tokens", "query_length"]})
+        layer_list = [_of_profile(layer, index) for index in range(profiles) for layer in layer_list]
+    text = json.dumps({"Layers": layer_list, "Bindings": ["query_tokens", "query_length"]})
     return text.replace("\\u001e", "\x1e") if writer.old else text
 
 

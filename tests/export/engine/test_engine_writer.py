@@ -80,20 +80,18 @@ def test_engine_that_was_not_opened_is_not_proven(
     large = BuiltEngine(bytes(90_000_000), "tensorrt 11.4.0", True, None, None, "no GPU is here to open the plan")
     monkeypatch.setattr("export.engine.engine_writer.build", lambda *_: large)
     output = build_engine(model, **ENGINES, unroll=(0,))
-    census = read_sidecar(output).content["census"]
-    assert (census["verdict"], census["engine"]) == (NOT_PROVEN, None)
-    assert "90 MB" in census["reason"]
+    reported = read_sidecar(output).content["census"]
+    assert (reported["verdict"], reported["engine"]) == (NOT_PROVEN, None)
+    assert "90 MB" in reported["reason"]
     assert "not proven" in capsys.readouterr().out
     assert records(caplog, logging.WARNING, NOT_PROVEN)
     assert not layers_path(output).exists()
 
 
-def test_layers_of_another_build_are_not_described(
-    model: Path, tensorrt: EngineBuilds, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_layers_of_other_build_hidden(model: Path, tensorrt: EngineBuilds, capsys: pytest.CaptureFixture[str]) -> None:
     engine = build_engine(model, **ENGINES, unroll=(0,))
-    whole = packed(inspected("wide"), engine.name, "0" * 64, "tensorrt 11.4.0")
-    for layers in (whole, whole[:40], b"text", gzip.compress(b"[]"), gzip.compress(b"{}"), b""):
+    complete = packed(inspected("wide"), engine.name, "0" * 64, "tensorrt 11.4.0")
+    for layers in (complete, complete[:40], b"text", gzip.compress(b"[]"), gzip.compress(b"{}"), b""):
         layers_path(engine).write_bytes(layers)
         capsys.readouterr()
         describe(engine)
@@ -188,9 +186,7 @@ def test_tf32_option_is_recorded_in_metadata(model: Path, tensorrt: EngineBuilds
 
 
 @pytest.mark.parametrize(("wide", "kept"), [(0, "drn.fp16.6.rejected"), (1, "drn.fp16.rejected")])
-def test_one_contradicted_engine_leaves_all_engines_unchanged(
-    model: Path, tensorrt: EngineBuilds, wide: int, kept: str
-) -> None:
+def test_contradicted_engine_leaves_all_unchanged(model: Path, tensorrt: EngineBuilds, wide: int, kept: str) -> None:
     tensorrt.scenarios = ["convolutions", "mixed"]
     output = build_engine(model, **ENGINES, unroll=(6,))
     before = contents(model.parent)
@@ -215,9 +211,7 @@ def test_one_contradicted_engine_leaves_all_engines_unchanged(
     ("error", "number"),
     [(BuildFailed("No."), 0), (ModelFileError("No."), 1), (BuildFailed("No."), 2), (KeyboardInterrupt(), 1)],
 )
-def test_interrupted_build_leaves_no_file(
-    model: Path, tensorrt: EngineBuilds, error: BaseException, number: int
-) -> None:
+def test_interrupted_build_has_no_file(model: Path, tensorrt: EngineBuilds, error: BaseException, number: int) -> None:
     def fail(attempt: Attempt) -> None:
         if len(tensorrt.attempts) > number:
             raise error

@@ -89,8 +89,8 @@ def test_layer_stats_and_verdict_match_table_per_version(row: str) -> None:
     known = TABLE[row]
     for version, cell in zip(VERSIONS, known.cells, strict=True):
         if cell != NO_SUCH_PLANS:
-            found = inspection(version, known.scenario, known.context)
-            counted, verdict = engine_verdict(found, known.expected, known.plan_bytes)
+            inspected = inspection(version, known.scenario, known.context)
+            counted, verdict = engine_verdict(inspected, known.expected, known.plan_bytes)
             assert (str(counted), verdict.name) == cell, version
 
 
@@ -140,8 +140,8 @@ OTHER_CASES = {
 
 @pytest.mark.parametrize("case", OTHER_CASES)
 def test_verdict_follows_the_evidence(case: str) -> None:
-    found, expected, name = OTHER_CASES[case]
-    assert engine_verdict(found, expected, 0)[1].name == name
+    inspected, expected, name = OTHER_CASES[case]
+    assert engine_verdict(inspected, expected, 0)[1].name == name
 
 
 RECORDED = Path(__file__).parents[1] / "recorded"
@@ -213,9 +213,11 @@ def test_nodes_in_fp32_must_not_be_narrower(kind: str, expected: str) -> None:
     expected_precision = ExpectedPrecision(
         "fp16", FP16.graph, fp32_nodes=frozenset({"fcos.head/Mul_4", "fcos.head/Exp"})
     )
-    found = [*layers(Writer("11.4", bound=True), "convolutions")]
-    found.append(Writer("11.4", bound=True).layer("PWN(fcos.head/Mul_4, fcos.head/Exp)", "PointWise", "fp16", kind))
-    _, verdict = engine_verdict(Inspection(json.dumps({"Layers": found})), expected_precision, 0)
+    known_layers = [*layers(Writer("11.4", bound=True), "convolutions")]
+    known_layers.append(
+        Writer("11.4", bound=True).layer("PWN(fcos.head/Mul_4, fcos.head/Exp)", "PointWise", "fp16", kind)
+    )
+    _, verdict = engine_verdict(Inspection(json.dumps({"Layers": known_layers})), expected_precision, 0)
     assert verdict.name == expected
     assert ("fcos.head/Exp" in verdict.reason) == (expected == NOT_PROVEN)
     # 8.6 hides the types of such layers, and fused layers do not count.
@@ -223,20 +225,22 @@ def test_nodes_in_fp32_must_not_be_narrower(kind: str, expected: str) -> None:
         Writer("8.6", bound=True).layer("PWN(fcos.head/Exp)", "PointWise", "fp16", kind),
         Writer("11.4", bound=True).layer("PWN(fcos.head/Exp, fcos.head/Add)", "PointWise", "fp16", kind),
     ):
-        _, verdict = engine_verdict(Inspection(json.dumps({"Layers": [*found[:-1], hidden]})), expected_precision, 0)
+        _, verdict = engine_verdict(
+            Inspection(json.dumps({"Layers": [*known_layers[:-1], hidden]})), expected_precision, 0
+        )
         assert verdict.name == PROVEN
 
 
 def test_engine_size_over_expectation_is_only_a_warning() -> None:
     weights = 200_000_000
     expected_precision = ExpectedPrecision("fp16", FP16.graph, weights)
-    found = inspection("11.4", "convolutions")
-    assert engine_verdict(found, expected_precision, 105_000_000)[1].name == PROVEN
+    inspected = inspection("11.4", "convolutions")
+    assert engine_verdict(inspected, expected_precision, 105_000_000)[1].name == PROVEN
     # Kernels are larger than a small network.
     assert not check_size(21_500_000, ExpectedPrecision("fp16", None, 10_000), 1)
     # One copy of the weights for each profile.
     assert quotes(check_size(208_000_000, expected_precision, 2), 2)
-    _, verdict = engine_verdict(found, expected_precision, 208_000_000)
+    _, verdict = engine_verdict(inspected, expected_precision, 208_000_000)
     assert verdict.name == NOT_PROVEN
     assert not quotes(check_size(208_000_000, expected_precision, 1), 2)
     # 11.4's lean runtime has 105 MB.

@@ -20,7 +20,7 @@ from calib.qdq_quantizer import QuantizationPolicy, insert_qdq
 from export.engine.builder import build
 from export.engine.weakly_typed import node_of, prepare, without_types
 from runtime.core.errors import ModelFileError
-from tests.export.conftest import CONFIGS, TINY, random_inputs
+from tests.export.conftest import CONFIGS, TINY, random_inputs, table_for
 from tests.export.engine.builder_double import (
     EMPTY,
     Calls,
@@ -32,7 +32,6 @@ from tests.export.engine.builder_double import (
     stand_in,
     with_layers,
 )
-from tests.export.test_rtx_builds import table_for
 from tests.raising import raises
 
 FLOATS = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
@@ -194,9 +193,7 @@ def test_unnamed_layers_that_only_fp32_layers_read_stay_fp32(exported: dict[str,
 
 
 @pytest.mark.parametrize("part", ["whole", "query", "unrolled", "int8"])
-def test_only_exp_and_scale_are_fp32_by_default(
-    part: str, exported: dict[str, onnx.ModelProto], int8: onnx.ModelProto
-) -> None:
+def test_exp_and_scale_default_to_fp32(part: str, exported: dict[str, onnx.ModelProto], int8: onnx.ModelProto) -> None:
     half = convert_to_half(exported["tiny"])
     graph = {"whole": half, "query": split_graph(half)[1], "unrolled": unroll_lstm(half, 6), "int8": int8}[part]
     layers = [layer(Calls(), node.name) for node in without_types(graph).graph.node]
@@ -206,9 +203,7 @@ def test_only_exp_and_scale_are_fp32_by_default(
     assert written == dict.fromkeys((exp.name, scale.name), "float32")
 
 
-def test_node_without_layer_is_a_warning(
-    exported: dict[str, onnx.ModelProto], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_node_without_layer_warns(exported: dict[str, onnx.ModelProto], caplog: pytest.LogCaptureFixture) -> None:
     build(convert_to_half(exported["tiny"]).SerializeToString(), options(), library=stand_in("8.6.1")[0])
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "fcos.head/Exp" in warning
@@ -258,9 +253,7 @@ def test_bfloat16_weights_keep_their_values(exported: dict[str, onnx.ModelProto]
             np.testing.assert_array_equal(onnx.numpy_helper.to_array(plain[tensor.name]).ravel(), bits.view(np.float32))
 
 
-def test_fp16_modules_of_int8_graph_are_not_constrained(
-    exported: dict[str, onnx.ModelProto], table: CalibrationTable
-) -> None:
+def test_fp16_modules_of_int8_are_unconstrained(exported: dict[str, onnx.ModelProto], table: CalibrationTable) -> None:
     # Modules kept out of 8 bits are FP16, like the layers around INT8.
     kept = convert_to_half(insert_qdq(exported["tiny"], table, QuantizationPolicy(keep=("fpn",)), opset=19))
     modules = {module for name in fp32_nodes(kept) for module in drn_modules(name)}

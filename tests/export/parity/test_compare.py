@@ -124,11 +124,11 @@ def test_agreement_on_no_moment_is_counted_and_reported(data_set: DataSet) -> No
         [
             line
             for table in parity_tables(
-                dataclasses.replace(result, fallbacks=whole), ("a", "b"), "test", AccuracyBudget()
+                dataclasses.replace(result, fallbacks=is_full), ("a", "b"), "test", AccuracyBudget()
             )
             for line in table.text().splitlines()
         ]
-        for whole in (1, 0)
+        for is_full in (1, 0)
     )
     (line,) = [line for line in lines if line not in without]
     assert quotes(line, 1)

@@ -54,9 +54,7 @@ def test_compare_layers_with_itself_finds_no_difference(models: Path, batches: l
     assert {"prop_fc", "fpn.inner_blocks.1", "fcos.head.mix_fc"} < set(names)
 
 
-def test_int8_graph_is_compared_without_channel_scales(
-    models: Path, table: Path, batches: list[Batch], tmp_path: Path
-) -> None:
+def test_int8_is_compared_without_scales(models: Path, table: Path, batches: list[Batch], tmp_path: Path) -> None:
     ranges = CalibrationTable.load(table)
     assert any(exponent for row in ranges.gains.values() for exponent in row)
     int8 = insert_qdq(load_fp32_graph(models / "drn.onnx"), ranges, QuantizationPolicy(stored=()))

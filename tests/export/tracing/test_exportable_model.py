@@ -21,8 +21,8 @@ def answers(module: torch.nn.Module, inputs: Inputs) -> NetworkHeads:
         return module(*inputs)
 
 
-def assert_same(found: NetworkHeads, wanted: NetworkHeads) -> None:
-    for name, ours, theirs in zip(NetworkHeads._fields, found, wanted, strict=True):
+def assert_same(actual: NetworkHeads, expected: NetworkHeads) -> None:
+    for name, ours, theirs in zip(NetworkHeads._fields, actual, expected, strict=True):
         assert ours.shape == theirs.shape, name
         tolerance = tolerances.EXPORTED * max(1.0, float(theirs.abs().max()))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")

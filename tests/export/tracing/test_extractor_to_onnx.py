@@ -64,8 +64,10 @@ def test_extractor_graph_records_inputs_and_sources(c3d: Path) -> None:
 
 def test_extractor_runs_on_clips_of_a_video(tmp_path: Path, c3d: Path) -> None:
     extractor = open_extractor(c3d, "cpu", 1)
-    footage = probe(film(tmp_path / "hall.mp4", 33))
-    actual = [extractor.extract(clip[None]) for clip in clips(read_frames(footage, extractor.manifest.framing), 16, 8)]
+    video_file = probe(film(tmp_path / "hall.mp4", 33))
+    actual = [
+        extractor.extract(clip[None]) for clip in clips(read_frames(video_file, extractor.manifest.framing), 16, 8)
+    ]
     assert [features.shape for features in actual] == [(1, 32)] * 3
 
 

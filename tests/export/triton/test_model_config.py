@@ -33,7 +33,7 @@ def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
     return tmp_path / "drn.onnx"
 
 
-def whole_engine(graph: Path, **content: Any) -> Path:
+def complete_engine(graph: Path, **content: Any) -> Path:
     about = manifest(TINY)
     built_for = [dataclasses.asdict(profile) for profile in profiles((1, 4, 16), (1, 5, 10), about)]
     return write_plan(graph.with_name("drn.engine"), graph, built_for, about, **content)
@@ -41,13 +41,13 @@ def whole_engine(graph: Path, **content: Any) -> Path:
 
 def pair_engine(graph: Path, **content: Any) -> Path:
     """Write the engines of the two parts next to `graph`."""
-    whole = profiles((1, 4, 16), (1, 5, 10), manifest(TINY))
+    complete = profiles((1, 4, 16), (1, 5, 10), manifest(TINY))
     for part in ("video", "query"):
-        twin = graph.with_name(f"drn.{part}.onnx")
-        about = Manifest.from_json(read_metadata(twin)["drn.manifest"])
-        built_for = part_profiles(part, whole, about, 20, TINY.feature_dim)
+        part_path = graph.with_name(f"drn.{part}.onnx")
+        about = Manifest.from_json(read_metadata(part_path)["drn.manifest"])
+        built_for = part_profiles(part, complete, about, 20, TINY.feature_dim)
         profiles_of_part = [dataclasses.asdict(profile) for profile in built_for]
-        path = write_plan(twin.with_suffix(".engine"), twin, profiles_of_part, about, **content)
+        path = write_plan(part_path.with_suffix(".engine"), part_path, profiles_of_part, about, **content)
     return path
 
 
@@ -98,7 +98,7 @@ def test_serving_options_appear_in_model_config(graph: Path) -> None:
 
 
 def test_engine_config_lists_profiles_and_cuda_graphs(graph: Path) -> None:
-    network = described(whole_engine(graph), ServingOptions(device="auto"))["drn_network"]
+    network = described(complete_engine(graph), ServingOptions(device="auto"))["drn_network"]
     assert (network.platform, network.backend) == ("tensorrt_plan", "tensorrt")
     assert network.max_batch_size == 16
     (group,) = network.instance_group
@@ -114,7 +114,7 @@ def test_engine_config_lists_profiles_and_cuda_graphs(graph: Path) -> None:
         assert set(spec.input) == {value.name for value in network.input}
         # Triton would read memory after a smaller request as tokens.
         assert not spec.HasField("graph_lower_bound")
-    about = json.loads(described(whole_engine(graph))["drn"].parameters["drn.front"].string_value)
+    about = json.loads(described(complete_engine(graph))["drn"].parameters["drn.front"].string_value)
     assert about["manifest"]["max_query_length"] == 10
 
 
@@ -185,7 +185,7 @@ def test_models_that_triton_cannot_run_are_rejected(graph: Path, tmp_path: Path)
     refuse(tmp_path / "drn.pt", "wrong_suffix")
     refuse(tmp_path / "gone.onnx", "missing_file")
     refuse(graph.with_name("drn.video.onnx"), "model_part", "video")
-    refuse(whole_engine(graph, target="tensorrt-rtx"), "target_unsupported", "tensorrt-rtx", "--target tensorrt")
+    refuse(complete_engine(graph, target="tensorrt-rtx"), "target_unsupported", "tensorrt-rtx", "--target tensorrt")
     half = Manifest.from_json(read_metadata(graph)["drn.manifest"])
     model = onnx.load(graph)
     onnx.helper.set_model_props(model, {"drn.manifest": dataclasses.replace(half, precision="bf16").to_json()})
@@ -194,7 +194,7 @@ def test_models_that_triton_cannot_run_are_rejected(graph: Path, tmp_path: Path)
     onnx.helper.set_model_props(model, {"drn.manifest": dataclasses.replace(half, library="openvino").to_json()})
     onnx.save(model, tmp_path / "drn.openvino.onnx")
     refuse(tmp_path / "drn.openvino.onnx", "target_unsupported", "OpenVINO", "--target onnxruntime")
-    plan = whole_engine(graph)
+    plan = complete_engine(graph)
     with raises(DeviceError, "gpu_required", plan.name):
         read_model(plan, ServingOptions(device="cpu"))
     plan.write_bytes(b"another plan")

@@ -17,7 +17,6 @@ from runtime import EncodedVideo, Grounder, Video
 from runtime.artifacts.encoded_video import EncodedWindows
 from runtime.artifacts.manifest import METADATA_KEY, Manifest
 from runtime.backends import open_backend
-from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import NON_FINITE, Decoding
 from runtime.core.errors import DeviceError, FeatureError, GroundingError, ModelFileError, ShapeError
 from runtime.core.sliding_windows import Windows
@@ -28,38 +27,14 @@ from runtime.grounding.scheduling import EncodingCache
 from runtime.grounding.words import words
 from runtime.infer import infer
 from tests.raising import raises
-from tests.runtime.grounding.test_grounder import PAIRS, QUARTER, Exponential, video
+from tests.runtime.planted import PAIRS, QUARTER, Exponential, PlantedBackend, PlantedPair, video
 
 onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are opened here")
 
 
-class PlantedPair:
-    """The planted model in two parts; an encoding is the transposed features."""
-
-    def __init__(self, whole: Any, model: str = "1" * 64) -> None:
-        self.whole = whole
-        self.manifest = dataclasses.replace(whole.manifest, part="query", video_part={"planted.video.onnx": model})
-        self.encoded = 0
-        self.requests: list[tuple[int, int]] = []
-
-    def encode(self, segment_features: np.ndarray) -> np.ndarray:
-        self.encoded += len(segment_features)
-        return np.ascontiguousarray(segment_features.transpose(0, 2, 1))
-
-    def ask(self, query_tokens: Any, query_length: Any, videos: Any, video_index: Any) -> Heads:
-        assert query_tokens.dtype == query_length.dtype == video_index.dtype == np.int32
-        self.requests.append((len(query_length), len(videos)))
-        features = np.stack([videos[index].features.T for index in video_index])
-        spans = np.stack([videos[index].spans for index in video_index])
-        return self.whole.run(Batch(query_tokens, query_length, features, spans))
-
-    def run(self, batch: Batch) -> Heads:
-        return self.whole.run(batch)
-
-
 @pytest.fixture
-def pair(planted_backend: Any) -> PlantedPair:
-    return PlantedPair(planted_backend())
+def pair() -> PlantedPair:
+    return PlantedPair(PlantedBackend())
 
 
 @pytest.fixture
@@ -67,8 +42,8 @@ def grounder(pair: PlantedPair) -> Grounder:
     return Grounder(pair)
 
 
-def test_encoded_video_gives_same_moments_as_video(grounder: Grounder, planted_backend: Any) -> None:
-    expected = Grounder(planted_backend()).ground_batch(PAIRS)
+def test_encoded_video_gives_same_moments_as_video(grounder: Grounder) -> None:
+    expected = Grounder(PlantedBackend()).ground_batch(PAIRS)
     assert grounder.ground_batch(PAIRS) == expected
     encoded = [(grounder.encode(video), query) for video, query in PAIRS]
     assert grounder.ground_batch(encoded) == expected
@@ -77,7 +52,7 @@ def test_encoded_video_gives_same_moments_as_video(grounder: Grounder, planted_b
     assert [grounder.ground(*pair) for pair in encoded] == expected
 
 
-def test_offset_video_moments_are_in_player_time(grounder: Grounder, planted_backend: Any, tmp_path: Path) -> None:
+def test_offset_video_moments_are_in_player_time(grounder: Grounder, tmp_path: Path) -> None:
     plain = video(10.0, cat=(0, 3))
     late = dataclasses.replace(plain, offset=4.0)
     expected = [
@@ -105,8 +80,8 @@ def test_offset_video_moments_are_in_player_time(grounder: Grounder, planted_bac
 
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("windows", [False, True])
-def test_encoding_of_another_scale_is_no_damage(planted_backend: Any, damaged: bool, windows: bool) -> None:
-    grounder = Grounder(PlantedPair(Exponential(planted_backend(), damaged)))
+def test_encoding_of_another_scale_is_no_damage(damaged: bool, windows: bool) -> None:
+    grounder = Grounder(PlantedPair(Exponential(PlantedBackend(), damaged)))
     if windows:
         grounder.windows = Windows(30.0, 30.0, 10.0)
     encoded = grounder.encode(Video(3000 * QUARTER.features, QUARTER.num_frames, 60.0, "scaled"))
@@ -160,13 +135,13 @@ def test_encoding_survives_save_and_load(grounder: Grounder, tmp_path: Path) -> 
     assert grounder.ground(back, "dog") == grounder.ground(QUARTER, "dog")
 
 
-def test_encoding_key_depends_on_video_and_model(planted_backend: Any) -> None:
-    one, other = (Grounder(PlantedPair(planted_backend(), digit * 64)) for digit in "12")
+def test_encoding_key_depends_on_video_and_model() -> None:
+    one, other = (Grounder(PlantedPair(PlantedBackend(), digit * 64)) for digit in "12")
     keys = [
         one.encode(QUARTER).key,
         one.encode(video(60.0, dog=(8, 16))).key,
         other.encode(QUARTER).key,
-        Grounder(PlantedPair(planted_backend(Decoding(num_segments=64)))).encode(QUARTER).key,
+        Grounder(PlantedPair(PlantedBackend(Decoding(num_segments=64)))).encode(QUARTER).key,
     ]
     assert len(set(keys)) == 4
     # Name and duration are not inputs of the network.
@@ -249,9 +224,9 @@ def test_encoded_video_rejects_invalid_arrays() -> None:
         EncodedVideo(features, spans, float("nan"))
 
 
-def test_encoding_of_another_model_or_width_is_rejected(planted_backend: Any, pair: PlantedPair) -> None:
-    grounder, unsplit = Grounder(pair), Grounder(planted_backend())
-    other = Grounder(PlantedPair(planted_backend(), "2" * 64)).encode(QUARTER)
+def test_encoding_of_another_model_or_width_is_rejected(pair: PlantedPair) -> None:
+    grounder, unsplit = Grounder(pair), Grounder(PlantedBackend())
+    other = Grounder(PlantedPair(PlantedBackend(), "2" * 64)).encode(QUARTER)
     with raises(FeatureError, "encoding_of_another_model", "dog", "2" * 12, "1" * 12):
         grounder.ground(other, "dog")
     encoded = grounder.encode(QUARTER)
@@ -306,9 +281,7 @@ def test_missing_or_changed_video_part_is_rejected(copied: Path) -> None:
         open_backend(copied, "cpu")
 
 
-def test_infer_accepts_the_query_part(
-    pair_files: Path, tiny_model: Path, mini: Path, run_command: Callable[..., Any]
-) -> None:
+def test_infer_with_query_part(pair_files: Path, tiny_model: Path, mini: Path, run_command: Any) -> None:
     words = ("--data", mini, "--device", "cpu", "--video", "AAAA1", "--query", "person opens the door")
     outcome, expected = (run_command(infer, "--model", model, *words) for model in (pair_files, tiny_model))
     assert (outcome.code, outcome.out) == (0, expected.out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from runtime.artifacts.engine_metadata import FORMAT, metadata_path, read_sidecar, with_digest
 from runtime.artifacts.manifest import Manifest
-from runtime.core.errors import GroundingError, ModelFileError
+from runtime.core.errors import ModelFileError
 from runtime.core.io.digests import sha256
 from runtime.describe import describe
 from runtime.doctor import Finding
@@ -111,9 +110,7 @@ PROFILE = {"name": "one query", "batch": [1, 1, 1], "query_length": [1, 8, 16]}
         *((field, REMOVED) for field in ("manifest", "sha256", "library", "profiles")),
     ],
 )
-def test_malformed_metadata_field_is_named_in_error(
-    plan: Path, field: str, value: Any, refused: Callable[..., GroundingError]
-) -> None:
+def test_malformed_metadata_field_is_named_in_error(plan: Path, field: str, value: Any, refused: Any) -> None:
     change(plan, **{field: value})
     check_error(refused(describe, plan), "damaged_file", metadata_path(plan), repr(field))
 

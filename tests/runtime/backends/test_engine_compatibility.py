@@ -15,6 +15,7 @@ from runtime.backends import engine_compatibility
 from runtime.backends.engine_compatibility import HostInfo, rebuild_command
 from tests.raising import quotes
 from tests.runtime.engine_bench import Bench, edit_metadata
+from tests.runtime.planted import PlantedBackend
 
 H100 = HostInfo("tensorrt 10.16.0", "NVIDIA H100", "9.0")
 COMPATIBLE = {"options": {"version_compatible": True}}
@@ -24,9 +25,9 @@ PLAN = Path("models/drn.int8.engine")
 
 
 @pytest.fixture
-def about(planted_backend: Any) -> Manifest:
+def about() -> Manifest:
     sources = {"drn.pt": "0" * 64, "drn.onnx": "1" * 64}
-    return dataclasses.replace(planted_backend().manifest, precision="int8", sources=sources)
+    return dataclasses.replace(PlantedBackend().manifest, precision="int8", sources=sources)
 
 
 def sidecar_of(manifest: Manifest, **content: Any) -> Sidecar:

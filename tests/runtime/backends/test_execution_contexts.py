@@ -118,9 +118,7 @@ def test_error_without_or_long_after_failed_capture_is_raised(bench: Bench) -> N
         backend.run(batch_of([5]))
 
 
-def test_tensorrt_8_captures_only_unrolled_lstms(
-    tmp_path: Path, graphs: Graphs, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tensorrt_8_captures_unrolled_lstms(tmp_path: Path, graphs: Graphs, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(tmp_path, graphs, "8.6.1")
     backend = bench.whole()
     with caplog.at_level(logging.WARNING, "drn"):

@@ -80,8 +80,7 @@ def test_out_of_memory_messages_are_recognized(words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "training", "tf32"),
-    [("cuda", {}, "0"), ("cuda", {"precision": {"tf32": True}}, "1"), ("cpu", {}, None)],
+    ("device", "training", "tf32"), [("cuda", {}, "0"), ("cuda", {"precision": {"tf32": True}}, "1"), ("cpu", {}, None)]
 )
 def test_session_options_keep_fp32_results(
     device: Device,

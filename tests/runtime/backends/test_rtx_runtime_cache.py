@@ -101,9 +101,7 @@ def test_damaged_or_foreign_kernel_cache_is_replaced(
     assert used(bench, plan) == 0
 
 
-def test_kernels_of_another_gpu_or_driver_are_not_loaded(
-    bench: Bench, plan: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_kernels_of_another_gpu_are_not_loaded(bench: Bench, plan: Path, caplog: pytest.LogCaptureFixture) -> None:
     used(bench, plan)
     bench.library.cuda_major = 14
     assert used(bench, plan) == 2
@@ -114,9 +112,7 @@ def test_kernels_of_another_gpu_or_driver_are_not_loaded(
     assert used(other, plan) == 2
 
 
-def test_unwritable_cache_directory_leaves_a_working_model(
-    bench: Bench, plan: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unwritable_cache_leaves_a_working_model(bench: Bench, plan: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache_path(plan).unlink(missing_ok=True)
     cache_path(plan).mkdir()
     assert used(bench, plan) == 2

@@ -184,9 +184,7 @@ def test_failed_pair_opening_frees_all_memory(bench: Bench) -> None:
         ("Runtime", "CUDA initialization failure with error: 35", "driver_too_old", ["CUDA 13.0"]),
     ],
 )
-def test_engine_that_cannot_be_opened_frees_all_memory(
-    bench: Bench, call: str, message: str, code: str, values: list[str]
-) -> None:
+def test_unopened_engine_frees_all_memory(bench: Bench, call: str, message: str, code: str, values: list[str]) -> None:
     bench.library.failing[call] = message
     subject = "tensorrt 10.16.1.11" if code == "driver_too_old" else "drn.fp32.engine"
     with raises(DeviceError, code, subject, message.rstrip(")."), *values) as caught:

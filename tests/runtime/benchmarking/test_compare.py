@@ -16,11 +16,7 @@ from tests.raising import quotes, raises, records
 
 
 def test_comparison_of_equal_models_finds_no_difference(
-    tiny_model: Path,
-    mini: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path, mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib", reason="plots need the extra [plot]")
     monkeypatch.setattr("runtime.benchmarking.timing.WINDOW_SECONDS", 0.0)

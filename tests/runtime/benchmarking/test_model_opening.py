@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from benchmarks.fake_tensorrt import write_plan
 from runtime.benchmarking.model_opening import cold_start, model_files, model_labels
 from runtime.core.errors import GroundingError
 from tests.raising import raises
+from tests.runtime.planted import PlantedBackend
 
 
 def test_models_with_same_name_get_distinct_labels() -> None:
@@ -17,13 +17,13 @@ def test_models_with_same_name_get_distinct_labels() -> None:
     assert model_labels(paths) == ["a/x.onnx", "b/x.onnx", "y.onnx (1)", "y.onnx (2)"]
 
 
-def test_model_files_include_all_parts(tmp_path: Path, planted_backend: Any) -> None:
-    manifest = dataclasses.replace(planted_backend().manifest, part="query", video_part={"m.video.onnx": "1" * 64})
+def test_model_files_include_all_parts(tmp_path: Path) -> None:
+    manifest = dataclasses.replace(PlantedBackend().manifest, part="query", video_part={"m.video.onnx": "1" * 64})
     for suffix in ("onnx", "engine"):
         query, video = tmp_path / f"m.query.{suffix}", tmp_path / f"m.video.{suffix}"
         video.write_text("video")
         assert model_files(query, manifest) == [query, video]
-    assert model_files(query, planted_backend().manifest) == [query]
+    assert model_files(query, PlantedBackend().manifest) == [query]
     # An engine's plans for short queries are named by its sidecar.
     graph, shorter = tmp_path / "m.query.onnx", tmp_path / "m.query.8.engine"
     graph.write_text("graph")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from runtime import Grounder
 from runtime.benchmarking.phases import time_phases
 from runtime.benchmarking.workload import synthetic_workload
-from tests.runtime.artifacts.test_encoded_video import PlantedPair
+from tests.runtime.planted import PlantedBackend, PlantedPair
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_time_phases_returns_same_moments_as_grounder(planted_backend: Any, split: bool) -> None:
-    backend = planted_backend()
+def test_time_phases_returns_same_moments_as_grounder(split: bool) -> None:
+    backend = PlantedBackend()
     grounder = Grounder(PlantedPair(backend) if split else backend)
     pairs = synthetic_workload([backend.manifest]).pairs[:12]
     ticks = iter(range(100))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -11,15 +10,15 @@ from runtime import Grounder
 from runtime.benchmarking.workload import BenchmarkedModel, dataset_workload, synthetic_workload
 from runtime.core.errors import GroundingError
 from tests.raising import raises
-from tests.runtime.artifacts.test_encoded_video import PlantedPair
+from tests.runtime.planted import PlantedBackend, PlantedPair
 
 
-def test_synthetic_workload_matches_model_sizes_and_words(planted_backend: Any) -> None:
-    manifest = planted_backend().manifest
+def test_synthetic_workload_matches_model_sizes_and_words() -> None:
+    manifest = PlantedBackend().manifest
     workload = synthetic_workload([manifest], 70)
     assert len(workload.pairs) == 70
     assert len({id(video) for video, _ in workload.pairs}) == 64
-    grounder = Grounder(planted_backend())
+    grounder = Grounder(PlantedBackend())
     lengths = {len(grounder.encode_query(query)) for _, query in workload.pairs}
     assert lengths == {3, 4, 5, 6}
     assert all(video.features.shape[1] == manifest.features.dim for video, _ in workload.pairs)
@@ -36,14 +35,14 @@ def test_dataset_workload_returns_videos_and_queries(mini: Path) -> None:
     of_one = dataset_workload(mini, name, ())
     assert {video.name for video, _ in of_one.pairs} == {name}
     assert lines[0][1] in {query for _, query in of_one.pairs}
-    asked = dataset_workload(mini, name, ("person opens", "person sits"))
-    assert [(video.name, query) for video, query in asked.pairs] == [(name, "person opens"), (name, "person sits")]
+    workload = dataset_workload(mini, name, ("person opens", "person sits"))
+    assert [(video.name, query) for video, query in workload.pairs] == [(name, "person opens"), (name, "person sits")]
     with raises(GroundingError, "unlisted_video", "'none'"):
         dataset_workload(mini, "none", ())
 
 
-def test_cached_pairs_reuse_and_unseen_pairs_need_encodings(planted_backend: Any) -> None:
-    pair = PlantedPair(planted_backend())
+def test_cached_pairs_reuse_and_unseen_pairs_need_encodings() -> None:
+    pair = PlantedPair(PlantedBackend())
     grounder = Grounder(pair)
     model = BenchmarkedModel.from_grounder("pair", grounder, synthetic_workload([pair.manifest]).pairs)
     ready = pair.encoded

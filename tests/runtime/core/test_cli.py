@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def add(first: int, *, second: int = 2) -> int:
     return first + second
 
 
-def test_function_signature_becomes_command_line(run_command: Callable[..., Any]) -> None:
+def test_function_signature_becomes_command_line(run_command: Any) -> None:
     outcome = run_command(add, "--first", 1)
     assert (outcome.code, outcome.out, outcome.err) == (0, "3\n", "")
     assert run_command(add, "--first", 1, "--second", 5).out == "6\n"
@@ -46,16 +45,14 @@ def test_function_signature_becomes_command_line(run_command: Callable[..., Any]
 
 
 @pytest.mark.parametrize("arguments", [(), ("--first", "one"), ("--first", 1, "--third", 3)])
-def test_invalid_command_line_exits_with_2(run_command: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def test_invalid_command_line_exits_with_2(run_command: Any, arguments: tuple[Any, ...]) -> None:
     outcome = run_command(add, *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert "Traceback" not in outcome.err
 
 
 @pytest.mark.parametrize(("error", "code"), [(FeatureError, 2), (CheckFailed, 1)])
-def test_error_prints_message_and_sets_exit_code(
-    run_command: Callable[..., Any], error: type[Exception], code: int
-) -> None:
+def test_error_prints_message_and_exit_code(run_command: Any, error: type[Exception], code: int) -> None:
     def fails() -> None:
         print("a result")
         raise error("What happened; what to do.")
@@ -64,14 +61,14 @@ def test_error_prints_message_and_sets_exit_code(
     assert (outcome.code, outcome.out, outcome.err) == (code, "a result\n", "error: What happened; what to do.\n")
 
 
-def test_keyboard_interrupt_exits_with_130(run_command: Callable[..., Any]) -> None:
+def test_keyboard_interrupt_exits_with_130(run_command: Any) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
     assert run_command(interrupted).code == 130
 
 
-def test_unexpected_exception_keeps_its_traceback(run_command: Callable[..., Any]) -> None:
+def test_unexpected_exception_keeps_its_traceback(run_command: Any) -> None:
     def broken() -> None:
         raise ZeroDivisionError
 
@@ -79,7 +76,7 @@ def test_unexpected_exception_keeps_its_traceback(run_command: Callable[..., Any
         run_command(broken)
 
 
-def test_interruption_lists_the_files_finished_by_then(run_command: Callable[..., Any], tmp_path: Path) -> None:
+def test_interruption_lists_the_files_finished_by_then(run_command: Any, tmp_path: Path) -> None:
     def stopped() -> None:
         for name in ("one.txt", "many/two.txt", "many/three.txt"):
             write_text(tmp_path / name, "text")
@@ -96,7 +93,7 @@ def test_interruption_lists_the_files_finished_by_then(run_command: Callable[...
     assert {path.name for path in tmp_path.rglob("*.txt")} == {"one.txt", "two.txt", "three.txt", "four.txt"}
 
 
-def test_interrupted_import_is_no_missing_package(run_command: Callable[..., Any]) -> None:
+def test_interrupted_import_is_no_missing_package(run_command: Any) -> None:
     def stopped() -> None:
         try:
             try:
@@ -109,7 +106,7 @@ def test_interrupted_import_is_no_missing_package(run_command: Callable[..., Any
     assert run_command(stopped).code == 143
 
 
-def test_error_that_is_its_own_cause_ends_the_command(run_command: Callable[..., Any]) -> None:
+def test_error_that_is_its_own_cause_ends_the_command(run_command: Any) -> None:
     def broken() -> None:
         error = FeatureError("no clips")
         raise error from error
@@ -129,9 +126,7 @@ def test_next_command_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     ("command", "package", "extra"), [("train", "torch", "train"), ("export.build_engine", "onnx", "engine")]
 )
 @pytest.mark.parametrize("source", ["raise ModuleNotFoundError('none', name={!r})", "raise ImportError('none')"])
-def test_missing_package_error_names_the_extra(
-    tmp_path: Path, command: str, package: str, extra: str, source: str
-) -> None:
+def test_missing_package_names_the_extra(tmp_path: Path, command: str, package: str, extra: str, source: str) -> None:
     (tmp_path / f"{package}.py").write_text(source.format(package))
     outcome = subprocess.run(
         [sys.executable, "-m", command, "--help"],
@@ -163,12 +158,7 @@ def run_redirected(redirection: str, body: str, *arguments: str) -> subprocess.C
 
 def start(body: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        program(body),
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=heed_ctrl_c,
+        program(body), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c
     )
 
 
@@ -252,7 +242,7 @@ def test_termination_during_import_exits_with_143() -> None:
     assert (ended.returncode, ended.stderr.count("\n")) == (143, 1)
 
 
-def test_control_characters_are_escaped_on_both_streams(run_command: Callable[..., Any]) -> None:
+def test_control_characters_are_escaped_on_both_streams(run_command: Any) -> None:
     def draw() -> None:
         print("a\x1b[2Jb")
         logging.getLogger("drn").info("%s", "c\x1b[2Jd\ne")
@@ -263,7 +253,7 @@ def test_control_characters_are_escaped_on_both_streams(run_command: Callable[..
     assert outcome.err.endswith("error: f\\x1b[2Jg\\nh\n")
 
 
-def test_invalid_argument_is_printed_escaped_and_bounded(run_command: Callable[..., Any]) -> None:
+def test_invalid_argument_is_printed_escaped_and_bounded(run_command: Any) -> None:
     for word in ("--\x1b[31mred", "one\x1b]0;title\x07", "x" * 100_000):
         outcome = run_command(add, "--first", word)
         assert (outcome.code, outcome.out) == (2, "")
@@ -271,7 +261,7 @@ def test_invalid_argument_is_printed_escaped_and_bounded(run_command: Callable[.
         assert len(outcome.err) < 3000
 
 
-def test_valid_long_argument_reaches_the_command(run_command: Callable[..., Any]) -> None:
+def test_valid_long_argument_reaches_the_command(run_command: Any) -> None:
     def echo(text: str) -> None:
         """Print the length of a text."""
         print(len(text))
@@ -279,7 +269,7 @@ def test_valid_long_argument_reaches_the_command(run_command: Callable[..., Any]
     assert run_command(echo, "--text", "x\x1b" * 1000).out == "2000\n"
 
 
-def test_too_long_path_gives_one_line_error(run_command: Callable[..., Any]) -> None:
+def test_too_long_path_gives_one_line_error(run_command: Any) -> None:
     def look(path: Path) -> None:
         """Look at a file."""
         path.stat()

@@ -36,7 +36,7 @@ def command(
     return [model, window, overlap, threads]
 
 
-def test_documented_command_has_grouped_options_and_a_description(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_help_has_groups_and_a_description(capsys: pytest.CaptureFixture[str]) -> None:
     later, description = documented(command)
     assert description == "Do one thing.\n\nMore about it.\n\nexample:\n  python -m thing --model a"
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)

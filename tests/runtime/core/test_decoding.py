@@ -35,11 +35,11 @@ SMALL = Decoding(num_segments=4, strides=(1, 2))
 
 def heads(rows: int = 1, decoding: Decoding = SMALL, logit: float = -20.0) -> Heads:
     """Return heads without a likely location."""
-    places = decoding.num_locations
+    locations = decoding.num_locations
     return Heads(
-        np.full((rows, places), logit, np.float32),
-        np.ones((rows, places, 2), np.float32),
-        np.zeros((rows, places), np.float32),
+        np.full((rows, locations), logit, np.float32),
+        np.ones((rows, locations, 2), np.float32),
+        np.zeros((rows, locations), np.float32),
     )
 
 
@@ -48,21 +48,18 @@ def logit(probability: float) -> float:
 
 
 @st.composite
-def proposal_batches(draw: st.DrawFn, most_rows: int = 4, most_places: int = 12) -> Proposals:
+def proposal_batches(draw: st.DrawFn, max_rows: int = 4, max_locations: int = 12) -> Proposals:
     """Return a strategy of proposals with empty and reversed spans, equal and missing scores, and empty rows."""
-    rows, places = draw(st.integers(1, most_rows)), draw(st.integers(1, most_places))
+    rows, count = draw(st.integers(1, max_rows)), draw(st.integers(1, max_locations))
     unit = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.25, 0.5, 1.0])
-    spans = draw(st.lists(unit, min_size=rows * places * 2, max_size=rows * places * 2))
-    scores = draw(st.lists(unit | st.just(-math.inf), min_size=rows * places, max_size=rows * places))
+    spans = draw(st.lists(unit, min_size=rows * count * 2, max_size=rows * count * 2))
+    scores = draw(st.lists(unit | st.just(-math.inf), min_size=rows * count, max_size=rows * count))
     return Proposals(
-        np.array(spans, np.float32).reshape(rows, places, 2), np.array(scores, np.float32).reshape(rows, places)
+        np.array(spans, np.float32).reshape(rows, count, 2), np.array(scores, np.float32).reshape(rows, count)
     )
 
 
-SUPPRESSIONS = {
-    "soft": soft_nms,
-    "hard": lambda proposals, count=6: hard_nms(proposals, count, 0.45),
-}
+SUPPRESSIONS = {"soft": soft_nms, "hard": lambda proposals, count=6: hard_nms(proposals, count, 0.45)}
 both = pytest.mark.parametrize("name", SUPPRESSIONS)
 
 
@@ -215,11 +212,11 @@ def test_nms_smaller_count_returns_prefix(name: str, proposals: Proposals, count
 @st.composite
 def separate_proposals(draw: st.DrawFn) -> list[list[float]]:
     """Return a strategy of spans of positive length with distinct scores, on a grid."""
-    places = draw(st.integers(1, 10))
+    count = draw(st.integers(1, 10))
     ticks = st.integers(0, 40)
-    spans = draw(st.lists(st.tuples(ticks, ticks).filter(lambda x: x[0] < x[1]), min_size=places, max_size=places))
-    scores = draw(st.permutations(range(1, places + 1)))
-    return [[start / 40, end / 40, score / (places + 1)] for (start, end), score in zip(spans, scores, strict=True)]
+    spans = draw(st.lists(st.tuples(ticks, ticks).filter(lambda x: x[0] < x[1]), min_size=count, max_size=count))
+    scores = draw(st.permutations(range(1, count + 1)))
+    return [[start / 40, end / 40, score / (count + 1)] for (start, end), score in zip(spans, scores, strict=True)]
 
 
 def naive_iou(a: list[float], b: list[float]) -> float:
@@ -316,11 +313,11 @@ def test_decoding_equals_published_code(golden: Path, batch: str, tag: str, use_
     raw, decoding = recorded_heads(reference, batch), Decoding(use_iou_scores=use_iou_scores)
     before = [value.copy() for value in vars(raw).values()]
     proposals = score_proposals_with_fallback(raw, decoding)
-    rows, places = np.nonzero(proposals.scores > -np.inf)
+    rows, indices = np.nonzero(proposals.scores > -np.inf)
     np.testing.assert_array_equal(rows, reference[f"{batch}_det{tag}_sample"])
-    np.testing.assert_array_equal(locations(32, (1, 2, 4))[places] / 32, reference[f"{batch}_det{tag}_location"])
-    np.testing.assert_array_equal(proposals.spans[rows, places], reference[f"{batch}_det{tag}_segment"])
-    scores = proposals.scores[rows, places]
+    np.testing.assert_array_equal(locations(32, (1, 2, 4))[indices] / 32, reference[f"{batch}_det{tag}_location"])
+    np.testing.assert_array_equal(proposals.spans[rows, indices], reference[f"{batch}_det{tag}_segment"])
+    scores = proposals.scores[rows, indices]
     np.testing.assert_allclose(scores, reference[f"{batch}_det{tag}_score"], rtol=0, atol=DETECTIONS)
     picks = decode(raw, decoding)
     for row, sample in enumerate(reference[f"{batch}_sort_index"]):

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
-import time
 
 import pytest
 
 from runtime.core import interrupts
 from runtime.core.interrupts import Interrupted, deferred, handled
-
-
-def send(*numbers: signal.Signals) -> None:
-    """Send signals to this process, and wait until each arrives."""
-    for number in numbers:
-        os.kill(os.getpid(), number)
-        time.sleep(0.01)
+from tests.processes import send_signals
 
 
 @pytest.mark.usefixtures("default_signals")
@@ -25,7 +17,7 @@ def send(*numbers: signal.Signals) -> None:
 def test_signal_raises_interrupted_with_exit_code(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
     with handled(), pytest.raises(KeyboardInterrupt) as caught:
-        send(number)
+        send_signals(number)
     assert isinstance(caught.value, Interrupted)
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is before
@@ -35,7 +27,7 @@ def test_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with handled():
-            send(signal.SIGHUP)
+            send_signals(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -46,7 +38,7 @@ def test_deferred_signal_raises_at_end_of_outermost_block() -> None:
     def deferring() -> None:
         with deferred():
             with deferred():
-                send(signal.SIGTERM)
+                send_signals(signal.SIGTERM)
                 steps.append("inner")
             steps.append("outer")
         steps.append("after")
@@ -61,9 +53,9 @@ def test_repeated_signal_does_not_interrupt_cleanup() -> None:
 
     def cleaning() -> None:
         try:
-            send(signal.SIGTERM)
+            send_signals(signal.SIGTERM)
         finally:
-            send(signal.SIGINT, signal.SIGTERM)
+            send_signals(signal.SIGINT, signal.SIGTERM)
             steps.append("cleaned")
 
     with handled(), pytest.raises(Interrupted) as caught:
@@ -79,7 +71,7 @@ def test_later_signal_interrupts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with handled():
         for _ in range(2):
             with pytest.raises(Interrupted):
-                send(signal.SIGINT)
+                send_signals(signal.SIGINT)
 
 
 def test_threads_do_not_defer_signals_of_the_main_thread() -> None:
@@ -95,7 +87,7 @@ def test_threads_do_not_defer_signals_of_the_main_thread() -> None:
     entered.wait(10)
     try:
         with handled(), pytest.raises(Interrupted):
-            send(signal.SIGTERM)
+            send_signals(signal.SIGTERM)
     finally:
         leave.set()
         thread.join()

@@ -93,9 +93,7 @@ def test_soft_nms_matches_200_recorded_queries(lists: np.lib.npyio.NpzFile) -> N
 ANSWERED_OTHERWISE = ("reversed both", "nan prediction")
 
 
-def test_odd_predictions_match_published_except_two_cases(
-    lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
-) -> None:
+def test_odd_predictions_match_all_but_two_published(lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]) -> None:
     differing = []
     for name, expected in recorded["odd"].items():
         ours = recalls(lists[f"odd_pred_{name}"][None], lists[f"odd_gt_{name}"][None], 0.5, "mmaction2")
@@ -106,9 +104,7 @@ def test_odd_predictions_match_published_except_two_cases(
     assert len(recorded["odd"]) >= 15
 
 
-def test_empty_ground_truth_is_a_miss_not_a_division_by_zero(
-    lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]
-) -> None:
+def test_empty_ground_truth_is_a_miss(lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]) -> None:
     name = "zero-length both, same place"
     assert "ZeroDivisionError" in recorded["odd"][name]["official_plain"]
     for protocol in ("mmaction2", "drn"):
@@ -147,8 +143,7 @@ def test_no_picks_are_a_miss(protocol: Any) -> None:
 def test_report_matches_hand_computed_values() -> None:
     nothing = [np.nan] * 3
     picks = np.array(
-        [[[0, 1, 0.9], [0, 0.5, 0.8]], [[0, 0.4, 0.9], nothing], [nothing, nothing], [[0.5, 1, 1], nothing]],
-        np.float32,
+        [[[0, 1, 0.9], [0, 0.5, 0.8]], [[0, 0.4, 0.9], nothing], [nothing, nothing], [[0.5, 1, 1], nothing]], np.float32
     )
     truth = np.array([[0, 0.5], [0, 1], [0, 1], [0.5, 1]])
     actual = report(dict.fromkeys((0.3, 0.5, 0.7), picks), truth, "mmaction2").to_dict()

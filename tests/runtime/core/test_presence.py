@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from runtime.datasets.dataset import DataSet
 from runtime.grounding.evaluation import evaluate
 from runtime.infer import infer
 from tests.raising import quotes, raises
-from tests.runtime.artifacts.test_encoded_video import PlantedPair
-from tests.runtime.core.test_sliding_windows import WINDOWS, Finder, long_video
-from tests.runtime.grounding.test_grounder import PAIRS, QUARTER, video
+from tests.runtime.planted import PAIRS, QUARTER, WINDOWS, Finder, PlantedBackend, PlantedPair, long_video, video
 
 HALF = Presence(0.5, 0.9, 0.8, 100, 500)
 SCORES = st.lists(st.floats(0.0625, 1, width=32) | st.just(-np.inf), min_size=1, max_size=30)
@@ -68,9 +65,7 @@ def test_exist_score_of_a_rounded_threshold_passes() -> None:
 @given(SCORES, SCORES, st.none() | st.floats(0.01, 1))
 @settings(max_examples=200)
 @example([0.5, -np.inf, -np.inf, -np.inf, -np.inf], [0.4], 0.2)
-def test_fit_threshold_is_optimal_and_reports_its_shares(
-    matching: list[float], mismatched: list[float], keep: float | None
-) -> None:
+def test_fit_threshold_is_optimal_by_shares(matching: list[float], mismatched: list[float], keep: float | None) -> None:
     own, other = np.array(matching), np.array(mismatched)
     max_share = (own > -np.inf).mean()
     if max_share == 0 or (keep or 0) > max_share:
@@ -108,9 +103,9 @@ def carrying(backend: Any, threshold: float) -> Any:
     return backend
 
 
-def test_presence_threshold_removes_moments_unless_disabled(planted_backend: Any) -> None:
-    grounder = Grounder(carrying(planted_backend(), 0.9))
-    without = Grounder(planted_backend()).ground_batch(PAIRS)
+def test_presence_threshold_removes_moments_unless_disabled() -> None:
+    grounder = Grounder(carrying(PlantedBackend(), 0.9))
+    without = Grounder(PlantedBackend()).ground_batch(PAIRS)
     answers = grounder.ground_batch(PAIRS)
     # The score of the second half of a video is at most 0.8.
     assert answers == [moments if moments[0].score >= 0.9 else [] for moments in without]
@@ -119,15 +114,15 @@ def test_presence_threshold_removes_moments_unless_disabled(planted_backend: Any
     assert grounder.ground_batch(PAIRS, presence=False) == without
 
 
-def test_full_video_fallback_is_not_a_match(planted_backend: Any) -> None:
-    strict = Grounder(carrying(planted_backend(Decoding(score_threshold=0.9)), 0.01))
+def test_full_video_fallback_is_not_a_match() -> None:
+    strict = Grounder(carrying(PlantedBackend(Decoding(score_threshold=0.9)), 0.01))
     nothing = (video(60.0), "person runs dog opens door cat")
     assert strict.ground(*nothing) == []
     assert strict.ground(*nothing, presence=False)[0].score == 1
 
 
-def test_long_video_without_window_above_threshold_has_no_match(planted_backend: Any) -> None:
-    model = carrying(Finder(planted_backend(), WINDOWS), 0.5)
+def test_long_video_without_window_above_threshold_has_no_match() -> None:
+    model = carrying(Finder(PlantedBackend(), WINDOWS), 0.5)
     pair = PlantedPair(model)
     subject = long_video(300, dog=(200, 210))
     for grounder in (Grounder(model), Grounder(pair)):
@@ -140,9 +135,7 @@ def test_long_video_without_window_above_threshold_has_no_match(planted_backend:
     assert Grounder(carrying(model, 0.9)).ground(subject, "dog")
 
 
-def test_evaluation_ignores_the_presence_threshold(
-    tiny_manifest: Manifest, write_graph: Any, mini: Path, tmp_path: Path
-) -> None:
+def test_evaluation_ignores_presence(tiny_manifest: Manifest, write_graph: Any, mini: Path, tmp_path: Path) -> None:
     reports = []
     for name, presence in (("plain", None), ("strict", dataclasses.replace(HALF, threshold=1.0))):
         manifest = dataclasses.replace(tiny_manifest, presence=presence)
@@ -153,7 +146,7 @@ def test_evaluation_ignores_the_presence_threshold(
 
 
 def test_infer_prints_no_moment_found(
-    tiny_manifest: Manifest, write_graph: Any, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
+    tiny_manifest: Manifest, write_graph: Any, mini: Path, tmp_path: Path, run_command: Any
 ) -> None:
     strict = dataclasses.replace(tiny_manifest, presence=dataclasses.replace(HALF, threshold=1.0))
     model = write_graph(tmp_path / "strict.onnx", {METADATA_KEY: strict.to_json()})

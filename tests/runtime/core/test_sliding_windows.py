@@ -24,48 +24,14 @@ from runtime.core.moments import temporal_iou
 from runtime.core.pooling import ClipTiming
 from runtime.core.sliding_windows import split_into_windows
 from tests.raising import raises
-from tests.runtime.artifacts.test_encoded_video import PlantedPair
-from tests.runtime.grounding.test_grounder import CHANNELS, PAIRS
+from tests.runtime.planted import CLIP, CLOCK, PAIRS, RATE, WINDOWS, Finder, PlantedBackend, PlantedPair, long_video
 
-CLOCK = ClipTiming()
-RATE = 24
-CLIP = CLOCK.stride / RATE
-# Windows of Charades-STA, but shorter, so that tests are fast.
-WINDOWS = Windows(longest=50.0, length=43.0, overlap=14.5)
 SEGMENT = WINDOWS.length / 32
 
 
-class Finder:
-    """The planted model without its second half: the score of a moment rises with its visible part."""
-
-    def __init__(self, planted: Any, windows: Windows | None = WINDOWS) -> None:
-        self.planted = planted
-        self.manifest = dataclasses.replace(planted.manifest, windows=windows)
-
-    def run(self, batch: Batch) -> Heads:
-        heads: Heads = self.planted.run(batch)
-        heads.matching_logits[heads.matching_logits < 3] = -9
-        is_likely = heads.matching_logits > 0
-        seen = heads.boundary_distances.sum(-1)
-        heads.matching_logits[is_likely] = 3 + 0.05 * seen[is_likely]
-        return heads
-
-
-def long_video(seconds: float, dim: int = 8, **moments: tuple[float, float]) -> Video:
-    """Return a video whose words happen at given seconds; a clip contains the words at its first frame."""
-    num_frames = round(seconds * RATE)
-    features = np.zeros((CLOCK.num_clips(num_frames), dim), np.float32)
-    for word, (start, end) in moments.items():
-        features[int(np.ceil(start / CLIP)) : int(np.ceil(end / CLIP)), CHANNELS[word]] = 1
-    if not moments:
-        # Constant features are rejected, and smaller differences count as rounding.
-        features[0, 0] = 1e-5
-    return Video(features, num_frames, num_frames / RATE, "long")
-
-
 @pytest.fixture
-def finder(planted_backend: Any) -> Finder:
-    return Finder(planted_backend())
+def finder() -> Finder:
+    return Finder(PlantedBackend())
 
 
 @given(
@@ -103,8 +69,8 @@ def test_windows_end_at_the_last_available_clip() -> None:
 
 @given(st.floats(0, 570), st.floats(3 * SEGMENT, 14))
 @settings(max_examples=60)
-def test_moment_in_long_video_equals_short_clip_result(planted_backend: Any, start: float, length: float) -> None:
-    grounder = Grounder(Finder(planted_backend()))
+def test_moment_in_long_video_equals_short_clip_result(start: float, length: float) -> None:
+    grounder = Grounder(Finder(PlantedBackend()))
     video = long_video(600, dog=(start, start + length))
     assert len(grounder.cut(video)) > 20
     best = grounder.ground(video, "person dog")[0]
@@ -162,8 +128,8 @@ class Noisy:
         )
 
 
-def test_merged_windows_respect_the_nms_threshold(planted_backend: Any) -> None:
-    grounder = Grounder(Noisy(planted_backend(Decoding(protocol="drn"))))
+def test_merged_windows_respect_the_nms_threshold() -> None:
+    grounder = Grounder(Noisy(PlantedBackend(Decoding(protocol="drn"))))
     actual = grounder.ground(long_video(300), "dog", top_k=200)
     spans = np.array([(moment.start, moment.end) for moment in actual])
     assert len(actual) > 20
@@ -183,10 +149,10 @@ def test_windows_fall_back_to_full_video_only_once(finder: Finder) -> None:
     assert nothing == [Moment(0.0, 300.0, 1.0)]
 
 
-def test_short_videos_are_unaffected_by_long_ones_in_batch(planted_backend: Any) -> None:
-    grounder = Grounder(Finder(planted_backend()))
+def test_short_videos_are_unaffected_by_long_ones_in_batch() -> None:
+    grounder = Grounder(Finder(PlantedBackend()))
     grounder.windows = Windows(100.0, 43.0, 14.5)
-    before = Grounder(Finder(planted_backend(), None))
+    before = Grounder(Finder(PlantedBackend(), None))
     videos = [long_video(200, dog=(150, 160)), long_video(120, cat=(3, 9))]
     pairs = [PAIRS[0], (videos[0], "dog"), *PAIRS[1:4], (videos[1], "cat"), (videos[0], "cat dog"), *PAIRS[4:]]
     answers = grounder.ground_batch(pairs, batch_size=3)
@@ -197,8 +163,8 @@ def test_short_videos_are_unaffected_by_long_ones_in_batch(planted_backend: Any)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_split_model_encodes_each_window_once(planted_backend: Any, batch_size: int) -> None:
-    model = Finder(planted_backend())
+def test_split_model_encodes_each_window_once(batch_size: int) -> None:
+    model = Finder(PlantedBackend())
     pair = PlantedPair(model)
     grounder = Grounder(pair)
     video = long_video(300, dog=(200, 210), cat=(20, 30))
@@ -213,8 +179,8 @@ def test_split_model_encodes_each_window_once(planted_backend: Any, batch_size: 
     assert grounder.encode(encoded) is encoded
 
 
-def test_encoded_windows_survive_save_and_load(planted_backend: Any, tmp_path: Path) -> None:
-    grounder = Grounder(PlantedPair(Finder(planted_backend())))
+def test_encoded_windows_survive_save_and_load(tmp_path: Path) -> None:
+    grounder = Grounder(PlantedPair(Finder(PlantedBackend())))
     video = long_video(120, dog=(100, 110))
     encoded = grounder.encode(video)
     encoded.save(tmp_path / "long.npz")
@@ -231,28 +197,26 @@ def test_encoded_windows_survive_save_and_load(planted_backend: Any, tmp_path: P
         EncodedWindows.load(tmp_path / "long.npz")
 
 
-def test_encoded_windows_are_rejected_for_single_encoding(planted_backend: Any) -> None:
-    pair = Grounder(PlantedPair(Finder(planted_backend())))
+def test_encoded_windows_are_rejected_for_single_encoding() -> None:
+    pair = Grounder(PlantedPair(Finder(PlantedBackend())))
     encoded = pair.encode(long_video(120))
     with raises(ModelFileError, "query_part_required", "long"):
-        Grounder(planted_backend()).ground(encoded, "dog")
+        Grounder(PlantedBackend()).ground(encoded, "dog")
     with raises(ModelFileError, "query_part_required"):
-        Grounder(Finder(planted_backend())).encode(long_video(120))
+        Grounder(Finder(PlantedBackend())).encode(long_video(120))
     with raises(FeatureError, "encoding_of_another_model", "long", "1" * 12, "2" * 12):
-        Grounder(PlantedPair(Finder(planted_backend()), "2" * 64)).ground(encoded, "dog")
+        Grounder(PlantedPair(Finder(PlantedBackend()), "2" * 64)).ground(encoded, "dog")
     with raises(FeatureError, "feature_width_mismatch", "long", "planted", 9, 8):
         pair.ground(long_video(120, dim=9), "dog")
 
 
-def test_two_hour_video_is_grounded_in_bounded_memory(
-    planted_backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_hour_video_is_grounded_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video = long_video(7200, 256, dog=(5000, 5010), cat=(100, 112))
     assert video.features.shape == (21599, 256)
     np.save(tmp_path / "long.npy", video.features)
     size = (tmp_path / "long.npy").stat().st_size
     monkeypatch.setattr(videos_module, "MAPPED_BYTES", size - 1)
-    backend: Backend = Finder(planted_backend(dim=256))
+    backend: Backend = Finder(PlantedBackend(dim=256))
     grounder = Grounder(backend)
     backend.planted.batches = collections.deque(maxlen=1)  # type: ignore[attr-defined]
     queries = [" ".join(words) for words in itertools.product(("person", "runs", "opens", "door", ""), ("cat", "dog"))]

@@ -56,9 +56,7 @@ def test_ids_are_int32() -> None:
 
 
 @pytest.mark.parametrize(("policy", "ids"), [("skip", [1, 4]), ("zero", [1, 0, 0, 4])])
-def test_unknown_words_follow_the_policy_with_a_warning(
-    policy: str, ids: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unknown_words_follow_policy_and_warn(policy: str, ids: list[int], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "drn"):
         assert Vocabulary(WORDS, policy).encode("person zorbs frimly door").tolist() == ids
     assert len(caplog.records) == len(records(caplog, logging.WARNING, "'zorbs', 'frimly'")) == 1
@@ -99,9 +97,7 @@ def test_counted_unknown_words_are_named_once(caplog: pytest.LogCaptureFixture) 
         (Vocabulary({}), "person", "missing_word_table", ["--vocabulary"]),
     ],
 )
-def test_sentence_that_cannot_be_encoded_is_rejected(
-    vocabulary: Vocabulary, sentence: str, code: str, values: list[str]
-) -> None:
+def test_unencodable_sentence_is_rejected(vocabulary: Vocabulary, sentence: str, code: str, values: list[str]) -> None:
     with raises(QueryError, code, *values):
         vocabulary.encode(sentence, check_content=sentence == "the quixotically")
 
@@ -127,7 +123,7 @@ def test_word_lookup_prefers_original_case() -> None:
 
 
 @pytest.mark.parametrize("words", [{"a": 0}, {"a": 1, "b": 3}, {"a": 1, "b": 1}, {"a": 2}])
-def test_word_ids_other_than_one_to_n_and_unknown_policies_are_rejected(words: dict[str, int]) -> None:
+def test_invalid_word_ids_and_unknown_policies_are_rejected(words: dict[str, int]) -> None:
     with raises(ModelFileError, "word_numbers_not_consecutive", len(words)):
         Vocabulary(words)
     with raises(ModelFileError, "invalid_setting", "'guess'"):

@@ -201,7 +201,7 @@ def test_video_constant_features_are_rejected(kind: str) -> None:
         video.segments(4)
 
 
-def test_video_with_slightly_different_clips_or_single_clip_is_accepted() -> None:
+def test_nearly_constant_or_single_clip_video_is_accepted() -> None:
     noise = np.random.default_rng(0).normal(size=(9, 3))
     varying = [100 + 1e-2 * noise, (0.01 + 1e-4 * noise).astype(np.float32), np.float16([[-6e4], [6e4]])]
     for row in (0, 1, 1500, 2999):

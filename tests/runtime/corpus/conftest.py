@@ -55,11 +55,11 @@ def corpus(mini: Path, tmp_path: Path) -> Corpus:
 @pytest.fixture
 def damaged(mini: Path) -> Path:
     """The mini data set with a video without features, one with invalid features, and one with too narrow features."""
-    place = mini / "C3D_unit16_overlap0.5_merged"
-    (place / "BBBB2.pt").unlink()
-    (place / "CCCC3.pt").write_bytes(b"no tensor")
-    (place / "DDDD4.pt").unlink()
-    np.save(place / "DDDD4.npy", np.ones((30, 8), np.float32))
+    directory = mini / "C3D_unit16_overlap0.5_merged"
+    (directory / "BBBB2.pt").unlink()
+    (directory / "CCCC3.pt").write_bytes(b"no tensor")
+    (directory / "DDDD4.pt").unlink()
+    np.save(directory / "DDDD4.npy", np.ones((30, 8), np.float32))
     return mini
 
 

@@ -38,9 +38,9 @@ def loaded(path: Path) -> dict[str, Video | str]:
     return {video.name: actual for video, actual in zip(listing, source.load(listing, CLOCK), strict=True)}
 
 
-def check(found: dict[str, Video | str]) -> None:
-    assert list(found) == list(FEATURES)
-    for name, video in found.items():
+def check(actual: dict[str, Video | str]) -> None:
+    assert list(actual) == list(FEATURES)
+    for name, video in actual.items():
         assert isinstance(video, Video), video
         np.testing.assert_array_equal(video.features, FEATURES[name])
         assert (video.name, video.duration) == (name, LENGTHS[name])
@@ -61,8 +61,10 @@ def test_directory_with_durations_loads_videos(tmp_path: Path, suffix: str) -> N
         (np.save if suffix == ".npy" else np.savez)(tmp_path / f"{name}{suffix}", features)
     (tmp_path / "durations.json").write_text(json.dumps(LENGTHS))
     check(loaded(tmp_path))
-    told = {"duration": 3.0, "num_frames": 31}
-    (tmp_path / "durations.json").write_text(json.dumps({**LENGTHS, "v0": told, "v1": None, "none": 2.0, "../v2": 1.0}))
+    entry = {"duration": 3.0, "num_frames": 31}
+    (tmp_path / "durations.json").write_text(
+        json.dumps({**LENGTHS, "v0": entry, "v1": None, "none": 2.0, "../v2": 1.0})
+    )
     actual = loaded(tmp_path)
     assert isinstance(actual["v0"], Video)
     assert (actual["v0"].duration, actual["v0"].num_frames) == (3.0, 31)
@@ -122,9 +124,7 @@ def change_features(path: Path, group: int, change: Callable[[bytes], bytes]) ->
     ],
     ids=["lists", "fixed lists", "numbers and shape", "bytes", "bytes of another type", "Ray Data's tensors"],
 )
-def test_parquet_loads_features_of_each_column_type(
-    tmp_path: Path, kind: Any, cell: Cell, columns: tuple[str, ...]
-) -> None:
+def test_parquet_loads_each_column_type(tmp_path: Path, kind: Any, cell: Cell, columns: tuple[str, ...]) -> None:
     about = {"shape": [list(f.shape) for f in FEATURES.values()], "dtype": ["float64"] * len(FEATURES)}
     cells = pa.array([cell(features) for features in FEATURES.values()], kind)
     path = write_parquet(tmp_path / "features.parquet", cells, **{name: about[name] for name in columns})
@@ -211,9 +211,7 @@ def test_parquet_page_checksums_are_compared(tmp_path: Path, options: dict[str, 
         ({"video": [["a"]], "duration": [1.0], "features": [[[1.0]]]}, "invalid_video_name", ["list<element: string>"]),
     ],
 )
-def test_parquet_with_wrong_columns_is_rejected(
-    tmp_path: Path, columns: dict[str, Any], code: str, values: list[str]
-) -> None:
+def test_parquet_wrong_columns_fail(tmp_path: Path, columns: dict[str, Any], code: str, values: list[str]) -> None:
     parquet.write_table(pa.table(columns), tmp_path / "features.parquet")
     with raises(GroundingError, code, *values):
         open_source(tmp_path).listing()

@@ -20,7 +20,7 @@ from tests.runtime.corpus.conftest import Corpus, Here, content, write_rows
 ROWS = [{"query": "a person opens the door."}, {"query": "xyzzy"}]
 
 
-def test_resumed_job_produces_identical_shards(
+def test_resumed_job_has_same_shards(
     here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, queries = corpus(ROWS)

@@ -40,9 +40,7 @@ def answers(path: Path) -> list[Any]:
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
 @pytest.mark.parametrize("dictionary", [True, False])
-def test_decompressed_bytes_covers_valid_files(
-    tmp_path: Path, version: str, compression: str, dictionary: bool
-) -> None:
+def test_decompressed_bytes_of_valid_files(tmp_path: Path, version: str, compression: str, dictionary: bool) -> None:
     features = [np.random.default_rng(row).normal(size=(40, 8)).astype(np.float32).tolist() for row in range(30)]
     options = {"data_page_version": version, "compression": compression, "use_dictionary": dictionary}
     path = rows(tmp_path / "a.parquet", features, data_page_size=1000, **options)
@@ -85,7 +83,7 @@ def test_false_value_count_in_metadata_is_rejected(bomb: Path) -> None:
 def _zigzag(number: int, length: int) -> bytes:
     """Return a number of the compact protocol in a given number of bytes."""
     number <<= 1
-    parts = [number >> 7 * place & 127 | 128 for place in range(length)]
+    parts = [number >> 7 * index & 127 | 128 for index in range(length)]
     return bytes([*parts[:-1], parts[-1] & 127])
 
 

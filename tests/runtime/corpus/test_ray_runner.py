@@ -76,7 +76,7 @@ def environment(directory: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
+def ray_directory() -> Iterator[Path]:
     """A directory for Ray's files. Its path is short, because it contains sockets."""
     directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     yield directory
@@ -84,24 +84,26 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def cluster(place: Path) -> Iterator[Path]:
+def cluster(ray_directory: Path) -> Iterator[Path]:
     """The directory of a cluster from `ray start`, for `--address auto`."""
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={free_port()}"]
     words += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=2"]
     # Each of these two processes takes a second to start, and no test needs them.
     words += ["--no-monitor", "--include-log-monitor=false"]
     words += [f"--object-store-memory={1 << 27}"]
-    log = place / "start.log"
+    log = ray_directory / "start.log"
     with open(log, "w") as stream:
-        process = subprocess.Popen(words, env=environment(place), stdout=stream, stderr=stream, start_new_session=True)
+        process = subprocess.Popen(
+            words, env=environment(ray_directory), stdout=stream, stderr=stream, start_new_session=True
+        )
     try:
         wait(lambda: "block forever" in log.read_text() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
-        yield place
+        yield ray_directory
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(LONGEST_SECONDS)
-        wait(lambda: not rays(place))
+        wait(lambda: not rays(ray_directory))
 
 
 def started(words: list[str], directory: Path) -> subprocess.Popen[str]:
@@ -204,8 +206,8 @@ def test_shard_that_kills_every_worker_fails_the_job(inputs: Inputs, cluster: Pa
     assert content(output) == {}
 
 
-def test_killed_local_ray_job_resumes_from_finished_shards(inputs: Inputs, place: Path, tmp_path: Path) -> None:
-    output, own = tmp_path / "corpus", place / "own"
+def test_killed_local_ray_job_resumes_from_finished_shards(inputs: Inputs, ray_directory: Path, tmp_path: Path) -> None:
+    output, own = tmp_path / "corpus", ray_directory / "own"
     own.mkdir()
     # Ray starts with the job.
     job = started(inputs.words(output, "--actors", 2), own)
@@ -230,7 +232,7 @@ def test_killed_local_ray_job_resumes_from_finished_shards(inputs: Inputs, place
 
 
 def test_missing_ray_cluster_is_reported(
-    inputs: Inputs, tmp_path: Path, run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs, tmp_path: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     outcome = run_command(ground_corpus, *inputs.words(tmp_path / "corpus", "--address", "nowhere"))

@@ -28,10 +28,10 @@ def test_shards_contain_each_pair_once_within_size(listed: list[str], about: lis
     questions = [Question(line, line, f"sentence {line}", video) for line, video in enumerate(about, 1)]
     common, shards = plan([VideoRef(name) for name in listed], questions, size)
     actual = [
-        (asked.video.name, question.line)
+        (shard_video.video.name, question.line)
         for shard in shards
-        for asked in shard.videos
-        for question in asked.questions(common)
+        for shard_video in shard.videos
+        for question in shard_video.questions(common)
     ]
     expected = [(name, q.line) for q in questions for name in ([q.video] if q.video else listed)]
     assert Counter(actual) == Counter(expected)
@@ -41,7 +41,7 @@ def test_shards_contain_each_pair_once_within_size(listed: list[str], about: lis
     for name in dict.fromkeys(name for name, _ in actual):
         lines = [line for video, line in actual if video == name]
         assert lines == sorted(lines)
-        holding = [shard for shard in shards if name in {asked.video.name for asked in shard.videos}]
+        holding = [shard for shard in shards if name in {shard_video.video.name for shard_video in shard.videos}]
         assert len(holding) == 1 or len(lines) > size
     # Known videos come first, in the order of the listing.
     order = list(dict.fromkeys(name for name, _ in actual))
@@ -53,20 +53,20 @@ def test_shard_name_contains_number_and_count() -> None:
     assert shard_name(17, 240, "parquet") == "shard-00017-of-00240.parquet"
 
 
-def told(**changes: object) -> dict[str, object]:
+def identity(**changes: object) -> dict[str, object]:
     return {"format": "drn-corpus/1", "model": {"sha256": "1"}, "settings": {"top_k": 5, "threads": 1}, **changes}
 
 
 def test_directory_of_other_inputs_is_rejected_naming_them(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()
-    check_same(tmp_path, told())
-    (tmp_path / MANIFEST).write_text(json.dumps(told()))
+    check_same(tmp_path, identity())
+    (tmp_path / MANIFEST).write_text(json.dumps(identity()))
     # Without a complete shard nothing can be lost.
-    check_same(tmp_path, told(model={"sha256": "2"}))
+    check_same(tmp_path, identity(model={"sha256": "2"}))
     (tmp_path / shard_name(1, 2, "jsonl")).touch()
-    check_same(tmp_path, told())
+    check_same(tmp_path, identity())
     with raises(OutputError, "settings_mismatch", tmp_path, "model sha256", "'1'", "'2'", "settings top_k", 5, 3):
-        check_same(tmp_path, told(model={"sha256": "2"}, settings={"top_k": 3, "threads": 1}))
+        check_same(tmp_path, identity(model={"sha256": "2"}, settings={"top_k": 3, "threads": 1}))
 
 
 def test_directory_with_foreign_content_is_rejected(tmp_path: Path) -> None:
@@ -79,12 +79,12 @@ def test_directory_with_foreign_content_is_rejected(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()
     require_corpus_dir(tmp_path)
     with raises(OutputError, "output_not_empty", tmp_path, MANIFEST):
-        check_same(tmp_path, told())
+        check_same(tmp_path, identity())
     for text in ("[]", '{"format": "drn-corpus/0"}'):
         (tmp_path / MANIFEST).write_text(text)
         with raises(OutputError, "unknown_format", tmp_path / MANIFEST, "'drn-corpus/1'"):
-            check_same(tmp_path, told())
+            check_same(tmp_path, identity())
     (tmp_path / MANIFEST).write_text("{")
     with raises(OutputError, "invalid_json", tmp_path / MANIFEST):
-        check_same(tmp_path, told())
+        check_same(tmp_path, identity())
     require_corpus_dir(tmp_path / "new")

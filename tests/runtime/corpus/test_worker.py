@@ -27,9 +27,9 @@ def test_corpus_rows_equal_grounder_predictions(here: Here, corpus: Corpus, tiny
     result = here(features, queries, shard_pairs=3, top_k=2)
     rows = read_rows(result.output)
     data_set, grounder = DataSet(features), Grounder.load(tiny_model, "cpu", 1)
-    asked = [(1, DOOR, name) for name in sorted(data_set.durations)]
-    asked.insert(3, ("dog", DOG, "CCCC3"))
-    assert [(row["qid"], row["query"], row["vid"]) for row in rows] == asked
+    expected_rows = [(1, DOOR, name) for name in sorted(data_set.durations)]
+    expected_rows.insert(3, ("dog", DOG, "CCCC3"))
+    assert [(row["qid"], row["query"], row["vid"]) for row in rows] == expected_rows
     assert (result.pairs, result.grounded, result.errors, result.shards) == (7, 7, 0, 3)
     for row in rows:
         expected = grounder.ground(data_set.video(row["vid"]), row["query"], 2)
@@ -60,7 +60,7 @@ def test_invalid_video_or_sentence_becomes_error_row(here: Here, damaged: Path, 
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole model", "split model"])
-def test_contradictory_video_becomes_error_row(
+def test_contradictory_video_is_error(
     here: Here, pair_files: Path, tiny_model: Path, tmp_path: Path, split: bool
 ) -> None:
     features = tmp_path / "features"
@@ -106,12 +106,7 @@ def test_each_video_is_read_and_encoded_once(
     features, queries = corpus([{"query": DOOR + " door" * n, "vid": v} for n in range(7) for v in ("AAAA1", "BBBB2")])
     for name, model in (("whole", tiny_model), ("split", pair_files)):
         assert here(features, queries, tmp_path / name, model=model, batch_size=3).errors == 0
-    assert calls == {
-        ("read", "AAAA1"): 2,
-        ("read", "BBBB2"): 2,
-        ("encoded", "AAAA1"): 1,
-        ("encoded", "BBBB2"): 1,
-    }
+    assert calls == {("read", "AAAA1"): 2, ("read", "BBBB2"): 2, ("encoded", "AAAA1"): 1, ("encoded", "BBBB2"): 1}
     assert content(tmp_path / "whole") == content(tmp_path / "split")
 
 
@@ -141,9 +136,7 @@ def test_parquet_rows_equal_jsonl_rows(here: Here, damaged: Path, tmp_path: Path
     assert parquet.read_table(next((tmp_path / "named").glob("shard-*")))["qid"].to_pylist() == ["a"] * 6
 
 
-def test_rows_do_not_depend_on_read_batch_size(
-    here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_ignore_batch_size(here: Here, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features, queries = corpus([{"query": DOOR}, {"query": DOG}])
     here(features, queries, tmp_path / "together")
     monkeypatch.setattr("runtime.corpus.worker.MAX_WAITING_BYTES", 1)
@@ -182,9 +175,7 @@ def test_invalid_shard_ends_the_job_and_is_named(
     assert list(content(tmp_path / "corpus")) == ["shard-00001-of-00003.jsonl"]
 
 
-def test_shard_that_repeatedly_crashes_is_abandoned(
-    here: Here, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeatedly_crashing_shard_is_abandoned(here: Here, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     features, queries = corpus([{"query": DOOR}])
 
     def leave_notes(output: Path) -> None:

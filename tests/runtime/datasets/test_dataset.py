@@ -178,9 +178,7 @@ def test_pt_features_take_precedence_over_npy(directory: Path) -> None:
     assert data_set.feature_path("AAAAA").suffix == ".pt"
 
 
-def test_width_timing_and_origin_of_features_are_read(
-    golden: Path, mini: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_width_timing_and_origin_are_read(golden: Path, mini: Path, caplog: pytest.LogCaptureFixture) -> None:
     data_set = DataSet(golden / "mini")
     assert data_set.features().dim == 16
     data_set.check_clock(ClipTiming(16, 8))
@@ -216,9 +214,7 @@ def test_tokens_and_ground_truth_equal_published_loader(golden: Path) -> None:
         np.testing.assert_array_equal(spans[index], reference[f"mini_{index}_gt_bbox"])
 
 
-def test_four_invalid_lines_of_real_training_file_are_dropped(
-    real_data: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_four_invalid_lines_of_real_file_are_dropped(real_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     data_set = DataSet(real_data / "charades_sta")
     annotations = data_set.annotations("train", "keep")
     dropped = data_set.annotations("train", "drop")

@@ -66,9 +66,7 @@ def test_missing_or_invalid_hdf5_entry_is_named(published: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["v.npz", "v.avi.npy"])
-def test_two_feature_files_of_one_video_are_reported_once(
-    tmp_path: Path, other: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_files_of_one_video_are_reported_once(tmp_path: Path, other: str, caplog: pytest.LogCaptureFixture) -> None:
     np.save(tmp_path / "v.npy", CLIPS)
     np.save(tmp_path / "w.npy", CLIPS)
     (tmp_path / other).write_bytes((tmp_path / "v.npy").read_bytes())
@@ -188,9 +186,7 @@ def test_features_in_two_places_are_rejected(tmp_path: Path, published: Path) ->
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".h5"])
-def test_decompression_bomb_is_rejected_before_loading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
+def test_decompression_bomb_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     path = tmp_path / f"bomb{suffix}"
     load: Any = load_features
     if suffix == ".npz":

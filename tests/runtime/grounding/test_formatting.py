@@ -59,10 +59,10 @@ def test_text_bars_mark_the_cells_of_the_moment() -> None:
 @given(st.floats(0, 50), st.floats(0, 50), st.integers(20, 200))
 def test_text_bars_have_equal_length_and_mark_a_cell(a: float, b: float, width: int) -> None:
     moments = [Moment(min(a, b), max(a, b), 0.5), Moment(0, 50, 0.4)]
-    first, whole = bars(format_answers([Answer("q", "v", 50.0, moments)], "text", width))
-    assert len(first) == len(whole) >= 20
+    first, second = bars(format_answers([Answer("q", "v", 50.0, moments)], "text", width))
+    assert len(first) == len(second) >= 20
     assert re.fullmatch("·*█+·*", first)
-    assert set(whole) == {"█"}
+    assert set(second) == {"█"}
 
 
 def test_text_fits_the_terminal_and_names_times_scores_and_truth() -> None:
@@ -110,10 +110,10 @@ def test_srt_numbers_the_best_moment_of_each_query_in_time_order() -> None:
 @given(st.floats(0, 1e5))
 def test_srt_times_have_three_digits_after_a_comma(seconds: float) -> None:
     line = format_answers([Answer("q", "v", 2e5, [Moment(seconds, seconds, 1)])], "srt").splitlines()[1]
-    hours, minutes, whole, thousandths = map(int, re.fullmatch(r"(\d\d+):(\d\d):(\d\d),(\d{3}) --> .*", line).groups())
+    hours, minutes, second, thousandths = map(int, re.fullmatch(r"(\d\d+):(\d\d):(\d\d),(\d{3}) --> .*", line).groups())
     assert minutes < 60
-    assert whole < 60
-    assert hours * 3600 + minutes * 60 + whole + thousandths / 1000 == pytest.approx(seconds, abs=0.000501)
+    assert second < 60
+    assert hours * 3600 + minutes * 60 + second + thousandths / 1000 == pytest.approx(seconds, abs=0.000501)
 
 
 def test_empty_answers_give_valid_output() -> None:

@@ -20,32 +20,12 @@ from runtime.core.errors import DeviceMemoryError, FeatureError, GroundingError,
 from runtime.core.moments import to_moments
 from runtime.core.sliding_windows import Windows
 from tests.raising import raises
-
-CHANNELS = {"cat": 1, "dog": 2, "door": 3, "runs": 4, "opens": 5, "person": 6}
-
-
-def video(duration: float, dim: int = 8, **moments: tuple[int, int]) -> Video:
-    """A video of 32 segments of one clip each, in which words happen in given segments, last included.
-
-    A clip every frame and windows of one frame would give segments that share a clip; 256 clips of which eight go
-    into a segment leave the borders free.
-    """
-    features = np.zeros((256, dim), np.float32)
-    for word, (first, last) in moments.items():
-        features[8 * first + 1 : 8 * last + 8, CHANNELS[word]] = 1
-    if not moments:
-        # Constant features are rejected.
-        features[0, 0] = 1e-5
-    return Video(features, 8 * 256 + 1, duration, "-".join(moments) or "nothing")
+from tests.runtime.planted import CHANNELS, PAIRS, QUARTER, Exponential, PlantedBackend, video
 
 
 @pytest.fixture
-def grounder(planted_backend: Any) -> Grounder:
-    return Grounder(planted_backend())
-
-
-# One word happens in segments 8 to 15 of 32, that is from a quarter to a half of the video.
-QUARTER = video(60.0, dog=(8, 15))
+def grounder() -> Grounder:
+    return Grounder(PlantedBackend())
 
 
 def test_ground_returns_planted_moment_in_seconds(grounder: Grounder) -> None:
@@ -59,8 +39,8 @@ def test_ground_returns_planted_moment_in_seconds(grounder: Grounder) -> None:
 
 @given(st.floats(9, 2000))
 @settings(max_examples=20)
-def test_moments_scale_with_the_duration(planted_backend: Any, duration: float) -> None:
-    best = Grounder(planted_backend()).ground(video(duration, dog=(8, 15)), "dog")[0]
+def test_moments_scale_with_the_duration(duration: float) -> None:
+    best = Grounder(PlantedBackend()).ground(video(duration, dog=(8, 15)), "dog")[0]
     assert (best.start, best.end) == (0.25 * duration, 0.5 * duration)
 
 
@@ -74,28 +54,18 @@ def test_ground_returns_top_k_moments_best_first(grounder: Grounder) -> None:
 
 
 @pytest.mark.parametrize(("top_k", "count"), [(1, 1), (5, 5), (6, 6), (20, 20), (99, 56)])
-def test_top_k_may_exceed_published_six(planted_backend: Any, top_k: int, count: int) -> None:
+def test_top_k_may_exceed_published_six(top_k: int, count: int) -> None:
     def all_likely(heads: Heads) -> None:
         heads.matching_logits[:] = np.linspace(-1, 1, 56, dtype=np.float32)
 
-    assert len(Grounder(planted_backend(after=all_likely)).ground(QUARTER, "dog", top_k)) == count
+    assert len(Grounder(PlantedBackend(after=all_likely)).ground(QUARTER, "dog", top_k)) == count
 
 
 def test_query_without_proposals_returns_full_video(grounder: Grounder) -> None:
     # Six words bring the second half below the threshold of the planted model.
     strict = Grounder(type(grounder.backend)(Decoding(score_threshold=0.9)))
-    (whole,) = strict.ground(video(60.0), "person runs dog opens door cat")
-    assert whole == Moment(0.0, 60.0, 1.0)
-
-
-PAIRS = [
-    (QUARTER, "dog"),
-    (video(10.0, cat=(0, 3), door=(20, 31)), "person opens the door"),
-    (QUARTER, "person runs opens dog"),
-    (video(100.0, cat=(0, 3)), "cat"),
-    (video(10.0, cat=(0, 3), door=(20, 31)), "cat"),
-    (video(64.0, person=(31, 31)), "dog door person"),
-]
+    (moment,) = strict.ground(video(60.0), "person runs dog opens door cat")
+    assert moment == Moment(0.0, 60.0, 1.0)
 
 
 def test_mixed_query_lengths_and_videos_keep_their_order(grounder: Grounder) -> None:
@@ -106,10 +76,8 @@ def test_mixed_query_lengths_and_videos_keep_their_order(grounder: Grounder) -> 
 
 @given(st.permutations(range(len(PAIRS))), st.integers(1, 7))
 @settings(max_examples=25)
-def test_pair_order_and_batch_size_do_not_change_moments(
-    planted_backend: Any, order: list[int], batch_size: int
-) -> None:
-    backend = planted_backend()
+def test_pair_order_and_batch_size_do_not_change_moments(order: list[int], batch_size: int) -> None:
+    backend = PlantedBackend()
     grounder = Grounder(backend)
     pairs = [PAIRS[index] for index in order]
     answers = grounder.ground_batch(pairs, batch_size=batch_size)
@@ -119,8 +87,8 @@ def test_pair_order_and_batch_size_do_not_change_moments(
     assert grounder.ground_batch([]) == []
 
 
-def test_queries_of_similar_length_share_a_batch(planted_backend: Any) -> None:
-    backend = planted_backend()
+def test_queries_of_similar_length_share_a_batch() -> None:
+    backend = PlantedBackend()
     Grounder(backend).ground_batch(PAIRS, batch_size=3)
     # Three queries of one token need no padding.
     assert [batch.query_tokens.shape for batch in backend.batches] == [(3, 1), (3, 4)]
@@ -139,9 +107,7 @@ def test_features_of_wrong_width_are_rejected_naming_both(grounder: Grounder) ->
         ("dog " * 7, "query_too_long", [7, 1, 6]),
     ],
 )
-def test_invalid_query_is_rejected_before_running(
-    grounder: Grounder, query: str, code: str, values: list[object]
-) -> None:
+def test_invalid_query_is_rejected_first(grounder: Grounder, query: str, code: str, values: list[object]) -> None:
     with raises(QueryError, code, *values):
         grounder.ground(QUARTER, query)
     assert not grounder.backend.batches  # type: ignore[attr-defined]
@@ -149,9 +115,7 @@ def test_invalid_query_is_rejected_before_running(
 
 
 @pytest.mark.parametrize("name", ["unknown_words", "unheard"])
-def test_encode_query_counts_unknown_words_without_warning(
-    grounder: Grounder, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_encode_query_counts_unknown_words(grounder: Grounder, name: str, caplog: pytest.LogCaptureFixture) -> None:
     counts: Counter[str] = Counter()
     assert grounder.encode_query("dog zorbs", **{name: counts}).tolist() == [CHANNELS["dog"]]  # type: ignore[arg-type]
     assert counts == {"zorbs": 1}
@@ -180,8 +144,8 @@ def test_invalid_argument_is_rejected_before_running(
     assert not grounder.backend.batches  # type: ignore[attr-defined]
 
 
-def test_grounder_uses_pooling_and_segments_of_model(planted_backend: Any) -> None:
-    backend = planted_backend(Decoding(num_segments=64))
+def test_grounder_uses_pooling_and_segments_of_model() -> None:
+    backend = PlantedBackend(Decoding(num_segments=64))
     Grounder(backend).ground(QUARTER, "dog")
     assert backend.batches[0].segment_features.shape == (1, 64, 8)
     features = dataclasses.replace(backend.manifest.features, pooling="drn")
@@ -210,28 +174,26 @@ FIVE = [(QUARTER, query) for query in ("dog", "person dog", "cat runs", "door op
 
 
 @pytest.mark.parametrize(("room", "sizes"), [(8, [5]), (3, [5, 2, 3])])
-def test_batch_out_of_memory_is_retried_in_halves(
-    room: int, sizes: list[int], grounder: Grounder, planted_backend: Any
-) -> None:
-    backend = planted_backend(before=limited(room))
+def test_batch_out_of_memory_is_retried_in_halves(room: int, sizes: list[int], grounder: Grounder) -> None:
+    backend = PlantedBackend(before=limited(room))
     assert Grounder(backend).ground_batch(FIVE) == grounder.ground_batch(FIVE)
     assert [len(batch) for batch in backend.batches] == sizes
 
 
-def test_out_of_memory_for_single_query_is_raised(planted_backend: Any) -> None:
+def test_out_of_memory_for_single_query_is_raised() -> None:
     with raises(DeviceMemoryError, "out_of_memory"):
-        Grounder(planted_backend(before=limited(1))).ground_batch(FIVE)
+        Grounder(PlantedBackend(before=limited(1))).ground_batch(FIVE)
     # One query has no halves.
-    backend = planted_backend(before=limited(0))
+    backend = PlantedBackend(before=limited(0))
     with raises(DeviceMemoryError, "out_of_memory"):
         Grounder(backend).ground(*FIVE[0])
     assert len(backend.batches) == 1
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_gpu_runs_next_batch_while_decoding(planted_backend: Any, device: str) -> None:
+def test_gpu_runs_next_batch_while_decoding(device: str) -> None:
     runs = [threading.Event() for _ in range(3)]
-    backend = planted_backend(device=device, before=lambda batch: next(run for run in runs if not run.is_set()).set())
+    backend = PlantedBackend(device=device, before=lambda batch: next(run for run in runs if not run.is_set()).set())
     tokens = np.array([1], np.int32)
     segments = Grounder(backend).segments(QUARTER)
     answers = Grounder(backend).run([tokens] * 5, [segments] * 5, batch_size=2)
@@ -244,43 +206,29 @@ def test_gpu_runs_next_batch_while_decoding(planted_backend: Any, device: str) -
 
 
 @pytest.mark.parametrize(("batch_size", "uses_thread"), [(2, True), (3, False)])
-def test_single_batch_runs_without_a_thread(planted_backend: Any, batch_size: int, uses_thread: bool) -> None:
+def test_single_batch_runs_without_a_thread(batch_size: int, uses_thread: bool) -> None:
     threads: set[threading.Thread] = set()
-    backend = planted_backend(device="cuda", before=lambda batch: threads.add(threading.current_thread()))
+    backend = PlantedBackend(device="cuda", before=lambda batch: threads.add(threading.current_thread()))
     Grounder(backend).ground_batch([(QUARTER, "dog")] * 3, batch_size=batch_size)
     assert (threads != {threading.current_thread()}) == uses_thread
 
 
-def test_gpu_error_in_later_batch_is_raised_without_threads(planted_backend: Any) -> None:
+def test_gpu_error_in_later_batch_is_raised_without_threads() -> None:
     def fail_second(batch: Batch) -> None:
         if len(backend.batches) == 2:
             raise FeatureError("the second batch fails")
 
-    backend = planted_backend(device="cuda", before=fail_second)
+    backend = PlantedBackend(device="cuda", before=fail_second)
     before = threading.active_count()
     with raises(FeatureError, "invalid_features", "the second batch fails"):
         Grounder(backend).ground_batch([(QUARTER, "dog")] * 6, batch_size=2)
     assert threading.active_count() == before
 
 
-class Exponential:
-    """The planted model with boundaries that grow exponentially with the features, as those of DRN do."""
-
-    def __init__(self, whole: Any, damaged: bool = False) -> None:
-        self.whole, self.manifest, self.damaged = whole, whole.manifest, damaged
-
-    def run(self, batch: Batch) -> Heads:
-        heads = self.whole.run(batch)
-        with np.errstate(over="ignore", invalid="ignore"):
-            factor = np.exp(batch.segment_features.max(axis=(1, 2)))
-            heads.boundary_distances[...] *= np.inf if self.damaged else factor[:, None, None]
-        return heads
-
-
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("way", ["one", "batch", "windows"])
-def test_ground_output_not_finite_names_true_cause(planted_backend: Any, damaged: bool, way: str) -> None:
-    scaled = Grounder(Exponential(planted_backend(), damaged))
+def test_ground_output_not_finite_names_true_cause(damaged: bool, way: str) -> None:
+    scaled = Grounder(Exponential(PlantedBackend(), damaged))
     subject = Video(3000 * QUARTER.features, QUARTER.num_frames, 60.0, "scaled")
     if way == "windows":
         scaled.windows = Windows(30.0, 30.0, 10.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from runtime.core.moments import Moment, to_moments
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Window
 from runtime.grounding.moment_decoder import MomentDecoder
-from tests.runtime.grounding.test_grounder import QUARTER
+from tests.runtime.planted import QUARTER, PlantedBackend
 
 WINDOWS = tuple(Window(9 * i, 9 * i + 9, 100, 10.0 * i, 20.0) for i in range(5))
 
@@ -31,13 +30,13 @@ def heads(rows: int, seed: int = 0) -> Heads:
     )
 
 
-def part(whole: Heads, rows: Sequence[int]) -> Heads:
-    return Heads(*(values[list(rows)] for values in vars(whole).values()))
+def part(batch: Heads, rows: Sequence[int]) -> Heads:
+    return Heads(*(values[list(rows)] for values in vars(batch).values()))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, BLOCK + 5])
-def test_videos_of_one_window_are_decoded_as_published(planted_backend: Any, rows: int) -> None:
-    manifest, batch = planted_backend().manifest, heads(rows)
+def test_videos_of_one_window_are_decoded_as_published(rows: int) -> None:
+    manifest, batch = PlantedBackend().manifest, heads(rows)
     decoder = MomentDecoder([QUARTER] * rows, [()] * rows, manifest, 5, presence=True)
     # Rows come in any order of the pairs.
     order = np.random.default_rng(1).permutation(rows).tolist()
@@ -47,8 +46,8 @@ def test_videos_of_one_window_are_decoded_as_published(planted_backend: Any, row
 
 
 @given(st.permutations(range(10)), st.integers(1, 10))
-def test_moments_do_not_depend_on_the_order_of_windows(planted_backend: Any, order: list[int], size: int) -> None:
-    manifest, batch = planted_backend().manifest, heads(10)
+def test_moments_do_not_depend_on_the_order_of_windows(order: list[int], size: int) -> None:
+    manifest, batch = PlantedBackend().manifest, heads(10)
     # Many proposals have equal scores, and NMS takes the first of them.
     np.round(batch.matching_logits, out=batch.matching_logits)
     batch.iou_logits[:] = 2
@@ -67,18 +66,18 @@ def test_moments_do_not_depend_on_the_order_of_windows(planted_backend: Any, ord
 
 
 @pytest.mark.parametrize("windows", [(), WINDOWS[:1], WINDOWS])
-def test_unlikely_query_gets_the_full_video(planted_backend: Any, windows: Sequence[Window]) -> None:
+def test_unlikely_query_gets_the_full_video(windows: Sequence[Window]) -> None:
     video, rows = dataclasses.replace(QUARTER, offset=4.0), max(1, len(windows))
     nothing = Heads(np.full((rows, 56), -9, np.float32), np.ones((rows, 56, 2), np.float32), np.zeros((rows, 56)))
     for top_k in (0, 1, 5):
-        decoder = MomentDecoder([video], [windows], planted_backend().manifest, top_k, presence=True)
+        decoder = MomentDecoder([video], [windows], PlantedBackend().manifest, top_k, presence=True)
         decoder.add([0] * rows, list(range(rows)), nothing)
         assert decoder.moments == [[Moment(4.0, 64.0, 1.0)][:top_k]]
 
 
 @pytest.mark.parametrize("windows", [(), WINDOWS])
-def test_score_equal_to_threshold_passes_in_float32(planted_backend: Any, windows: Sequence[Window]) -> None:
-    manifest = planted_backend().manifest
+def test_score_equal_to_threshold_passes_in_float32(windows: Sequence[Window]) -> None:
+    manifest = PlantedBackend().manifest
     rows, batch = max(1, len(windows)), heads(5)
 
     def best(threshold: float | None) -> list[Moment]:

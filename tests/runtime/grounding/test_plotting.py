@@ -95,17 +95,13 @@ def test_plot_of_several_queries_has_a_row_for_each_moment(drawn: list[Any], tmp
 @pytest.mark.parametrize(
     ("answers", "expected"), [(ANSWERS, [BEST, OTHERS, TRUTH]), (ANSWERS[1:], [BEST]), (ANSWERS[2:], [])]
 )
-def test_plot_legend_has_the_colors_that_occur(
-    drawn: list[Any], tmp_path: Path, answers: list[Answer], expected: list[str]
-) -> None:
+def test_plot_legend_shows_colors(drawn: list[Any], tmp_path: Path, answers: list[Answer], expected: list[str]) -> None:
     draw(answers, tmp_path / "plot.png")
     assert [to_hex(patch) for legend in drawn[0].legends for patch in legend.get_patches()] == expected
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_plot_of_long_videos_and_sentences_has_no_overlapping_text(
-    drawn: list[Any], tmp_path: Path, count: int
-) -> None:
+def test_plot_of_long_sentences_has_no_overlapping_text(drawn: list[Any], tmp_path: Path, count: int) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     moments = [Moment(30000.0 + rank, 31000.0 + 10 * rank, 0.9 - 0.1 * rank) for rank in range(5)]
@@ -187,8 +183,8 @@ def shade(picture: np.ndarray) -> float:
 
 def test_frame_strip_shows_middle_frame_of_each_part(drawn: list[Any], tmp_path: Path) -> None:
     films = pytest.importorskip("tests.films")
-    footage = probe(films.film(tmp_path / "hall.mkv", 36, rate=10))
-    draw([Answer("a", "hall", footage.duration, MOMENTS[:0])], tmp_path / "plot.png", footage)
+    video_file = probe(films.film(tmp_path / "hall.mkv", 36, rate=10))
+    draw([Answer("a", "hall", video_file.duration, MOMENTS[:0])], tmp_path / "plot.png", video_file)
     _, strip = drawn[0].axes
     count = len(strip.images)
     assert FRAMES[0] <= count <= FRAMES[1]
@@ -201,22 +197,20 @@ def test_frame_strip_shows_middle_frame_of_each_part(drawn: list[Any], tmp_path:
 
 def test_frame_strip_highlights_the_best_moment(drawn: list[Any], tmp_path: Path) -> None:
     films = pytest.importorskip("tests.films")
-    footage = probe(films.film(tmp_path / "hall.mkv", 40, rate=10))
+    video_file = probe(films.film(tmp_path / "hall.mkv", 40, rate=10))
     answers = [Answer("a", "hall", 4.0, [Moment(1, 2, 0.5)]), Answer("b", "hall", 4.0, [Moment(0, 4, 0.5)])]
-    draw(answers[:1], tmp_path / "plot.png", footage)
-    draw(answers, tmp_path / "plot.png", footage)
+    draw(answers[:1], tmp_path / "plot.png", video_file)
+    draw(answers, tmp_path / "plot.png", video_file)
     veils = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in drawn[0].axes[1].patches]
     assert veils == [(0, 1), (2, 4)]
     assert not drawn[1].axes[1].patches
 
 
 @pytest.mark.parametrize(("size", "turned"), [((64, 48), 90), ((16, 320), None), ((320, 16), None)])
-def test_frame_strip_keeps_aspect_ratio(
-    drawn: list[Any], tmp_path: Path, size: tuple[int, int], turned: int | None
-) -> None:
+def test_strip_keeps_aspect_ratio(drawn: list[Any], tmp_path: Path, size: tuple[int, int], turned: int | None) -> None:
     films = pytest.importorskip("tests.films")
-    footage = probe(films.film(tmp_path / "odd.mp4", films.scene(20, *size), turned=turned))
-    draw([Answer("a", "odd", footage.duration, [])], tmp_path / "plot.png", footage)
+    video_file = probe(films.film(tmp_path / "odd.mp4", films.scene(20, *size), turned=turned))
+    draw([Answer("a", "odd", video_file.duration, [])], tmp_path / "plot.png", video_file)
     figure = drawn[0]
     strip = figure.axes[1].get_window_extent()
     height, width = np.asarray(figure.axes[1].images[0].get_array()).shape[:2]

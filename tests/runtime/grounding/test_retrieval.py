@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +40,11 @@ def test_random_scores_rank_as_chance() -> None:
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.integers(1, 9), st.integers(0, 5))
 def test_draw_videos_returns_own_video_and_distinct_others(own: list[int], count: int, seed: int) -> None:
-    asked = draw_videos(np.array(own), 10, count, seed)
-    assert asked.shape == (len(own), count + 1)
-    assert asked[:, 0].tolist() == own
-    assert all(len(set(row)) == count + 1 and set(row) <= set(range(10)) for row in asked.tolist())
-    np.testing.assert_array_equal(asked, draw_videos(np.array(own), 10, count, seed))
+    drawn = draw_videos(np.array(own), 10, count, seed)
+    assert drawn.shape == (len(own), count + 1)
+    assert drawn[:, 0].tolist() == own
+    assert all(len(set(row)) == count + 1 and set(row) <= set(range(10)) for row in drawn.tolist())
+    np.testing.assert_array_equal(drawn, draw_videos(np.array(own), 10, count, seed))
 
 
 def test_too_many_videos_are_rejected() -> None:
@@ -62,15 +61,15 @@ def test_retrieval_scores_equal_single_pairs_reading_once(
     annotations = data_set.annotations("test")
     names = sorted({annotation.video for annotation in annotations})
     sentences = [annotation.sentence for annotation in annotations]
-    asked = draw_videos(np.array([names.index(a.video) for a in annotations]), len(names), len(names) - 1, 0)
+    drawn = draw_videos(np.array([names.index(a.video) for a in annotations]), len(names), len(names) - 1, 0)
     read: list[str] = []
     monkeypatch.setattr(data_set, "video", lambda name: read.append(name) or DataSet.video(data_set, name))
     progress: list[int] = []
-    scores = best_scores(grounder, data_set, sentences, names, asked, batch_size=3, on_progress=progress.append)
+    scores = best_scores(grounder, data_set, sentences, names, drawn, batch_size=3, on_progress=progress.append)
     assert sorted(read) == names
-    assert sum(progress) == asked.size
+    assert sum(progress) == drawn.size
     for row, sentence in enumerate(sentences):
-        for column, number in enumerate(asked[row]):
+        for column, number in enumerate(drawn[row]):
             segments = grounder.segments(DataSet(mini).video(names[number]))
             heads = grounder.backend.run(collate([grounder.encode_query(sentence)], [segments]))
             alone = score_proposals(heads, grounder.manifest.decoding).scores.max()
@@ -78,14 +77,10 @@ def test_retrieval_scores_equal_single_pairs_reading_once(
 
 
 def test_rank_command_reports_chance_values(
-    tiny_model: Path,
-    mini: Path,
-    tmp_path: Path,
-    run_command: Callable[..., Any],
-    refused: Callable[..., GroundingError],
+    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Any, refused: Any
 ) -> None:
-    asked = ("--model", tiny_model, "--data", mini)
-    outcome = run_command(rank_command, *asked, "--videos", 2, "--output", tmp_path / "ranking.json")
+    arguments = ("--model", tiny_model, "--data", mini)
+    outcome = run_command(rank_command, *arguments, "--videos", 2, "--output", tmp_path / "ranking.json")
     assert outcome.code == 0
     assert "chance           50.00       100.00         1.50" in outcome.out
     assert "5 queries of test, each with 2 " in outcome.out
@@ -93,8 +88,8 @@ def test_rank_command_reports_chance_values(
     assert written["chance"]["R@1"] == 0.5
     assert len(written["ranks"]) == written["sentences"] == 5
     assert written["median rank"] == np.median(written["ranks"])
-    check_error(refused(rank_command, *asked), "too_few_videos", "--videos")
-    check_error(refused(rank_command, *asked, "--videos", 1), "invalid_option", "--videos", 1)
+    check_error(refused(rank_command, *arguments), "too_few_videos", "--videos")
+    check_error(refused(rank_command, *arguments, "--videos", 1), "invalid_option", "--videos", 1)
 
 
 def test_best_scores_output_not_finite_names_features(overflowing: Grounder, mini: Path) -> None:

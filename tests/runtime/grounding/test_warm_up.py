@@ -70,9 +70,7 @@ def test_warm_sizes_need_no_new_context_and_no_capture(
 
 @pytest.mark.parametrize("version", ["8.6.1", "10.16.1.11"])
 @pytest.mark.parametrize("part", ["whole", "pair"])
-def test_moments_equal_those_of_graph_before_and_after_warm_up(
-    tmp_path: Path, graphs: Graphs, version: str, part: str
-) -> None:
+def test_moments_equal_graph_before_and_after_warm_up(tmp_path: Path, graphs: Graphs, version: str, part: str) -> None:
     video = Video(np.random.default_rng(0).random((40, 16), np.float32), 400, 30.0)
     queries = ["word1 word2", "word3 word7 word1 word5 word9", "word4"]
     grounder, reference = (
@@ -88,9 +86,7 @@ def test_moments_equal_those_of_graph_before_and_after_warm_up(
 
 
 @pytest.mark.parametrize(("batches", "lengths"), [((9,), (2,)), ((1,), (LONGEST + 1,)), ((0,), (2,)), ((1,), (0, 2))])
-def test_sizes_beyond_engine_are_rejected_before_running(
-    bench: Bench, batches: tuple[int, ...], lengths: tuple[int, ...]
-) -> None:
+def test_sizes_beyond_engine_are_rejected(bench: Bench, batches: tuple[int, ...], lengths: tuple[int, ...]) -> None:
     grounder = Grounder(bench.whole())
     with raises(ShapeError, "shape_mismatch"):
         grounder.warm((1, *batches), (2, *lengths))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.core.errors import DeviceError, GroundingError, OutputError
+from runtime.core.errors import DeviceError, OutputError
 from runtime.infer import infer
 from runtime.media import clip_writer
 from runtime.media.clip_writer import check_encoder, clip_names, write_clips
@@ -116,8 +115,8 @@ def beeping(path: Path, seconds: float, beeps: list[float]) -> Path:
     """Write a video of black frames with a tone of 0.1 s at each of some times."""
     samples = np.zeros(int(seconds * RATE), np.float32)
     for beep in beeps:
-        place = np.arange(int(beep * RATE), int((beep + 0.1) * RATE))
-        samples[place] = 0.5 * np.sin(2 * np.pi * 1000 * place / RATE)
+        beep_samples = np.arange(int(beep * RATE), int((beep + 0.1) * RATE))
+        samples[beep_samples] = 0.5 * np.sin(2 * np.pi * 1000 * beep_samples / RATE)
     with av.open(str(path), "w") as container:
         pictures = container.add_stream("mpeg4", rate=25)
         pictures.height, pictures.width, pictures.pix_fmt = 48, 64, "yuv420p"
@@ -249,11 +248,7 @@ def test_clips_of_a_video_with_a_long_name_can_be_written(tmp_path: Path) -> Non
 
 
 def test_infer_cuts_the_best_moment_of_each_query(
-    tmp_path: Path,
-    tiny_model: Path,
-    run_command: Callable[..., Any],
-    tiny: Path,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, tiny_model: Path, run_command: Any, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = film(tmp_path / "hall.mkv", numbered(200))
     queries = ("dog sits", "person opens the door")
@@ -275,7 +270,7 @@ def test_infer_cuts_the_best_moment_of_each_query(
 
 
 def test_infer_cut_with_invalid_options_is_rejected(
-    tmp_path: Path, tiny_model: Path, refused: Callable[..., GroundingError], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DRN_CACHE", str(tmp_path / "cache"))
     np.save(tmp_path / "f.npy", np.ones((9, 16), np.float32))

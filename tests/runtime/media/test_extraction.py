@@ -53,9 +53,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_ground_video_checks_queries_answers_as_infer_and_extracts_once(
-    tmp_path: Path, tiny: Path, tiny_model: Path, runs: list[int]
-) -> None:
+def test_ground_video_answers_as_infer_once(tmp_path: Path, tiny: Path, tiny_model: Path, runs: list[int]) -> None:
     source, queries = film(tmp_path / "hall.mkv", 60), ("dog sits", "person opens the door")
     grounder = Grounder.load(tiny_model, "cpu", 1)
     with pytest.raises(QueryError):
@@ -69,7 +67,7 @@ def test_ground_video_checks_queries_answers_as_infer_and_extracts_once(
     assert len(runs) == count
 
 
-def whole_file(path: Path) -> np.ndarray:
+def expected_features(path: Path) -> np.ndarray:
     """Return the features of `tiny`, computed from all frames at once."""
     frames = np.stack(list(read_frames(probe(path), CLIPS.framing))).astype(float)
     starts = range(0, len(frames) - 15, 8)
@@ -83,7 +81,7 @@ def test_streamed_features_equal_full_file_features(tmp_path: Path, tiny: Path, 
     features = load_features(output / FEATURE_DIRECTORY / "hall.npy")
     assert features.dtype == np.float32
     assert features.shape == ((count - 16) // 8 + 1, 16)
-    assert features == pytest.approx(whole_file(path), rel=1e-4)
+    assert features == pytest.approx(expected_features(path), rel=1e-4)
 
 
 def test_frames_are_decoded_while_the_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +126,10 @@ def interrupt_at_yard(videos: tuple[Path, ...], extractor: Path, output: Path) -
     """Extract videos until the one called yard."""
     run = extraction.extract
 
-    def interrupted(footage: Any, *arguments: Any, **options: Any) -> Any:
-        if footage.path.stem == "yard":
+    def interrupted(video_file: Any, *arguments: Any, **options: Any) -> Any:
+        if video_file.path.stem == "yard":
             raise KeyboardInterrupt
-        return run(footage, *arguments, **options)
+        return run(video_file, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(extraction, "extract", interrupted)
@@ -186,7 +184,7 @@ def test_other_extractor_replaces_all_features_or_none(
     assert not records(caplog, logging.WARNING)
 
 
-def test_data_set_of_two_extractors_warns_once(
+def test_mixed_extractors_warn_once(
     two: tuple[tuple[Path, Path], Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     videos, output, other = two
@@ -209,10 +207,10 @@ def test_extractor_changed_by_another_process_is_rejected(
     videos, _, other = two
     output, seen = tmp_path / "shared", extraction.extract
 
-    def beside(footage: Any, *arguments: Any, **options: Any) -> Any:
+    def beside(video_file: Any, *arguments: Any, **options: Any) -> Any:
         monkeypatch.setattr(extraction, "extract", seen)
         extract(videos[1:], tiny, output)
-        return seen(footage, *arguments, **options)
+        return seen(video_file, *arguments, **options)
 
     monkeypatch.setattr(extraction, "extract", beside)
     with raises(VideoFileError, "mixed_extractors"):
@@ -226,9 +224,7 @@ BAD_NAMES = (
 )  # fmt: skip
 
 
-def test_extract_rejects_invalid_video_names(
-    tmp_path: Path, tiny: Path, runs: list[int], refused: Callable[..., GroundingError]
-) -> None:
+def test_extract_rejects_invalid_video_names(tmp_path: Path, tiny: Path, runs: list[int], refused: Any) -> None:
     good, output = film(tmp_path / "good.mkv", 40), tmp_path / "data"
     bad = [Path(shutil.copy(good, tmp_path / name)) for name in BAD_NAMES]
     for path in bad:
@@ -289,7 +285,7 @@ def test_names_merged_by_the_file_system_are_rejected(
     "names", [("good.mkv", "good.avi.mkv"), ("good.avi.mkv", "good.mkv"), ("good.mkv", "good.mp4")]
 )
 def test_two_videos_of_one_name_are_rejected(
-    tmp_path: Path, tiny: Path, runs: list[int], names: tuple[str, str], refused: Callable[..., GroundingError]
+    tmp_path: Path, tiny: Path, runs: list[int], names: tuple[str, str], refused: Any
 ) -> None:
     first, second = (film(tmp_path / name, frames) for name, frames in zip(names, (40, 48), strict=True))
     output = tmp_path / "data"
@@ -303,11 +299,7 @@ def test_two_videos_of_one_name_are_rejected(
 
 
 def test_extract_and_infer_reject_a_playlist(
-    tmp_path: Path,
-    tiny: Path,
-    tiny_model: Path,
-    refused: Callable[..., GroundingError],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, tiny: Path, tiny_model: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     film(tmp_path / "part.mp4", 40)
     script = tmp_path / "v.ffconcat"
@@ -373,7 +365,7 @@ def test_invalid_video_is_rejected_without_extraction_and_output(
 
 @pytest.mark.parametrize("query", ["...", "xyzzy plugh"])
 def test_invalid_query_is_rejected_before_decoding(
-    tmp_path: Path, tiny: Path, tiny_model: Path, cache: Path, refused: Callable[..., GroundingError], query: str
+    tmp_path: Path, tiny: Path, tiny_model: Path, cache: Path, refused: Any, query: str
 ) -> None:
     line = ("--model", tiny_model, "--video", film(tmp_path / "good.mkv", 20), "--extractor", tiny)
     code = "no_words" if query == "..." else "unknown_content_words"
@@ -423,7 +415,7 @@ def late_film(path: Path, count: int = 200, after: int = 4000) -> Path:
 
 
 def test_late_start_video_gives_times_of_players(
-    tmp_path: Path, tiny: Path, tiny_model: Path, run_command: Callable[..., Any]
+    tmp_path: Path, tiny: Path, tiny_model: Path, run_command: Any
 ) -> None:
     on_time, late = late_film(tmp_path / "a" / "hall.mkv", after=0), late_film(tmp_path / "b" / "hall.mkv", after=4000)
 
@@ -454,9 +446,9 @@ def test_late_start_moment_is_cut_and_drawn_in_player_time(
     late = late_film(tmp_path / "hall.mkv")
     cuts: list[Any] = []
     shown: list[Any] = []
-    monkeypatch.setattr(infer_module, "write_clips", lambda footage, spans, *rest, **options: cuts.extend(spans))
+    monkeypatch.setattr(infer_module, "write_clips", lambda video_file, spans, *rest, **options: cuts.extend(spans))
 
-    def noted(footage: Any, times: list[float], *rest: Any, **options: Any) -> list[np.ndarray]:
+    def noted(video_file: Any, times: list[float], *rest: Any, **options: Any) -> list[np.ndarray]:
         shown.append(times)
         return [np.zeros((9, 16, 3), np.uint8)] * len(times)
 
@@ -473,9 +465,7 @@ def test_late_start_moment_is_cut_and_drawn_in_player_time(
     assert strip[-1] == pytest.approx(12 * (len(strip) - 0.5) / len(strip) - 4, abs=0.05)
 
 
-def test_mismatched_extractor_is_rejected_before_decoding(
-    tmp_path: Path, tiny_model: Path, refused: Callable[..., GroundingError]
-) -> None:
+def test_mismatched_extractor_is_rejected_before_decoding(tmp_path: Path, tiny_model: Path, refused: Any) -> None:
     wide = write_clips(tmp_path / "wide.onnx", dataclasses.replace(CLIPS, dim=24))
     error = refused(
         infer, "--model", tiny_model, "--video", tmp_path / "none.mp4", "--extractor", wide, "--query", "dog"
@@ -484,7 +474,7 @@ def test_mismatched_extractor_is_rejected_before_decoding(
 
 
 def test_options_conflicting_with_video_file_are_rejected(
-    tmp_path: Path, tiny: Path, tiny_model: Path, mini: Path, refused: Callable[..., GroundingError]
+    tmp_path: Path, tiny: Path, tiny_model: Path, mini: Path, refused: Any
 ) -> None:
     line = ("--model", tiny_model, "--query", "door", "--extractor", tiny)
     hall, of_mini = ("--video", tmp_path / "hall.mp4"), ("--data", mini, "--video", "AAAA1")
@@ -531,8 +521,8 @@ def test_changed_encoder_extracts_again(tmp_path: Path, change: Callable[[Path],
 def damage(path: Path, key: bytes) -> bytes:
     """Change one bit of features, or one digit after `key` of a record; return the content before."""
     good = path.read_bytes()
-    place = len(good) * 3 // 4 if path.suffix == ".npy" else good.index(key) + len(key) - 1
-    path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    offset = len(good) * 3 // 4 if path.suffix == ".npy" else good.index(key) + len(key) - 1
+    path.write_bytes(good[:offset] + bytes([good[offset] ^ 1]) + good[offset + 1 :])
     return good
 
 

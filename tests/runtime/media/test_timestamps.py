@@ -75,21 +75,21 @@ def test_restarting_or_jumping_parts_are_concatenated(
     assert len(parts) == len(complete)
     assert len(actual) == sum(map(len, complete))
     assert (np.diff(actual) > 0).all()
-    place = 0
+    offset = 0
     for times in complete:
-        part = actual[place : place + len(times)]
+        part = actual[offset : offset + len(times)]
         assert np.diff(part).tolist() == np.diff(times).tolist()
-        if place:
-            assert 20 <= part[0] - actual[place - 1] <= 60
-        place += len(times)
+        if offset:
+            assert 20 <= part[0] - actual[offset - 1] <= 60
+        offset += len(times)
     assert [stamp.time + shift for stamp, shift in zip(stamps, shifts(parts), strict=False)] == pytest.approx(  # type: ignore[operator]
-        [actual[whole_index] for whole_index in _positions(stamps, parts, actual)]
+        [actual[index] for index in _positions(stamps, parts, actual)]
     )
 
 
-def _positions(stamps: list[Stamp], parts: tuple[Part, ...], found: np.ndarray) -> list[int]:
+def _positions(stamps: list[Stamp], parts: tuple[Part, ...], actual: np.ndarray) -> list[int]:
     corrected = [stamp.time + shift for stamp, shift in zip(stamps, shifts(parts), strict=False)]  # type: ignore[operator]
-    return [int(np.searchsorted(found, time)) for time in corrected]
+    return [int(np.searchsorted(actual, time)) for time in corrected]
 
 
 def test_recording_joined_to_itself_doubles_in_length() -> None:

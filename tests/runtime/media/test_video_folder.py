@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,8 @@ def test_videos_in_lists_files_by_suffix_and_follows_no_link_out(
     assert records(caplog, logging.WARNING, folder / "linked.mkv")
 
 
-def test_damaged_video_of_a_directory_is_skipped_with_exit_code_1(
-    folder: Path, tmp_path: Path, tiny: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+def test_damaged_video_is_skipped_with_exit_code_1(
+    folder: Path, tmp_path: Path, tiny: Path, run_command: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     damaged = truncated(film(tmp_path / "w.mkv", 90), folder / "cut.mkv")
     (folder / "text.avi").write_text("no video")
@@ -60,7 +59,7 @@ def test_damaged_video_of_a_directory_is_skipped_with_exit_code_1(
     assert DataSet(tmp_path / "data").durations.keys() == {"hall", "Yard"}
 
 
-def test_repeated_extraction_of_a_directory_extracts_new_videos_only(
+def test_repeated_extraction_extracts_new_videos_only(
     folder: Path, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extract((folder,), tiny, tmp_path / "data")

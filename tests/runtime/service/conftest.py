@@ -21,6 +21,7 @@ from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 from tests.forked_commands import ForkedCommand
 from tests.raising import quotes
+from tests.tolerances import BATCHED_SECONDS
 
 QUESTION = {"video": "SIM00001", "query": "person opens the door"}
 KEY = "correct horse"
@@ -197,3 +198,14 @@ def npy(array: np.ndarray, **how: Any) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, **how)
     return stream.getvalue()
+
+
+def alike(actual: Any, expected: Any) -> bool:
+    """Return whether two answers are equal except for the last digits of their numbers."""
+    if isinstance(expected, float):
+        return abs(actual - expected) <= BATCHED_SECONDS
+    if isinstance(expected, dict):
+        return set(actual) == set(expected) and all(alike(actual[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(actual) == len(expected) and all(map(alike, actual, expected))
+    return bool(actual == expected)

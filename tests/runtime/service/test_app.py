@@ -25,19 +25,7 @@ from runtime.grounding.grounder import Grounder
 from runtime.infer import infer
 from runtime.service.service import has_encoder, unknown_words
 from runtime.service.video_cache import VideoCatalog
-from tests.runtime.service.conftest import QUESTION, Running, npy
-from tests.tolerances import BATCHED_SECONDS
-
-
-def alike(found: Any, expected: Any) -> bool:
-    """Return whether two answers are equal except for the last digits of their numbers."""
-    if isinstance(expected, float):
-        return abs(found - expected) <= BATCHED_SECONDS
-    if isinstance(expected, dict):
-        return set(found) == set(expected) and all(alike(found[key], expected[key]) for key in expected)
-    if isinstance(expected, list):
-        return len(found) == len(expected) and all(map(alike, found, expected))
-    return bool(found == expected)
+from tests.runtime.service.conftest import QUESTION, Running, alike, npy
 
 
 def test_service_answer_equals_infer_output(service: Running, model: Path, planted: Path) -> None:

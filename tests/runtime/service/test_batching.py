@@ -30,13 +30,13 @@ class Held(Grounder):
         self.let = threading.Event()
         self.let.set()
         self.busy = threading.Event()
-        self.asked: list[list[str]] = []
+        self.batches: list[list[str]] = []
         self.fails_on = fails_on
 
     def ground_batch(
         self, pairs: Sequence[Any], top_k: int = 5, batch_size: int = 32, *, presence: bool = True
     ) -> list[list[Moment]]:
-        self.asked.append([query for _, query in pairs])
+        self.batches.append([query for _, query in pairs])
         self.busy.set()
         assert self.let.wait(30)
         if self.fails_on and any(query == self.fails_on for _, query in pairs):
@@ -57,10 +57,10 @@ def pairs(planted: Path) -> list[Any]:
     return [(videos[annotation.video], annotation.sentence) for annotation in annotations]
 
 
-def close_to(found: Sequence[Moment], expected: Sequence[Moment]) -> bool:
-    return len(found) == len(expected) and all(
+def close_to(actual: Sequence[Moment], expected: Sequence[Moment]) -> bool:
+    return len(actual) == len(expected) and all(
         abs(getattr(one, name) - getattr(other, name)) <= BATCHED_SECONDS
-        for one, other in zip(found, expected, strict=True)
+        for one, other in zip(actual, expected, strict=True)
         for name in ("start", "end", "score")
     )
 
@@ -73,7 +73,7 @@ async def busy(held: Held, pair: Any, **options: Any) -> AsyncIterator[Batcher]:
     held.busy.clear()
     first = asyncio.create_task(batcher.ground([pair], 5))
     await asyncio.to_thread(held.busy.wait, 30)
-    held.asked.clear()
+    held.batches.clear()
     yield batcher
     held.let.set()
     assert len(await first) == 1
@@ -103,14 +103,14 @@ def test_callers_get_answers_to_their_own_queries(held: Held, pairs: list[Any]) 
     actual = ask(held, pairs[0], *((group, 5) for group in groups), batch_size=8)
     for group, answers in zip(expected, actual, strict=True):
         assert all(close_to(*both) for both in zip(answers, group, strict=True))
-    assert max(map(len, held.asked)) == 8
+    assert max(map(len, held.batches)) == 8
 
 
 def test_requests_with_different_top_k_share_a_batch(held: Held, pairs: list[Any]) -> None:
     expected = [held.ground(*pairs[0], top_k=count) for count in (1, 3, 50)]
     answers = ask(held, pairs[1], *((pairs[:1], count) for count in (1, 3, 50)))
     assert all(close_to(actual[0], moments) for actual, moments in zip(answers, expected, strict=True))
-    assert held.asked == [[pairs[0][1]] * 3]
+    assert held.batches == [[pairs[0][1]] * 3]
 
 
 def test_batch_may_mix_requests_with_and_without_threshold(held: Held, pairs: list[Any]) -> None:
@@ -160,7 +160,7 @@ def test_canceled_request_is_not_run(held: Held, pairs: list[Any]) -> None:
             assert batcher.depth == 0
 
     asyncio.run(cancel())
-    assert held.asked == []
+    assert held.batches == []
 
 
 def test_closed_batcher_finishes_accepted_requests_only(held: Held, pairs: list[Any]) -> None:
@@ -198,7 +198,7 @@ def test_concurrent_requests_are_batched_together(held: Held, pairs: list[Any]) 
         await asyncio.sleep(0.05)
         held.let.set()
         await asyncio.gather(*first)
-        held.asked.clear()
+        held.batches.clear()
         late = [asyncio.create_task(batcher.ground([pairs[0]], 5))]
         await asyncio.sleep(0.02)
         late += [asyncio.create_task(batcher.ground([pair], 5)) for pair in pairs[1:3]]
@@ -206,8 +206,8 @@ def test_concurrent_requests_are_batched_together(held: Held, pairs: list[Any]) 
         batcher.close()
 
     asyncio.run(ask())
-    assert held.asked[0] == [query for _, query in pairs[: len(held.asked[0])]]
-    assert len(held.asked[0]) >= 2
+    assert held.batches[0] == [query for _, query in pairs[: len(held.batches[0])]]
+    assert len(held.batches[0]) >= 2
 
 
 def test_batcher_run_uses_the_model_thread(held: Held) -> None:

@@ -21,8 +21,7 @@ from runtime.core.io.digests import sha256
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 from tests.films import film
-from tests.runtime.service.conftest import Running
-from tests.runtime.service.test_app import alike
+from tests.runtime.service.conftest import Running, alike
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +95,13 @@ def test_service_finishes_accepted_requests_on_signal(
     content = film(tmp_path / "film.mp4", 60).read_bytes()
     with concurrent.futures.ThreadPoolExecutor(1) as client:
         # The request takes about a second, most of it in another process.
-        asked = client.submit(ending.send, "/v1/ground", video=("film.mp4", content), query="person opens the door")
+        answer = client.submit(ending.send, "/v1/ground", video=("film.mp4", content), query="person opens the door")
         deadline = time.monotonic() + 20
         while not list((tmp_path / "uploads").glob("service-*/upload-*/video.mp4")):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         ending.process.send_signal(how)
-        reply = asked.result()
+        reply = answer.result()
     assert reply.status == 200, reply.body
     code, log = ending.end(None)
     assert code == 0
@@ -129,9 +128,7 @@ def serving(start: Callable[..., Running], copies: Path) -> Running:
     return start(*words, "--uploads", copies / "uploads")
 
 
-def test_replacing_model_file_does_not_affect_service(
-    serving: Running, copies: Path, model: Path, questions: list[Any]
-) -> None:
+def test_replaced_model_file_keeps_service(serving: Running, copies: Path, model: Path, questions: list[Any]) -> None:
     digest = serving.get("/healthz").json["digest"]
     for replace in (lambda: (copies / "drn.onnx").write_bytes(b"no model"), (copies / "drn.onnx").unlink):
         replace()
@@ -141,12 +138,9 @@ def test_replacing_model_file_does_not_affect_service(
 
 
 @pytest.mark.parametrize(
-    ("number", "how"),
-    enumerate(["rename", "in place", "rename, same time", "in place, same time", "another kind"]),
+    ("number", "how"), enumerate(["rename", "in place", "rename, same time", "in place, same time", "another kind"])
 )
-def test_replaced_features_are_reloaded(
-    serving: Running, copies: Path, offline: Grounder, number: int, how: str
-) -> None:
+def test_new_features_are_reloaded(serving: Running, copies: Path, offline: Grounder, number: int, how: str) -> None:
     data, name = copies / "data", f"SIM0000{number}"
     path, question = DataSet(data).feature_path(name), {"video": name, "query": "person opens the door"}
     original = DataSet(data).video(name)

@@ -123,7 +123,7 @@ def test_slowly_sent_request_body_times_out(hurried: int) -> None:
     # The body is complete at the end, and no single pause exceeds the limit.
     complete = asking(json.dumps(QUESTION).encode())
     head = complete.index(b"\r\n\r\n") + 4
-    pieces = [complete[:head], *(complete[place : place + 8] for place in range(head, len(complete), 8))]
+    pieces = [complete[:head], *(complete[offset : offset + 8] for offset in range(head, len(complete), 8))]
     assert len(pieces) == 8
     reply(said(hurried, *pieces, pause=0.1)).refused(408, code="request_timeout")
 
@@ -190,12 +190,12 @@ def test_invalid_http_returns_json_error(service: Running, raw: bytes) -> None:
 def test_response_has_request_id(service: Running, headers: dict[str, str], expected: str | None) -> None:
     replies = [service.request("GET", "/healthz", headers=headers) for _ in range(2)]
     replies.append(service.request("GET", "/missing", headers=headers))
-    found = [reply.headers["x-request-id"] for reply in replies]
+    identifiers = [reply.headers["x-request-id"] for reply in replies]
     if expected:
-        assert found == [expected] * 3
+        assert identifiers == [expected] * 3
     else:
-        assert len(set(found)) == 3
-        assert all(len(identifier) == 32 and int(identifier, 16) >= 0 for identifier in found)
+        assert len(set(identifiers)) == 3
+        assert all(len(identifier) == 32 and int(identifier, 16) >= 0 for identifier in identifiers)
 
 
 def test_log_of_failed_request_begins_with_request_id(caplog: pytest.LogCaptureFixture) -> None:
@@ -248,9 +248,9 @@ def test_requests_without_api_key_are_rejected(locked: Running) -> None:
 
 
 def test_media_ticket_is_valid_for_one_video_and_time(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = locked.get("/v1/videos/SIM00001", Authorization=f"Bearer {KEY}").json["media"]
-    assert locked.get(place).headers["content-type"] == "video/webm"
-    path, _, ticket = place.partition("?ticket=")
+    address = locked.get("/v1/videos/SIM00001", Authorization=f"Bearer {KEY}").json["media"]
+    assert locked.get(address).headers["content-type"] == "video/webm"
+    path, _, ticket = address.partition("?ticket=")
     until, _, signature = ticket.partition(".")
     other = signature[:-1] + ("1" if signature.endswith("0") else "0")
     for wrong in (f"{int(until) + 1}.{signature}", f"{until}.{other}", f"{until}.", "", f"%B2.{signature}"):

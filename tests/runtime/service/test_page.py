@@ -55,20 +55,16 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def shown(
-    start: Callable[..., Running],
-    model: Path,
-    planted: Path,
-    extractor: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    start: Callable[..., Running], model: Path, planted: Path, extractor: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Running:
     """A service with the video file of one of its videos."""
-    place = tmp_path_factory.mktemp("page")
-    (place / "media").mkdir()
+    directory = tmp_path_factory.mktemp("page")
+    (directory / "media").mkdir()
     seconds = DataSet(planted).durations[SHOWN]
-    film(place / "media" / f"{SHOWN}.webm", scene(round(seconds * 5)), rate=5)
+    film(directory / "media" / f"{SHOWN}.webm", scene(round(seconds * 5)), rate=5)
     return start(
         *("--model", model, "--data", planted, "--extractor", extractor),
-        *("--media", place / "media", "--uploads", place / "uploads"),
+        *("--media", directory / "media", "--uploads", directory / "uploads"),
     )
 
 
@@ -80,9 +76,9 @@ class Seen:
         self.url = url
         self.query = page.get_by_label("What happens?")
         self.answers = page.locator("#answers > li")
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.errors: list[str] = []
-        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("request", lambda request: self.requested.append(request.url))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
 
@@ -120,7 +116,7 @@ def opened(browser: Browser, service: Running, phone: bool = False) -> Iterator[
     seen = Seen(context.new_page(), service.url)
     yield seen
     context.close()
-    assert [url for url in seen.asked if not url.startswith((seen.url, f"blob:{seen.url}"))] == []
+    assert [url for url in seen.requested if not url.startswith((seen.url, f"blob:{seen.url}"))] == []
     # The browser also logs rejected requests; all other errors are defects of the page.
     assert [error for error in seen.errors if "status of 4" not in error and "ERR_FAILED" not in error] == []
 
@@ -198,13 +194,13 @@ def test_page_is_usable_with_keyboard_only(seen: Seen) -> None:
         keys.press("Tab")
         if page.evaluate("document.activeElement.classList.contains('moment')"):
             break
-    places = [*moments(seen, 0), *moments(seen, 1)]
+    listed = [*moments(seen, 0), *moments(seen, 1)]
     focused = "document.activeElement.id"
     assert page.evaluate(focused) == "moment-0-0"
     for _ in range(5):
         keys.press("ArrowDown")
     assert page.evaluate(focused) == "moment-1-0"
-    assert time(page) == pytest.approx(places[5][0], abs=0.1)
+    assert time(page) == pytest.approx(listed[5][0], abs=0.1)
     keys.press("ArrowUp")
     assert page.evaluate(focused) == "moment-0-4"
     keys.press("End")
@@ -294,12 +290,12 @@ def test_video_without_media_shows_timeline_only(seen: Seen, tmp_path: Path) -> 
     bar = page.locator(".bar.chosen").evaluate("bar => parseFloat(bar.style.left)")
     assert head == pytest.approx(bar, abs=0.01)
     # A local video file is never uploaded.
-    asked = len(seen.asked)
+    num_before = len(seen.requested)
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Play a video file from this device").click()
     chooser.value.set_files(film(tmp_path / "mine.webm", scene(20), rate=5))
     until(page, "document.querySelector('#player').readyState >= 2")
-    assert [url for url in seen.asked[asked:] if not url.startswith("blob:")] == []
+    assert [url for url in seen.requested[num_before:] if not url.startswith("blob:")] == []
 
 
 def test_example_opens_its_video_and_asks_its_sentence(seen: Seen) -> None:

@@ -36,8 +36,7 @@ from runtime.service.uploaded_files import display_name, read_features, sniff_co
 from runtime.service.uploads import UploadOptions, Uploads, storing
 from tests.films import film, holed, truncated
 from tests.raising import raises
-from tests.runtime.service.conftest import Running, form, npy
-from tests.runtime.service.test_app import alike
+from tests.runtime.service.conftest import Running, alike, form, npy
 
 MIB = 1 << 20
 FEATURES = np.random.default_rng(0).random((40, 32), np.float32)
@@ -64,9 +63,9 @@ def headed(shape: str, descr: str = "'<f4'", content: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + content
 
 
-def read(content: bytes, path: Path, most: int = MIB) -> np.ndarray:
+def read(content: bytes, path: Path, max_bytes: int = MIB) -> np.ndarray:
     path.write_bytes(content)
-    return read_features(path, most, 32)
+    return read_features(path, max_bytes, 32)
 
 
 @pytest.mark.parametrize(
@@ -214,13 +213,13 @@ def parse(body: bytes, kind: str, tmp_path: Path, step: int = 7) -> Any:
 def test_form_is_parsed_from_chunks_of_any_size(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], content: bytes, step: int
 ) -> None:
-    place = tmp_path_factory.getbasetemp()
-    (place / "features").unlink(missing_ok=True)
+    directory = tmp_path_factory.getbasetemp()
+    (directory / "features").unlink(missing_ok=True)
     texts = [text.encode(errors="ignore").decode() for text in texts]
-    actual = parse(*form(query=texts, features=("ä.npy", content)), place, step)
+    actual = parse(*form(query=texts, features=("ä.npy", content)), directory, step)
     assert actual.fields.get("query", []) == texts
     assert actual.files["features"].name == "ä.npy"
-    assert (place / "features").read_bytes() == content
+    assert (directory / "features").read_bytes() == content
 
 
 X = "multipart/form-data; boundary=x"
@@ -319,7 +318,7 @@ def test_service_start_removes_uploads_of_killed_service(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_removed_directory_is_created_again_and_a_file_is_refused(kept: Uploads, tmp_path: Path) -> None:
+def test_removed_directory_is_recreated_and_a_file_is_rejected(kept: Uploads, tmp_path: Path) -> None:
     shutil.rmtree(kept._own)
     with kept.incoming() as upload:
         assert upload.directory.is_dir()
@@ -494,12 +493,12 @@ def test_late_start_video_shifts_feature_moments(
     (tmp_path / "media" / f"{other}.mp4").write_bytes(b"no film")
     running = start("--model", model, "--data", planted, "--media", tmp_path / "media", "--uploads", tmp_path / "up")
     for video, offset in ((name, 4), (other, 0)):
-        asked = {"video": video, "query": "person opens the door"}
+        question = {"video": video, "query": "person opens the door"}
         expected = [
             {**moment, "start": moment["start"] + offset, "end": moment["end"] + offset}
-            for moment in service.ask(asked).json[0]["moments"]
+            for moment in service.ask(question).json[0]["moments"]
         ]
-        actual = running.ask(asked).json[0]["moments"]
+        actual = running.ask(question).json[0]["moments"]
         assert [moment["start"] for moment in actual] == pytest.approx([m["start"] for m in expected], abs=0.03)
         assert [moment["end"] for moment in actual] == pytest.approx([m["end"] for m in expected], abs=0.03)
 
@@ -536,8 +535,6 @@ def test_failed_upload_error_contains_no_server_paths(service: Running, tmp_path
         (-signal.SIGKILL, "", 422, "invalid"),
     ],
 )
-def test_extraction_that_is_stopped_does_not_blame_the_video(
-    exit_code: int, stderr: str, status: int, code: str
-) -> None:
+def test_stopped_extraction_does_not_blame_the_video(exit_code: int, stderr: str, status: int, code: str) -> None:
     error = uploads._extraction_error(exit_code, stderr, Path("/up/7/media"))
     assert (error.status, error.code) == (status, code)

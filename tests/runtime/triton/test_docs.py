@@ -62,9 +62,9 @@ def test_documented_inputs_match_the_front_model_config(tiny_model: Path, tmp_pa
 
 
 def test_documented_json_request_is_valid(tiny_model: Path) -> None:
-    asked = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[0])
-    assert [value["name"] for value in asked["inputs"]] == ["QUERY", "FEATURES", "DURATION"]
-    for value in asked["inputs"]:
+    request = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[0])
+    assert [value["name"] for value in request["inputs"]] == ["QUERY", "FEATURES", "DURATION"]
+    for value in request["inputs"]:
         assert len(value["data"]) == np.prod(value["shape"])
-    (query,) = asked["inputs"][0]["data"]
+    (query,) = request["inputs"][0]["data"]
     assert len(Grounder.load(tiny_model, "cpu").encode_query(query))

@@ -25,7 +25,7 @@ def server(repository: Path) -> Server:
     return Server(repository)
 
 
-def asked(subject: Video, queries: Sequence[str] = QUERIES, **more: Any) -> dict[str, np.ndarray]:
+def inputs_of(subject: Video, queries: Sequence[str] = QUERIES, **more: Any) -> dict[str, np.ndarray]:
     return {
         "QUERY": np.array([[query.encode() for query in queries]], object),
         "FEATURES": subject.features[None],
@@ -42,9 +42,9 @@ def moments(answer: dict[str, np.ndarray], row: int = 0) -> list[list[Moment]]:
     ]
 
 
-def assert_alike(found: Sequence[Sequence[Moment]], wanted: Sequence[Sequence[Moment]]) -> None:
-    assert [len(one) for one in found] == [len(one) for one in wanted]
-    flat = [[vars(moment) for one in side for moment in one] for side in (found, wanted)]
+def assert_alike(actual: Sequence[Sequence[Moment]], expected: Sequence[Sequence[Moment]]) -> None:
+    assert [len(one) for one in actual] == [len(one) for one in expected]
+    flat = [[vars(moment) for one in side for moment in one] for side in (actual, expected)]
     for ours, theirs in zip(*flat, strict=True):
         assert ours == pytest.approx(theirs, abs=tolerances.BATCHED_SECONDS)
 
@@ -63,23 +63,24 @@ def test_front_model_with_damaged_files_does_not_start(repository: Path) -> None
 def test_front_model_answer_equals_model_file(server: Server, direct: Grounder) -> None:
     subject = video(40)
     expected = direct.ground_batch([(subject, query) for query in QUERIES])
-    assert_alike(moments(server.infer("drn", asked(subject))), expected)
+    assert_alike(moments(server.infer("drn", inputs_of(subject))), expected)
 
 
 @BOTH
 def test_concurrent_requests_are_batched_and_separated(server: Server, direct: Grounder) -> None:
     subjects = [video(40, 1), video(23, 2), video(40, 3)]
-    requests = [asked(one, QUERIES[: index + 1]) for index, one in enumerate(subjects)]
+    requests = [inputs_of(one, QUERIES[: index + 1]) for index, one in enumerate(subjects)]
     answers = server.execute("drn", requests)
     for index, (answer, subject) in enumerate(zip(answers, subjects, strict=True)):
         assert_alike(moments(answer), direct.ground_batch([(subject, query) for query in QUERIES[: index + 1]]))
-    asked_of_network = [inputs for name, _, inputs in server.calls if name != "drn_video"]
-    assert [len(inputs["query_tokens"]) for inputs in asked_of_network] == [6]
+    network_inputs = [inputs for name, _, inputs in server.calls if name != "drn_video"]
+    assert [len(inputs["query_tokens"]) for inputs in network_inputs] == [6]
 
 
 def test_request_rows_are_separate_videos(server: Server, direct: Grounder) -> None:
     first, second = (
-        asked(video(30, seed, 20.0), QUERIES[seed : seed + 2], TOP_K=np.array([seed + 1], np.int32)) for seed in (0, 1)
+        inputs_of(video(30, seed, 20.0), QUERIES[seed : seed + 2], TOP_K=np.array([seed + 1], np.int32))
+        for seed in (0, 1)
     )
     both = {name: np.concatenate([first[name], second[name]]) for name in first}
     answer = server.infer("drn", both)
@@ -91,7 +92,7 @@ def test_request_rows_are_separate_videos(server: Server, direct: Grounder) -> N
 
 def test_missing_frame_count_is_derived_from_clips(server: Server, direct: Grounder) -> None:
     subject = video(40)
-    request = asked(subject)
+    request = inputs_of(subject)
     del request["NUM_FRAMES"]
     counted = Video(subject.features, direct.manifest.features.clock.num_frames(40), subject.duration)
     assert_alike(moments(server.infer("drn", request)), [direct.ground(counted, query) for query in QUERIES])
@@ -102,7 +103,7 @@ def test_long_video_windows_come_from_model_or_request(server: Server, direct: G
     complete = Grounder(direct.backend)
     complete.windows = None
     assert long.duration > 60
-    cut, uncut = server.execute("drn", [asked(long), asked(long, WINDOWS=np.array(triton_protocol.NO_WINDOWS))])
+    cut, uncut = server.execute("drn", [inputs_of(long), inputs_of(long, WINDOWS=np.array(triton_protocol.NO_WINDOWS))])
     assert_alike(moments(cut), [direct.ground(long, query) for query in QUERIES])
     assert_alike(moments(uncut), [complete.ground(long, query) for query in QUERIES])
     assert moments(cut) != moments(uncut)
@@ -110,15 +111,15 @@ def test_long_video_windows_come_from_model_or_request(server: Server, direct: G
 
 def test_repeated_video_is_encoded_once(server: Server) -> None:
     for _ in range(3):
-        server.execute("drn", [asked(video(40)), asked(video(40), ["word8"])])
-    server.infer("drn", asked(video(40, 1)))
+        server.execute("drn", [inputs_of(video(40)), inputs_of(video(40), ["word8"])])
+    server.infer("drn", inputs_of(video(40, 1)))
     assert [name for name, _, _ in server.calls].count("drn_video") == 2
 
 
 def test_long_video_is_encoded_once_per_window_setting(server: Server, direct: Grounder) -> None:
     def encoded(**more: Any) -> int:
         server.calls.clear()
-        server.infer("drn", asked(video(300), **more))
+        server.infer("drn", inputs_of(video(300), **more))
         return [name for name, _, _ in server.calls].count("drn_video")
 
     windows = len(direct.cut(video(300)))
@@ -170,16 +171,14 @@ def test_invalid_request_fails_without_affecting_others(
     server: Server, direct: Grounder, wrong: dict[str, np.ndarray], values: list[object]
 ) -> None:
     subject = video(40)
-    fine, refused = server.execute("drn", [asked(subject), {**asked(subject, ["word1"]), **wrong}])
+    fine, refused = server.execute("drn", [inputs_of(subject), {**inputs_of(subject, ["word1"]), **wrong}])
     assert_alike(moments(fine), [direct.ground(subject, query) for query in QUERIES])
     assert isinstance(refused, Refused)
     assert refused.status == "INVALID_ARGUMENT"
     assert quotes(str(refused), *values)
 
 
-def test_network_failure_affects_only_its_request(
-    server: Server, direct: Grounder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_network_failure_affects_one_request(server: Server, direct: Grounder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that makes the network's heads infinite does not affect another in the same batch."""
     call = server.call
 
@@ -192,7 +191,7 @@ def test_network_failure_affects_only_its_request(
 
     monkeypatch.setattr(server, "call", poisoned)
     subject = video(40)
-    fine, refused = server.execute("drn", [asked(subject), asked(subject, ["word20"])])
+    fine, refused = server.execute("drn", [inputs_of(subject), inputs_of(subject, ["word20"])])
     assert_alike(moments(fine), [direct.ground(subject, query) for query in QUERIES])
     assert quotes(str(refused), "matching_logits")
 
@@ -200,14 +199,12 @@ def test_network_failure_affects_only_its_request(
 def test_failing_network_returns_internal_error(server: Server) -> None:
     server.broken = "CUDA error:\n out of memory."
     with pytest.raises(Refused) as refused:
-        server.infer("drn", asked(video(40)))
+        server.infer("drn", inputs_of(video(40)))
     assert quotes(str(refused.value), 1, "CUDA error: out of memory")
     assert refused.value.status == "INTERNAL"
 
 
-def test_first_request_waits_for_late_networks(
-    server: Server, direct: Grounder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_request_waits_for_late_networks(server: Server, direct: Grounder, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
 
     def is_ready(name: str, version: int) -> bool:
@@ -217,7 +214,7 @@ def test_first_request_waits_for_late_networks(
 
     monkeypatch.setattr(server, "is_ready", is_ready)
     for _ in range(2):
-        assert_alike(moments(server.infer("drn", asked(video(40)))), [direct.ground(video(40), q) for q in QUERIES])
+        assert_alike(moments(server.infer("drn", inputs_of(video(40)))), [direct.ground(video(40), q) for q in QUERIES])
     assert set(looked) == server.models.keys() - {"drn"}
     assert len(looked) > 3
 
@@ -227,7 +224,7 @@ def test_wait_for_missing_network_times_out(server: Server, monkeypatch: pytest.
     monkeypatch.setattr(server, "is_ready", lambda name, version: False)
     server.broken = "it is not ready"
     with pytest.raises(Refused) as refused:
-        server.infer("drn", asked(video(40)))
+        server.infer("drn", inputs_of(video(40)))
     assert quotes(str(refused.value), 1, "it is not ready")
 
 

@@ -152,8 +152,8 @@ def test_grpc_and_http_answers_equal_model_file(repository: Path, backends: Path
             {"name": name, "datatype": kind, "shape": np.shape(data), "data": data}
             for name, (kind, data) in plain.items()
         ]
-        place = f"http://127.0.0.1:{http_port}/v2/models/drn/infer"
-        with urllib.request.urlopen(place, json.dumps({"inputs": inputs}).encode()) as answer:
+        url = f"http://127.0.0.1:{http_port}/v2/models/drn/infer"
+        with urllib.request.urlopen(url, json.dumps({"inputs": inputs}).encode()) as answer:
             outputs = {value["name"]: value for value in json.load(answer)["outputs"]}
         actual = np.reshape(outputs["MOMENTS"]["data"], outputs["MOMENTS"]["shape"])[
             0, 0, : outputs["COUNT"]["data"][0]
@@ -161,9 +161,7 @@ def test_grpc_and_http_answers_equal_model_file(repository: Path, backends: Path
         np.testing.assert_allclose(actual, flat(expected[:1]), atol=tolerances.BATCHED_SECONDS)
 
 
-def test_mixed_shapes_are_batched_and_bad_request_fails(
-    graph: Path, backends: Path, tmp_path: Path, direct: Grounder
-) -> None:
+def test_mixed_shapes_are_batched_bad_one_fails(graph: Path, backends: Path, tmp_path: Path, direct: Grounder) -> None:
     # The delay lets all requests arrive before the first response.
     repository = triton(graph, tmp_path / "repository", instances=1, wait_ms=1000)
     subjects = [video(20 + seed, seed) for seed in range(6)]
@@ -195,9 +193,7 @@ def test_mixed_shapes_are_batched_and_bad_request_fails(
     assert front.execution_count < 6
 
 
-def test_new_model_version_loads_without_lost_requests(
-    graph: Path, backends: Path, tmp_path: Path, direct: Grounder
-) -> None:
+def test_new_model_version_loses_no_requests(graph: Path, backends: Path, tmp_path: Path, direct: Grounder) -> None:
     repository = triton(graph, tmp_path / "repository", instances=1, wait_ms=0)
     subject = video(30)
     with served(repository, backends, "--model-control-mode=poll", "--repository-poll-secs=1") as (port, _):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +68,23 @@ def test_served_model_equals_model_file(address: str, wire: Wire, direct: Ground
     assert [len(one) for one in actual] == [len(one) for one in expected]
     np.testing.assert_allclose(flat(actual), flat(expected), atol=tolerances.BATCHED_SECONDS)
     # Each pair has another video, so there is one request per pair.
-    assert [name for name, _ in wire.asked] == ["drn"] * len(pairs)
+    assert [name for name, _ in wire.requests] == ["drn"] * len(pairs)
 
 
 def test_queries_of_one_video_are_sent_in_one_request(here: str, wire: Wire) -> None:
     subject = video(30)
     Grounder.load(here).ground_batch([(subject, query) for query in QUERIES])
-    ((_, inputs),) = wire.asked
+    ((_, inputs),) = wire.requests
     assert inputs["QUERY"].tolist() == [[query.encode() for query in QUERIES]]
 
 
 def test_offset_video_moments_are_in_player_time(here: str, direct: Grounder) -> None:
     subject = video(30)
     late = dataclasses.replace(subject, offset=4.0)
-    wanted = direct.ground_batch([(subject, query) for query in QUERIES])
+    unshifted = direct.ground_batch([(subject, query) for query in QUERIES])
     for grounder in (Grounder.load(here), direct):
         actual = grounder.ground_batch([(late, query) for query in QUERIES])
-        expected = np.array(flat(wanted)) + np.array([4.0, 4.0, 0.0])
+        expected = np.array(flat(unshifted)) + np.array([4.0, 4.0, 0.0])
         np.testing.assert_allclose(flat(actual), expected, atol=tolerances.BATCHED_SECONDS)
 
 
@@ -103,13 +103,13 @@ def test_open_backend_uses_networks_behind_the_front(address: str, wire: Wire, d
     served = Grounder(open_backend(address))
     actual, expected = (one.ground_batch([(subject, query) for query in QUERIES]) for one in (served, direct))
     np.testing.assert_allclose(flat(actual), flat(expected), atol=tolerances.BATCHED_SECONDS)
-    assert "drn" not in {name for name, _ in wire.asked}
+    assert "drn" not in {name for name, _ in wire.requests}
     if served.is_pair:
         assert served.ground(served.encode(subject), "word1") == pytest.approx(served.ground(subject, "word1"))
-        wire.asked.clear()
+        wire.requests.clear()
         front = Grounder.load(address)
         assert front.ground(front.encode(subject), "word1")
-        assert "drn" not in {name for name, _ in wire.asked}
+        assert "drn" not in {name for name, _ in wire.requests}
 
 
 def test_invalid_query_is_rejected_before_sending(here: str, wire: Wire, caplog: Any) -> None:
@@ -119,7 +119,7 @@ def test_invalid_query_is_rejected_before_sending(here: str, wire: Wire, caplog:
     wide = type(video(9))(np.zeros((9, TINY.feature_dim + 1), np.float32), 90, 3.0)
     with raises(FeatureError, "feature_width_mismatch", 17, 16):
         served.ground(wide, "word1")
-    assert not wire.asked
+    assert not wire.requests
     served.ground(video(9), "word1 zorbs")
     assert records(caplog, logging.WARNING, "'zorbs'")
 
@@ -200,7 +200,7 @@ def test_missing_tritonclient_error_names_the_extra(monkeypatch: pytest.MonkeyPa
 
 
 def test_infer_output_for_address_equals_model_file(
-    here: str, graph: Path, tmp_path: Path, run_command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    here: str, graph: Path, tmp_path: Path, run_command: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "drn")
     np.save(tmp_path / "clip.npy", video(300).features)
@@ -213,7 +213,7 @@ def test_infer_output_for_address_equals_model_file(
 
 
 def test_evaluate_of_served_model_equals_model_file(
-    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Callable[..., Any]
+    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Any
 ) -> None:
     from export.triton import triton
 
@@ -227,7 +227,7 @@ def test_evaluate_of_served_model_equals_model_file(
             reports.append(json.loads(output.read_text()))
     assert {**reports[0], "model": ""} == {**reports[1], "model": ""}
     assert reports[0]["queries"] == 5
-    assert {name for name, _ in wire.asked} == {"drn_network"}
+    assert {name for name, _ in wire.requests} == {"drn_network"}
 
 
 def test_served_model_reports_no_match(graph: Path, tmp_path: Path, direct: Grounder) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +12,18 @@ import torch
 
 from runtime.core.errors import CheckpointError
 from tests.raising import raises
+from tests.train.extractors.c3d_layouts import LAYOUTS, plain_state_dict
 from train.convert import convert
 from train.extractors.c3d import C3D, MEANS, C3DConfig
 from train.extractors.checkpoint import is_extractor_file, load_extractor, save_extractor
 
 TINY = C3DConfig((2, 3, 4, 4, 5, 5, 6, 6), 8)
 
-State = dict[str, Any]
-
 
 @pytest.fixture
 def tiny() -> C3D:
     torch.manual_seed(0)
     return C3D(TINY, (0.0, 0.0, 0.0)).eval()
-
-
-def plain(model: C3D) -> State:
-    """Return the weights as the plain c3d.pickle names them: for frames in BGR, with the layers after fc6."""
-    state = {
-        name.replace("conv1a", "conv1").replace("conv2a", "conv2"): value.clone()
-        for name, value in model.state_dict().items()
-    }
-    state["conv1.weight"] = state["conv1.weight"].flip(1)
-    return {**state, "fc7.weight": torch.ones(8, 8), "fc7.bias": torch.ones(8), "fc8.weight": torch.ones(9, 8)}
-
-
-def mmaction2(model: C3D, prefix: str) -> State:
-    """Return the weights as mmaction2 names them, alone or as a recogniser's backbone."""
-    state = {
-        prefix + (name.replace(".", ".conv.", 1) if name.startswith("conv") else name): value.clone()
-        for name, value in model.state_dict().items()
-    }
-    return {**state, f"{prefix}fc7.weight": torch.ones(8, 8)}
-
-
-LAYOUTS: dict[str, Callable[[C3D, Path], None]] = {
-    "c3d.pickle": lambda model, path: torch.save(plain(model), path, _use_new_zipfile_serialization=False),
-    "pretrain.pth": lambda model, path: torch.save({"state_dict": mmaction2(model, "")}, path),
-    "epoch_45.pth": lambda model, path: torch.save(
-        {"meta": {"epoch": 45}, "state_dict": {**mmaction2(model, "backbone."), "cls_head.fc_cls.bias": torch.ones(2)}},
-        path,
-    ),
-}
 
 
 def test_c3d_layers_have_published_shapes() -> None:
@@ -145,7 +114,7 @@ def test_published_layouts_convert_to_one_checkpoint_format(
     ],
 )
 def test_incomplete_c3d_state_dict_is_rejected(tmp_path: Path, tiny: C3D, code: str, name: str, tensor: Any) -> None:
-    state = {**plain(tiny), name: tensor}
+    state = {**plain_state_dict(tiny), name: tensor}
     if tensor is None:
         del state[name]
     torch.save(state, tmp_path / "c3d.pickle")
@@ -161,7 +130,7 @@ def test_plain_weights_swap_bgr_to_rgb_and_have_no_stage(tmp_path: Path, tiny: C
         convert(source, tmp_path / "c3d.pt", stage=1)
     model = convert(source, tmp_path / "c3d.pt").model()
     clip = torch.randint(0, 256, (1, 16, 112, 112, 3), dtype=torch.uint8)
-    weights = plain(tiny)
+    weights = plain_state_dict(tiny)
     with torch.inference_mode():
         bgr = clip.flip(-1).permute(0, 4, 1, 2, 3) - torch.tensor([90.25, 97.66, 101.41]).reshape(3, 1, 1, 1)
         expected = torch.nn.functional.conv3d(bgr, weights["conv1.weight"], weights["conv1.bias"], padding=1)

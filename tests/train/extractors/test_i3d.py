@@ -121,9 +121,7 @@ def test_pad_same_ends_as_tensorflow(size: int, kernel: int, stride: int, ends: 
 
 
 @pytest.mark.parametrize(("window", "scaled"), [(9, False), (16, True)])
-def test_converted_features_equal_unfolded_network(
-    tmp_path: Path, clips: np.ndarray, window: int, scaled: bool
-) -> None:
+def test_converted_features_equal_unfolded(tmp_path: Path, clips: np.ndarray, window: int, scaled: bool) -> None:
     arrays = pytorch_i3d(scaled=scaled)
     model = convert(save_torch(arrays, tmp_path / "rgb_imagenet.pt"), tmp_path / "i3d.pt").model()
     expected, _ = reference(arrays, clips[:, :window])
@@ -196,9 +194,7 @@ FIRST = "Conv3d_1a_7x7"
         ("impossible_weights", f"{FIRST}.conv3d.weight", np.full((4, 3, 7, 7, 7), 1e300), f"{FIRST}.weight"),
     ],
 )
-def test_damaged_i3d_state_dict_is_rejected(
-    tmp_path: Path, code: str, name: str, array: np.ndarray | None, named: str
-) -> None:
+def test_damaged_i3d_state_fails(tmp_path: Path, code: str, name: str, array: np.ndarray | None, named: str) -> None:
     arrays = pytorch_i3d()
     arrays.pop(name, None)
     path = save_torch(arrays if array is None else {**arrays, name: array}, tmp_path / "rgb_imagenet.pt")

@@ -101,9 +101,7 @@ def replaced(matrix: torch.Tensor, value: float) -> torch.Tensor:
     return other
 
 
-def test_load_glove_text_sets_vectors_of_known_words(
-    model: DRN, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_load_glove_sets_vectors_of_known_words(model: DRN, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = model.query_encoder.embedding.weight.detach().clone()
     unknown = [line("elsewhere", 1e38), line("other", 0), line(". . .", 2)]
     path = write(tmp_path / "glove.txt", [line("w3", 0.5), *unknown, line("w20", -1e4)])
@@ -118,9 +116,7 @@ def test_load_glove_text_sets_vectors_of_known_words(
     assert table.requires_grad
 
 
-def test_load_glove_repeated_word_uses_first_vector(
-    model: DRN, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_load_glove_repeated_word_uses_first(model: DRN, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "glove.txt"
     lines = [line("w3", 1), line("w4", 2), line("w4", 2), line("elsewhere", 3), line("elsewhere", 4)]
     load_glove(model, write(path, lines), WORDS)

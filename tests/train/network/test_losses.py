@@ -284,15 +284,15 @@ def test_loss_sums_add_up_over_parts_of_a_batch(moments: Any, seed: int, data: A
     truth = torch.tensor(moments, dtype=torch.float32)
     options = LossOptions(iou_target=data.draw(st.sampled_from(["near", "all"])))
     cut = data.draw(st.integers(1, count - 1))
-    whole = loss_sums(heads, truth, PUBLISHED, True, options)
+    complete = loss_sums(heads, truth, PUBLISHED, True, options)
     parts = [
         loss_sums(NetworkHeads(*(head[part] for head in heads)), truth[part], PUBLISHED, True, options)
         for part in (slice(None, cut), slice(cut, None))
     ]
-    for name, one, other, both in zip(whole._fields, *parts, whole, strict=True):
+    for name, one, other, both in zip(complete._fields, *parts, complete, strict=True):
         torch.testing.assert_close(one + other, both, rtol=1e-5, atol=1e-5, msg=name)
-    divided = divide(parts[0], whole.counts).total() + divide(parts[1], whole.counts).total()
-    torch.testing.assert_close(divided, divide(whole).total(), rtol=1e-5, atol=1e-5)
+    divided = divide(parts[0], complete.counts).total() + divide(parts[1], complete.counts).total()
+    torch.testing.assert_close(divided, divide(complete).total(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_segments", [16, 32, 64, 128])

@@ -127,9 +127,7 @@ def test_positions_reach_only_level_0_and_bypass_gates(reference: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [{"num_segments": 16}, {"num_segments": 64}, {"head_convs": 2}, {"lstm_layers": 2}],
-    ids=repr,
+    "sizes", [{"num_segments": 16}, {"num_segments": 64}, {"head_convs": 2}, {"lstm_layers": 2}], ids=repr
 )
 @torch.no_grad()
 def test_network_of_other_sizes_runs(tiny: DRNConfig, sizes: dict[str, int]) -> None:

@@ -93,9 +93,7 @@ def test_cached_stems_equal_the_stems_of_each_batch(training: TrainingData, mode
             torch.testing.assert_close(one, other, rtol=HEADS, atol=1e-6, msg=name)
 
 
-def test_each_video_is_projected_once_for_its_queries(
-    training: TrainingData, model: DRN, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_video_is_projected_once(training: TrainingData, model: DRN, monkeypatch: pytest.MonkeyPatch) -> None:
     projected = []
     model.prop_fc.register_forward_hook(lambda module, inputs, output: projected.append(len(output)))
     CachedStemSource(training, model, CPU, None)

@@ -166,9 +166,7 @@ def resampled(clips: np.ndarray, factor: float) -> np.ndarray:
         (lambda clips: resampled(clips, 0.25), "clip_timing_mismatch", ()),
     ],
 )
-def test_unusable_features_are_named_without_cache(
-    pooling: Pooling, change: Any, code: str, values: tuple[object, ...]
-) -> None:
+def test_unusable_features_are_named(pooling: Pooling, change: Any, code: str, values: tuple[object, ...]) -> None:
     path = pooling.data_set.feature_path(pooling.videos[2])
     np.save(path, change(np.load(path)))
     with raises(FeatureError, code, pooling.videos[2], *values):
@@ -257,9 +255,7 @@ class CountedOfVideos(Counted):
 
 @given(st.lists(st.integers(0, 5), min_size=12, max_size=60), st.integers(1, 30), st.integers(1, 3), st.integers(0, 9))
 @settings(max_examples=100, deadline=None)
-def test_mismatched_pairs_do_not_depend_on_process_count(
-    video_rows: list[int], count: int, processes: int, seed: int
-) -> None:
+def test_mismatched_pairs_ignore_process_count(video_rows: list[int], count: int, processes: int, seed: int) -> None:
     data = CountedOfVideos([*video_rows, 6])
     epochs = [data.epoch(4, (seed,), rank, processes) for rank in range(processes)]
     pairs = [data.mismatched(epoch, count, (seed,), rank, processes) for rank, epoch in enumerate(epochs)]
@@ -272,8 +268,8 @@ def test_mismatched_pairs_do_not_depend_on_process_count(
             assert times.max() - (times.min() if count >= len(batch) else 1) <= 1
             assert (data.video_rows[queries] != data.video_rows[partners]).all()
     together = data.mismatched(data.epoch(4 * processes, (seed,)), count * processes, (seed,))
-    for step, whole in enumerate(together):
-        np.testing.assert_array_equal(np.concatenate([share[step] for share in pairs], axis=1), whole)
+    for step, expected in enumerate(together):
+        np.testing.assert_array_equal(np.concatenate([share[step] for share in pairs], axis=1), expected)
 
 
 def test_mismatched_videos_are_drawn_by_query_count() -> None:

@@ -53,9 +53,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
-def test_library_logger_gets_values_by_epoch_and_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
-) -> None:
+def test_library_logger_gets_values_and_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     opened: list[Recorder] = []
 
     def open_recorder(log_dir: str = "", **arguments: Any) -> Recorder:

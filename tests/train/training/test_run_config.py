@@ -83,9 +83,7 @@ def test_config_from_python_is_rejected(planted: Path, tmp_path: Path, config: P
         train(planted, tmp_path / "run", config=config)
 
 
-def test_run_repeats_from_its_own_config(
-    short_run: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_repeats_by_config(short_run: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = yaml.safe_load((short_run / "run.yaml").read_text())
     assert written["data"] == str(planted)
     assert written["epochs"] == list(TINY_SIZES["epochs"])

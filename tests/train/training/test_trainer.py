@@ -171,9 +171,7 @@ def test_history_equals_runtime_evaluation(
     assert {name: record[name] for name in report.values} == pytest.approx(report.values, abs=1e-6)
 
 
-def test_bf16_training_without_validation_saves_last_epoch(
-    train_tiny: TrainTiny, planted: Path, tmp_path: Path
-) -> None:
+def test_bf16_without_validation_saves_last_epoch(train_tiny: TrainTiny, planted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # One step per epoch: bf16 is slow on a CPU without its instructions.
     data = shorten(planted, tmp_path / "data", 16)
@@ -247,9 +245,7 @@ def test_resumed_run_equals_uninterrupted_run(
     assert_same_run(short_run, run)
 
 
-def test_killed_run_resumes_to_same_result(
-    short_run: Path, train_tiny: TrainTiny, planted: Path, tmp_path: Path
-) -> None:
+def test_killed_run_resumes_equally(short_run: Path, train_tiny: TrainTiny, planted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["python", "-m", "tests.train.training.narrow", *train_words(planted, run)]
     process = ForkedCommand(words, {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})

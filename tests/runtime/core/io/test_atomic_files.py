@@ -30,8 +30,8 @@ from runtime.core.io.atomic_files import (
     write_text,
 )
 from runtime.core.io.staging import Staging
+from tests.processes import send_signals
 from tests.raising import quotes, raises
-from tests.runtime.core.test_interrupts import send
 
 ROOT = Path(__file__).parents[4]
 
@@ -333,7 +333,7 @@ def test_signal_during_commit_still_writes_all_files(tmp_path: Path, monkeypatch
 
     def interrupted(*paths: Any) -> None:
         replace(*paths)
-        send(signal.SIGTERM)
+        send_signals(signal.SIGTERM)
 
     monkeypatch.setattr(os, "replace", interrupted)
 

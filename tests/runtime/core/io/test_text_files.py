@@ -59,13 +59,7 @@ def test_parse_json_rejects_hostile_values(text: str, code: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [
-        10**MAX_DIGITS // 10,
-        1e308,
-        "\U0001f600 \u2028",
-        [[[]]] * 1000,
-        json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH),
-    ],
+    [10**MAX_DIGITS // 10, 1e308, "\U0001f600 \u2028", [[[]]] * 1000, json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)],
 )
 def test_parse_json_returns_dumped_value(value: Any) -> None:
     assert parse_json(json.dumps(value), "f") == value
