@@ -201,12 +201,10 @@ class Outcome:
     """How a command ended.
 
     Attributes:
-        code: exit code.
         out, err: what it wrote.
         error: the error for which it exited, if it did.
     """
 
-    code: int
     out: str
     err: str
     error: BaseException | None = None
@@ -216,19 +214,20 @@ class Outcome:
 def run_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Outcome]:
-    """Run a command function on command-line arguments, in this process, and check its "Written:" lines."""
+    """Run a command function on arguments, in this process, and check its exit code and its "Written:" lines."""
 
-    def run(function: Callable[..., Any], *arguments: object) -> Outcome:
+    def run(function: Callable[..., Any], *arguments: object, code: int = 0) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         capsys.readouterr()
         before = file_versions(tmp_path)
         with logged_lines() as lines, pytest.raises(SystemExit) as ended:
             command(function)
         captured = capsys.readouterr()
+        assert ended.value.code == code, f"{arguments}\n{captured.out}\n{captured.err}"
         # After an error there may be files from which the same command resumes.
-        if ended.value.code != 2:
+        if code != 2:
             check_written(tmp_path, before, lines)
-        return Outcome(ended.value.code, captured.out, captured.err, ended.value.__context__)
+        return Outcome(captured.out, captured.err, ended.value.__context__)
 
     return run
 
@@ -238,8 +237,7 @@ def refused(run_command: Any) -> Callable[..., GroundingError]:
     """Run a command that must fail with one line on stderr, and return its error for `check_error`."""
 
     def run(function: Callable[..., Any], *arguments: object) -> GroundingError:
-        outcome = run_command(function, *arguments)
-        assert outcome.code == 2
+        outcome = run_command(function, *arguments, code=2)
         assert outcome.out == ""
         assert isinstance(outcome.error, GroundingError)
         assert outcome.err == f"error: {printable_line(str(outcome.error))}\n"

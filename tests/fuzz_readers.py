@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import gzip
 import importlib.util
-import io
 import json
 import multiprocessing
 import types
@@ -56,6 +55,7 @@ from runtime.grounding.prediction_scores import score_predictions
 from runtime.media.extraction import FORMAT as NOTE_FORMAT
 from runtime.media.extraction import ExtractionRecord, read_record
 from runtime.triton import front
+from tests.array_bytes import npy
 from tests.fuzzing import Reader
 
 CLIPS = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
@@ -745,11 +745,9 @@ def _service() -> list[Reader]:
                 raise
             raise FeatureError(refusal.message) from refusal
 
-    features = io.BytesIO()
-    np.save(features, CLIPS)
     head = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
     form = head % (b"query", b"", b"person opens") + head % (b"duration", b"", b"30.5")
-    form += head % (b"features", b'; filename="v.npy"', features.getvalue()) + b"--b--\r\n"
+    form += head % (b"features", b'; filename="v.npy"', npy(CLIPS)) + b"--b--\r\n"
     body = {"video": "v_a", "query": ["person opens the door"], "top_k": 3}
 
     def ask(kind: str) -> Callable[[Path, Path], object]:

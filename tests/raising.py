@@ -33,8 +33,9 @@ def raises(
 
 
 def check_error(error: BaseException, code: str, *values: object) -> None:
-    """Assert that an error has the code and that its message quotes all values."""
+    """Assert that an error has the code and that its message is one line that quotes all values."""
     assert getattr(error, "code", None) == code, f"expected the code {code!r}, got {describe(error)}"
+    assert "\n" not in str(error), f"expected a message of one line, got {describe(error)}"
     missing = [value for value in values if not quotes(str(error), value)]
     assert not missing, f"expected a message that quotes {missing}, got {describe(error)}"
 

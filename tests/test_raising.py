@@ -29,7 +29,9 @@ def test_raises_passes_only_for_class_code_and_values(
         raise FeatureError("a/b.npy holds 3 of v_1, of (0, 32) and 2.5 or 14.", code="no_clips")
 
 
-def test_raises_fails_for_another_class_or_none() -> None:
+def test_raises_fails_for_another_class_none_or_two_lines() -> None:
+    with pytest.raises(AssertionError), raises(FeatureError, "no_clips"):
+        raise FeatureError("one\ntwo", code="no_clips")
     with pytest.raises(FeatureError), raises(QueryError, "no_clips"):
         raise FeatureError("3", code="no_clips")
     with pytest.raises(pytest.fail.Exception), raises(QueryError, "no_clips"):

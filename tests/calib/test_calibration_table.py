@@ -181,9 +181,7 @@ def test_file_that_is_not_an_object_is_rejected(tmp_path: Path) -> None:
         CalibrationTable.load(path)
 
 
-def test_damaged_table_ends_the_command_with_2(
-    table: CalibrationTable, onnx_file: Path, tmp_path: Path, refused: Any
-) -> None:
+def test_damaged_table_exits_with_2(table: CalibrationTable, onnx_file: Path, tmp_path: Path, refused: Any) -> None:
     path = tmp_path / "t.json"
     table.save(path)
     path.write_text(json.dumps(edited(json.loads(path.read_text()), "ranges", TENSOR, value=[-math.inf, math.inf])))

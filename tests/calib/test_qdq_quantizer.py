@@ -314,9 +314,7 @@ def test_fp8_weights_are_e4m3_in_opset_19(
         insert_qdq(model, table, kind="fp8", opset=18)
 
 
-def test_unsigned_policy_uses_256_steps_for_inputs_without_sign(
-    model: onnx.ModelProto, table: CalibrationTable, batch: Batch
-) -> None:
+def test_unsigned_policy_uses_256_steps(model: onnx.ModelProto, table: CalibrationTable, batch: Batch) -> None:
     signed, policy = insert_qdq(model, table), QuantizationPolicy(unsigned=True)
     unsigned = insert_qdq(model, table, policy)
     before, after = weights(signed), weights(unsigned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from calib.calibration_table import CalibrationTable, calibration_key
 from calib.graph.channel_equalization import measure_channel_scales
 from calib.graph.graph_editing import copied
 from calib.graph.onnx_graph import read_manifest
+from calib.graph.split_model import split_graph, write_split_model
 from calib.qdq_quantizer import channel_energies
 from calib.range_estimation import collect_statistics
 from export.tracing.tracer import export_model
@@ -200,3 +201,22 @@ def table_for(model: onnx.ModelProto, config: DRNConfig, *, balance: bool) -> Ca
     gains = {name: tuple(row) for name, row in measure_channel_scales(model, batches).items()} if balance else {}
     statistics = collect_statistics(model, channel_energies(model), batches, gains=gains)
     return CalibrationTable(statistics.ranges("minmax"), calibration_key(model, "0" * 64, "minmax"), gains=gains)
+
+
+@pytest.fixture
+def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
+    """The tiny network as drn.onnx, with its two parts in the same directory."""
+    onnx.save(exported["tiny"], tmp_path / "drn.onnx")
+    write_split_model(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
+    return tmp_path / "drn.onnx"
+
+
+def signature(values: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int, list[object]]]:
+    """Return the element type and the sizes of each input or output by name."""
+    return {
+        value.name: (
+            value.type.tensor_type.elem_type,
+            [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim],
+        )
+        for value in values
+    }

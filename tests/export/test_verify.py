@@ -39,9 +39,7 @@ from tests.raising import quotes, raises, records
 ROOT = Path(__file__).parents[2]
 
 
-def test_equal_model_passes_and_writes_reports(
-    models: Path, planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_equal_model_passes(models: Path, planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference, model = models / "drn.pt", models / "drn.onnx"
     report, page = tmp_path / "report.json", tmp_path / "passport.html"
     actual = verify(reference, model, planted, split="train", output=report, html=page, threads=1)
@@ -106,8 +104,7 @@ def test_model_over_budget_fails_but_gets_a_report(
 ) -> None:
     report, page = tmp_path / "report.json", tmp_path / "passport.html"
     arguments = ("--reference", models / "drn.onnx", "--model", wrong, "--data", planted, "--split", "train")
-    outcome = run_command(verify, *arguments, "--output", report, "--html", page)
-    assert outcome.code == 1
+    outcome = run_command(verify, *arguments, "--output", report, "--html", page, code=1)
     last = outcome.err.splitlines()[-1]
     assert last.startswith("error: ")
     assert quotes(last, "wrong.onnx", "drn.onnx", "R@1 IoU=0.7", "--layers")
@@ -158,7 +155,6 @@ def test_models_that_cannot_be_compared_are_rejected(models: Path, planted: Path
         arguments = {"reference": good, "model": good, "data": planted, "threads": 1, **options}
         with raises(kind, code, *values) as caught:
             verify(**arguments)
-        assert "\n" not in str(caught.value)
         assert str(caught.value).endswith(".")
     assert sha256(good) == before
     assert not (tmp_path / "x").exists()

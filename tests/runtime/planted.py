@@ -111,6 +111,24 @@ class PlantedPair:
         return self.model.run(batch)
 
 
+def random_heads(rows: int, rng: np.random.Generator, num_locations: int = 56) -> Heads:
+    """Return heads of likely and unlikely locations."""
+    size = (rows, num_locations)
+    values = rng.normal(-1, 2, size), rng.uniform(0, 8, (*size, 2)), rng.normal(0, 2, size)
+    return Heads(*(array.astype(np.float32) for array in values))
+
+
+class Noisy:
+    """A model with random proposals."""
+
+    def __init__(self, planted: Any) -> None:
+        self.manifest = dataclasses.replace(planted.manifest, windows=WINDOWS)
+        self.rng = np.random.default_rng(0)
+
+    def run(self, batch: Batch) -> Heads:
+        return random_heads(len(batch), self.rng, self.manifest.decoding.num_locations)
+
+
 class Finder:
     """The planted model without its second half: the score of a moment rises with its visible part."""
 

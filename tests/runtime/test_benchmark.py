@@ -68,16 +68,12 @@ WHOLE = {
 }
 
 
-# The complete command
-
-
 def test_benchmark_of_one_model_writes_complete_report(
     tiny_model: Path, tmp_path: Path, run_command: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     output, plot = tmp_path / "r.json", tmp_path / "r.png"
     arguments = ("--model", tiny_model, "--samples", 20, "--batch", 3, "--threads", 1, "--output", output)
     outcome = run_command(benchmark, *arguments, "--plot", plot)
-    assert outcome.code == 0, outcome.err
     message = caplog.records[-1].getMessage()
     assert message == f"\nNext:  python -m runtime.serve --model {tiny_model} --data DIR"
     report = json.loads(output.read_text())
@@ -113,8 +109,7 @@ def test_recorded_command_repeats_the_benchmark(
     assert first.command == (
         f"python -m runtime.benchmark --model {a} --compare {b} --samples 2 --batch 2 --device auto --threads 1"
     )
-    outcome = run_command(benchmark, *first.command.split()[3:], "--output", tmp_path / "r.json")
-    assert outcome.code == 0
+    run_command(benchmark, *first.command.split()[3:], "--output", tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text())["command"] == first.command
 
 
@@ -125,9 +120,6 @@ def test_benchmark_of_pair_times_video_encoding(opened: Callable[..., list[Path]
     assert measured(report) == {**WHOLE, **encode, ("query length", "host", "network"): [1, 2, 4, 6]}
     assert "encode" in report["phases"][0]["ms"]
     assert report["models"][0]["kind"] == "pair"
-
-
-# Comparisons
 
 
 def test_models_are_interleaved_and_compared_with_the_first(opened: Callable[..., list[Path]]) -> None:
@@ -170,9 +162,6 @@ def test_models_with_different_inputs_are_rejected(opened: Callable[..., list[Pa
     foreign = dataclasses.replace(manifest, vocabulary=Vocabulary({"zebra": 1}))
     with raises(QueryError, "models_differ", "--data"):
         synthetic_workload([manifest, foreign])
-
-
-# Boundaries
 
 
 class OnGpu:
@@ -247,9 +236,6 @@ def test_out_of_memory_skips_only_its_case(opened: Callable[..., list[Path]], fa
     assert quotes(message, 2, "no memory left")
 
 
-# Interruptions
-
-
 @pytest.mark.parametrize("after", [0, 5, 150])
 def test_ctrl_c_keeps_measured_timings(
     opened: Callable[..., list[Path]], tmp_path: Path, after: int, run_command: Any, caplog: pytest.LogCaptureFixture
@@ -261,8 +247,7 @@ def test_ctrl_c_keeps_measured_timings(
     backend = PlantedBackend(before=interrupt)
     (path,) = opened(stopped=backend)
     output = tmp_path / "r.json"
-    outcome = run_command(benchmark, "--model", path, "--samples", 120, "--batch", 1, "--output", output)
-    assert outcome.code == 130
+    run_command(benchmark, "--model", path, "--samples", 120, "--batch", 1, "--output", output, code=130)
     assert "Next:" not in caplog.text
     report = json.loads(output.read_text())
     assert report["interrupted"] is True
@@ -273,9 +258,6 @@ def test_ctrl_c_keeps_measured_timings(
     assert samples[:-1] == [120] * len(samples[:-1])
     assert all(0 < count <= 120 for count in samples)
     assert report["phases"] == []
-
-
-# Inputs
 
 
 def test_invalid_input_is_rejected_before_loading_the_model(

@@ -25,7 +25,6 @@ def test_ground_corpus_writes_shards_and_prints_pair_count(
     run_command: Any, words: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     outcome = run_command(ground_corpus, *words, "--actors", 0, "--shard-pairs", 4)
-    assert outcome.code == 0
     assert outcome.out.startswith(f"6 pairs in 2 shards in {tmp_path / 'corpus'}: 6 grounded in ")
     assert "Next:  python -m runtime.describe" in caplog.text
     about = json.loads((tmp_path / "corpus" / "corpus.json").read_text())

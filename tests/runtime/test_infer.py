@@ -46,7 +46,6 @@ def test_json_output_equals_grounder_moments(
     data = ("--data", golden / "mini", "--video", "AAAA1")
     queries = ("--query", "person opens the door", "dog sits")
     outcome = run_command(infer, "--model", tiny_model, *data, *queries, "--format", "json", "--top-k", 3)
-    assert outcome.code == 0
     answers = json.loads(outcome.out)
     assert [(answer["query"], answer["video"]) for answer in answers] == [
         ("person opens the door", "AAAA1"),
@@ -63,7 +62,6 @@ def test_json_output_equals_grounder_moments(
 def test_feature_file_gives_answers(of_clip: tuple[Any, ...], tmp_path: Path, run_command: Any) -> None:
     pytest.importorskip("matplotlib")
     outcome = run_command(infer, *of_clip, "--query", "person opens the door", "--plot", tmp_path / "plot.png")
-    assert outcome.code == 0
     assert "hall (0:20.0)" in outcome.out
     assert "█" in outcome.out
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -95,7 +93,7 @@ def test_video_file_of_other_length_than_features_is_rejected(
     check_error(refused(infer, *line, tmp_path / "gone.mp4"), "missing_file", tmp_path / "gone.mp4")
     assert not (tmp_path / "plot.png").exists()
     long = films.film(tmp_path / "long.mp4", 100, rate=5)
-    assert run_command(infer, *line, long).code == 0
+    run_command(infer, *line, long)
     check_error(refused(infer, *line[:-2], long, "--footage", long), "not_a_report", long)
 
 
@@ -139,14 +137,12 @@ def test_bad_feature_file_is_one_error_without_output(tiny_model: Path, tmp_path
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_frame_count_is_derived_by_clip_timing_of_model(
-    write_model: Callable[..., Path], clip: Path, tmp_path: Path, run_command: Any
-) -> None:
+def test_frame_count_is_derived(write_model: Callable[..., Path], clip: Path, tmp_path: Path, run_command: Any) -> None:
     model = write_model(tmp_path / "i3d.onnx", features=Features("I3D", 16, window=64, stride=4))
     arguments = ("--model", model, "--features", clip, "--duration", 20, "--query", "dog sits", "--format", "json")
     # 30 clips of 64 frames, one clip every 4 frames.
     assert run_command(infer, *arguments).out == run_command(infer, *arguments, "--num-frames", 180).out
-    assert run_command(infer, *arguments).out != run_command(infer, *arguments, "--num-frames", 248).out
+    assert run_command(infer, *arguments).out != run_command(infer, *arguments, "--num-frames", 200).out
 
 
 def test_unusual_frame_count_gives_warning(
@@ -229,8 +225,7 @@ def test_plot_on_full_disk_fails_without_file(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
-    outcome = run_command(infer, *of_clip, "--query", "dog sits", "--plot", tmp_path / "plot.png")
-    assert outcome.code == 2
+    outcome = run_command(infer, *of_clip, "--query", "dog sits", "--plot", tmp_path / "plot.png", code=2)
     check_error(outcome.error, "disk_full", tmp_path / "plot.png")
     assert [path.name for path in tmp_path.iterdir()] == ["hall.npy"]
 

@@ -17,9 +17,7 @@ from tests.raising import check_error, records
 pytest.importorskip("fastapi", reason="the service needs the extra [serve]")
 
 
-def test_missing_packages_error_names_the_extra(
-    refused: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_packages_name_the_extra(refused: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else known(name))
     error = refused(serve, "--model", tiny_model)

@@ -187,9 +187,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str, tuple[object, ...
 def test_prepare_invalid_input_is_rejected_without_output(tmp_path: Path, case: str) -> None:
     options, error, code, values = REFUSED[case]
     data = write_activitynet(tmp_path / "data")
-    with raises(error, code, *values) as caught:
+    with raises(error, code, *values):
         prepare(data, tmp_path / "common", **options)
-    assert "\n" not in str(caught.value)
     assert not (tmp_path / "common").exists()
 
 

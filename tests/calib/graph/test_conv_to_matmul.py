@@ -117,9 +117,7 @@ def test_convs_to_matmul_keeps_heads(
         assert errors.max() <= tolerances.INT8, name
 
 
-def test_int8_share_is_attainable_and_kept_by_convs_to_matmul(
-    model: onnx.ModelProto, narrowed: onnx.ModelProto, rows: onnx.ModelProto
-) -> None:
+def test_int8_share_is_attainable(model: onnx.ModelProto, narrowed: onnx.ModelProto, rows: onnx.ModelProto) -> None:
     actual, expected = audit_graph(rows), audit_graph(narrowed)
     assert 0 < attainable_share(model) < 1
     assert attainable_share(model) == pytest.approx(expected.share("int8"), abs=1e-9)

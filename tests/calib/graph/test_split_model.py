@@ -21,7 +21,7 @@ from runtime.backends.base import run_pair
 from runtime.core.batch import Batch
 from runtime.core.errors import CheckFailed, ModelFileError, OutputError
 from runtime.core.io.digests import sha256
-from tests.export.conftest import CONFIGS, TINY, random_inputs
+from tests.export.conftest import CONFIGS, TINY, random_inputs, signature
 from tests.export.rtx import build_with_rtx
 from tests.raising import raises, records
 from train.network.model import DRN
@@ -36,16 +36,6 @@ def written(model: onnx.ModelProto, directory: Path) -> Path:
     onnx.save(model, path)
     write_split_model(*split_graph(model), path)
     return path
-
-
-def signature(values: object) -> dict[str, tuple[int, list[object]]]:
-    return {
-        value.name: (
-            value.type.tensor_type.elem_type,
-            [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim],
-        )
-        for value in values  # type: ignore[attr-defined]
-    }
 
 
 @pytest.mark.parametrize(("name", "videos"), [("tiny", [0]), ("tiny", [2, 0, 2, 1]), ("deep", [4, 3, 2, 1, 0])])

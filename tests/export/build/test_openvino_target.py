@@ -45,9 +45,7 @@ def test_int8_build_has_convolutions_within_the_exact_limit(model: Path, planted
 
 
 @installed
-def test_split_build_is_checked_and_run_in_openvino(
-    model: Path, planted: Path, table: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_split_build_runs_in_openvino(model: Path, planted: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from runtime.backends import openvino_session
 
     sources: list[Any] = []

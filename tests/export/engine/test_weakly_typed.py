@@ -129,9 +129,7 @@ def test_fp32_modules_are_read_from_the_graph(kept: tuple[str, ...], exported: d
     assert prepared.fp32_nodes == fp32_nodes(half) <= prepared.nodes
 
 
-def test_fp32_nodes_stay_fp32_and_untyped_layers_are_skipped(
-    exported: dict[str, onnx.ModelProto], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fp32_nodes_stay_fp32_in_engine(exported: dict[str, onnx.ModelProto], caplog: pytest.LogCaptureFixture) -> None:
     library, calls = stand_in("8.6.1")
     half = convert_to_half(exported["tiny"], keep=("prop_fc",))
     fp32 = sorted(fp32_nodes(half))

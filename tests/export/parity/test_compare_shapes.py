@@ -57,9 +57,7 @@ def test_outputs_that_depend_on_the_batch_size_are_violations(
     assert "32" in large.violation()
 
 
-def test_verify_fails_if_a_shape_exceeds_the_tolerance(
-    models: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_fails_for_a_shape(models: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.verify.check_shapes", lambda *_: (ShapeCheck(32, 9, 0.2, 0.05),))
     output = tmp_path / "report.json"
     with raises(CheckFailed, "parity_failed", 32, 9, "20 %", "5 %"):

@@ -25,14 +25,6 @@ from tests.export.conftest import TINY, manifest
 from tests.raising import raises
 
 
-@pytest.fixture
-def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
-    """The tiny network, with its two parts in the same directory."""
-    onnx.save(exported["tiny"], tmp_path / "drn.onnx")
-    write_split_model(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
-    return tmp_path / "drn.onnx"
-
-
 def complete_engine(graph: Path, **content: Any) -> Path:
     about = manifest(TINY)
     built_for = [dataclasses.asdict(profile) for profile in profiles((1, 4, 16), (1, 5, 10), about)]

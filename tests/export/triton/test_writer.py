@@ -18,7 +18,6 @@ import pytest
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient has Triton's definitions")
 
-from calib.graph.split_model import split_graph, write_split_model
 from export.build_engine import build_engine
 from export.triton import triton
 from export.triton import writer as module
@@ -41,13 +40,6 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.split(".")[0])
     return names
-
-
-@pytest.fixture
-def graph(exported: dict[str, onnx.ModelProto], tmp_path: Path) -> Path:
-    onnx.save(exported["tiny"], tmp_path / "drn.onnx")
-    write_split_model(*split_graph(exported["tiny"]), tmp_path / "drn.onnx")
-    return tmp_path / "drn.onnx"
 
 
 @pytest.fixture

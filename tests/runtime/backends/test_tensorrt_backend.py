@@ -110,9 +110,6 @@ def test_empty_batch_returns_empty_heads(bench: Bench, graphs: Graphs) -> None:
                 assert_same(backend.ask(none.query_tokens, none.query_length, videos, np.empty(0, np.int32)), empty)
 
 
-# Encodings
-
-
 def ask_row(pair: Any, batch: Batch, row: int, videos: Sequence[EncodedVideo], video: int) -> Heads:
     return pair.ask(batch.query_tokens[[row]], batch.query_length[[row]], [videos[video]], np.zeros(1, np.int32))
 
@@ -184,9 +181,6 @@ def test_to_bfloat16_rounds_to_nearest(value: float) -> None:
     assert np.array_equal(to_bfloat16(from_bfloat16(bits)), bits)
 
 
-# Batches that do not fit
-
-
 def test_query_beyond_the_engine_names_range_and_command(bench: Bench) -> None:
     backend = bench.whole()
     with raises(ShapeError, "query_length_out_of_range", 13, 2, 12, "--query-length 2 8 13"):
@@ -218,9 +212,6 @@ def test_encoding_of_another_shape_is_rejected_uncached(bench: Bench) -> None:
         with raises(ShapeError, "shape_mismatch", "encoded_features", (8, 16), (16, 16)):
             ask_row(pair, batch, 0, [odd], 0)
     bench.check(pair, batch)
-
-
-# Threads
 
 
 def test_threads_can_share_an_engine(bench: Bench) -> None:
@@ -259,9 +250,6 @@ def test_threads_that_share_a_pair_get_their_own_videos(bench: Bench, monkeypatc
     actual[0] = pair.run(batches[0])
     for index, batch in enumerate(batches):
         assert_same(actual[index], bench.graphs.reference(batch))
-
-
-# A real GPU
 
 
 @pytest.mark.gpu

@@ -27,8 +27,6 @@ from runtime.grounding.grounder import Grounder
 from tests.raising import quotes, raises
 from tests.runtime.engine_bench import LONGEST, Bench, Graphs, assert_same, batch_of, edit_metadata, profile
 
-# Files
-
 
 def test_engine_suffix_opens_tensorrt_backend(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.whole()
@@ -125,9 +123,6 @@ def test_missing_short_query_engine_is_a_warning(bench: Bench, caplog: pytest.Lo
     assert [use.max_query_length for use in backend.plan_uses()] == [3, 12]
 
 
-# Memory
-
-
 def test_short_query_engine_over_memory_is_a_warning(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     with contextlib.closing(bench.pair()):
         needed = bench.driver.allocated()
@@ -215,9 +210,6 @@ def test_engine_larger_than_host_memory_raises_one_error(bench: Bench, monkeypat
     monkeypatch.setattr(Path, "read_bytes", full)
     with pytest.raises(DeviceMemoryError):
         bench.open(bench.directory / "drn.fp32.engine")
-
-
-# Closing
 
 
 @pytest.mark.parametrize("end", ["exit", "deletion"])

@@ -47,9 +47,6 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
-# Percentiles
-
-
 def test_latency_matches_hand_computed_values() -> None:
     actual = Latency.from_samples([ms / 1e3 for ms in range(1, 101)])
     assert actual.samples == 100
@@ -73,9 +70,6 @@ def test_percentile_is_a_sample_of_the_right_rank(values: list[float], q: int) -
     assert actual in values
     assert sum(value <= actual for value in values) * 100 >= q * len(values)
     assert sum(value < actual for value in values) * 100 < q * len(values)
-
-
-# Warm-up
 
 
 @pytest.mark.parametrize(
@@ -127,9 +121,6 @@ def test_warm_up_continues_until_all_models_settle(clock: FakeClock) -> None:
     assert first.calls == second.calls > 60
 
 
-# Rounds
-
-
 def test_models_are_interleaved_per_call(clock: FakeClock) -> None:
     samples: list[list[float]] = [[], [], []]
     rounds: list[int] = []
@@ -170,9 +161,6 @@ def test_interruption_keeps_all_samples(clock: FakeClock) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_interleaved(calls, 10, samples, clock=clock)
     assert samples == [[2, 2, 2], [1, 1, 1]]
-
-
-# Ratios
 
 
 def test_speed_ratio_compares_samples_of_one_round() -> None:

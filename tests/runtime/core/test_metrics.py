@@ -57,9 +57,6 @@ def recalls(picks: np.ndarray, truth: np.ndarray, threshold: float, protocol: An
     return [float(is_hit(picks, truth, rank, threshold, protocol).mean()) for rank in (1, 5)]
 
 
-# Goldens
-
-
 @LISTS
 @THRESHOLDS
 def test_recall_matches_the_published_metric(
@@ -83,14 +80,14 @@ def test_recall_matches_authors_evaluation(
     assert recalls(picks, truth, threshold, "drn") == recorded["official"][f"{name}@{threshold} nms={nms}"]
 
 
+# Cases in which the published metric counts a hit, but this one does not: moments that end before they start, and NaN.
+ANSWERED_OTHERWISE = ("reversed both", "nan prediction")
+
+
 def test_soft_nms_matches_200_recorded_queries(lists: np.lib.npyio.NpzFile) -> None:
     expected, _ = padded(lists, "random_softnms")
     picks = soft_nms(proposals(padded(lists, "random")[0]))
     np.testing.assert_allclose(picks, expected, rtol=0, atol=DETECTIONS)
-
-
-# Cases in which the published metric counts a hit, but this one does not: moments that end before they start, and NaN.
-ANSWERED_OTHERWISE = ("reversed both", "nan prediction")
 
 
 def test_odd_predictions_match_all_but_two_published(lists: np.lib.npyio.NpzFile, recorded: dict[str, Any]) -> None:
@@ -110,9 +107,6 @@ def test_empty_ground_truth_is_a_miss(lists: np.lib.npyio.NpzFile, recorded: dic
     for protocol in ("mmaction2", "drn"):
         ours = recalls(lists[f"odd_pred_{name}"][None], lists[f"odd_gt_{name}"][None], 0.5, protocol)
         assert ours == [0, 0]
-
-
-# By hand
 
 
 # 0.3 is less than float32(0.3), which mmaction2 compares: an IoU of float32(0.3) is above the former only.
@@ -198,9 +192,6 @@ def test_best_iou_equals_naive_loop(pairs: list) -> None:
         proper = a < b and c < d
         union = (b - a) + (d - c) - max(min(b, d) - max(a, c), 0)
         assert got == pytest.approx(max(min(b, d) - max(a, c), 0) / union if proper else 0)
-
-
-# The prior
 
 
 def test_best_constant_moments_match_hand_computed_values() -> None:

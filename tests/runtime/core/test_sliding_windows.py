@@ -17,14 +17,24 @@ from hypothesis import strategies as st
 from runtime import EncodedVideo, EncodedWindows, Grounder, Moment, Video, Windows
 from runtime.backends.base import Backend
 from runtime.core import video as videos_module
-from runtime.core.batch import Batch, Heads
 from runtime.core.decoding import HARD_NMS_MARGIN, Decoding
 from runtime.core.errors import FeatureError, ModelFileError
 from runtime.core.moments import temporal_iou
 from runtime.core.pooling import ClipTiming
 from runtime.core.sliding_windows import split_into_windows
 from tests.raising import raises
-from tests.runtime.planted import CLIP, CLOCK, PAIRS, RATE, WINDOWS, Finder, PlantedBackend, PlantedPair, long_video
+from tests.runtime.planted import (
+    CLIP,
+    CLOCK,
+    PAIRS,
+    RATE,
+    WINDOWS,
+    Finder,
+    Noisy,
+    PlantedBackend,
+    PlantedPair,
+    long_video,
+)
 
 SEGMENT = WINDOWS.length / 32
 
@@ -110,22 +120,6 @@ def test_moment_in_two_windows_is_returned_once(finder: Finder) -> None:
         # The part after 37 s is another proposal, which soft-NMS keeps. The score of an equal moment decays by
         # exp(-IoU^2 / 0.4).
         assert overlap < 0.6 or other.score < 0.2
-
-
-class Noisy:
-    """A model with random proposals."""
-
-    def __init__(self, planted: Any) -> None:
-        self.manifest = dataclasses.replace(planted.manifest, windows=WINDOWS)
-        self.rng = np.random.default_rng(0)
-
-    def run(self, batch: Batch) -> Heads:
-        size = (len(batch), self.manifest.decoding.num_locations)
-        return Heads(
-            self.rng.normal(0, 2, size).astype(np.float32),
-            self.rng.uniform(0, 8, (*size, 2)).astype(np.float32),
-            self.rng.normal(0, 2, size).astype(np.float32),
-        )
 
 
 def test_merged_windows_respect_the_nms_threshold() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 import re
@@ -22,6 +21,7 @@ from runtime.core.errors import FeatureError
 from runtime.core.io import torch_reader
 from runtime.core.pooling import ClipTiming, max_over_rows, pool_segments, segment_rows
 from runtime.core.video import Origin, Video, load_features
+from tests.array_bytes import npy, npz, zipped
 from tests.raising import raises
 
 
@@ -263,25 +263,6 @@ def test_unusable_features_are_rejected_naming_the_video(features: np.ndarray, c
         Video(features, 100, 1.0, "kitchen")
 
 
-def npy(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-def npz(**arrays: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.savez(stream, **arrays)  # type: ignore[arg-type]
-    return stream.getvalue()
-
-
-def zipped(name: str, content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", compression) as archive:
-        archive.writestr(name, content)
-    return stream.getvalue()
-
-
 def with_size(content: bytes, size: int) -> bytes:
     """Return an archive whose directory gives this size of its last member."""
     offset = content.rindex(b"PK\1\2") + 24
@@ -299,11 +280,11 @@ BAD_FILES = {
     "none.npz": (npz(), "ambiguous_features"),
     "objects.npz": (npz(a=np.array([{}], object)), "damaged_file"),
     "text.npz": (b"PK no archive", "damaged_file"),
-    "text_inside.npz": (zipped("features.txt", b"1 2 3"), "damaged_file"),
-    "bzip2.npz": (zipped("a.npy", npy(ONES), zipfile.ZIP_BZIP2), "damaged_file"),
-    "lzma.npz": (zipped("a.npy", npy(ONES), zipfile.ZIP_LZMA), "damaged_file"),
+    "text_inside.npz": (zipped(b"1 2 3", "features.txt"), "damaged_file"),
+    "bzip2.npz": (zipped(npy(ONES), kind=zipfile.ZIP_BZIP2), "damaged_file"),
+    "lzma.npz": (zipped(npy(ONES), kind=zipfile.ZIP_LZMA), "damaged_file"),
     "checksum.npz": (npz(a=ONES).replace(ONES.tobytes(), (2 * ONES).tobytes()), "damaged_file"),
-    "size.npz": (with_size(zipped("a.npy", npy(np.zeros(10**6)), zipfile.ZIP_DEFLATED), 200), "damaged_file"),
+    "size.npz": (with_size(zipped(npy(np.zeros(10**6)), kind=zipfile.ZIP_DEFLATED), 200), "damaged_file"),
     "text.pt": (b"not a tensor", "not_a_torch_file"),
     # A dict as written by torch before 1.6.
     "dict.pt": (
@@ -319,9 +300,8 @@ def test_file_without_features_is_rejected_by_name(name: str, tmp_path: Path) ->
     content, code = BAD_FILES[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with raises(FeatureError, code, tmp_path / name) as caught:
+    with raises(FeatureError, code, tmp_path / name):
         Video.load(tmp_path / name, 1.0)
-    assert "\n" not in str(caught.value)
 
 
 def test_pickle_with_code_is_rejected_without_running_it(tmp_path: Path) -> None:

@@ -235,8 +235,7 @@ def test_missing_ray_cluster_is_reported(
     inputs: Inputs, tmp_path: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    outcome = run_command(ground_corpus, *inputs.words(tmp_path / "corpus", "--address", "nowhere"))
-    assert outcome.code == 2
+    outcome = run_command(ground_corpus, *inputs.words(tmp_path / "corpus", "--address", "nowhere"), code=2)
     check_error(outcome.error, "ray_failed", "--address nowhere")
 
 

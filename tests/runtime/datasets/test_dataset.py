@@ -79,9 +79,8 @@ def test_malformed_line_is_named_by_number(directory: Path, line: str) -> None:
     data_set = write(directory, "AAAAA 1 2##door.", line, "AAAAA 1 2##door.")
     code = "unlisted_video" if line.startswith("CCCCC") else "malformed_row"
     for invalid in ("error", "drop", "keep"):
-        with raises(AnnotationError, code, directory / "Charades_sta_test.txt", 2) as caught:
+        with raises(AnnotationError, code, directory / "Charades_sta_test.txt", 2):
             data_set.annotations("test", invalid)  # type: ignore[arg-type]
-        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +159,8 @@ def test_damaged_table_is_named(directory: Path, name: str) -> None:
         (directory / name).write_text(content)
         is_json = content and content != "{" and "NaN" not in content
         code = "unexpected_structure" if is_json else "invalid_json"
-        with raises(AnnotationError, code, directory / name) as caught:
+        with raises(AnnotationError, code, directory / name):
             _ = DataSet(directory).vocabulary
-        assert "\n" not in str(caught.value)
 
 
 def test_pt_features_take_precedence_over_npy(directory: Path) -> None:

@@ -128,9 +128,8 @@ def test_invalid_or_truncated_hdf5_file_is_named(tmp_path: Path, published: Path
     (tmp_path / "text.h5").write_text("no features")
     (tmp_path / "short.h5").write_bytes(published.read_bytes()[:700])
     for name in ("text.h5", "short.h5"):
-        with raises(FeatureError, "unreadable_file", tmp_path / name) as caught:
+        with raises(FeatureError, "unreadable_file", tmp_path / name):
             FeatureArchive(tmp_path / name).load("v_a")
-        assert "\n" not in str(caught.value)
     with raises(FeatureError, "missing_file", tmp_path / "gone.h5"):
         FeatureArchive(tmp_path / "gone.h5").load("v_a")
 

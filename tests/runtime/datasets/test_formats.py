@@ -185,9 +185,8 @@ REJECTED: dict[str, tuple[Callable[[Path], object], str, list[object]]] = {
 def test_contradictory_files_are_rejected_by_name(tmp_path: Path, case: str) -> None:
     write, code, values = REJECTED[case]
     write(tmp_path)
-    with raises(AnnotationError, code, *values) as caught:
+    with raises(AnnotationError, code, *values):
         DataSet(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("layout", ["activitynet", "tacos", "qvhighlights", "charades"])
@@ -232,9 +231,8 @@ def test_invalid_entry_is_named_by_video_and_sentence(
     tmp_path: Path, change: dict[str, Any], code: str, values: list[object]
 ) -> None:
     write_json(tmp_path, train={**ACTIVITYNET, "v_a": {**ACTIVITYNET["v_a"], **change}})
-    with raises(AnnotationError, code, tmp_path / "train.json", "'v_a'", *values) as caught:
+    with raises(AnnotationError, code, tmp_path / "train.json", "'v_a'", *values):
         DataSet(tmp_path).annotations("train")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["duration", "fps", "num_frames", "timestamps", "sentences"])
@@ -267,9 +265,8 @@ def test_captions_with_value_of_wrong_type_are_rejected(tmp_path: Path, key: str
 def test_invalid_row_is_named_by_line(tmp_path: Path, change: Any, code: str, values: list[object]) -> None:
     line = change if isinstance(change, str) else json.dumps({**ROWS[1], **change})
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(ROWS[0])}\n{line}\n")
-    with raises(AnnotationError, code, tmp_path / "train.jsonl", 2, *values) as caught:
+    with raises(AnnotationError, code, tmp_path / "train.jsonl", 2, *values):
         DataSet(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [{"format": "drn-dataset/0"}, {"preset": None}, {"num_frames": {"x": 0}}])

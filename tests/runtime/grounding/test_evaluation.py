@@ -204,9 +204,6 @@ def test_invalid_query_fails_at_once(grounder: Grounder, data_set: DataSet, monk
         evaluate(grounder, data_set, bad)
 
 
-# The command
-
-
 @pytest.fixture
 def scored(
     tiny_model: Path, mini: Path, tmp_path: Path, run_command: Any
@@ -218,7 +215,6 @@ def scored(
         output = tmp_path / f"{next(numbers)}.json"
         files = ("--output", output, "--predictions", output.with_suffix(".jsonl"))
         outcome = run_command(evaluate_command, "--model", model, "--data", mini, *files, *options)
-        assert outcome.code == 0
         rows = [json.loads(row) for row in output.with_suffix(".jsonl").read_text().splitlines()]
         return outcome.out, json.loads(output.read_text()), rows
 
@@ -271,9 +267,7 @@ def test_evaluate_output_not_finite_names_features(overflowing: Grounder, mini: 
         evaluate(overflowing, data_set, data_set.annotations("test"))
 
 
-def test_evaluate_sentence_of_unknown_words_is_a_miss(
-    scored: Any, mini: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_evaluate_unknown_words_are_a_miss(scored: Any, mini: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = mini / "Charades_sta_test.txt"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0].split("##")[0] + "##zorbs frimly", *lines]) + "\n")

@@ -16,18 +16,9 @@ from runtime.core.moments import Moment, to_moments
 from runtime.core.presence import Presence
 from runtime.core.sliding_windows import Window
 from runtime.grounding.moment_decoder import MomentDecoder
-from tests.runtime.planted import QUARTER, PlantedBackend
+from tests.runtime.planted import QUARTER, PlantedBackend, random_heads
 
 WINDOWS = tuple(Window(9 * i, 9 * i + 9, 100, 10.0 * i, 20.0) for i in range(5))
-
-
-def heads(rows: int, seed: int = 0) -> Heads:
-    generator = np.random.default_rng(seed)
-    return Heads(
-        generator.normal(-1, 2, (rows, 56)).astype(np.float32),
-        generator.uniform(0, 8, (rows, 56, 2)).astype(np.float32),
-        generator.normal(0, 2, (rows, 56)).astype(np.float32),
-    )
 
 
 def part(batch: Heads, rows: Sequence[int]) -> Heads:
@@ -36,7 +27,7 @@ def part(batch: Heads, rows: Sequence[int]) -> Heads:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, BLOCK + 5])
 def test_videos_of_one_window_are_decoded_as_published(rows: int) -> None:
-    manifest, batch = PlantedBackend().manifest, heads(rows)
+    manifest, batch = PlantedBackend().manifest, random_heads(rows, np.random.default_rng(0))
     decoder = MomentDecoder([QUARTER] * rows, [()] * rows, manifest, 5, presence=True)
     # Rows come in any order of the pairs.
     order = np.random.default_rng(1).permutation(rows).tolist()
@@ -47,7 +38,7 @@ def test_videos_of_one_window_are_decoded_as_published(rows: int) -> None:
 
 @given(st.permutations(range(10)), st.integers(1, 10))
 def test_moments_do_not_depend_on_the_order_of_windows(order: list[int], size: int) -> None:
-    manifest, batch = PlantedBackend().manifest, heads(10)
+    manifest, batch = PlantedBackend().manifest, random_heads(10, np.random.default_rng(0))
     # Many proposals have equal scores, and NMS takes the first of them.
     np.round(batch.matching_logits, out=batch.matching_logits)
     batch.iou_logits[:] = 2
@@ -78,7 +69,7 @@ def test_unlikely_query_gets_the_full_video(windows: Sequence[Window]) -> None:
 @pytest.mark.parametrize("windows", [(), WINDOWS])
 def test_score_equal_to_threshold_passes_in_float32(windows: Sequence[Window]) -> None:
     manifest = PlantedBackend().manifest
-    rows, batch = max(1, len(windows)), heads(5)
+    rows, batch = max(1, len(windows)), random_heads(5, np.random.default_rng(0))
 
     def best(threshold: float | None) -> list[Moment]:
         presence = None if threshold is None else Presence(threshold, 0.9, 0.9, 9, 9)

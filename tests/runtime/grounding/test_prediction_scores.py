@@ -63,9 +63,6 @@ def check(score: Any, predictions: Sequence[Row], truths: Sequence[Row]) -> Pred
     return result
 
 
-# The public evaluator's recorded numbers
-
-
 @pytest.fixture(scope="module")
 def published(real_data: Path) -> tuple[Path, Path, Row]:
     directory = real_data / "predictions"
@@ -115,9 +112,6 @@ def test_published_predictions_are_scored_within_a_second(published: tuple[Path,
     started = time.process_time()
     score_predictions(predictions, truths)
     assert time.process_time() - started < 1
-
-
-# Unusual files
 
 
 def test_metrics_match_hand_computed_values(score: Any) -> None:
@@ -217,9 +211,6 @@ def _score_values(predictions: Sequence[Row], truths: Sequence[Row]) -> Predicti
     )
 
 
-# Which queries are scored
-
-
 def test_different_queries_are_refused_unless_shared_only(score: Any) -> None:
     rows = [predicted(1, [0, 10, 1]), predicted("2", [0, 10, 1])]
     truths = [annotated(1, [0, 10]), annotated(2, [0, 10]), annotated(3, [0, 10])]
@@ -274,9 +265,6 @@ def test_ground_truth_that_no_window_can_hit_is_a_warning(
     assert len(caplog.records) == 1
 
 
-# Rejection
-
-
 def test_equal_infinite_scores_are_sorted(score: Any, caplog: pytest.LogCaptureFixture) -> None:
     windows = [(0, 10, math.inf), (20, 30, math.inf), (0, 5, 0.5), (5, 9, -math.inf), (9, 12, -math.inf)]
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "drn"):
@@ -313,9 +301,6 @@ def test_rejection_without_negative_queries_has_no_accuracy(score: Any) -> None:
     rejection = score([predicted(1, [0, 10, 1], pred_exist_score=0.2)], [annotated(1, [0, 10])]).to_dict()["rejection"]
     assert (rejection["rejection_accuracy"], rejection["wrongly_rejected"]) == (None, 1)
     assert score([predicted(1, [0, 10, 1])], [annotated(1, [0, 10])]).to_dict()["rejection"] is None
-
-
-# The command
 
 
 def test_evaluate_scores_its_own_predictions_by_query_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

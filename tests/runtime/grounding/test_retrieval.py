@@ -81,7 +81,6 @@ def test_rank_command_reports_chance_values(
 ) -> None:
     arguments = ("--model", tiny_model, "--data", mini)
     outcome = run_command(rank_command, *arguments, "--videos", 2, "--output", tmp_path / "ranking.json")
-    assert outcome.code == 0
     assert "chance           50.00       100.00         1.50" in outcome.out
     assert "5 queries of test, each with 2 " in outcome.out
     written = json.loads((tmp_path / "ranking.json").read_text())

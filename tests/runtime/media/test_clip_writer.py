@@ -254,8 +254,7 @@ def test_infer_cuts_the_best_moment_of_each_query(
     queries = ("dog sits", "person opens the door")
     line = ("--model", tiny_model, "--video", source, "--extractor", tiny, "--query", *queries)
     caplog.set_level(logging.INFO, "drn")
-    outcome = run_command(infer, *line, "--cut", tmp_path / "clips")
-    assert outcome.code == 0, outcome.err
+    run_command(infer, *line, "--cut", tmp_path / "clips")
     clips = sorted((tmp_path / "clips").iterdir())
     assert [path.name for path in clips] == ["hall-1-dog-sits.mp4", "hall-2-person-opens-the-door.mp4"]
     # One line per file, because line breaks in values are escaped.

@@ -332,8 +332,7 @@ def test_damaged_video_is_plotted_and_cut_only_with_partial(
     for output in (("--plot", tmp_path / "plot.png"), ("--cut", tmp_path / "clips")):
         check_error(refused(infer, *line, "--footage", hole, *output), "truncated_video", hole, "--partial")
         assert not output[1].exists()
-        outcome = run_command(infer, *line, "--footage", hole, *output, "--partial")
-        assert outcome.code == 0, outcome.err
+        run_command(infer, *line, "--footage", hole, *output, "--partial")
         assert output[1].exists()
 
 
@@ -348,9 +347,7 @@ def test_recording_starting_between_key_frames_is_undamaged(tmp_path: Path, name
 
 
 @pytest.mark.parametrize(("suffix", "parts"), [("ts", 3), ("mpg", 3), ("vob", 3), ("webm", 2), ("mkv", 2)])
-def test_joined_files_have_all_frames(
-    tmp_path: Path, suffix: str, parts: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_joined_files_are_complete(tmp_path: Path, suffix: str, parts: int, caplog: pytest.LogCaptureFixture) -> None:
     frames = scene(110)
     first = film(tmp_path / f"first.{suffix}", frames[:70])
     second = film(tmp_path / f"second.{suffix}", frames[70:])

@@ -31,9 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "videos"
 
 
-def test_videos_in_lists_files_by_suffix_and_follows_no_link_out(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_videos_in_lists_files_and_no_link_out(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert [path.relative_to(folder).as_posix() for path in videos_in(folder)] == ["day two/Yard.MP4", "hall.mkv"]
     (tmp_path / "other").mkdir()
     outside = film(tmp_path / "other" / "outside.mkv", 40)
@@ -50,8 +48,7 @@ def test_damaged_video_is_skipped_with_exit_code_1(
 ) -> None:
     damaged = truncated(film(tmp_path / "w.mkv", 90), folder / "cut.mkv")
     (folder / "text.avi").write_text("no video")
-    outcome = run_command(extract, folder, "--extractor", tiny, "--output", tmp_path / "data")
-    assert outcome.code == 1
+    outcome = run_command(extract, folder, "--extractor", tiny, "--output", tmp_path / "data", code=1)
     assert isinstance(outcome.error, CheckFailed)
     assert outcome.error.code == "videos_failed"
     assert records(caplog, logging.WARNING, damaged)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
-import io
 import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from runtime.artifacts.manifest import METADATA_KEY, Features, Manifest
@@ -191,13 +189,6 @@ def form(**parts: Any) -> tuple[bytes, str]:
                 content,
             )
     return body + b"--%b--\r\n" % boundary, f"multipart/form-data; boundary={boundary.decode()}"
-
-
-def npy(array: np.ndarray, **how: Any) -> bytes:
-    """Return an array as a .npy file."""
-    stream = io.BytesIO()
-    np.save(stream, array, **how)
-    return stream.getvalue()
 
 
 def alike(actual: Any, expected: Any) -> bool:

@@ -25,7 +25,8 @@ from runtime.grounding.grounder import Grounder
 from runtime.infer import infer
 from runtime.service.service import has_encoder, unknown_words
 from runtime.service.video_cache import VideoCatalog
-from tests.runtime.service.conftest import QUESTION, Running, alike, npy
+from tests.array_bytes import npy
+from tests.runtime.service.conftest import QUESTION, Running, alike
 
 
 def test_service_answer_equals_infer_output(service: Running, model: Path, planted: Path) -> None:

@@ -19,7 +19,7 @@ from runtime.datasets.dataset import DataSet
 from runtime.service.batching import Batcher, BatchOptions
 from runtime.service.http_errors import HttpError
 from tests.raising import raises
-from tests.tolerances import BATCHED_SECONDS
+from tests.runtime.service.conftest import alike
 
 
 class Held(Grounder):
@@ -58,11 +58,7 @@ def pairs(planted: Path) -> list[Any]:
 
 
 def close_to(actual: Sequence[Moment], expected: Sequence[Moment]) -> bool:
-    return len(actual) == len(expected) and all(
-        abs(getattr(one, name) - getattr(other, name)) <= BATCHED_SECONDS
-        for one, other in zip(actual, expected, strict=True)
-        for name in ("start", "end", "score")
-    )
+    return alike([vars(moment) for moment in actual], [vars(moment) for moment in expected])
 
 
 @contextlib.asynccontextmanager

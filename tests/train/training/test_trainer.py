@@ -109,9 +109,7 @@ def test_same_seed_repeats_the_run_and_other_differs(
     assert history(tmp_path / "other")[0]["loss_matching"] != history(short_run)[0]["loss_matching"]
 
 
-def test_run_with_patience_starts_from_best_and_resumes(
-    train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_with_patience_resumes(train_tiny: TrainTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: set[tuple[int, int, int]] = set()
     step = stage_trainer.StageTrainer.step
 

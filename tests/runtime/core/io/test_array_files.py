@@ -20,19 +20,8 @@ from runtime.core.io.array_files import (
     read_header,
 )
 from runtime.core.video import load_features
+from tests.array_bytes import headed, npy
 from tests.raising import quotes
-
-
-def npy(array: np.ndarray, version: tuple[int, int] = (1, 0)) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, array, version)
-    return stream.getvalue()
-
-
-def headed(shape: object, descr: str = "<f4", content: bytes = b"") -> bytes:
-    """Return a `.npy` file with this header and any content."""
-    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode()
-    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + content
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
@@ -66,9 +55,9 @@ def test_read_array_returns_what_numpy_wrote(array: np.ndarray, version: tuple[i
         headed((-1, 4)),
         headed((1,) * 64, content=b"1234"),
         headed((4, 4), content=b"\0" * 63),
-        headed((1,), "|O", b"\x80\x04N."),
-        headed((10**15,), "|V0"),
-        headed("no shape"),
+        headed((1,), "'|O'", b"\x80\x04N."),
+        headed((10**15,), "'|V0'"),
+        headed("'no shape'"),
         npy(np.ones(3))[:-1],
     ],
 )

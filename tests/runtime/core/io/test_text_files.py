@@ -53,7 +53,6 @@ def test_text_of_another_encoding_is_rejected(tmp_path: Path, encoding: str) -> 
 def test_parse_json_rejects_hostile_values(text: str, code: str) -> None:
     with raises(AnnotationError, code, "f") as caught:
         parse_json(text, "f")
-    assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
 

@@ -25,6 +25,7 @@ from hypothesis.extra import numpy as hnp
 
 from runtime.core.errors import CheckpointError
 from runtime.core.io import torch_reader
+from tests.array_bytes import npz
 from tests.raising import raises
 
 torch = pytest.importorskip("torch", reason="torch writes the files that are read here")
@@ -422,19 +423,13 @@ def test_truncated_file_is_rejected(tmp_path: Path, zipped: bool) -> None:
             torch_reader.load(cut)
 
 
-def npz_bytes() -> bytes:
-    stream = io.BytesIO()
-    np.savez(stream, a=np.ones(2))
-    return stream.getvalue()
-
-
 OTHER_FILES: list[tuple[Any, str, str]] = [
     (b"", "empty_file", ""),
     (b"not a tensor at all", "not_a_torch_file", ""),
     (pickle.dumps([1, 2], 2), "not_a_torch_file", ""),
     (b"PK\x03\x04 and no more", "damaged_file", ""),
     (b"\0" * 257 + b"ustar\x0000", "tar_archive", ""),
-    (npz_bytes(), "not_a_torch_file", "data.pkl"),
+    (npz(a=np.ones(2)), "not_a_torch_file", "data.pkl"),
     (lambda path: zip_file(path, {}, {"constants.pkl": b"", "code/__torch__.py": b""}), "torchscript_archive", ""),
     (lambda path: zip_file(path, tensor(), {**SIX, "byteorder": b"big"}), "damaged_file", ""),
     (lambda path: zip_file(path, 1, compression=zipfile.ZIP_DEFLATED), "compressed_record", "archive/data.pkl"),
