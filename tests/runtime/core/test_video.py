@@ -304,19 +304,6 @@ def test_file_without_features_is_rejected_by_name(name: str, tmp_path: Path) ->
         Video.load(tmp_path / name, 1.0)
 
 
-def test_pickle_with_code_is_rejected_without_running_it(tmp_path: Path) -> None:
-    class Attack:
-        def __reduce__(self) -> tuple:
-            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
-
-    files = {f"{protocol}.{end}": pickle.dumps(Attack(), protocol) for protocol in (2, 4) for end in ("pt", "npy")}
-    for name, content in {**files, "array.npy": npy(np.array([Attack()], object))}.items():
-        (tmp_path / name).write_bytes(content)
-        with raises(FeatureError, "code_in_file" if name.endswith("pt") else "damaged_file", tmp_path / name):
-            Video.load(tmp_path / name, 1.0)
-    assert not (tmp_path / "ran").exists()
-
-
 def test_features_load_without_torch(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     source = golden / "mini" / "C3D_unit16_overlap0.5_merged" / "CCCC3.pt"
