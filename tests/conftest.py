@@ -19,6 +19,7 @@ import pytest
 
 from runtime.core.cli import command
 from runtime.core.errors import GroundingError, printable_line
+from tests.file_modules import load_module
 from tests.next_commands import next_commands_checked
 from tests.shared_builds import build_once, can_trace, run_directory, traced_once
 from tests.written import check_written, file_versions, logged_lines
@@ -86,12 +87,7 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def recipe() -> ModuleType:
     """The module that makes the goldens' weights and features from a seed."""
-    spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(GOLDEN / "weights.py")
 
 
 def _external(folder: str, needed: str = "") -> Path:

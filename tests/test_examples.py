@@ -9,17 +9,13 @@ from types import ModuleType
 import pytest
 
 from runtime.datasets.dataset import DataSet
+from tests.file_modules import load_module
 
 ROOT = Path(__file__).parents[1]
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "examples" / f"{name}.py")
 
 
 def test_ground_many_lists_every_test_video(models: Path, planted: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ Networks run in ONNX Runtime; for the front it does the part of Triton's Python 
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import onnxruntime
 
 from export.triton.writer import read_config
+from tests.file_modules import load_module
 
 KINDS = {
     "TYPE_INT32": np.int32,
@@ -131,13 +131,9 @@ class Model:
     def _python(self, server: Server, directory: Path, version: int) -> Any:
         """Load model.py as the Python backend does, with its module of tools."""
         pb = tools(server)
-        spec = importlib.util.spec_from_file_location("model", directory / self.config.default_model_filename)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
         sys.modules["triton_python_backend_utils"] = pb
         try:
-            spec.loader.exec_module(module)
+            module = load_module(directory / self.config.default_model_filename)
         finally:
             del sys.modules["triton_python_backend_utils"]
         model = module.TritonPythonModel()

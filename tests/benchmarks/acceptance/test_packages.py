@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -34,6 +33,7 @@ from benchmarks.acceptance.run_config import ROOT
 from runtime.core.errors import GroundingError
 from tests.benchmarks.fake_packages import write_chunks, write_packages, write_wheel
 from tests.damage import damaged, random_bits
+from tests.file_modules import load_module
 from tests.raising import raises
 
 PYTHON = current_python()
@@ -117,13 +117,9 @@ def test_chunks_of_the_real_packer_are_unpacked(tmp_path: Path, monkeypatch: pyt
     packer = Path(os.environ.get("DRN_REAL_DATA", "/absent")).parent / "tools" / "pack_offline.py"
     if not packer.is_file():
         pytest.skip("the packer is not here; set DRN_REAL_DATA to a directory beside whose parent is tools/")
-    spec = importlib.util.spec_from_file_location("pack_offline", packer)
-    assert spec is not None
-    assert spec.loader is not None
-    real = importlib.util.module_from_spec(spec)
+    real = load_module(packer)
     # Its worker processes find its functions by this name.
     monkeypatch.setitem(sys.modules, "pack_offline", real)
-    spec.loader.exec_module(real)
     stage, out = tmp_path / "stage", tmp_path / "packages" / TENSORRT
     for number in range(3):
         path = stage / "site" / "made_up_library" / f"part_{number}.py"

@@ -15,7 +15,7 @@ import pytest
 
 from runtime import Grounder, Video
 from runtime.core.decoding import Decoding
-from runtime.core.errors import FeatureError, GroundingError, OutputError, QueryError
+from runtime.core.errors import FeatureError, OutputError, QueryError
 from runtime.core.metrics import IOU_THRESHOLDS, metric_names
 from runtime.core.pooling import ClipTiming
 from runtime.core.presence import Presence
