@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from runtime.core.decoding import Proposals, hard_nms
 from runtime.core.metrics import (
-    METRICS,
+    IOU_THRESHOLDS,
     Report,
     best_constant_moments,
     best_iou,
@@ -25,6 +25,7 @@ from runtime.core.metrics import (
 )
 from runtime.datasets.dataset import DataSet
 
+METRICS = metric_names(IOU_THRESHOLDS)
 PROTOCOLS = pytest.mark.parametrize("protocol", ["mmaction2", "drn"])
 LISTS = pytest.mark.parametrize("name", ["random", "edge", "random_softnms", "random_sorted"])
 THRESHOLDS = pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
