@@ -22,7 +22,7 @@ from calib.graph.onnx_session import open_session
 from calib.graph.opset import MAX_OPSET, MIN_OPSET
 from calib.graph.split_model import split_graph
 from export.to_onnx import to_onnx
-from export.tracing.moment_check import decode_moments, equal_moments
+from export.tracing.moment_check import TOLERANCE, decode_moments, equal_moments
 from export.triton import triton
 from runtime.artifacts.manifest import Features, Manifest
 from runtime.backends.model_manifest import read_manifest
@@ -137,9 +137,19 @@ def test_ties_and_saturated_logits_agree(logits: list[float], width: int) -> Non
         np.array([logits[6:]], np.float32),
     )
     durations = np.ones(1, np.float32)
-    for name in ("small", "limited", "hard, limited"):
-        about, run = manifest(DECODINGS[name]), small_graph(name)
-        assert equal_moments(run(heads, durations), decode_moments(heads, about, durations), durations).all(), name
+    about, run = manifest(DECODINGS["hard, limited"]), small_graph("hard, limited")
+    assert equal_moments(run(heads, durations), decode_moments(heads, about, durations), durations).all()
+    for name in ("small", "limited"):
+        (actual, counts), about = small_graph(name)(heads, durations), manifest(DECODINGS[name])
+        expected, expected_counts = decode_moments(heads, about, durations)
+        np.testing.assert_allclose(actual[..., 2], expected[..., 2], rtol=0, atol=TOLERANCE)
+        assert counts == expected_counts
+        # The exp of NumPy and of ONNX Runtime round differently, so decayed scores that are equal may change places.
+        scores = expected[0, :, 2]
+        distinct = (np.abs(np.diff(scores, append=scores[-1:])) > TOLERANCE) & (
+            np.abs(np.diff(scores, prepend=2)) > TOLERANCE
+        )
+        np.testing.assert_allclose(actual[0, distinct], expected[0, distinct], rtol=0, atol=TOLERANCE)
 
 
 @functools.cache
