@@ -22,6 +22,7 @@ from calib.calibration_set import (
 from calib.calibration_table import SUFFIX, CalibrationTable
 from calib.errors import CalibrationError
 from calib.graph.channel_equalization import measure_channel_scales
+from calib.graph.gate_normalization import normalize_gated_features
 from calib.graph.onnx_graph import load_fp32_graph, read_manifest
 from calib.qdq_quantizer import QuantDtype, QuantizationPolicy, channel_energies
 from calib.range_estimation import ActivationStatistics, MethodOption, collect_statistics
@@ -146,7 +147,7 @@ def measure_statistics(
     """Measure channel equalization and the histograms of the tensors that the default policy quantizes.
 
     Args:
-        model: FP32 graph.
+        model: FP32 graph, measured with gated features normalized (`calib.graph.gate_normalization`).
         drawn: queries to measure on.
     """
 
@@ -155,6 +156,7 @@ def measure_statistics(
         total = -(-len(drawn.annotations) // batch_size)
         return tqdm(content, total=total, desc=description, unit="batch", leave=False, disable=None)
 
+    model = normalize_gated_features(model)
     first = dataclasses.replace(drawn, annotations=drawn.annotations[:: -(-len(drawn.annotations) // GAIN_SAMPLES)])
     gains = measure_channel_scales(model, batches(first, "equalizing channels"), threads)
     return collect_statistics(model, channel_energies(model), batches(drawn, "calibrating"), threads, gains)

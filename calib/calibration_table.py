@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from calib.errors import CalibrationError
 from calib.graph.channel_equalization import LARGEST_EXPONENT, ChannelScales
+from calib.graph.gate_normalization import NORMALIZED_TENSORS
 from calib.graph.onnx_graph import graph_hash, weights_hash
 from calib.range_estimation import METHODS, ValueRange
 from runtime.core.errors import excerpt, one_line, printable_line
@@ -24,6 +26,8 @@ from runtime.datasets.dataset import DataSet
 
 if TYPE_CHECKING:
     import onnx
+
+log = logging.getLogger("drn")
 
 FORMAT = "drn-calibration/1"
 SUFFIX = ".calibration.json"
@@ -147,6 +151,12 @@ class CalibrationTable:
                 f"Expected ranges of the split 'train', got {excerpt(key['split'])} in {path}. Calibrate with "
                 "`python -m calib.calibrate`.",
                 code="test_videos_used",
+            )
+        if not NORMALIZED_TENSORS & set(ranges):
+            log.warning(
+                "%s has constant scales for gated features, as in version 0.1. Calibrate again: scales per query lose "
+                "less accuracy.",
+                path,
             )
         return table
 

@@ -16,6 +16,7 @@ import numpy as np
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
 from calib.graph.channel_equalization import apply_channel_scales, equalizable_tensors, equalized_name
+from calib.graph.gate_normalization import NORMALIZED_TENSORS, normalize_gated_features
 from calib.graph.graph_editing import copied
 from calib.graph.naming import ALIASES
 from calib.graph.onnx_graph import read_manifest, set_manifest
@@ -194,6 +195,10 @@ def insert_qdq(
         )
     manifest = read_manifest(model)
     table.check(model)
+    source = hashlib.sha256(model.SerializeToString()).hexdigest()
+    # Tables of version 0.1 have constant scales.
+    if NORMALIZED_TENSORS & set(table.ranges):
+        model = normalize_gated_features(model, modules(model, policy, kind))
     tensors = {op.tensor for op in find_quantizable_ops(model, policy, kind) if op.tensor is not None}
     missing = sorted(tensors - set(table.ranges))
     if missing:
@@ -202,7 +207,6 @@ def insert_qdq(
             "with --keep.",
             code="missing_range",
         )
-    source = hashlib.sha256(model.SerializeToString()).hexdigest()
     model, ranges = _equalized(model, table, tensors)
     result = write_qdq(model, ranges, policy, kind, opset)
     sources = {**manifest.sources, "fp32 graph": source, "calibration": table.digest}

@@ -10,6 +10,7 @@ import numpy as np
 
 from calib.errors import CalibrationError
 from calib.graph.channel_equalization import ChannelScales, scale_factors
+from calib.graph.gate_normalization import normalized, normalized_tensors
 from calib.graph.onnx_session import observe
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def collect_statistics(
     """
     gains = gains or {}
     factors = {name: scale_factors(row) for name, row in gains.items()}
+    per_query = normalized_tensors(model)
     plain = {name: Histogram() for name in energies}
     scaled = {name: Histogram() for name in gains}
     num_batches = 0
@@ -176,7 +178,10 @@ def collect_statistics(
             try:
                 plain[name].add(computed, energies[name])
                 if name in scaled:
-                    scaled[name].add(computed * factors[name], energies[name] / factors[name] ** 2)
+                    equalized = computed * factors[name]
+                    # The factor of each query is computed from its equalized channels.
+                    equalized = normalized(equalized) if name in per_query else equalized
+                    scaled[name].add(equalized, energies[name] / factors[name] ** 2)
             except ValueError as error:
                 raise CalibrationError(
                     f"The tensor {name} has {error} on the calibration set. Check the checkpoint with "

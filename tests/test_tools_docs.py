@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from calib.calibration_table import CalibrationTable, calibration_key
+from calib.graph.gate_normalization import normalize_gated_features
 from calib.graph.half_precision import convert_to_half
 from calib.qdq_quantizer import channel_energies, insert_qdq
 from calib.range_estimation import collect_statistics
@@ -67,8 +68,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tools")
     model = export_model(lively(TINY), manifest(TINY))
     batches = [Batch(*(tensor.numpy() for tensor in random_inputs(TINY, [4, 9, 1, 12])))]
+    observed = normalize_gated_features(model)
     table = CalibrationTable(
-        collect_statistics(model, channel_energies(model), batches).ranges("minmax"),
+        collect_statistics(observed, channel_energies(observed), batches).ranges("minmax"),
         calibration_key(model, "0" * 64, "minmax"),
     )
     onnx.save(model, directory / "drn.onnx")

@@ -47,6 +47,9 @@ def equalizable_tensors(model: onnx.ModelProto) -> dict[str, tuple[str, str | No
         if conv.op_type != "Conv" or len(readers[conv.input[0]]) != 1 or conv.input[0] not in producers:
             continue
         tensor, producer = conv.input[0], producers[conv.input[0]]
+        if producer.op_type == "Div":
+            # `calib.graph.gate_normalization`: the gated features divided by a scalar per query.
+            producer = producers.get(producer.input[0], producer)
         if conv.name.startswith("prop_fc") and producer.op_type == "Unsqueeze":
             results[tensor] = (conv.name, None)
         elif producer.op_type == "Mul" and conv.name.startswith("backbone_net.layers"):

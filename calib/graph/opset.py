@@ -15,10 +15,10 @@ MIN_OPSET, MAX_OPSET = 17, 23
 # Operators of exported graphs with equal semantics in opsets 17 to 23, except for the attributes in `_NEW_ATTRIBUTES`.
 # fmt: off
 SAME_IN_ALL_OPSETS = frozenset((
-    "Add", "AveragePool", "Cast", "Concat", "Conv", "DequantizeLinear", "Exp", "Expand", "Flatten", "Gather",
-    "GatherElements", "Gemm", "GreaterOrEqual", "Identity", "LSTM", "MatMul", "Max", "MaxPool", "Mul", "Pad",
-    "QuantizeLinear", "Range", "Relu", "Reshape", "Resize", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Squeeze",
-    "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze", "Where",
+    "Abs", "Add", "AveragePool", "Cast", "Concat", "Conv", "DequantizeLinear", "Div", "Exp", "Expand", "Flatten",
+    "Gather", "GatherElements", "Gemm", "GlobalMaxPool", "GreaterOrEqual", "Identity", "LSTM", "MatMul", "Max",
+    "MaxPool", "Mul", "Pad", "QuantizeLinear", "Range", "Relu", "Reshape", "Resize", "Shape", "Sigmoid", "Slice",
+    "Softmax", "Split", "Squeeze", "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze", "Where",
 ))
 # fmt: on
 # Attributes since opset 18 whose values here are the behavior of older opsets.

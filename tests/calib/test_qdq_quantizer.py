@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +19,7 @@ from hypothesis.extra import numpy as arrays
 
 from calib.calibration_table import CalibrationTable
 from calib.errors import CalibrationError
+from calib.graph.gate_normalization import normalize_gated_features, normalized_tensors
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.onnx_session import InMemoryBackend
 from calib.graph.opset import with_opset
@@ -31,7 +36,7 @@ from calib.qdq_quantizer import (
 )
 from runtime.core.batch import HEAD_NAMES, Batch
 from tests.calib.conftest import altered, weights
-from tests.raising import raises
+from tests.raising import raises, records
 
 COMPUTED = [
     "prop_fc",
@@ -145,15 +150,17 @@ def test_insert_qdq_keeps_lstm_attention_and_last_layers(int8: onnx.ModelProto, 
         if module_of(node) in ("fcos.head.predictions", "fcos.head.iou_scores.1", "position_transform")
     ]
     assert len(unchanged) >= 12
-    # The gain of channel equalization is a new node.
-    assert all(node == before[node.name] for node in unchanged if node.name != "prop_fc/Mul")
+    # Channel equalization and gate normalization add products.
+    added = {"prop_fc/Mul", "backbone_net.layers.1/Mul", "backbone_net.layers.2/Mul"}
+    assert all(node == before[node.name] for node in unchanged if node.name not in added)
 
 
 def test_calibrated_tensors_are_quantized_once_with_their_scale(
     int8: onnx.ModelProto, model: onnx.ModelProto, table: CalibrationTable
 ) -> None:
     quantizers, constants = nodes(int8, "QuantizeLinear"), weights(int8)
-    assert sorted(map(measured, quantizers)) == sorted(channel_energies(model)) == sorted(table.ranges)
+    expected = channel_energies(normalize_gated_features(model))
+    assert sorted(map(measured, quantizers)) == sorted(expected) == sorted(table.ranges)
     for node in quantizers:
         scale, zero_point = (constants[name] for name in node.input[1:])
         assert scale == half_precision_scale(table.ranges[measured(node)].magnitude / 127)
@@ -333,3 +340,24 @@ def test_unsigned_policy_uses_256_steps(model: onnx.ModelProto, table: Calibrati
     assert errors[1] < 0.8 * errors[0]
     # FP8 has a sign bit of its own.
     assert insert_qdq(model, table, policy, "fp8") == insert_qdq(model, table, None, "fp8")
+
+
+def test_table_of_version_0_1_has_constant_scales(
+    model: onnx.ModelProto, table: CalibrationTable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+        products = {
+            "backbone_net.layers.1/Div": "backbone_net/Mul_2",
+            "backbone_net.layers.2/Div": "backbone_net/Mul_3",
+        }
+        return {products.get(name, name): value for name, value in values.items()}
+
+    path = tmp_path / "drn.calibration.json"
+    dataclasses.replace(table, ranges=renamed(table.ranges), gains=renamed(table.gains)).save(path)
+    older = CalibrationTable.load(path)
+    assert records(caplog, logging.WARNING, path)
+    assert not normalized_tensors(insert_qdq(model, older))
+    table.save(path)
+    caplog.clear()
+    assert normalized_tensors(insert_qdq(model, CalibrationTable.load(path)))
+    assert not caplog.records

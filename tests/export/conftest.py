@@ -17,6 +17,7 @@ from calib.calibrate import measure_table
 from calib.calibration_set import sample_calibration_set
 from calib.calibration_table import CalibrationTable, calibration_key
 from calib.graph.channel_equalization import measure_channel_scales
+from calib.graph.gate_normalization import normalize_gated_features
 from calib.graph.graph_editing import copied
 from calib.graph.onnx_graph import read_manifest
 from calib.graph.split_model import split_graph, write_split_model
@@ -198,8 +199,9 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> EngineBuilds:
 def table_for(model: onnx.ModelProto, config: DRNConfig, *, balance: bool) -> CalibrationTable:
     """Return a calibration table of random inputs, with or without channel equalization."""
     batches = [Batch(*(tensor.numpy() for tensor in random_inputs(config, [4, 9, 1, 12])))]
-    gains = {name: tuple(row) for name, row in measure_channel_scales(model, batches).items()} if balance else {}
-    statistics = collect_statistics(model, channel_energies(model), batches, gains=gains)
+    observed = normalize_gated_features(model)
+    gains = {name: tuple(row) for name, row in measure_channel_scales(observed, batches).items()} if balance else {}
+    statistics = collect_statistics(observed, channel_energies(observed), batches, gains=gains)
     return CalibrationTable(statistics.ranges("minmax"), calibration_key(model, "0" * 64, "minmax"), gains=gains)
 
 
