@@ -91,7 +91,7 @@ def tabulate(
     """
     source, data_set = load_fp32_graph(onnx_file), DataSet(data)
     annotations = data_set.annotations(split)[:limit]
-    reference = _grounder(source, threads, cpu)
+    reference = grounder_of(source, threads, cpu)
     with tqdm(total=len(annotations), desc="fp32", unit="query", leave=False, disable=None) as bar:
         known = collect_outputs(reference, data_set, annotations, on_progress=bar.update)
     drawn = sample_calibration_set(data_set, read_manifest(source), samples)
@@ -106,11 +106,11 @@ def tabulate(
     for precision, method, graph in _graphs(source, precisions, statistics, drawn, cpu):
         counted = audit_graph(graph)
         with tqdm(total=len(annotations), desc=f"{precision} {method}", unit="query", leave=False, disable=None) as bar:
-            other = _grounder(emulate_bf16(graph), threads, cpu)
+            other = grounder_of(emulate_bf16(graph), threads, cpu)
             parity = compare(reference, other, data_set, annotations, known=known, on_progress=bar.update)
         size = len(graph.SerializeToString()) / fp32_bytes
-        sqnr_db = _sqnr_db(expected, [other.backend.run(batch) for batch in batches])
-        entries.append(Entry(precision, method, counted.share(precision), size, sqnr_db, parity))
+        noise = sqnr_db(expected, [other.backend.run(batch) for batch in batches])
+        entries.append(Entry(precision, method, counted.share(precision), size, noise, parity))
         print(_line(entries[-1]), flush=True)
     print(_markdown(entries))
     print(coverage_table(drawn.coverage))
@@ -163,12 +163,12 @@ def _graphs(
                 yield precision, label, convs_to_matmul(graph) if cpu else convert_to_half(graph, "fp16")
 
 
-def _grounder(graph: onnx.ModelProto, threads: int, optimized: bool) -> Grounder:
-    # Split, so that the queries of a video share its part.
+def grounder_of(graph: onnx.ModelProto, threads: int, optimized: bool) -> Grounder:
+    """Return a grounder that runs a graph in memory; it is split, so that the queries of a video share its part."""
     return Grounder(InMemorySplitBackend(*split_graph(graph), threads, optimized))
 
 
-def _sqnr_db(expected: Sequence[Heads], actual: Sequence[Heads]) -> dict[str, float]:
+def sqnr_db(expected: Sequence[Heads], actual: Sequence[Heads]) -> dict[str, float]:
     """Return the signal to quantization noise ratio of each head over batches, in decibel."""
     result = {}
     for name in HEAD_NAMES:
