@@ -157,9 +157,14 @@ def measure_statistics(
         return tqdm(content, total=total, desc=description, unit="batch", leave=False, disable=None)
 
     model = normalize_gated_features(model)
-    first = dataclasses.replace(drawn, annotations=drawn.annotations[:: -(-len(drawn.annotations) // GAIN_SAMPLES)])
-    gains = measure_channel_scales(model, batches(first, "equalizing channels"), threads)
+    gains = measure_channel_scales(model, batches(equalization_samples(drawn), "equalizing channels"), threads)
     return collect_statistics(model, channel_energies(model), batches(drawn, "calibrating"), threads, gains)
+
+
+def equalization_samples(drawn: CalibrationSet) -> CalibrationSet:
+    """Return at most `GAIN_SAMPLES` queries of a calibration set, evenly spaced, to measure channel equalization on."""
+    step = -(-len(drawn.annotations) // GAIN_SAMPLES)
+    return dataclasses.replace(drawn, annotations=drawn.annotations[::step])
 
 
 if __name__ == "__main__":

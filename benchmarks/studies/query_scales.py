@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.measurement import environment
 from benchmarks.quantization import SQNR_QUERIES, grounder_of, sqnr_db
-from calib.calibrate import GAIN_SAMPLES
+from calib.calibrate import equalization_samples
 from calib.calibration_set import CalibrationSet, sample_calibration_set
 from calib.graph.channel_equalization import apply_channel_scales, measure_channel_scales
 from calib.graph.conv_to_matmul import convs_to_matmul
@@ -114,9 +114,9 @@ def _quantized(
 ) -> list[tuple[Method, onnx.ModelProto]]:
     """Return the INT8 graph of each method."""
     manifest = read_manifest(graph)
-    first = dataclasses.replace(drawn, annotations=drawn.annotations[:: -(-len(drawn.annotations) // GAIN_SAMPLES)])
     equalized = copied(graph)
-    apply_channel_scales(equalized, measure_channel_scales(graph, first.batches(manifest), threads))
+    samples = equalization_samples(drawn).batches(manifest)
+    apply_channel_scales(equalized, measure_channel_scales(graph, samples, threads))
     statistics = collect_statistics(equalized, channel_energies(equalized, POLICY), drawn.batches(manifest), threads)
     return [
         (

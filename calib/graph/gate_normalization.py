@@ -1,11 +1,10 @@
 """Divide gated features by their largest magnitude, so that one INT8 scale fits every query.
 
-A gate has no activation function, so the features that it multiplies are several times larger for some queries than
-for others. A constant scale clips the large ones or wastes steps on the small ones. Here each query has its own
-factor, computed in the graph: y = W (x / r) r + b with r = max |x|.
+A gate has no activation function, so the magnitude of the features that it multiplies depends on the query. A constant
+scale clips large ones or wastes steps on small ones. Here each query has its own factor, computed in the graph:
+y = W (x / r) r + b with r = max |x|. docs/quantization.md has the measured noise.
 
-The clip features are excluded: with D channels this would cost time, and their noise falls by 0.3 dB only
-(docs/quantization.md).
+The clip features are excluded, because the graph would read D x T values twice more.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def latency_report(path: Path, model: Path) -> Path:
     about = ModelInfo(model.name, sha256(model), {}, "fp32", "whole", "cpu", 0.1, 0.2, 1.0, Memory(1))
     hardware = {"cpu": "A CPU", "cores": 2, "gpu": None, "gpu_driver": None}
     settings = {"samples": 500, "batch": 32, "device": "auto", "threads": 1}
-    values = ("2026-11-23", "command", hardware, {"numpy": "2"}, settings, {"told": "", "made_up": True})
+    values = ("2026-11-23", "command", hardware, {"numpy": "2"}, settings, {"note": "", "made_up": True})
     write_json(path, Report(*values, [about], [], [timing], [], 1, [], [], interrupted=False).to_dict())
     return path
 
